@@ -1,3 +1,7 @@
 """Fused convolution, batch norm, ReLU and residual add for ResNets, in training and inference."""
 
+from resnet_fused import functional, nn
+from resnet_fused.plan import use_backend
+
 __version__ = "0.1.0"
+__all__ = ["functional", "nn", "use_backend"]

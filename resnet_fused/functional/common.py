@@ -1,0 +1,161 @@
+"""What the public functions share: argument checks, the choice of a backend, layouts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import ops, plan
+
+Act = Literal["relu"] | None
+Pair = int | tuple[int, int]
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
+
+
+def check_act(act: Act, function: str) -> bool:
+    """Whether `act` is ReLU; anything but `"relu"` and None is an error."""
+    if act not in ("relu", None):
+        raise ValueError(f"{function}: unknown activation {act!r}; choose 'relu' or None")
+    return act == "relu"
+
+
+def pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def pixels(x: Tensor) -> int:
+    """N * H * W."""
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """act(y + residual) of a freshly made `y`."""
+    if residual is not None:
+        y = y + residual
+    return F.relu(y, inplace=True) if relu else y
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd, or a function transform, follows any of these tensors."""
+    if _transformed():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _transformed() -> bool:
+    """Whether a `torch.func` transform or forward-mode AD is active: a custom op would give silent zeros there."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution's operands in the dtype autocast gives them; batch norm's parameters stay as they are."""
+    device = x.device.type
+    if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+        return x, weight
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))  # type: ignore[return-value]
+
+
+def choose(op: str, function: str, x: Tensor, others: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...]) -> str:
+    """The backend of a pointwise or per-channel op; `"aten"` also where PyTorch itself is to raise.
+
+    Raises:
+        RuntimeError: a forced backend has a kernel for `op` which cannot run on these tensors.
+    """
+    forced = plan.forced_backend()
+    backend = forced or plan.default_backend(op, x.device.type)
+    if backend == "aten" or not ops.implements(backend, op):
+        return "aten"
+    if x.dim() != 4 or any(v is not None and v.shape != x.shape[1:2] for v in vectors):
+        return "aten"
+    reason = _common_reason(x, vectors) or ops.refusal(backend, op, x, *others)
+    return backend if reason is None else _refused(forced, function, reason)
+
+
+def choose_conv(
+    function: str, x: Tensor, weight: Tensor, residual: Tensor | None, geometry: Geometry, vectors: tuple[Tensor | None, ...]
+) -> str | None:
+    """The backend of `conv_fprop`, or None where the plain sequence is to run (or PyTorch to raise).
+
+    Raises:
+        RuntimeError: a forced backend has a `conv_fprop` which cannot run on these tensors.
+    """
+    forced = plan.forced_backend()
+    backend = forced or plan.default_backend("conv_fprop", x.device.type)
+    if not ops.implements(backend, "conv_fprop"):
+        forced, backend = None, "aten"
+    shape = _conv_shape(x, weight, geometry)
+    if shape is None or any(v is not None and v.shape != weight.shape[:1] for v in vectors):
+        return None
+    # Inductor sees through the plain sequence, and not through an op of ours that calls PyTorch's convolution.
+    if backend == "aten" and torch.compiler.is_compiling():
+        return None
+    reason = _common_reason(x, vectors) or _operand_reason(x, weight, residual, shape)
+    reason = reason or ops.refusal(backend, "conv_fprop", x) or ops.conv_refusal(backend, x, weight, residual, *geometry)
+    if reason is None:
+        return backend
+    if forced in (None, "aten"):
+        return None
+    _refused(forced, function, reason)
+    return None
+
+
+def _refused(forced: str | None, function: str, reason: str) -> str:
+    if forced is not None:
+        raise RuntimeError(f"{function}: backend {forced!r} cannot run here: {reason}")
+    return "aten"
+
+
+def _common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    if _transformed():
+        return "a torch.func transform or forward-mode AD is active"
+    for v in vectors:
+        if v is not None and v.dtype not in (x.dtype, torch.float32):
+            return f"per-channel tensors must be {x.dtype} or torch.float32, got {v.dtype}"
+        if v is not None and v.device != x.device:
+            return f"devices differ: {x.device} and {v.device}"
+    return None
+
+
+def _operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> str | None:
+    if not x.is_floating_point():
+        return f"activations must be floating point, got {x.dtype}"
+    if weight.dtype != x.dtype or weight.device != x.device:
+        return f"the weight is {weight.dtype} on {weight.device}, the input {x.dtype} on {x.device}"
+    if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype or residual.device != x.device):
+        return f"the residual is {list(residual.shape)} {residual.dtype}, the result {list(shape)} {x.dtype}"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "a tensor is empty"
+    return None
+
+
+def _conv_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...] | None:
+    """The shape of the convolution's result, or None where PyTorch raises."""
+    stride, padding, dilation, groups = geometry
+    if x.dim() != 4 or weight.dim() != 4 or groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+        return None
+    if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
+        return None
+    extent = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+    ]
+    return (x.shape[0], weight.shape[0], *extent) if min(extent) > 0 else None
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` itself if it is dense in NCHW or channels_last order, else a copy that is."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+
+
+def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
+    """`t` with the strides of the dense tensor `x`."""
+    t = t.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+    # Where dimensions of size 1 make the order ambiguous, equal memory may still carry other strides.
+    return t if t.stride() == x.stride() else t.as_strided(x.shape, x.stride())

@@ -1,0 +1,177 @@
+"""Convolution with batch norm, or with a given affine epilogue, residual add and ReLU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from resnet_fused.functional.common import Act, Pair, add_relu, autocast, check_act, choose_conv, pair, wants_gradient
+from resnet_fused.functional.norm import batch_norm_act
+from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.reference import compute_dtype
+
+_op = torch.ops.resnet_fused
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: Act = "relu",
+) -> Tensor:
+    """Convolution, batch norm, residual add and ReLU: `y = act(bn(conv(x, weight) + bias) + residual)`.
+
+    In inference (no batch statistics, no gradient wanted) it is one convolution with batch norm as its epilogue. In training it is the raw convolution
+    followed by `batch_norm_act`.
+
+    Args:
+        x: `[N, C, H, W]`.
+        weight: `[K, C / groups, R, S]`.
+        running_mean, running_var, bn_weight, bn_bias: `[K]`, as `batch_norm_act` takes them.
+        residual: of the result's shape, or None.
+        bias: the convolution's own, `[K]`, or None.
+        stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels.
+        groups: as in `torch.nn.functional.conv2d`.
+        training, momentum, eps, act: as in `batch_norm_act`.
+
+    Returns:
+        `[N, K, P, Q]` in the dtype of `x`, channels_last if `x` or `weight` is.
+
+    Mutates:
+        `running_mean` and `running_var` in training.
+
+    Raises:
+        What `torch.nn.functional.conv2d` and `batch_norm_act` raise.
+
+    Source:
+        The folding of a constant batch norm into a convolution: Jacob et al., Quantization and Training of Neural Networks, 2018, section 3.2.
+    """
+    relu = check_act(act, "conv_bn_act")
+    batch_statistics = training or running_mean is None or running_var is None
+    if batch_statistics or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual):
+        z = _conv(x, weight, bias, stride, padding, dilation, groups)
+        return batch_norm_act(
+            z, running_mean, running_var, bn_weight, bn_bias, residual, training=training, momentum=momentum, eps=eps, act=act
+        )
+    vectors = (bn_weight, bn_bias, running_mean, running_var, bias)
+    x, weight = autocast(x, weight)
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    backend = choose_conv("conv_bn_act", x, weight, residual, geometry, vectors)
+    if backend is None:
+        z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return add_relu(F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps), residual, relu)
+    scale, shift, _, _ = constant_affine(running_mean, running_var, bn_weight, bn_bias, eps, x.dtype)
+    if bias is not None:
+        shift = shift + bias.to(shift.dtype) * scale
+    return _op.conv_fprop(x, weight, scale, shift, residual, *geometry, relu, backend=backend)
+
+
+def conv_affine_act(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    act: Act = "relu",
+) -> Tensor:
+    """A convolution with a per-channel affine epilogue: `y = act(scale * conv(x, weight) + shift + residual)`.
+
+    One kernel when no gradient is wanted; differentiable in all tensors otherwise, as the sequence of its parts.
+
+    Args:
+        x: `[N, C, H, W]`.
+        weight: `[K, C / groups, R, S]`.
+        scale, shift: `[K]`, or None for 1 and 0.
+        residual: of the result's shape, or None.
+        stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels.
+        groups: as in `torch.nn.functional.conv2d`.
+        act: `"relu"` or None.
+
+    Returns:
+        `[N, K, P, Q]` in the dtype of `x`.
+
+    Raises:
+        ValueError: `act` is neither.
+        RuntimeError: sizes that do not match, as `torch.nn.functional.conv2d` raises; a forced backend that cannot run.
+    """
+    relu = check_act(act, "conv_affine_act")
+    x, weight = autocast(x, weight)
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    backend = None
+    if not wants_gradient(x, weight, scale, shift, residual):
+        backend = choose_conv("conv_affine_act", x, weight, residual, geometry, (scale, shift))
+    if backend is None:
+        y = _conv(x, weight, None, stride, padding, dilation, groups)
+        if scale is not None:
+            y = y * scale.to(y.dtype).view(-1, 1, 1)
+        if shift is not None:
+            y = y + shift.to(y.dtype).view(-1, 1, 1)
+        return add_relu(y, residual, relu)
+    upcast = compute_dtype(x.dtype)
+    scale, shift = (None if v is None else v.to(upcast) for v in (scale, shift))
+    return _op.conv_fprop(x, weight, scale, shift, residual, *geometry, relu, backend=backend)
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution whose forward is `conv_fprop`; its backward is PyTorch's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = (stride, padding, dilation, groups)
+        return _op.conv_fprop(x, weight, None, None, None, stride, padding, dilation, groups, False, backend=backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        dx, dweight, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+        )
+        return dx, dweight, None, None, None, None, None
+
+
+def _conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> Tensor:
+    """A raw convolution, on the chosen backend, differentiable."""
+    cast_x, cast_weight = autocast(x, weight)
+    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    backend = choose_conv("conv", cast_x, cast_weight, None, geometry, ())
+    if backend is None or backend == "aten":
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    z = _Conv.apply(cast_x, cast_weight, *geometry, backend)
+    return z if bias is None else z + bias.to(z.dtype).view(-1, 1, 1)

@@ -1,0 +1,162 @@
+"""Batch norm with residual add and ReLU, and the residual join alone, as autograd functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from resnet_fused import plan
+from resnet_fused.functional.common import Act, add_relu, check_act, choose, dense, in_layout_of, pixels
+from resnet_fused.functional.statistics import affine_of
+
+_op = torch.ops.resnet_fused
+
+
+def batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: Act = "relu",
+) -> Tensor:
+    """Batch norm, residual add and ReLU: `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`.
+
+    In training `mean` and the biased `var` are those of the batch, over N, H and W; otherwise they are the running statistics. The fused kernels
+    read `x` once for the statistics and once to normalise; backward reads `x` and the gradient twice and writes once. ReLU's mask is recomputed from
+    `x`, or kept as one bit an element where a residual was added.
+
+    Args:
+        x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on PyTorch's own kernels).
+        running_mean, running_var: `[C]`, or None to normalise by the batch in any mode.
+        weight, bias: `[C]`, of the dtype of `x` or float32; None for 1 and 0.
+        residual: of the shape of `x`, or None.
+        training: normalise by the statistics of the batch.
+        momentum: the weight of the batch in the running statistics.
+        eps: added to the variance.
+        act: `"relu"` or None.
+
+    Returns:
+        `[N, C, H, W]` in the dtype and memory format of `x`.
+
+    Mutates:
+        `running_mean` and `running_var` in training: `running = (1 - momentum) * running + momentum * batch`, the variance unbiased.
+
+    Raises:
+        ValueError: `act` is neither; fewer than two values per channel in training.
+        RuntimeError: sizes that do not match, as `torch.nn.functional.batch_norm` raises; a forced backend that cannot run.
+
+    Source:
+        Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2; gradients: section 3.
+    """
+    relu = check_act(act, "batch_norm_act")
+    batch_statistics = training or running_mean is None or running_var is None
+    vectors = (weight, bias, running_mean, running_var)
+    backend = choose("bn_apply", "batch_norm_act", x, (residual,), vectors)
+    if backend == "aten" or x.numel() == 0:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
+        return add_relu(y, residual, relu)
+    x = dense(x)
+    affine = affine_of(x, running_mean, running_var, weight, bias, training, momentum, eps, backend)
+    return _BatchNormAct.apply(x, residual, weight, bias, *affine, relu, batch_statistics, backend)
+
+
+class _BatchNormAct(torch.autograd.Function):
+    """`bn_apply` forward, `bn_backward_reduce` and `bn_backward_apply` backward. `weight` and `bias` take part only by their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        relu: bool,
+        batch_statistics: bool,
+        backend: str,
+    ) -> Tensor:
+        # Without a residual the mask is a function of x, which backward reads anyway.
+        with_mask = relu and residual is not None and any(ctx.needs_input_grad)
+        addend = None if residual is None else in_layout_of(residual, x)
+        y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
+        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd)
+        ctx.relu, ctx.batch_statistics, ctx.backend = relu, batch_statistics, backend
+        ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, scale, shift, mean, invstd = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        dy = in_layout_of(dy, x)
+        dx = dresidual = sum_dy = sum_dy_xhat = None
+        if needs_weight or needs_bias or (needs_x and ctx.batch_statistics):
+            rows = plan.partial_rows(pixels(x), x.shape[1])
+            sum_dy, sum_dy_xhat = _op.bn_backward_reduce(
+                dy, x, mask, scale, shift, mean, invstd, ctx.relu, rows, backend=ctx.backend
+            )
+        if needs_residual and not ctx.relu:
+            dresidual = dy
+        if needs_x or (needs_residual and ctx.relu):
+            sums = (sum_dy, sum_dy_xhat) if ctx.batch_statistics and needs_x else (None, None)
+            dx, dz = _op.bn_backward_apply(
+                dy, x, mask, scale, shift, mean, invstd, *sums, float(pixels(x)), ctx.relu, needs_residual and ctx.relu, backend=ctx.backend
+            )
+            dresidual = dz if needs_residual and ctx.relu else dresidual
+        weight_dtype, bias_dtype = ctx.vector_dtypes
+        dweight = sum_dy_xhat.to(weight_dtype) if needs_weight and sum_dy_xhat is not None else None
+        dbias = sum_dy.to(bias_dtype) if needs_bias and sum_dy is not None else None
+        return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 7
+
+
+def add_act(x: Tensor, other: Tensor, *, act: Act = "relu") -> Tensor:
+    """The residual join: `y = act(x + other)`.
+
+    Args:
+        x, other: `[N, C, H, W]`.
+        act: `"relu"` or None.
+
+    Returns:
+        `[N, C, H, W]` in the dtype and memory format of `x`.
+
+    Raises:
+        ValueError: `act` is neither.
+        RuntimeError: shapes that do not broadcast, as `torch.add` raises; a forced backend that cannot run.
+    """
+    relu = check_act(act, "add_act")
+    backend = choose("add_act", "add_act", x, (other,), ())
+    if backend == "aten" or x.numel() == 0:
+        return add_relu(x, other, relu)
+    return _AddAct.apply(dense(x), other, relu, backend)
+
+
+class _AddAct(torch.autograd.Function):
+    """`add_act` forward; backward masks by the output, which the next layer keeps alive anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor, relu: bool, backend: str) -> Tensor:
+        y = _op.add_act(x, in_layout_of(other, x), relu, backend=backend)
+        ctx.save_for_backward(y if relu else None)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (y,) = ctx.saved_tensors
+        dz = dy if y is None else _op.add_act_backward(in_layout_of(dy, y), y, backend=ctx.backend)
+        return dz if ctx.needs_input_grad[0] else None, dz if ctx.needs_input_grad[1] else None, None, None

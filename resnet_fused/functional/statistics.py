@@ -1,0 +1,63 @@
+"""From batch norm's parameters and statistics to the affine map `scale * x + shift` that the kernels apply."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused import plan
+from resnet_fused.functional.common import pixels
+from resnet_fused.reference import compute_dtype
+
+Affine = tuple[Tensor, Tensor, Tensor, Tensor]
+_op = torch.ops.resnet_fused
+
+
+def affine_of(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> Affine:
+    """`(scale, shift, mean, invstd)`, `[C]` each, of the batch `x` or of the running statistics.
+
+    Mutates:
+        `running_mean` and `running_var` in training. They change here and not inside an `autograd.Function`, where a mutation under
+        `torch.compile` gave wrong gradients (pytorch#180642).
+    """
+    with torch.no_grad():
+        if not training and running_mean is not None and running_var is not None:
+            return constant_affine(running_mean, running_var, weight, bias, eps, x.dtype)
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        rows = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
+        running = [v if training else None for v in (running_mean, running_var)]
+        packed = [v if v is None else v.contiguous() for v in running]
+        affine: Affine = _op.bn_finalize(
+            *rows, _contiguous(weight), _contiguous(bias), *packed, momentum, eps, backend=backend
+        )
+        for original, copy in zip(running, packed, strict=True):
+            if original is not None and copy is not original:
+                original.copy_(copy)
+        return affine
+
+
+def _contiguous(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def constant_affine(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Affine:
+    """`(scale, shift, mean, invstd)` of a batch norm whose statistics are constants, in the compute dtype of `dtype`."""
+    up = compute_dtype(dtype)
+    mean = running_mean.to(up)
+    invstd = (running_var.to(up) + eps).rsqrt()
+    scale = invstd if weight is None else invstd * weight.to(up)
+    shift = -mean * scale if bias is None else bias.to(up) - mean * scale
+    return scale, shift, mean, invstd

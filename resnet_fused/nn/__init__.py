@@ -1,0 +1,6 @@
+"""Drop-in modules and ResNet blocks built of the fused functions; parameters and state_dict keys are those of plain PyTorch."""
+
+from resnet_fused.nn.blocks import BasicBlock, Bottleneck
+from resnet_fused.nn.modules import BatchNormAct2d, ConvBNAct2d, Stem
+
+__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "ConvBNAct2d", "Stem"]

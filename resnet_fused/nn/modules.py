@@ -1,0 +1,122 @@
+"""Modules of one fused call each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused import functional
+from resnet_fused.functional.common import Act, check_act
+from resnet_fused.nn import units
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` with a residual add and a ReLU behind it: `y = act(bn(x) + residual)`.
+
+    Parameters, buffers, state_dict and errors are those of `nn.BatchNorm2d`.
+
+    Args:
+        num_features: C.
+        eps, momentum, affine, track_running_stats, device, dtype: as in `nn.BatchNorm2d`.
+        act: `"relu"` or None.
+    """
+
+    _plain_batch_norm = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        act: Act = "relu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_act(act, type(self).__name__)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.act = act
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
+        return units.batch_norm_act(x, self, residual, self.act)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"
+
+
+class ConvBNAct2d(nn.Module):
+    """Convolution, batch norm, residual add and ReLU: `y = act(bn(conv(x)) + residual)`.
+
+    Its state_dict holds `conv.*` and `bn.*`, those of the two plain modules.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`; `padding=None` keeps the size at
+            stride 1.
+        eps, momentum: as in `nn.BatchNorm2d`.
+        act: `"relu"` or None.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        act: Act = "relu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.relu = check_act(act, type(self).__name__)
+        if padding is None:
+            padding = dilation * (kernel_size - 1) // 2
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **where)
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, **where)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(bn(conv(x)) + residual); `x` is `[N, C, H, W]`, `residual` of the result's shape."""
+        return units.conv_bn_act(x, self.conv, self.bn, None, relu=self.relu, residual=residual)
+
+
+class Stem(nn.Module):
+    """The stem of an ImageNet ResNet: 7x7 convolution of stride 2, batch norm, ReLU, 3x3 max pool of stride 2.
+
+    The names `conv1` and `bn1` are those of torchvision and timm.
+
+    Args:
+        in_channels: of the picture, usually 3.
+        out_channels: 64 in the paper.
+    """
+
+    def __init__(self, in_channels: int = 3, out_channels: int = 64, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 7, 2, 3, bias=False, **where)
+        self.bn1 = nn.BatchNorm2d(out_channels, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, in_channels, H, W]` to `[N, out_channels, H/4, W/4]`, each half rounded up."""
+        if units.plain(self.conv1, self.bn1, None) is not None or not self.bn1.training:
+            y = units.conv_bn_act(x, self.conv1, self.bn1, None, relu=True)
+            return nn.functional.max_pool2d(y, 3, 2, 1)
+        training, momentum = units.begin_batch_norm(self.bn1)
+        return functional.batch_norm_act_max_pool(
+            self.conv1(x),
+            *units.running_statistics(self.bn1),
+            self.bn1.weight,
+            self.bn1.bias,
+            training=training,
+            momentum=momentum,
+            eps=self.bn1.eps,
+        )

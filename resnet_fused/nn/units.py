@@ -1,0 +1,140 @@
+"""Convolution, batch norm and ReLU *modules* run as one fused call: what `fuse` and the blocks put in place of three module calls.
+
+The modules stay what they are. Whenever calling them one by one could be told from calling the fused function - hooks, parametrizations, subclasses, an
+unusual padding - they are called one by one.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from resnet_fused import functional
+from resnet_fused.functional.common import Act
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(
+    getattr(nn_module, name)
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+
+
+def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None) -> str | None:
+    """Why these modules cannot be run as one fused call, or None if they can.
+
+    Args:
+        conv: the convolution, or None for batch norm alone.
+        bn: the batch norm behind it.
+        act: the ReLU module behind that, or None if there is none, or if ReLU was called as a function.
+    """
+    for module, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
+        if module is None:
+            continue
+        if type(module) is not expected and not (expected is nn.BatchNorm2d and type(module).__dict__.get("_plain_batch_norm")):
+            return f"{type(module).__name__} is not a plain {expected.__name__}"
+        if "forward" in module.__dict__:
+            return f"the forward of a {expected.__name__} was replaced"
+        if any(getattr(module, hooks) for hooks in _HOOKS) or any(_GLOBAL_HOOKS):
+            return f"a {expected.__name__} has hooks"
+        if any(p is not None and type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values()):
+            return f"the parameters of a {expected.__name__} are not plain tensors"
+    if isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+        mode = conv.padding if isinstance(conv.padding, str) else conv.padding_mode
+        return f"the convolution pads in mode {mode!r}"
+    return None
+
+
+def conv_bn_act(
+    x: Tensor,
+    conv: nn.Module | None,
+    bn: nn.Module,
+    act: nn.Module | None,
+    *,
+    relu: bool,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """act(bn(conv(x)) + residual) with the modules' own parameters and buffers.
+
+    Args:
+        x: the input of `conv`, or of `bn` where `conv` is None.
+        conv, bn, act: the modules; `act` is None where ReLU is called as a function or there is none.
+        relu: whether a ReLU ends the unit.
+        residual: added before it.
+
+    Mutates:
+        The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
+    """
+    if plain(conv, bn, act) is not None:
+        z = bn(x if conv is None else conv(x))
+        if residual is not None:
+            z = z + residual
+        if not relu:
+            return z
+        return F.relu(z) if act is None else act(z)
+    assert isinstance(bn, nn.BatchNorm2d)
+    name: Act = "relu" if relu else None
+    if conv is None:
+        return batch_norm_act(x, bn, residual, name)
+    assert isinstance(conv, nn.Conv2d)
+    training, momentum = begin_batch_norm(bn)
+    running_mean, running_var = running_statistics(bn)
+    return functional.conv_bn_act(
+        x,
+        conv.weight,
+        running_mean,
+        running_var,
+        bn.weight,
+        bn.bias,
+        residual,
+        bias=conv.bias,
+        stride=conv.stride,  # type: ignore[arg-type]
+        padding=conv.padding,  # type: ignore[arg-type]
+        dilation=conv.dilation,  # type: ignore[arg-type]
+        groups=conv.groups,
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        act=name,
+    )
+
+
+def batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, act: Act) -> Tensor:
+    """act(bn(x) + residual) with the module's own parameters and buffers."""
+    bn._check_input_dim(x)
+    training, momentum = begin_batch_norm(bn)
+    running_mean, running_var = running_statistics(bn)
+    return functional.batch_norm_act(
+        x, running_mean, running_var, bn.weight, bn.bias, residual, training=training, momentum=momentum, eps=bn.eps, act=act
+    )
+
+
+def begin_batch_norm(bn: nn.BatchNorm2d) -> tuple[bool, float]:
+    """What `nn.BatchNorm2d.forward` does before it normalises.
+
+    Returns:
+        Whether to normalise by the batch, and the batch's weight in the running statistics.
+
+    Mutates:
+        `num_batches_tracked` in training.
+    """
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    return bn.training or (bn.running_mean is None and bn.running_var is None), momentum
+
+
+def running_statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+    """The running statistics where this forward reads or updates them."""
+    if bn.training and not bn.track_running_stats:
+        return None, None
+    return bn.running_mean, bn.running_var
+
+

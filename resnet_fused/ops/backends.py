@@ -1,0 +1,150 @@
+"""Where each op's implementations live, and why one cannot run: the dispatcher and its error message are the same predicate."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_fused import _library, reference
+from resnet_fused.ops import aten
+
+CUDA_NAMESPACE = "resnet_fused_cuda"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TRITON_OPS = frozenset(
+    {
+        "conv_fprop",
+        "bn_stats",
+        "bn_finalize",
+        "bn_apply",
+        "bn_backward_reduce",
+        "bn_backward_apply",
+        "add_act",
+        "add_act_backward",
+        "bn_act_max_pool",
+        "bn_act_max_pool_backward_reduce",
+        "bn_act_max_pool_backward_apply",
+        "reduce_rows",
+        "pack_weight",
+    }
+)
+
+
+def implements(backend: str, op: str) -> bool:
+    """Whether `backend` has a kernel for `op` at all, on whatever device."""
+    if backend == "aten":
+        return hasattr(aten, op)
+    if backend == "cuda":
+        return op in _TRITON_OPS and op != "conv_fprop"
+    return op in _TRITON_OPS
+
+
+@torch.compiler.assume_constant_result
+def unavailable(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run anything on `device_type` here, or None if it can."""
+    return _unavailable(backend, device_type)
+
+
+@functools.cache
+def _unavailable(backend: str, device_type: str) -> str | None:
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cuda" or (device_type == "cpu" and _interpreting()):
+            return None
+        return f"Triton kernels run on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1; these are on {device_type}"
+    if backend == "cuda":
+        problem = _library.load()
+        if problem is not None:
+            return problem
+        if _library.device_type() == device_type:
+            return None
+        return f"the compiled kernels ({_library.status()}) run on {_library.device_type()} tensors; these are on {device_type}"
+    return None
+
+
+def available(backend: str, device_type: str) -> bool:
+    """Whether `backend` can run on tensors of `device_type` here."""
+    return unavailable(backend, device_type) is None
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | None:
+    """Why `backend` cannot run `op` on activations `x` and `others`, or None if it can.
+
+    Args:
+        backend: one of `"reference"`, `"aten"`, `"triton"`, `"cuda"`.
+        op: an op's name.
+        x: the activation that decides the shape, dtype and device.
+        others: further activations of the same shape, which must agree with it (None is passed over).
+    """
+    if backend == "aten":
+        return None
+    if not implements(backend, op):
+        return f"{backend} has no {op} kernel"
+    problem = unavailable(backend, x.device.type)
+    if problem is not None:
+        return problem
+    if type(x) is not Tensor and not isinstance(x, torch._subclasses.FakeTensor | torch.nn.Parameter):
+        return f"the input is a {type(x).__name__}, not a plain tensor"
+    if x.dim() != 4:
+        return f"activations must be 4-D [N, C, H, W], got {x.dim()}-D"
+    if backend != "reference" and x.dtype not in KERNEL_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    if not x.is_floating_point():
+        return f"activations must be floating point, got {str(x.dtype).removeprefix('torch.')}"
+    for other in others:
+        if other is None:
+            continue
+        if other.shape != x.shape:
+            return f"shapes differ: {list(x.shape)} and {list(other.shape)}"
+        if other.dtype != x.dtype:
+            return f"dtypes differ: {x.dtype} and {other.dtype}"
+        if other.device != x.device:
+            return f"devices differ: {x.device} and {other.device}"
+    return None
+
+
+def conv_refusal(
+    backend: str,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> str | None:
+    """Why `backend` cannot run `conv_fprop` of these operands and geometry, beyond what `refusal` says."""
+    if backend != "triton":
+        return None
+    kernel = importlib.import_module("resnet_fused.kernels.conv_fprop")
+    return kernel.refuse(x, weight, residual, stride, padding, dilation, groups)
+
+
+@functools.cache
+def implementation(backend: str, op: str) -> Callable[..., Any]:
+    """The function that runs `op` on `backend`; its arguments are the op's without `backend`."""
+    if backend == "reference":
+        return getattr(reference, op)
+    if backend == "aten" and hasattr(aten, op):
+        return getattr(aten, op)
+    if backend == "triton" and implements(backend, op):
+        return getattr(importlib.import_module("resnet_fused.kernels"), op)
+    if backend == "cuda" and implements(backend, op):
+        problem = _library.load()
+        if problem is not None:
+            raise RuntimeError(f"{op}: backend 'cuda' cannot run: {problem}")
+        return getattr(getattr(torch.ops, CUDA_NAMESPACE), op).default
+    have = [name for name in ("reference", "triton", "cuda", "aten") if implements(name, op)]
+    raise ValueError(f"{op}: no backend {backend!r}; choose one of {', '.join(map(repr, have))}")
