@@ -61,7 +61,9 @@ def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))  # type: ignore[return-value]
 
 
-def choose(op: str, function: str, x: Tensor, others: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...]) -> str:
+def choose(
+    op: str, function: str, x: Tensor, others: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...]
+) -> str:
     """The backend of a pointwise or per-channel op; `"aten"` also where PyTorch itself is to raise.
 
     Raises:
@@ -78,9 +80,16 @@ def choose(op: str, function: str, x: Tensor, others: tuple[Tensor | None, ...],
 
 
 def choose_conv(
-    function: str, x: Tensor, weight: Tensor, residual: Tensor | None, geometry: Geometry, vectors: tuple[Tensor | None, ...]
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    geometry: Geometry,
+    vectors: tuple[Tensor | None, ...],
 ) -> str | None:
     """The backend of `conv_fprop`, or None where the plain sequence is to run (or PyTorch to raise).
+
+    The Triton kernel is asked about `x` as `fprop` will hand it over, in channels_last order.
 
     Raises:
         RuntimeError: a forced backend has a `conv_fprop` which cannot run on these tensors.
@@ -96,13 +105,25 @@ def choose_conv(
     if backend == "aten" and torch.compiler.is_compiling():
         return None
     reason = _common_reason(x, vectors) or _operand_reason(x, weight, residual, shape)
-    reason = reason or ops.refusal(backend, "conv_fprop", x) or ops.conv_refusal(backend, x, weight, residual, *geometry)
+    reason = reason or ops.refusal(backend, "conv_fprop", x)
+    reason = reason or ops.conv_refusal(backend, *conv_operands(backend, x, weight, residual), geometry)
     if reason is None:
         return backend
     if forced in (None, "aten"):
         return None
     _refused(forced, function, reason)
     return None
+
+
+def conv_operands(
+    backend: str, x: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in the order in which `backend` reads them: channels_last for Triton, any for the others."""
+    if backend != "triton":
+        return x, weight, residual
+    nhwc = torch.channels_last
+    residual = None if residual is None else residual.contiguous(memory_format=nhwc)
+    return x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), residual
 
 
 def _refused(forced: str | None, function: str, reason: str) -> str:
@@ -127,7 +148,9 @@ def _operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: t
         return f"activations must be floating point, got {x.dtype}"
     if weight.dtype != x.dtype or weight.device != x.device:
         return f"the weight is {weight.dtype} on {weight.device}, the input {x.dtype} on {x.device}"
-    if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype or residual.device != x.device):
+    if residual is not None and (
+        tuple(residual.shape) != shape or residual.dtype != x.dtype or residual.device != x.device
+    ):
         return f"the residual is {list(residual.shape)} {residual.dtype}, the result {list(shape)} {x.dtype}"
     if x.numel() == 0 or weight.numel() == 0:
         return "a tensor is empty"
@@ -137,7 +160,13 @@ def _operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: t
 def _conv_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...] | None:
     """The shape of the convolution's result, or None where PyTorch raises."""
     stride, padding, dilation, groups = geometry
-    if x.dim() != 4 or weight.dim() != 4 or groups < 1 or weight.shape[0] % groups or x.shape[1] != weight.shape[1] * groups:
+    if (
+        x.dim() != 4
+        or weight.dim() != 4
+        or groups < 1
+        or weight.shape[0] % groups
+        or x.shape[1] != weight.shape[1] * groups
+    ):
         return None
     if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
         return None

@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from resnet_fused.functional.common import Act, Pair, add_relu, autocast, check_act, choose_conv, pair, wants_gradient
+from resnet_fused.functional.common import (
+    Act,
+    Geometry,
+    Pair,
+    add_relu,
+    autocast,
+    check_act,
+    choose_conv,
+    conv_operands,
+    pair,
+    wants_gradient,
+)
 from resnet_fused.functional.norm import batch_norm_act
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.reference import compute_dtype
@@ -64,11 +75,24 @@ def conv_bn_act(
         The folding of a constant batch norm into a convolution: Jacob et al., Quantization and Training of Neural Networks, 2018, section 3.2.
     """
     relu = check_act(act, "conv_bn_act")
-    batch_statistics = training or running_mean is None or running_var is None
-    if batch_statistics or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual):
+    if (
+        training
+        or running_mean is None
+        or running_var is None
+        or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
+    ):
         z = _conv(x, weight, bias, stride, padding, dilation, groups)
         return batch_norm_act(
-            z, running_mean, running_var, bn_weight, bn_bias, residual, training=training, momentum=momentum, eps=eps, act=act
+            z,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            residual,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            act=act,
         )
     vectors = (bn_weight, bn_bias, running_mean, running_var, bias)
     x, weight = autocast(x, weight)
@@ -76,11 +100,13 @@ def conv_bn_act(
     backend = choose_conv("conv_bn_act", x, weight, residual, geometry, vectors)
     if backend is None:
         z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return add_relu(F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps), residual, relu)
+        return add_relu(
+            F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps), residual, relu
+        )
     scale, shift, _, _ = constant_affine(running_mean, running_var, bn_weight, bn_bias, eps, x.dtype)
     if bias is not None:
         shift = shift + bias.to(shift.dtype) * scale
-    return _op.conv_fprop(x, weight, scale, shift, residual, *geometry, relu, backend=backend)
+    return _fprop(x, weight, scale, shift, residual, geometry, relu, backend)
 
 
 def conv_affine_act(
@@ -131,7 +157,24 @@ def conv_affine_act(
         return add_relu(y, residual, relu)
     upcast = compute_dtype(x.dtype)
     scale, shift = (None if v is None else v.to(upcast) for v in (scale, shift))
-    return _op.conv_fprop(x, weight, scale, shift, residual, *geometry, relu, backend=backend)
+    return _fprop(x, weight, scale, shift, residual, geometry, relu, backend)
+
+
+def _fprop(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """`conv_fprop` with operands and result in the memory format PyTorch's convolution would give."""
+    nchw = backend == "triton" and x.is_contiguous() and weight.is_contiguous()
+    operands = conv_operands(backend, x, weight, residual)
+    y: Tensor = _op.conv_fprop(operands[0], operands[1], scale, shift, operands[2], *geometry, relu, backend=backend)
+    return y.contiguous() if nchw else y
 
 
 class _Conv(torch.autograd.Function):
@@ -150,7 +193,7 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = (stride, padding, dilation, groups)
-        return _op.conv_fprop(x, weight, None, None, None, stride, padding, dilation, groups, False, backend=backend)
+        return _fprop(x, weight, None, None, None, ctx.geometry, False, backend)
 
     @staticmethod
     @once_differentiable

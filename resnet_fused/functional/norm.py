@@ -114,7 +114,18 @@ class _BatchNormAct(torch.autograd.Function):
         if needs_x or (needs_residual and ctx.relu):
             sums = (sum_dy, sum_dy_xhat) if ctx.batch_statistics and needs_x else (None, None)
             dx, dz = _op.bn_backward_apply(
-                dy, x, mask, scale, shift, mean, invstd, *sums, float(pixels(x)), ctx.relu, needs_residual and ctx.relu, backend=ctx.backend
+                dy,
+                x,
+                mask,
+                scale,
+                shift,
+                mean,
+                invstd,
+                *sums,
+                float(pixels(x)),
+                ctx.relu,
+                needs_residual and ctx.relu,
+                backend=ctx.backend,
             )
             dresidual = dz if needs_residual and ctx.relu else dresidual
         weight_dtype, bias_dtype = ctx.vector_dtypes

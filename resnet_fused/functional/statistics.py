@@ -42,7 +42,7 @@ def affine_of(
             *rows, _contiguous(weight), _contiguous(bias), *packed, momentum, eps, backend=backend
         )
         for original, copy in zip(running, packed, strict=True):
-            if original is not None and copy is not original:
+            if original is not None and copy is not None and copy is not original:
                 original.copy_(copy)
         return affine
 
@@ -52,7 +52,12 @@ def _contiguous(v: Tensor | None) -> Tensor | None:
 
 
 def constant_affine(
-    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Affine:
     """`(scale, shift, mean, invstd)` of a batch norm whose statistics are constants, in the compute dtype of `dtype`."""
     up = compute_dtype(dtype)

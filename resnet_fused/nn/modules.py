@@ -99,7 +99,9 @@ class Stem(nn.Module):
         out_channels: 64 in the paper.
     """
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 64, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, in_channels: int = 3, out_channels: int = 64, device: Any = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_channels, out_channels, 7, 2, 3, bias=False, **where)

@@ -36,7 +36,9 @@ def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None) -> str |
     for module, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
         if module is None:
             continue
-        if type(module) is not expected and not (expected is nn.BatchNorm2d and type(module).__dict__.get("_plain_batch_norm")):
+        if type(module) is not expected and not (
+            expected is nn.BatchNorm2d and type(module).__dict__.get("_plain_batch_norm")
+        ):
             return f"{type(module).__name__} is not a plain {expected.__name__}"
         if "forward" in module.__dict__:
             return f"the forward of a {expected.__name__} was replaced"
@@ -110,7 +112,16 @@ def batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, act: 
     training, momentum = begin_batch_norm(bn)
     running_mean, running_var = running_statistics(bn)
     return functional.batch_norm_act(
-        x, running_mean, running_var, bn.weight, bn.bias, residual, training=training, momentum=momentum, eps=bn.eps, act=act
+        x,
+        running_mean,
+        running_var,
+        bn.weight,
+        bn.bias,
+        residual,
+        training=training,
+        momentum=momentum,
+        eps=bn.eps,
+        act=act,
     )
 
 
@@ -136,5 +147,3 @@ def running_statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None
     if bn.training and not bn.track_running_stats:
         return None, None
     return bn.running_mean, bn.running_var
-
-

@@ -16,16 +16,11 @@ def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 def onednn_runs(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's fused convolution takes these operands."""
-    return (
-        x.device.type == "cpu"
-        and weight.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn_bfloat16()))
-        and x.numel() > 0
-        and weight.numel() > 0
-    )
+    if x.device.type != "cpu" or weight.device.type != "cpu" or x.dtype != weight.dtype:
+        return False
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn_bfloat16())
 
 
 @torch.compiler.assume_constant_result
@@ -79,7 +74,7 @@ def onednn_conv(
     shape = (padding, stride, dilation, groups)
     if residual is None:
         return conv._convolution_pointwise(x, weight, bias, *shape, "relu" if relu else "none", [], "")
-    unary = ("relu" if relu else None, [], "")
+    unary: tuple[str | None, list[float], str] = ("relu" if relu else None, [], "")
     if overwrite_residual:
         return conv._convolution_pointwise_.binary(residual, x, weight, bias, *shape, "add", 1.0, *unary)
     return conv._convolution_pointwise.binary(x, residual, weight, bias, *shape, "add", 1.0, *unary)

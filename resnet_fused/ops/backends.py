@@ -120,16 +120,17 @@ def conv_refusal(
     x: Tensor,
     weight: Tensor,
     residual: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    groups: int,
+    geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int],
 ) -> str | None:
-    """Why `backend` cannot run `conv_fprop` of these operands and geometry, beyond what `refusal` says."""
+    """Why `backend` cannot run `conv_fprop` of these operands with this (stride, padding, dilation, groups), beyond what `refusal` says."""
     if backend != "triton":
         return None
     kernel = importlib.import_module("resnet_fused.kernels.conv_fprop")
-    return kernel.refuse(x, weight, residual, stride, padding, dilation, groups)
+    stride, padding, dilation, groups = geometry
+    problem: str | None = kernel.refuse(
+        x, weight, None, None, residual, list(stride), list(padding), list(dilation), groups, False
+    )
+    return problem
 
 
 @functools.cache

@@ -95,7 +95,9 @@ def _pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
     n, c, h, w = x.shape
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1), dtype=dtype, device=x.device, memory_format=memory_format)
+    return torch.empty(
+        (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1), dtype=dtype, device=x.device, memory_format=memory_format
+    )
 
 
 @_op("bn_act_max_pool(Tensor x, Tensor scale, Tensor shift) -> (Tensor y, Tensor index)")
