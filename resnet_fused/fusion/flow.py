@@ -1,0 +1,208 @@
+"""The dataflow of a traced forward in the terms of a ResNet: convolutions, batch norms, ReLUs, sums.
+
+`nn.Identity` vanishes, `nn.Sequential` is opened, and `F.relu`, `torch.relu`, `Tensor.relu_` and `nn.ReLU` are one operation.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .trace import original_class
+
+Kind = Literal["input", "conv", "bn", "relu", "add", "other"]
+
+RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+RELU_METHODS = ("relu", "relu_")
+ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+MUL_FUNCTIONS = (operator.mul, operator.imul, torch.mul)
+MUL_METHODS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+@dataclass(eq=False)
+class Op:
+    """One operation: what it is, the activations that it reads, the module that it calls (if any)."""
+
+    kind: Kind
+    inputs: list[Op]
+    label: str
+    path: str | None = None
+    module: nn.Module | None = None
+    direct: bool = True  # called by the traced forward itself, not by an nn.Sequential in it
+    in_place: bool = False
+    constant: Any = None  # the factor of a multiplication with a number
+    users: list[Op] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """How a sentence refers to it."""
+        if self.kind == "input":
+            return "the input"
+        if self.kind == "add":
+            return "the sum"
+        return f"`{self.path}`" if self.path is not None else self.label
+
+
+@dataclass
+class Flow:
+    """All operations of a forward in order, what it returns, and the modules that were seen through."""
+
+    ops: list[Op]
+    output: Op | None  # None where the forward returns anything but one activation
+    bypassed: tuple[str, ...]
+
+    def calls(self) -> Counter[int]:
+        """How often each module is called."""
+        return Counter(id(op.module) for op in self.ops if op.module is not None)
+
+
+def is_relu(node: fx.Node, owner: nn.Module) -> bool:
+    """Whether the node is relu of its only argument."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_module":
+        return original_class(owner.get_submodule(str(node.target))) is nn.ReLU
+    if node.op == "call_function":
+        return node.target in RELU_FUNCTIONS
+    return node.op == "call_method" and node.target in RELU_METHODS
+
+
+def is_identity(module: nn.Module) -> bool:
+    return original_class(module) is nn.Identity
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether calling the module is calling its children one after the other."""
+    cls = original_class(module)
+    return (
+        isinstance(module, nn.Sequential)
+        and cls.forward is nn.Sequential.forward
+        and cls.__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+    )
+
+
+def flow_of(graph: fx.Graph, owner: nn.Module) -> Flow:
+    """The dataflow of a graph traced from `owner`."""
+    return _Builder(owner).build(graph)
+
+
+class _Builder:
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.ops: list[Op] = []
+        self.bypassed: list[str] = []
+        self.value: dict[fx.Node, Op | None] = {}  # None: not an activation (a parameter, a size, ...)
+
+    def build(self, graph: fx.Graph) -> Flow:
+        output: Op | None = None
+        for node in graph.nodes:
+            if node.op == "output":
+                result = node.args[0]
+                output = self.value[result] if isinstance(result, fx.Node) else None
+                if output is None:  # a tuple, a dict, ...: all of it is used
+                    self.add("other", "the output", self.activations(node))
+            elif node.op == "call_module" and len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
+                module = self.owner.get_submodule(node.target)
+                self.value[node] = self.call(str(node.target), module, self.value[node.args[0]], direct=True)
+            else:
+                self.value[node] = self.plain(node)
+        return Flow(self.ops, output, tuple(dict.fromkeys(self.bypassed)))
+
+    def add(self, kind: Kind, label: str, inputs: list[Op], **more: Any) -> Op:
+        op = Op(kind, inputs, label, **more)
+        for x in inputs:
+            x.users.append(op)
+        self.ops.append(op)
+        return op
+
+    def activations(self, node: fx.Node) -> list[Op]:
+        return [op for op in map(self.value.get, node.all_input_nodes) if op is not None]
+
+    def call(self, path: str, module: nn.Module, x: Op | None, direct: bool) -> Op:
+        if x is None:
+            return self.add("other", f"`{path}`", [], path=path, module=module, direct=direct)
+        if is_identity(module) or is_sequential(module):
+            self.bypassed.append(path)
+            for name, child in module._modules.items():
+                if child is not None:
+                    x = self.call(f"{path}.{name}", child, x, direct=False)
+            return x
+        kind: Kind = "other"
+        if isinstance(module, nn.Conv2d):
+            kind = "conv"
+        elif isinstance(module, NORMS):
+            kind = "bn"
+        elif original_class(module) is nn.ReLU:
+            kind = "relu"
+        label = f"`{path}` ({original_class(module).__name__})"
+        return self.add(kind, label, [x], path=path, module=module, direct=direct)
+
+    def plain(self, node: fx.Node) -> Op | None:
+        """Anything but the call of a module with one argument."""
+        if node.op == "placeholder":
+            return self.add("input", f"the input `{node.name}`", [])
+        if node.op == "get_attr" or is_number(node):
+            return None
+        inputs = self.activations(node)
+        label = f"`{node.target}`" if node.op == "call_module" else _function_name(node)
+        if is_relu(node, self.owner):
+            return self.add("relu", "relu", inputs)
+        if _is_sum(node, inputs):
+            in_place = node.target in (operator.iadd, "add_", "__iadd__")
+            return self.add("add", "the sum", [x for x in map(self.value.get, node.args) if x is not None], in_place=in_place)
+        constant = _factor(node) if len(inputs) == 1 else None
+        module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return self.add("other", label, inputs, module=module, constant=constant)
+
+
+def _is_sum(node: fx.Node, inputs: list[Op]) -> bool:
+    """Whether the node is the sum of two activations, and nothing more."""
+    if node.op == "call_function":
+        known = node.target in ADD_FUNCTIONS
+    else:
+        known = node.op == "call_method" and node.target in ADD_METHODS
+    return known and not node.kwargs and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and bool(inputs)
+
+
+def _factor(node: fx.Node) -> Any:
+    if (node.op == "call_function" and node.target in MUL_FUNCTIONS) or (node.op == "call_method" and node.target in MUL_METHODS):
+        return next((a for a in node.args if isinstance(a, (int, float))), None)
+    return None
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a value derives from shapes and numbers only, so that it joins nothing."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel", "stride"):
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(map(is_number, inputs))
+
+
+def _function_name(node: fx.Node) -> str:
+    if node.op == "call_method":
+        return f"`.{node.target}()`"
+    return f"`{getattr(node.target, '__name__', node.target)}`"
+
+
+def ancestors(ops: list[Op]) -> Iterator[Op]:
+    """All operations that `ops` depend on, themselves included, each once."""
+    seen: set[int] = set()
+    stack = list(ops)
+    while stack:
+        op = stack.pop()
+        if id(op) not in seen:
+            seen.add(id(op))
+            yield op
+            stack.extend(op.inputs)

@@ -1,0 +1,142 @@
+"""What a fused module computes, as data: `Unit`, `BlockPlan`, `SequencePlan`.
+
+A plan names modules by their path relative to the module that owns it, and holds no tensors and no modules. It runs on any owner
+whose `_run_unit(k, x, residual)` computes `plan.all_units[k]`: the fused module itself, or a frozen copy with prepacked units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+
+class Owner(Protocol):
+    """What a plan needs of the object it runs on."""
+
+    def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """relu(bn(conv(x)) + residual), with the absent parts left out.
+
+    Args:
+        conv: path of the `nn.Conv2d`; None where the batch norm's input is not a convolution's.
+        bn: path of the `nn.BatchNorm2d`.
+        act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
+        relu: whether a ReLU follows.
+    """
+
+    conv: str | None
+    bn: str
+    act: str | None
+    relu: bool
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The modules that the unit runs, in order."""
+        return tuple(path for path in (self.conv, self.bn, self.act) if path is not None)
+
+    def __str__(self) -> str:
+        return "-".join([path for path in (self.conv, self.bn) if path is not None] + ["relu"] * self.relu)
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """relu(units(x) + shortcut(x)): the residual and the last ReLU belong to the last unit.
+
+    Args:
+        kind: `"BasicBlock"` (two units) or `"Bottleneck"` (three).
+        units: the branch, first to last.
+        shortcut: conv + bn of the shortcut; None for the identity.
+        bypassed: paths of the `nn.Sequential` and `nn.Identity` modules that the plan does not call although the plain forward does.
+    """
+
+    kind: Literal["BasicBlock", "Bottleneck"]
+    units: tuple[Unit, ...]
+    shortcut: Unit | None
+    bypassed: tuple[str, ...] = ()
+
+    @property
+    def all_units(self) -> tuple[Unit, ...]:
+        """The units in the order that `_run_unit` counts them: the branch, then the shortcut."""
+        return self.units if self.shortcut is None else (*self.units, self.shortcut)
+
+    def body(self, training: bool, inputs: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+        """The function of (owner, x) that computes the block; None where the plan does not hold for these inputs."""
+        return self.run if len(inputs) == 1 and isinstance(inputs[0], Tensor) else None
+
+    def run(self, owner: Owner, x: Tensor) -> Tensor:
+        last = len(self.units) - 1
+        y = x
+        for k in range(last):
+            y = owner._run_unit(k, y)
+        residual = x if self.shortcut is None else owner._run_unit(last + 1, x)
+        return owner._run_unit(last, y, residual)
+
+    def __str__(self) -> str:
+        text = f"{self.kind}: {', '.join(map(str, self.units))}"
+        return text if self.shortcut is None else f"{text}; shortcut {self.shortcut}"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward regenerated from its traced graph, with units in place of the chains they replace.
+
+    Args:
+        training: the mode that it was traced in; None where both modes compute the same.
+        inputs: the type that the inputs must have: `"tensor"`, `"list"`, or `"any"` where the forward never asks.
+        arity: the number of inputs.
+        source: the code.
+        function: the code as a function of (owner, *inputs); the owner has `_run_unit` and the children of the fused module.
+    """
+
+    training: bool | None
+    inputs: Literal["tensor", "list", "any"]
+    arity: int
+    source: str
+    function: Callable[..., Any] = field(compare=False, repr=False)
+
+    def accepts(self, training: bool, inputs: tuple[Any, ...]) -> bool:
+        if len(inputs) != self.arity or self.training not in (None, training):
+            return False
+        if self.inputs == "list":
+            return type(inputs[0]) is list
+        types = Tensor if self.inputs == "tensor" else (Tensor, list, tuple)
+        return all(isinstance(x, types) for x in inputs)
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """A forward in which every chain conv-bn(-relu) or bn-relu is one unit, and the rest is as it was.
+
+    Args:
+        units: the chains, in the order of the forward.
+        forwards: the regenerated forward for each case that was told apart.
+        bypassed: paths of the `nn.Identity` modules inside chains, which the plan does not call although the plain forward does.
+    """
+
+    units: tuple[Unit, ...]
+    forwards: tuple[Forward, ...]
+    bypassed: tuple[str, ...] = ()
+
+    @property
+    def all_units(self) -> tuple[Unit, ...]:
+        """The units in the order that `_run_unit` counts them."""
+        return self.units
+
+    def body(self, training: bool, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The function of (owner, *inputs) for this mode and these inputs; None where the plan holds none."""
+        for forward in self.forwards:
+            if forward.accepts(training, inputs):
+                return forward.function
+        return None
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.units))
+
+
+Plan = BlockPlan | SequencePlan

@@ -1,0 +1,28 @@
+"""What was fused, what was left alone, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What `fuse` did to a model; `str()` is a table.
+
+    Attributes:
+        fused: (module name, what it computes fused), in the order of `named_modules`; the model itself is `""`.
+        skipped: (module name, reason) of modules that were left alone, wholly or in part.
+    """
+
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        rows = [(name or "(model)", "fused", what) for name, what in self.fused]
+        rows += [(name or "(model)", "left alone", reason) for name, reason in self.skipped]
+        rows = [("module", "", "what, or why not"), *rows]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        lines = [f"{name:<{widths[0]}}  {state:<{widths[1]}}  {text}".rstrip() for name, state, text in rows]
+        lines.insert(1, "  ".join("-" * width for width in (*widths, max(len(row[2]) for row in rows))))
+        lines.append(f"{len(self.fused)} fused, {len(self.skipped)} left alone")
+        return "\n".join(lines)

@@ -1,0 +1,182 @@
+"""Give a module the fused forward by changing its class, and give the original class back.
+
+The class of a fused module is a subclass of its original, made once per original: parameters, buffers, children, hooks and attributes
+stay where they are. Its forward runs the plan as long as the plan is known to hold, and the original forward otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from resnet_fused.nn.units import conv_bn_act
+
+from .plans import Plan
+from .recognise import Recognition, recognise
+from .trace import original_class
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Binding:
+    """A recognition tied to the modules it was made for. It holds as long as these are the modules that the owner would call.
+
+    Attributes:
+        units: the modules of each unit of the plan and whether a ReLU ends it, as `_run_unit` counts them.
+        containers: the owner and the containers below it that its forward reads, each with the children it had.
+        bypassed: modules that the plan does not call although the plain forward does.
+    """
+
+    def __init__(self, owner: nn.Module, recognition: Recognition | None) -> None:
+        self.recognition = recognition or Recognition()
+        self.plan: Plan | None = self.recognition.plan
+        self.units: list[tuple[nn.Module | None, nn.Module, nn.Module | None, bool]] = []
+        self.bypassed: list[nn.Module] = []
+        paths: list[str] = []
+        if self.plan is not None:
+            for unit in self.plan.all_units:
+                conv, bn, act = (None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act))
+                assert bn is not None
+                self.units.append((conv, bn, act, unit.relu))
+                paths += unit.paths
+            self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
+        self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
+
+    def holds(self) -> bool:
+        """Whether the owner still calls the modules that the recognition was made for."""
+        return all(list(module._modules.items()) == children for module, children in self.containers)
+
+    def unobserved(self) -> bool:
+        """Whether nobody would notice that modules are not called one by one."""
+        for module in self.bypassed:
+            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+                return False
+            if "forward" in module.__dict__:
+                return False
+        return True
+
+
+def _containers(owner: nn.Module, paths: list[str]) -> list[nn.Module]:
+    """The owner, its lists, dicts and Sequentials, and every module on the way to `paths`."""
+    found: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> None:
+        if id(module) not in found:
+            found[id(module)] = module
+            for child in module.children():
+                if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+                    visit(child)
+
+    visit(owner)
+    for path in paths:
+        while "." in path:
+            path = path.rpartition(".")[0]
+            visit(owner.get_submodule(path))
+    return list(found.values())
+
+
+class FusedMixin:
+    """The behaviour of a fused module, in front of its original class."""
+
+    _original: type[nn.Module]
+    _fusion: Binding | None = None  # None: to be recognised anew
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keeps the fused class out of what the original's `__init_subclass__` does, such as a registry."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        binding = current(self)  # type: ignore[arg-type]
+        if binding is not None and binding.plan is not None and not kwargs and binding.unobserved():
+            body = binding.plan.body(self.training, args)  # type: ignore[attr-defined]
+            if body is not None:
+                return body(self, *args)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Unit `k` of the plan: relu(bn(conv(x)) + residual)."""
+        assert self._fusion is not None
+        conv, bn, act, relu = self._fusion.units[k]
+        return conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "training":
+            self.__dict__["_fusion"] = None
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__["_fusion"] = None
+
+    def extra_repr(self) -> str:
+        original = super().extra_repr()  # type: ignore[misc]
+        plan = self._fusion.plan if self._fusion is not None else None
+        if plan is None:
+            return original
+        separator = "\n" if "\n" in original else ", "
+        return f"{original}{separator if original else ''}fused={plan}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the original class; they are recognised anew when they first run."""
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple):
+            return reduced
+        rebuild, arguments, *rest = reduced
+        arguments = tuple(self._original if a is type(self) else a for a in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != "_fusion"}
+        return (_rebuild, (rebuild, arguments), *rest)
+
+
+def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> nn.Module:
+    module = rebuild(*arguments)
+    module.__class__ = fused_class(original_class(module))
+    return module
+
+
+@functools.cache
+def fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The fused subclass of a class."""
+    namespace = {"_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(f"Fused{original.__name__}", (FusedMixin, original), namespace)
+
+
+def current(module: nn.Module) -> Binding | None:
+    """What is known about a fused module, recognised anew where something was changed; None while it cannot be."""
+    binding = module._fusion
+    if isinstance(binding, Binding) and binding.holds():
+        return binding
+    if torch.compiler.is_compiling():  # the plain forward is always right, and recognition is not for a compiler's eyes
+        return None
+    return bind(module, recognise(module))
+
+
+def bind(module: nn.Module, recognition: Recognition | None) -> Binding:
+    binding = Binding(module, recognition)
+    module.__dict__["_fusion"] = binding
+    return binding
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the module's class is a fused one, whatever its plan."""
+    return "_original" in type(module).__dict__
+
+
+def swap_in(module: nn.Module, recognition: Recognition) -> None:
+    """Make a module fused.
+
+    Raises:
+        TypeError: if its class cannot be subclassed or exchanged.
+    """
+    if not is_fused(module):
+        module.__class__ = fused_class(type(module))
+    bind(module, recognition)
+
+
+def swap_out(module: nn.Module) -> None:
+    """Give a fused module its original class back."""
+    module.__class__ = original_class(module)
+    module.__dict__.pop("_fusion", None)
