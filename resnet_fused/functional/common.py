@@ -99,7 +99,7 @@ def choose_conv(
     if not ops.implements(backend, "conv_fprop"):
         forced, backend = None, "aten"
     shape = _conv_shape(x, weight, geometry)
-    if shape is None or any(v is not None and v.shape != weight.shape[:1] for v in vectors):
+    if shape is None or 0 in shape or weight.numel() == 0 or any(v is not None and v.shape != weight.shape[:1] for v in vectors):
         return None
     # Inductor sees through the plain sequence, and not through an op of ours that calls PyTorch's convolution.
     if backend == "aten" and torch.compiler.is_compiling():
@@ -152,8 +152,6 @@ def _operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: t
         tuple(residual.shape) != shape or residual.dtype != x.dtype or residual.device != x.device
     ):
         return f"the residual is {list(residual.shape)} {residual.dtype}, the result {list(shape)} {x.dtype}"
-    if x.numel() == 0 or weight.numel() == 0:
-        return "a tensor is empty"
     return None
 
 

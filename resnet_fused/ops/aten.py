@@ -43,7 +43,7 @@ def conv_fprop(
     weight = fold(weight, scale)
     if onednn_runs(x, weight):
         # ReLU as a pass of its own: oneDNN's turns a NaN into 0, PyTorch's keeps it.
-        bias = None if shift is None else shift.float()
+        bias = None if shift is None else shift.to(bias_dtype(x.dtype, residual is not None))
         y = onednn_conv(x, weight, bias, residual, stride, padding, dilation, groups, relu=False)
     else:
         bias = None if shift is None else shift.to(weight.dtype)
@@ -51,6 +51,11 @@ def conv_fprop(
         if residual is not None:
             y += residual
     return y.relu_() if relu else y
+
+
+def bias_dtype(dtype: torch.dtype, with_residual: bool) -> torch.dtype:
+    """The most exact bias oneDNN's fused convolution takes: float32, but the data's dtype where a residual is added."""
+    return dtype if with_residual else torch.float32
 
 
 def onednn_conv(
