@@ -53,6 +53,16 @@ def conv_fprop(
     return y.relu_() if relu else y
 
 
+def onednn_pack(
+    weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, input_shape: torch.Size
+) -> Tensor:
+    """The weight in the order oneDNN prefers for inputs of this shape."""
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, list(input_shape)
+    )
+    return packed
+
+
 def bias_dtype(dtype: torch.dtype, with_residual: bool) -> torch.dtype:
     """The most exact bias oneDNN's fused convolution takes: float32, but the data's dtype where a residual is added."""
     return dtype if with_residual else torch.float32
@@ -68,7 +78,6 @@ def onednn_conv(
     dilation: list[int],
     groups: int,
     relu: bool,
-    *,
     overwrite_residual: bool = False,
 ) -> Tensor:
     """act(conv(x, weight) + bias + residual) in one oneDNN primitive; `weight` may be prepacked for it.

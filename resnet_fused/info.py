@@ -1,0 +1,57 @@
+"""What is installed, what was built, and which backends can run here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from resnet_fused import _library, ops
+from resnet_fused.plan import BACKENDS
+
+
+@dataclass(frozen=True)
+class Info:
+    """What `info` found; `str()` is a table.
+
+    Attributes:
+        versions: (package, version) of what decides about kernels.
+        kernels: one line on the compiled library.
+        devices: the devices PyTorch sees.
+        backends: (backend, device type, None or the reason why it cannot run there).
+    """
+
+    versions: list[tuple[str, str]]
+    kernels: str
+    devices: list[str]
+    backends: list[tuple[str, str, str | None]]
+
+    def __str__(self) -> str:
+        rows = [*self.versions, ("compiled kernels", self.kernels)]
+        rows += [("device", device) for device in self.devices]
+        rows += [(f"{name} on {device}", "runs" if why is None else f"no: {why}") for name, device, why in self.backends]
+        width = max(len(left) for left, _ in rows)
+        return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
+
+
+def info() -> Info:
+    """The versions, the compiled kernels, the devices, and for each backend whether it runs here or why not."""
+    versions = [("resnet_fused", _version("resnet_fused")), ("python", platform.python_version()), ("torch", torch.__version__)]
+    versions += [("triton", _version("triton")), ("CUDA of torch", torch.version.cuda or "none")]
+    devices = [f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            capability = "".join(map(str, torch.cuda.get_device_capability(i)))
+            devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, sm_{capability}")
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    backends = [(name, kind, ops.unavailable(name, kind)) for name in BACKENDS if name != "auto" for kind in kinds]
+    return Info(versions, _library.status(), devices, backends)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
