@@ -1,0 +1,69 @@
+"""The results as a chart: images per second, one panel per case, the arithmetic roof as a dashed line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import provenance
+from .results import CaseReport, Report, Result, write_atomically
+
+COLOURS = {
+    "eager": "#b8bec6",
+    "eager-channels-last": "#7d8792",
+    "compile": "#e0a030",
+    "fused": "#3a86c8",
+    "frozen": "#1b4f8a",
+}
+
+
+def save(report: Report, path: Path) -> None:
+    """Draw the chart to a PNG, written atomically."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cases = report.cases
+    heights = [len(case.results) + 1.2 for case in cases]
+    figure = Figure(figsize=(10, 1.3 + 0.42 * sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axis, case in zip(axes, cases, strict=True):
+        _panel(axis, case, report.baseline)
+    axes[-1].set_xlabel("images per second (more is better); label: images/s, times the baseline")
+    facts = report.provenance
+    commit = facts["commit"]
+    where = f", commit {commit['sha'][:10]}{' + changes' if commit['dirty'] else ''}" if commit else ""
+    title = (
+        f"{report.model} on {provenance.device_name(facts)}\ntorch {facts['torch']}, {facts['date_utc'][:10]}{where}"
+    )
+    figure.suptitle(title, fontsize=11)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+
+
+def _panel(axis, case: CaseReport, baseline: str) -> None:  # type: ignore[no-untyped-def]
+    rates = [case.images_per_s(result) or 0.0 for result in case.results]
+    positions = range(len(rates))
+    colours = [COLOURS.get(result.contestant, "#5a9a6e") for result in case.results]
+    axis.barh(positions, rates, color=colours, height=0.72)
+    axis.set_yticks(positions, [result.contestant for result in case.results], fontsize=9)
+    axis.invert_yaxis()
+    top = max([*rates, 1e-9])
+    if case.roof:
+        roof_rate = case.roof.best / case.flops * case.case.batch
+        if roof_rate < 3 * top:  # further away it would only squeeze the bars
+            top = max(top, roof_rate)
+            axis.axvline(roof_rate, color="#b03030", linestyle="--", linewidth=1)
+            label = f"measured arithmetic roof\n{case.roof.best / 1e9:.0f} GFLOP/s "
+            axis.text(roof_rate, len(rates) - 0.55, label, fontsize=7, color="#b03030", ha="right", va="bottom")
+    for position, (rate, result) in enumerate(zip(rates, case.results, strict=True)):
+        axis.text(rate + 0.01 * top, position, _label(case, result, rate, baseline), va="center", fontsize=9)
+    axis.set_xlim(0, top * 1.22)
+    axis.set_title(case.case.label, loc="left", fontsize=10, fontweight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(axis="x", labelsize=8)
+
+
+def _label(case: CaseReport, result: Result, rate: float, baseline: str) -> str:
+    if not result.timing:
+        return f"{result.status}"
+    speedup = case.speedup(result, baseline)
+    return f"{rate:.1f}" + (f"   {speedup:.2f}x" if speedup and result.contestant != baseline else "   baseline")

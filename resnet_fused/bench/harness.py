@@ -1,0 +1,149 @@
+"""Timing: every contestant once per round, the order changing from round to round, percentiles last.
+
+Interleaving spreads what drifts - clocks, temperature, other users of the machine - evenly over the contestants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+Call = Callable[[], object]
+Clock = Callable[[Call], float]
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+L2_FLUSH_BYTES = 256 * 2**20  # larger than the L2 of any supported GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The samples of one contestant, in milliseconds per call, in the order in which they were taken."""
+
+    samples_ms: tuple[float, ...]
+
+    def percentile(self, percent: float) -> float:
+        return float(np.percentile(self.samples_ms, percent))
+
+    @property
+    def p20(self) -> float:
+        return self.percentile(20)
+
+    @property
+    def p50(self) -> float:
+        return self.percentile(50)
+
+    @property
+    def p80(self) -> float:
+        return self.percentile(80)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Timings by contestant, and the reason for each contestant that raised while it was timed."""
+
+    timings: dict[str, Timing]
+    failures: dict[str, str]
+    rounds: int
+
+
+def round_order(names: Sequence[str], round_index: int) -> list[str]:
+    """The order of one round: rotated by one place per round, reversed in every other cycle.
+
+    Over two cycles every contestant stands in every place equally often and follows both of its neighbours.
+    """
+    count = len(names)
+    cycle, shift = divmod(round_index, count)
+    base = list(names) if cycle % 2 == 0 else list(reversed(names))
+    return base[shift:] + base[:shift]
+
+
+def cpu_clock(call: Call) -> float:
+    """Wall-clock milliseconds of one call."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def cuda_clock(device: torch.device) -> Clock:
+    """A clock of CUDA events that starts each call on an idle GPU with a cold L2: launch latency counts."""
+    scratch = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def clock(call: Call) -> float:
+        scratch.zero_()
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end))
+
+    return clock
+
+
+def clock_for(device: torch.device) -> Clock:
+    return cuda_clock(device) if device.type == "cuda" else cpu_clock
+
+
+def time_interleaved(
+    calls: Mapping[str, Call],
+    clock: Clock,
+    *,
+    rounds: int | None = None,
+    budget_s: float = 10.0,
+    warmup: int = 2,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> Measured:
+    """Time `calls` side by side.
+
+    Args:
+        calls: what to time, by name.
+        clock: runs a call and returns its milliseconds.
+        rounds: how many rounds; None: as many as fit into `budget_s`, between MIN_ROUNDS and MAX_ROUNDS.
+        budget_s: seconds for the timed rounds; ignored when `rounds` is given.
+        warmup: untimed rounds before.
+        on_round: called after each timed round with the number of rounds done.
+
+    Returns:
+        The timings. A call that raises leaves the race; its reason is in `failures`, and it has no timing.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    failures: dict[str, str] = {}
+
+    def run_round(index: int, keep: bool) -> None:
+        for name in round_order(list(samples), index):
+            try:
+                elapsed = clock(calls[name])
+            except Exception as error:  # one contestant running out of memory must not end the race
+                failures[name] = first_line(error)
+                continue
+            if keep:
+                samples[name].append(elapsed)
+        for name in failures:
+            samples.pop(name, None)
+
+    for index in range(warmup):
+        if samples:
+            run_round(index, keep=False)
+    done = 0
+    start = time.perf_counter()
+    while samples and done < (rounds or MAX_ROUNDS):
+        if rounds is None and done >= MIN_ROUNDS:
+            elapsed = time.perf_counter() - start
+            if elapsed * (done + 1) / done > budget_s:
+                break
+        run_round(done, keep=True)
+        done += 1
+        on_round(done)
+    timings = {name: Timing(tuple(values)) for name, values in samples.items()}
+    return Measured(timings, failures, done)
+
+
+def first_line(error: BaseException) -> str:
+    """The type and the first line of an exception's message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,80 @@
+"""Real pictures through plain and fused models: do they still say the same?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .cases import UsageError
+
+RESIZE, CROP = 256, 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def load_folder(folder: Path) -> torch.Tensor:
+    """Every file of `folder` (not of its subfolders; hidden files are passed over) as [N, 3, 224, 224] fp32, sorted by name.
+
+    Raises:
+        UsageError: there is no such folder, it holds no file, or a file in it is no readable picture.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--images {folder}: not a folder")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise UsageError(f"--images {folder}: no picture in this folder")
+    return torch.stack([_load(path) for path in files])
+
+
+def load_samples() -> torch.Tensor | None:
+    """The two photographs that ship with scikit-learn, as `load_folder` returns them; None without scikit-learn."""
+    try:
+        from PIL import Image
+        from sklearn.datasets import load_sample_images
+    except ImportError:
+        return None
+    return torch.stack([_preprocess(Image.fromarray(image)) for image in load_sample_images().images])
+
+
+def _load(path: Path) -> torch.Tensor:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return _preprocess(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError, struct.error, ...
+        raise UsageError(f"--images: cannot read {path} as a picture: {str(error).splitlines()[0]}") from None
+
+
+def _preprocess(image: object) -> torch.Tensor:
+    """Shorter side to 256, centre crop 224, ImageNet's mean and standard deviation: the usual evaluation."""
+    from torchvision.transforms import v2
+
+    steps = [
+        v2.ToImage(),
+        v2.Resize(RESIZE, antialias=True),
+        v2.CenterCrop(CROP),
+        v2.ToDtype(torch.float32, scale=True),
+    ]
+    return v2.Compose([*steps, v2.Normalize(MEAN, STD)])(image)
+
+
+def logits_of(forward: Callable[[torch.Tensor], torch.Tensor], pictures: torch.Tensor, batch: int) -> torch.Tensor:
+    """Logits of all pictures, in batches of exactly `batch` (the last one filled up by repeating its last picture)."""
+    rows = []
+    for chunk in pictures.split(batch):
+        missing = batch - len(chunk)
+        full = torch.cat([chunk, chunk[-1:].expand(missing, -1, -1, -1)]) if missing else chunk
+        rows.append(forward(full)[: len(chunk)].float().cpu())
+    return torch.cat(rows)
+
+
+def compare(logits: torch.Tensor, plain: torch.Tensor) -> dict[str, float]:
+    """Top-1 agreement (0 to 1) and the largest absolute logit difference, also over the largest plain logit."""
+    difference = float((logits - plain).abs().max())
+    return {
+        "top1_agreement": float((logits.argmax(1) == plain.argmax(1)).double().mean()),
+        "max_logit_difference": difference,
+        "relative_difference": difference / float(plain.abs().max()),
+    }

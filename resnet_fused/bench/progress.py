@@ -1,0 +1,46 @@
+"""Tell what a long run is doing: a bar on a terminal, a line per step elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Reporter:
+    """`start(text)` begins the next of `total` steps; `detail(text)` is for things too short for a line of their own."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total, self._done = console, total, 0
+        self._start = time.monotonic()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
+        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        self._task = self._bar.add_task("starting", total=total) if self._bar else None
+
+    def __enter__(self) -> Reporter:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def start(self, text: str) -> None:
+        self._text = text
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=self._done, description=text)
+        else:
+            seconds = time.monotonic() - self._start
+            self._console.print(
+                f"[{seconds:5.0f} s] {self._done + 1}/{self._total} {text}", markup=False, highlight=False
+            )
+        self._done += 1
+
+    def detail(self, text: str) -> None:
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, description=f"{self._text}: {text}")

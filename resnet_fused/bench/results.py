@@ -1,0 +1,145 @@
+"""The results of a run, and their JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .cases import Case
+from .correctness import Errors
+from .harness import Timing
+from .roof import Roof
+
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One contestant on one case. Only `status == "ok"` carries a speed."""
+
+    contestant: str
+    status: str  # "ok", "failed" (wrong, or raised) or "unavailable"
+    reason: str | None = None
+    errors: Errors | None = None
+    setup_s: float | None = None
+    timing: Timing | None = None
+    peak_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseReport:
+    """All contestants on one case, in the order of the table."""
+
+    case: Case
+    flops: int
+    rounds: int
+    results: tuple[Result, ...]
+    roof: Roof | None = None
+
+    def speedup(self, result: Result, baseline: str) -> float | None:
+        """Median time of the baseline over that of `result`; None where one of them has no speed."""
+        base = next((r.timing for r in self.results if r.contestant == baseline), None)
+        return base.p50 / result.timing.p50 if base and result.timing else None
+
+    def images_per_s(self, result: Result) -> float | None:
+        return self.case.batch / result.timing.p50 * 1e3 if result.timing else None
+
+    def flops_per_s(self, result: Result) -> float | None:
+        return self.flops / result.timing.p50 * 1e3 if result.timing else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One run of the command."""
+
+    model: str
+    baseline: str
+    provenance: dict[str, Any]
+    cases: tuple[CaseReport, ...]
+    left_out: tuple[str, ...] = ()
+    pictures: dict[str, Any] | None = None
+
+    def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
+        """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
+        logs: dict[str, list[float]] = {}
+        for report in self.cases:
+            for result in report.results if report.case.mode == mode else ():
+                speedup = report.speedup(result, self.baseline)
+                if speedup:
+                    logs.setdefault(result.contestant, []).append(math.log(speedup))
+        return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in logs.items()}
+
+    def modes(self) -> list[str]:
+        return list(dict.fromkeys(report.case.mode for report in self.cases))
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values; an infinite error is the string "inf"."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "baseline": self.baseline,
+            "provenance": self.provenance,
+            "cases": [self._case_json(report) for report in self.cases],
+            "left_out": list(self.left_out),
+            "geometric_mean_speedup": {
+                mode: {
+                    name: {"speedup": mean, "cases": count}
+                    for name, (mean, count) in self.geometric_means(mode).items()
+                }
+                for mode in self.modes()
+            },
+            "pictures": self.pictures,
+        }
+
+    def _case_json(self, report: CaseReport) -> dict[str, Any]:
+        roof = report.roof
+        return {
+            **dataclasses.asdict(report.case),
+            "rounds": report.rounds,
+            "flops_per_step": report.flops,
+            "roof_flops_per_s": {"gemm": roof.gemm, "conv": roof.conv} if roof else None,
+            "results": [self._result_json(report, result) for result in report.results],
+        }
+
+    def _result_json(self, report: CaseReport, result: Result) -> dict[str, Any]:
+        timing, rate = result.timing, report.flops_per_s(result)
+        errors = dataclasses.asdict(result.errors) if result.errors else None
+        return {
+            "contestant": result.contestant,
+            "status": result.status,
+            "reason": result.reason,
+            "images_per_s": report.images_per_s(result),
+            "speedup": report.speedup(result, self.baseline),
+            "ms": {"p20": timing.p20, "p50": timing.p50, "p80": timing.p80} if timing else None,
+            "samples_ms": [round(sample, 4) for sample in timing.samples_ms] if timing else None,
+            "setup_s": result.setup_s,
+            "peak_bytes": result.peak_bytes,
+            "flops_per_s": rate,
+            "roof_fraction": rate / report.roof.best if rate and report.roof else None,
+            "errors": {k: "inf" if v == float("inf") else v for k, v in errors.items()} if errors else None,
+        }
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path` and move it there: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(report: Report, path: Path) -> None:
+    text = json.dumps(report.to_json(), indent=1, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n") and None)

@@ -1,0 +1,212 @@
+"""A bench run: correctness first, then speed, then the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import images, models, provenance, roof
+from .cases import Case, UsageError
+from .contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
+from .correctness import Errors, breach, errors_of
+from .harness import Call, clock_for, first_line, time_interleaved
+from .memory import MemoryMeter
+from .progress import Reporter
+from .results import CaseReport, Report, Result
+from .runner import Outcome, Runner, reference
+
+CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
+PICTURE_BATCH = 8
+TIMED_SECONDS = 12.0
+TRAINING_SETUP = 3.0  # how much longer than inference's a training case's set-up takes, roughly
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """A validated request."""
+
+    model: str
+    cases: tuple[Case, ...]
+    device: torch.device
+    contestants: tuple[str, ...]
+    images: Path | None = None
+    rounds: int | None = None
+    budget_s: float | None = None
+    seed: int = 0
+    backend: str = "auto"
+    command: str = ""
+
+    def steps(self) -> int:
+        """How many steps `run` reports."""
+        return 3 + sum(len(self.entrants(case)) + 1 for case in self.cases)
+
+    def entrants(self, case: Case) -> list[Contestant]:
+        """The contestants of a case; the baseline is always one."""
+        names = dict.fromkeys([*self.contestants, BASELINE])
+        return [
+            contestant for name, contestant in CONTESTANTS.items() if name in names and case.mode in contestant.modes
+        ]
+
+
+def run(options: Options, reporter: Reporter) -> Report:
+    """Measure everything that was asked for.
+
+    Raises:
+        UsageError: an unreadable picture, or a forced backend that cannot run.
+    """
+    start = time.monotonic()
+    facts = provenance.collect(options.device, options.command)  # first: it notes the load others put on the machine
+    pictures = images.load_folder(options.images) if options.images else images.load_samples()
+    benchmark_before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        reporter.start(f"creating {options.model}")
+        model = models.create(options.model, options.seed)
+        reporter.start(f"measuring the arithmetic roof of {options.device}")
+        roofs = {dtype: _roof(dtype, options.device) for dtype in {case.dtype for case in options.cases}}
+        race = _Race(options, model, roofs, reporter, start)
+        reports = tuple(report for report in map(race.run_case, options.cases) if report)
+        reporter.start("real pictures through plain and fused models")
+        agreement = _compare_pictures(options, model, pictures) if pictures is not None else None
+    finally:
+        torch.backends.cudnn.benchmark = benchmark_before
+    return Report(options.model, BASELINE, facts, reports, tuple(race.left_out), agreement)
+
+
+def _roof(dtype: str, device: torch.device) -> roof.Roof | None:
+    try:
+        return roof.measure(dtype, device)
+    except RuntimeError:  # a dtype without kernels on this device
+        return None
+
+
+class _Race:
+    """What the cases of one run share: the model, the inputs, float64's answers, the time left."""
+
+    def __init__(
+        self, options: Options, model: nn.Module, roofs: dict[str, roof.Roof | None], reporter: Reporter, start: float
+    ):
+        self.options, self.model, self.roofs, self.reporter = options, model, roofs, reporter
+        self.deadline = start + options.budget_s if options.budget_s else None
+        self.left_out: list[str] = []
+        self.setup_s = 0.0  # the longest set-up of a case so far, as of inference
+        self.pending = list(options.cases)
+        self.references: dict[tuple[str, int, int], Outcome] = {}
+
+    def run_case(self, case: Case) -> CaseReport | None:
+        budget = self._seconds_for(case)
+        if budget is None:
+            self.left_out.append(f"{case.label}: no time left in --budget {self.options.budget_s:g}")
+            return None
+        began = time.monotonic()
+        generator = torch.Generator().manual_seed(self.options.seed)
+        pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
+        labels = torch.randint(1000, (case.batch,), generator=generator)
+        built = [self._build(contestant, case, pixels, labels) for contestant in self.options.entrants(case)]
+        plain = [result.errors for _, result in built if result.errors and CONTESTANTS[result.contestant].plain]
+        results = {result.contestant: _judged(result, plain, case.dtype) for _, result in built}
+        calls: dict[str, Call] = {}
+        for runner, result in built:
+            if runner and results[result.contestant].status == "ok":
+                calls[result.contestant] = runner.step
+        setup = time.monotonic() - began
+        self.setup_s = max(self.setup_s, setup / (TRAINING_SETUP if case.mode == "train" else 1.0))
+
+        self.reporter.start(f"{case.label}: timing {', '.join(calls) or 'nobody'}")
+        measured = time_interleaved(
+            calls,
+            clock_for(torch.device(case.device)),
+            rounds=self.options.rounds,
+            budget_s=budget,
+            on_round=lambda done: self.reporter.detail(f"round {done}"),
+        )
+        for name, timing in measured.timings.items():
+            results[name] = dataclasses.replace(results[name], timing=timing)
+        for name, reason in measured.failures.items():
+            results[name] = dataclasses.replace(results[name], status="failed", reason=reason)
+        flops = roof.flops(self.model, case)
+        return CaseReport(case, flops, measured.rounds, tuple(results.values()), self.roofs[case.dtype])
+
+    def _seconds_for(self, case: Case) -> float | None:
+        """Seconds of timed rounds for this case; None when not even its set-up fits into what is left."""
+        self.pending.remove(case)
+        if self.deadline is None or not self.setup_s:
+            return TIMED_SECONDS
+
+        def needed(other: Case) -> float:
+            return self.setup_s * (TRAINING_SETUP if other.mode == "train" else 1.0)
+
+        left = self.deadline - time.monotonic() - needed(case)
+        spare = left - sum(map(needed, self.pending))
+        return None if left < 0 else min(TIMED_SECONDS, max(0.0, spare / (len(self.pending) + 1)))
+
+    def _reference(self, case: Case, pixels: torch.Tensor, labels: torch.Tensor) -> Outcome:
+        count = min(case.batch, CHECKED_IMAGES)
+        key = (case.mode, count, case.image_size)
+        if key not in self.references:
+            self.references[key] = reference(self.model, case, pixels[:count], labels[:count])
+        return self.references[key]
+
+    def _build(
+        self, contestant: Contestant, case: Case, pixels: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[Runner | None, Result]:
+        """Build a contestant, run it once against float64, and measure the memory of one step."""
+        self.reporter.start(f"{case.label}: {contestant.name} against float64")
+        judge = self._reference(case, pixels, labels)
+        labels = labels % judge.logits.shape[1]
+        meter = MemoryMeter(torch.device(case.device))
+        start = time.perf_counter()
+        try:
+            runner = Runner(contestant, self.model, case, pixels, labels)
+            outcome = runner.evaluate(min(case.batch, CHECKED_IMAGES))
+            setup_s = time.perf_counter() - start
+            errors = errors_of(outcome, judge)
+            runner.step()
+            peak = meter.peak(runner.step)
+        except Unavailable as reason:
+            return None, Result(contestant.name, "unavailable", str(reason))
+        except Exception as error:  # whatever a contestant raises is its result
+            if self.options.backend != "auto" and contestant.name in ("fused", "frozen"):
+                raise UsageError(f"--backend {self.options.backend}: {first_line(error)}") from None
+            return None, Result(contestant.name, "failed", first_line(error))
+        return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak)
+
+
+def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:
+    """`result`, failed if it breaks the contract: a wrong answer has no speed."""
+    if result.errors is None or CONTESTANTS[result.contestant].plain:
+        return result
+    reason = breach(result.errors, plain, dtype)
+    return dataclasses.replace(result, status="failed", reason=reason) if reason else result
+
+
+def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor) -> dict[str, Any]:
+    """Top-1 agreement and logit differences of the resnet_fused contestants with the baseline, per dtype."""
+    source = str(options.images) if options.images else "scikit-learn's two sample photographs"
+    answer: dict[str, Any] = {"source": source, "count": len(pictures), "comparisons": []}
+    batch = min(len(pictures), PICTURE_BATCH)
+    for dtype in dict.fromkeys(case.dtype for case in options.cases):
+        case = Case(options.model, "infer", batch, dtype, str(options.device), images.CROP)
+        labels = torch.zeros(batch, dtype=torch.int64)
+
+        def logits(name: str, case: Case = case, labels: torch.Tensor = labels) -> torch.Tensor:
+            runner = Runner(CONTESTANTS[name], model, case, pictures[:batch], labels)
+            return images.logits_of(runner.infer, pictures, batch)
+
+        plain = logits(BASELINE)
+        for name in ("fused", "frozen"):
+            if name not in options.contestants:
+                continue
+            try:
+                outcome: dict[str, Any] = dict(images.compare(logits(name), plain))
+            except Unavailable:
+                continue  # the table says so
+            except Exception as error:  # shown, not fatal: the timings stand on their own
+                outcome = {"problem": first_line(error)}
+            answer["comparisons"].append({"contestant": name, "dtype": dtype, **outcome})
+    return answer

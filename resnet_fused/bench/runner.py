@@ -1,0 +1,110 @@
+"""One contestant on one case: built, run once for its numbers, and run as the step that is timed.
+
+Inference is one forward in `inference_mode` with model and input in the case's dtype. Training is one full step - forward,
+cross-entropy, backward, SGD with momentum - with fp32 parameters, under autocast when the case's dtype is not fp32, and
+with a gradient scaler for fp16.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .cases import Case
+from .contestants import Contestant, Forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The numbers of one evaluation; in inference only the logits."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+    gradients: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    statistics: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Runner:
+    """A contestant that was built for a case.
+
+    Args:
+        contestant: what to build.
+        model: the fp32 model on the CPU; it is copied, never changed.
+        case: mode, dtype, device.
+        images: [N, 3, H, W] fp32 on the CPU.
+        labels: [N] int64 on the CPU; training only.
+    """
+
+    def __init__(
+        self, contestant: Contestant, model: nn.Module, case: Case, images: torch.Tensor, labels: torch.Tensor
+    ):
+        self.case = case
+        device, training = torch.device(case.device), case.mode == "train"
+        parameter_dtype = torch.float32 if training else case.torch_dtype
+        module = copy.deepcopy(model).train(training).to(device, parameter_dtype)
+        self.module = module.to(memory_format=contestant.memory_format)  # type: ignore[call-overload]
+        self._images = images.to(device, parameter_dtype).contiguous(memory_format=contestant.memory_format)
+        self._labels = labels.to(device)
+        self._memory_format = contestant.memory_format
+        self.forward: Forward = contestant.prepare(self.module, self._images, case)
+        if training:
+            self._optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
+            self._scaler = torch.amp.GradScaler(device.type, enabled=case.dtype == "fp16")
+
+    def infer(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of images on the CPU, in the case's dtype on the device."""
+        images = images.to(self._images.device, self._images.dtype).contiguous(memory_format=self._memory_format)
+        with torch.inference_mode():
+            return self.forward(images).clone()
+
+    def evaluate(self, limit: int | None = None) -> Outcome:
+        """Run once on the first `limit` images and return the numbers; parameters stay as they are."""
+        if self.case.mode == "infer":
+            return Outcome(self.infer(self._images)[:limit])
+        scale = 1024.0 if self.case.dtype == "fp16" else 1.0
+        logits, loss = self._loss(limit)
+        (loss * scale).backward()
+        named = dict(self.module.named_parameters())
+        gradients = {name: p.grad.double() / scale for name, p in named.items() if p.grad is not None}
+        buffers = self.module.named_buffers()
+        statistics = {name: b.clone() for name, b in buffers if name.endswith(("running_mean", "running_var"))}
+        self.module.zero_grad(set_to_none=True)
+        return Outcome(logits.detach().clone(), loss.detach().clone(), gradients, statistics)
+
+    def step(self) -> object:
+        """What is timed."""
+        if self.case.mode == "infer":
+            with torch.inference_mode():
+                return self.forward(self._images)
+        _, loss = self._loss(None)
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _loss(self, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        kind, dtype = self._images.device.type, self.case.torch_dtype
+        with torch.autocast(kind, dtype, enabled=self.case.dtype != "fp32"):
+            logits = self.forward(self._images[:limit])
+            return logits, F.cross_entropy(logits.float(), self._labels[:limit])
+
+
+def reference(model: nn.Module, case: Case, images: torch.Tensor, labels: torch.Tensor) -> Outcome:
+    """The float64 model's numbers for the same weights and input: the judge of every contestant."""
+    device, training = torch.device(case.device), case.mode == "train"
+    module = copy.deepcopy(model).train(training).to(device, torch.float64)
+    images, labels = images.to(device, torch.float64), labels.to(device)
+    if not training:
+        with torch.inference_mode():
+            return Outcome(module(images))
+    logits = module(images)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    statistics = {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return Outcome(logits.detach(), loss.detach(), gradients, statistics)

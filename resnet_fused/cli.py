@@ -1,0 +1,159 @@
+"""The command `resnet-fused`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+PROGRAM = "resnet-fused"
+DEFAULT_MODEL = "resnet50"
+DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
+DEFAULT_BUDGET_S = 240.0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    root = _Parser(prog=PROGRAM, description="Fused conv + batch norm + ReLU + residual add for ResNets.")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="what is built, and which backends can run here")
+    info.set_defaults(function=_info)
+    bench = commands.add_parser(
+        "bench",
+        help="measure a ResNet in plain PyTorch, torch.compile and resnet_fused, side by side",
+        description="Measure a ResNet in plain PyTorch, torch.compile and resnet_fused: same weights, same input, interleaved "
+        "rounds, checked against float64 before anything is timed. Without --mode, --batch and --dtype: inference at batch 1 and 8 "
+        "in fp32 and at batch 8 in bf16, then training at batch 4 if the time allows.",
+    )
+    add = bench.add_argument
+    add("--model", default=DEFAULT_MODEL, help="a torchvision ResNet, or timm:<name> (default: %(default)s)")
+    add("--mode", help="infer, train or both, as a comma list (default: infer)")
+    add("--batch", help="batch sizes, like 1,8 (default: 1,8)")
+    add("--dtype", help="fp32, bf16, fp16, as a comma list (default: fp32)")
+    add("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
+    add("--contestants", help="comma list of eager, eager-channels-last, compile, fused, frozen (default: all; the baseline "
+        "eager-channels-last always runs)")  # fmt: skip
+    add("--backend", default="auto", help="backend that fused and frozen are forced to use (default: auto)")
+    add("--images", type=Path, metavar="DIR", help="folder of pictures to compare plain and fused models on")
+    add("--image-size", default="224", help="side of the square input that is timed (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results and their provenance here")
+    add("--chart", type=Path, metavar="FILE", help="draw the results to this PNG")
+    add("--rounds", help="timed rounds per case (default: as many as fit)")
+    add("--budget", type=float, metavar="SECONDS", help="aim to finish within this time; cases that do not fit are left out "
+        f"(default: {DEFAULT_BUDGET_S:g} for the default cases, else none)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
+    bench.set_defaults(function=_bench)
+    return root
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import resnet_fused
+
+    print(resnet_fused.info())
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+
+        from resnet_fused.bench import chart, results, run, table
+        from resnet_fused.bench.progress import Reporter
+    except ImportError as error:
+        return _complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+    from resnet_fused.bench.cases import UsageError
+    from resnet_fused.plan import use_backend
+
+    out = Console(width=None if sys.stdout.isatty() else 150)
+    try:
+        options = _options(arguments)
+        with Reporter(Console(stderr=True), options.steps()) as reporter, use_backend(options.backend):
+            report = run.run(options, reporter)
+    except UsageError as error:
+        return _complain(str(error))
+    table.render(report, out)
+    if arguments.json:
+        results.write_json(report, arguments.json)
+        out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
+    if arguments.chart:
+        chart.save(report, arguments.chart)
+        out.print(f"wrote {arguments.chart}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """Check every choice before anything is built; raises UsageError."""
+    from resnet_fused.bench import cases, contestants, models, run
+    from resnet_fused.plan import BACKENDS
+
+    device = cases.resolve_device(arguments.device)
+    models.check(arguments.model)
+    cases.choose(arguments.backend, BACKENDS, "backend")
+    entrants = tuple(contestants.CONTESTANTS)
+    if arguments.contestants:
+        entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
+    (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
+    rounds = cases.positive_integers(arguments.rounds, "--rounds")[0] if arguments.rounds else None
+    chosen = DEFAULT_CASES
+    default_cases = not (arguments.mode or arguments.batch or arguments.dtype)
+    if not default_cases:
+        modes = cases.choose_many(arguments.mode or "infer", cases.MODES, "mode")
+        batches = cases.positive_integers(arguments.batch or "1,8", "--batch")
+        dtypes = cases.choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
+        chosen = tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
+    budget = arguments.budget if arguments.budget is not None else DEFAULT_BUDGET_S if default_cases else None
+    if budget is not None and not budget > 0:
+        raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
+    for option, path in (("--json", arguments.json), ("--chart", arguments.chart)):
+        _check_writable(option, path)
+    return run.Options(
+        model=arguments.model,
+        cases=tuple(cases.Case(arguments.model, *case, str(device), size) for case in chosen),
+        device=device,
+        contestants=entrants,
+        images=arguments.images,
+        rounds=rounds,
+        budget_s=budget,
+        seed=arguments.seed,
+        backend=arguments.backend,
+        command=shlex.join([PROGRAM, *arguments.argv]),
+    )
+
+
+def _check_writable(option: str, path: Path | None) -> None:
+    from resnet_fused.bench.cases import UsageError
+
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path}: this is a folder; name a file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UsageError(f"{option} {path}: cannot write into {parent}")
+
+
+def _complain(message: str) -> int:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status (2: bad usage, said in one line on stderr)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(argv)
+    arguments.argv = argv
+    return int(arguments.function(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
