@@ -1,0 +1,51 @@
+"""The Triton kernels, one file per family: tensors in, tensors out; no autograd, no policy.
+
+Every op of `docs/design.md` is a function of its name here, with its arguments and order; `refuse(op, *args)` says beforehand why it cannot run.
+Importing this package imports triton, so import it only where a kernel is about to run.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from resnet_fused.kernels.add_act import add_act, add_act_backward
+from resnet_fused.kernels.bn_act_max_pool import bn_act_max_pool
+from resnet_fused.kernels.bn_act_max_pool_backward import bn_act_max_pool_backward_apply, bn_act_max_pool_backward_reduce
+from resnet_fused.kernels.bn_apply import bn_apply
+from resnet_fused.kernels.bn_backward_apply import bn_backward_apply
+from resnet_fused.kernels.bn_backward_reduce import bn_backward_reduce
+from resnet_fused.kernels.bn_finalize import bn_finalize
+from resnet_fused.kernels.bn_stats import bn_stats
+from resnet_fused.kernels.conv_fprop import conv_fprop
+from resnet_fused.kernels.pack_weight import pack_weight
+from resnet_fused.kernels.reduce_rows import reduce_rows
+
+OPS = {
+    launcher.__name__: launcher
+    for launcher in (
+        conv_fprop,
+        bn_stats,
+        bn_finalize,
+        bn_apply,
+        bn_backward_reduce,
+        bn_backward_apply,
+        add_act,
+        add_act_backward,
+        bn_act_max_pool,
+        bn_act_max_pool_backward_reduce,
+        bn_act_max_pool_backward_apply,
+        reduce_rows,
+        pack_weight,
+    )
+}
+
+
+def refuse(op: str, *args: Any) -> str | None:
+    """Why the launcher of `op` cannot run on these arguments (the op's own, in its order), or None if it can."""
+    if op not in OPS:
+        raise ValueError(f"no Triton kernel {op!r}; choose one of {', '.join(OPS)}")
+    return sys.modules[OPS[op].__module__].refuse(*args)
+
+
+__all__ = [*OPS, "OPS", "refuse"]

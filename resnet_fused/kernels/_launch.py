@@ -1,0 +1,80 @@
+"""What every launcher shares: refusals, the width of an index, and the launch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_COMPUTE_CAPABILITY = 80
+
+
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """80 for sm_80 and so on; the interpreter, which has none, takes the configurations of the smallest."""
+    if device.type != "cuda":
+        return MIN_COMPUTE_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_device(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on `device`, or None."""
+    if device.type == "cuda":
+        if compute_capability(device) < MIN_COMPUTE_CAPABILITY:
+            return f"the GPU has compute capability {compute_capability(device) / 10}, the kernels need 8.0 or newer"
+        return None
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return (
+        f"Triton kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before triton is first imported; got {device.type} tensors"
+    )
+
+
+def is_nhwc(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
+    """Why `x` and the activations that must agree with it in shape, dtype, device and memory order cannot be processed, or None."""
+    reason = refuse_device(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(x.dtype)}"
+    if x.dim() != 4:
+        return f"activations are 4-D [N, C, H, W], got {x.dim()}-D"
+    if not (x.is_contiguous() or is_nhwc(x)):
+        return f"activations must be dense in NCHW or NHWC order, got strides {tuple(x.stride())} for shape {tuple(x.shape)}"
+    for name, other in others.items():
+        if other is None:
+            continue
+        for what in ("shape", "dtype", "device"):
+            if getattr(other, what) != getattr(x, what):
+                return f"{name} has {what} {getattr(other, what)}, the others have {getattr(x, what)}"
+        if not ((x.is_contiguous() and other.is_contiguous()) or (is_nhwc(x) and is_nhwc(other))):
+            return f"{name} has strides {tuple(other.stride())}, the others {tuple(x.stride())}: one memory order for all"
+    return None
+
+
+def index_type(*numels: int) -> tl.dtype:
+    """The type of element offsets: 64-bit only where a tensor (and the tile that overhangs its end) needs it."""
+    return tl.int64 if max(numels) > 2**31 - 2**20 else tl.int32
+
+
+def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+    """Run `kernel` on `grid` programs, on the device of its first argument. The grid is 1-D: the one dimension CUDA does not limit to 65,535."""
+    if grid > 0:
+        with torch.cuda.device_of(args[0]):
+            kernel[(grid,)](*args, **options)

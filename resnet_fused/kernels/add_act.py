@@ -1,0 +1,57 @@
+"""The residual add with its ReLU, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._tile import TILE, relu, round_to
+
+
+@triton.jit
+def _add_act_kernel(x, other, y, numel, ACTIVATE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """y = round(act(x + other)); a program owns BLOCK consecutive elements of the memory, whatever its order."""
+    offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    valid = offset < numel
+    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) + tl.load(other + offset, mask=valid, other=0.0).to(tl.float32)
+    if ACTIVATE:
+        value = relu(value)
+    tl.store(y + offset, round_to(value, y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _add_act_backward_kernel(dy, y, dz, numel, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """dz = not (y <= 0) ? dy : 0; a program owns BLOCK consecutive elements of the memory."""
+    offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    valid = offset < numel
+    dropped = tl.load(y + offset, mask=valid, other=0.0).to(tl.float32) <= 0.0
+    gradient = tl.load(dy + offset, mask=valid, other=0.0)
+    tl.store(dz + offset, tl.where(dropped, tl.zeros_like(gradient), gradient), mask=valid)
+
+
+def refuse(x: Tensor, other: Tensor, *rest: object) -> str | None:
+    """Why `add_act(x, other, relu)` or `add_act_backward(x, other)` cannot run on these arguments, or None."""
+    return refuse_activations(x, other=other)
+
+
+def _block(numel: int) -> int:
+    return min(TILE, triton.next_power_of_2(max(numel, 1)))
+
+
+def add_act(x: Tensor, other: Tensor, relu: bool) -> Tensor:
+    """y = act(x + other), rounded once. x and other: [N, C, H, W] of one dtype and one dense memory order; y is like x."""
+    y, numel = torch.empty_like(x), x.numel()
+    block = _block(numel)
+    launch(_add_act_kernel, triton.cdiv(numel, block), x, other, y, numel, ACTIVATE=relu, INDEX=index_type(numel), BLOCK=block)
+    return y
+
+
+def add_act_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """dz = dy where not (y <= 0), else 0 (a NaN in dy is dropped there): the gradient of both summands. dy and y as in `add_act`."""
+    dz, numel = torch.empty_like(y), y.numel()
+    block = _block(numel)
+    launch(_add_act_backward_kernel, triton.cdiv(numel, block), dy, y, dz, numel, INDEX=index_type(numel), BLOCK=block)
+    return dz

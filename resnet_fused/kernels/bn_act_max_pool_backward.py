@@ -1,0 +1,244 @@
+"""The backward of the stem's batch norm + ReLU + max pool: the gradient is gathered, never stored between the two passes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
+from resnet_fused.kernels._tile import input_gradient, partials_like, passes_relu, pixel_offset, reduction_of, reduction_tile, round_to
+from resnet_fused.kernels.reduce_rows import reduce_pair
+
+
+@triton.jit
+def _unpooled(
+    dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC: tl.constexpr, INDEX: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+):
+    """Per pixel of x, the sum of dy over the (at most four) windows that it won."""
+    image = pixel // (H * W)
+    place = pixel - image * (H * W)
+    h = place // W
+    w = place - h * W
+    gradient = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    for window in tl.static_range(4):
+        p = h // 2 + window // 2
+        q = w // 2 + window % 2
+        r = h - 2 * p + 1  # the pixel's place in window (p, q); -1 where an even row or column has no second window
+        s = w - 2 * q + 1
+        covered = valid & ((r >= 0) & (s >= 0) & (p < P) & (q < Q))[:, None]
+        if NHWC:
+            offset = (((image * P + p) * Q + q) * C)[:, None] + channel[None, :]
+        else:
+            offset = (image * C * (P * Q) + p * Q + q)[:, None] + (channel.to(INDEX) * (P * Q))[None, :]
+        won = tl.load(index + offset, mask=covered, other=255).to(tl.int32) == (3 * r + s).to(tl.int32)[:, None]
+        gradient += tl.where(won & covered, tl.load(dy + offset, mask=covered, other=0.0).to(tl.float32), 0.0)
+    return gradient
+
+
+@triton.jit
+def _bn_act_max_pool_backward_reduce_kernel(
+    dy,  # [N, C, P, Q], in the order of x; so is index
+    index,
+    x,  # [N, C, H, W], NHWC or NCHW
+    scale,  # [C]; so are shift, mean, invstd
+    shift,
+    mean,
+    invstd,
+    sum_dy,  # [rows, C]
+    sum_dy_xhat,  # [rows, C]
+    H,
+    W,
+    P,
+    Q,
+    C,
+    pixels,  # N * H * W
+    span,
+    NHWC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """sum(dz) and sum(dz * xhat); a program owns one range of x's pixels and one tile of channels."""
+    row, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
+    exists = channel < C
+    channel_scale = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
+    channel_shift = tl.load(shift + channel, mask=exists, other=0.0)[None, :]
+    channel_mean = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
+    total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    total_x = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_PIXELS):
+        pixel = first + start + tl.arange(0, BLOCK_PIXELS)
+        valid = (pixel < end)[:, None] & exists[None, :]
+        offset = pixel_offset(pixel, C, H * W, NHWC)[:, None] + channel_offset[None, :]
+        value = tl.load(x + offset, mask=valid, other=0.0)
+        dz = _unpooled(dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC, INDEX, BLOCK_PIXELS, BLOCK_CHANNELS)
+        dz = tl.where(passes_relu(value, channel_scale, channel_shift), dz, 0.0)
+        total += dz
+        total_x = tl.fma(dz, tl.where(valid, value.to(tl.float32) - channel_mean, 0.0), total_x)
+    out = row * C + channel
+    tl.store(sum_dy + out, tl.sum(total, axis=0), mask=exists)
+    tl.store(sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
+
+
+@triton.jit
+def _bn_act_max_pool_backward_apply_kernel(
+    dy,  # [N, C, P, Q], in the order of x; so is index
+    index,
+    x,  # [N, C, H, W], NHWC or NCHW
+    scale,  # [C]; so are shift, mean, invstd
+    shift,
+    mean,
+    invstd,
+    sum_dy,  # [C], or None: the statistics were constants
+    sum_dy_xhat,
+    count,
+    dx,  # like x
+    H,
+    W,
+    P,
+    Q,
+    C,
+    pixels,  # N * H * W
+    NHWC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count); a program owns a tile of x."""
+    row, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, BLOCK_PIXELS, NHWC, INDEX, BLOCK_CHANNELS)
+    exists = channel < C
+    pixel = first + tl.arange(0, BLOCK_PIXELS)
+    valid = (pixel < end)[:, None] & exists[None, :]
+    offset = pixel_offset(pixel, C, H * W, NHWC)[:, None] + channel_offset[None, :]
+    value = tl.load(x + offset, mask=valid, other=0.0)
+    channel_scale = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
+    channel_shift = tl.load(shift + channel, mask=exists, other=0.0)[None, :]
+    dz = _unpooled(dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC, INDEX, BLOCK_PIXELS, BLOCK_CHANNELS)
+    dz = tl.where(passes_relu(value, channel_scale, channel_shift), dz, 0.0)
+    if sum_dy is not None:
+        channel_mean = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
+        channel_invstd = tl.load(invstd + channel, mask=exists, other=0.0)[None, :]
+        mean_dy = (tl.load(sum_dy + channel, mask=exists, other=0.0) / count)[None, :]
+        mean_dy_xhat = (tl.load(sum_dy_xhat + channel, mask=exists, other=0.0) / count)[None, :]
+        gradient = input_gradient(dz, value, channel_scale, channel_mean, channel_invstd, mean_dy, mean_dy_xhat)
+    else:
+        gradient = channel_scale * dz
+    tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)
+
+
+def refuse(dy: Tensor, index: Tensor, x: Tensor, *rest: object) -> str | None:
+    """Why `bn_act_max_pool_backward_reduce` or `_apply` cannot run on these arguments, or None."""
+    reason = refuse_activations(x) or refuse_activations(dy)
+    if reason is not None:
+        return reason
+    n, c, h, w = x.shape
+    pooled = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
+    for name, tensor in (("dy", dy), ("index", index)):
+        if tuple(tensor.shape) != pooled:
+            return f"{name} must have the shape {pooled} of the pooled {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        if not (is_nhwc(tensor) if is_nhwc(x) else tensor.is_contiguous()):
+            return f"{name} has strides {tuple(tensor.stride())}, x {tuple(x.stride())}: one memory order for all"
+    return None
+
+
+def bn_act_max_pool_backward_reduce(
+    dy: Tensor, index: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor, rows: int
+) -> tuple[Tensor, Tensor]:
+    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = the pooled gradient at the winners that the ReLU passed, else 0.
+
+    Args:
+        dy: [N, C, P, Q], the gradient of the pooled output, in the memory order of x.
+        index: uint8 [N, C, P, Q], from `bn_act_max_pool`.
+        x: [N, C, H, W], the batch norm's input.
+        scale: [C] fp32; so are shift, mean and invstd.
+        shift: see scale.
+        mean: see scale.
+        invstd: see scale.
+        rows: partial sums per channel, added in a fixed order.
+
+    Returns:
+        sum_dy, sum_dy_xhat: [C], fp32.
+    """
+    view = reduction_of(x, rows)
+    partials = partials_like(x, rows)
+    launch(
+        _bn_act_max_pool_backward_reduce_kernel,
+        view.grid,
+        dy,
+        index,
+        x,
+        scale,
+        shift,
+        mean,
+        invstd,
+        *partials,
+        *x.shape[2:],
+        *dy.shape[2:],
+        view.channels,
+        view.pixels,
+        view.span,
+        NHWC=view.nhwc,
+        INDEX=index_type(x.numel(), partials[0].numel()),
+        BLOCK_PIXELS=view.block_pixels,
+        BLOCK_CHANNELS=view.block_channels,
+    )
+    return reduce_pair(*partials)
+
+
+def bn_act_max_pool_backward_apply(
+    dy: Tensor,
+    index: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dy: Tensor | None,
+    sum_dy_xhat: Tensor | None,
+    count: float,
+) -> Tensor:
+    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz as in `bn_act_max_pool_backward_reduce`.
+
+    Args:
+        dy: as there; so are index, x, scale, shift, mean and invstd.
+        index: see dy.
+        x: see dy.
+        scale: see dy.
+        shift: see dy.
+        mean: see dy.
+        invstd: see dy.
+        sum_dy: [C] fp32, or None (with sum_dy_xhat) where the statistics were constants: dx = scale * dz.
+        sum_dy_xhat: see sum_dy.
+        count: pixels behind the sums.
+
+    Returns:
+        dx: like x.
+    """
+    view = reduction_of(x, 1)
+    dx = torch.empty_like(x)
+    launch(
+        _bn_act_max_pool_backward_apply_kernel,
+        triton.cdiv(view.pixels, view.block_pixels) * triton.cdiv(view.channels, view.block_channels),
+        dy,
+        index,
+        x,
+        scale,
+        shift,
+        mean,
+        invstd,
+        sum_dy,
+        sum_dy_xhat,
+        float(count),
+        dx,
+        *x.shape[2:],
+        *dy.shape[2:],
+        view.channels,
+        view.pixels,
+        NHWC=view.nhwc,
+        INDEX=index_type(x.numel()),
+        BLOCK_PIXELS=view.block_pixels,
+        BLOCK_CHANNELS=view.block_channels,
+    )
+    return dx

@@ -1,0 +1,122 @@
+"""The affine map of a batch norm, with residual, ReLU and the ReLU's bit mask, in one pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._tile import affine, mask_tile, octet_tile, octets_of, relu, round_to
+
+
+@triton.jit
+def _bn_apply_kernel(
+    x,  # NHWC or NCHW; so are residual and y
+    scale,  # [C]
+    shift,  # [C]
+    residual,  # or None
+    residual_scale,  # [C] or None
+    residual_shift,  # [C] or None
+    y,
+    mask,  # one bit an element, or None
+    numel,
+    rows,
+    octets,
+    C,
+    inner,
+    ACTIVATE: tl.constexpr,
+    CHANNEL: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OCTETS: tl.constexpr,
+):
+    """y = round(act(x * scale + shift + (residual_scale * residual + residual_shift))); a program owns one tile of the memory."""
+    offset, valid, channel = octet_tile(numel, rows, octets, C, inner, CHANNEL, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
+    value = affine(tl.load(x + offset, mask=valid, other=0.0), tl.load(scale + channel), tl.load(shift + channel))
+    if residual is not None:
+        other = tl.load(residual + offset, mask=valid, other=0.0)
+        if residual_scale is not None:
+            value += affine(other, tl.load(residual_scale + channel), tl.load(residual_shift + channel))
+        else:
+            value += other.to(tl.float32)
+    if ACTIVATE:
+        value = relu(value)
+    rounded = round_to(value, y.dtype.element_ty)
+    tl.store(y + offset, rounded, mask=valid)
+    if mask is not None:
+        keep = valid & ((rounded.to(tl.float32) <= 0.0) == 0)
+        bits = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, None, :], axis=2)
+        place, exists = mask_tile(rows, octets, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
+        tl.store(mask + place, bits.to(tl.uint8), mask=exists)
+
+
+def refuse(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    relu: bool,
+    with_mask: bool,
+) -> str | None:
+    """Why `bn_apply` cannot run on these arguments, or None."""
+    if (residual_scale is None) != (residual_shift is None):
+        return "residual_scale and residual_shift come together"
+    return refuse_activations(x, residual=residual)
+
+
+def bn_apply(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    residual_scale: Tensor | None,
+    residual_shift: Tensor | None,
+    relu: bool,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """y = act(x * scale + shift + (residual_scale * residual + residual_shift)) in fp32, rounded once; bytes: one read each, one write.
+
+    Args:
+        x: [N, C, H, W], dense in NCHW or NHWC order.
+        scale: [C] fp32, contiguous; so are shift and the residual's pair.
+        shift: see scale.
+        residual: like x, or None.
+        residual_scale: None: the residual is added as it is.
+        residual_shift: None with residual_scale.
+        relu: whether act is ReLU, which keeps NaN; else the identity.
+        with_mask: whether to return the bit mask of `not (y <= 0)`.
+
+    Returns:
+        y: like x.
+        mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i // 8 for element i in memory order; empty without `with_mask`.
+    """
+    view = octets_of(x)
+    y = torch.empty_like(x)
+    mask = torch.empty(triton.cdiv(x.numel(), 8) if with_mask else 0, dtype=torch.uint8, device=x.device)
+    launch(
+        _bn_apply_kernel,
+        view.grid,
+        x,
+        scale,
+        shift,
+        residual,
+        residual_scale,
+        residual_shift,
+        y,
+        mask if with_mask else None,
+        view.numel,
+        view.rows,
+        view.octets,
+        view.channels,
+        view.inner,
+        ACTIVATE=relu,
+        CHANNEL=view.channel,
+        INDEX=index_type(x.numel()),
+        BLOCK_ROWS=view.block_rows,
+        BLOCK_OCTETS=view.block_octets,
+    )
+    return y, mask

@@ -1,0 +1,120 @@
+"""The two sums over pixels that a batch norm's backward needs, behind the ReLU's mask."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._tile import passes_relu, partials_like, pixel_offset, reduction_of, reduction_tile
+from resnet_fused.kernels.reduce_rows import reduce_pair
+
+
+@triton.jit
+def _bn_backward_reduce_kernel(
+    dy,  # NHWC or NCHW; so is x
+    x,
+    mask,  # one bit an element, or None
+    scale,  # [C]; so are shift, mean, invstd
+    shift,
+    mean,
+    invstd,
+    sum_dy,  # [rows, C]
+    sum_dy_xhat,  # [rows, C]
+    C,
+    inner,
+    pixels,
+    span,
+    ACTIVATE: tl.constexpr,
+    NHWC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """sum(dz) and sum(dz * xhat), dz = mask ? dy : 0; a program owns one range of pixels and one tile of channels; dy and x are read once."""
+    row, first, end, channel, channel_offset = reduction_tile(C, inner, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
+    exists = channel < C
+    channel_mean = tl.load(mean + channel, mask=exists, other=0.0)
+    if ACTIVATE and mask is None:
+        channel_scale = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
+        channel_shift = tl.load(shift + channel, mask=exists, other=0.0)[None, :]
+    total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    total_x = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_PIXELS):
+        pixel = first + start + tl.arange(0, BLOCK_PIXELS)
+        offset = pixel_offset(pixel, C, inner, NHWC)[:, None] + channel_offset[None, :]
+        valid = (pixel < end)[:, None] & exists[None, :]
+        value = tl.load(x + offset, mask=valid, other=0.0)
+        dz = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+        if ACTIVATE:
+            if mask is not None:
+                bits = tl.load(mask + offset // 8, mask=valid, other=0).to(tl.int32)
+                keep = ((bits >> (offset % 8).to(tl.int32)) & 1) != 0
+            else:
+                keep = passes_relu(value, channel_scale, channel_shift)
+            dz = tl.where(keep, dz, 0.0)
+        centred = tl.where(valid, value.to(tl.float32) - channel_mean[None, :], 0.0)
+        total += dz
+        total_x = tl.fma(dz, centred, total_x)
+    out = row * C + channel
+    tl.store(sum_dy + out, tl.sum(total, axis=0), mask=exists)
+    tl.store(sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
+
+
+def refuse(dy: Tensor, x: Tensor, *rest: object) -> str | None:
+    """Why `bn_backward_reduce` cannot run on these arguments, or None."""
+    return refuse_activations(x, dy=dy)
+
+
+def bn_backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    relu: bool,
+    rows: int,
+) -> tuple[Tensor, Tensor]:
+    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = dy where the ReLU passed it, else 0 (a NaN there is dropped).
+
+    Args:
+        dy: like x.
+        x: [N, C, H, W], the batch norm's input, dense in NCHW or NHWC order.
+        mask: bits from `bn_apply`; None recomputes them from x.
+        scale: [C] fp32; so are shift, mean and invstd.
+        shift: see scale.
+        mean: see scale.
+        invstd: see scale.
+        relu: without it dz = dy.
+        rows: partial sums per channel, added in a fixed order.
+
+    Returns:
+        sum_dy, sum_dy_xhat: [C], fp32.
+    """
+    view = reduction_of(x, rows)
+    partials = partials_like(x, rows)
+    launch(
+        _bn_backward_reduce_kernel,
+        view.grid,
+        dy,
+        x,
+        mask if relu else None,
+        scale,
+        shift,
+        mean,
+        invstd,
+        *partials,
+        view.channels,
+        view.inner,
+        view.pixels,
+        view.span,
+        ACTIVATE=relu,
+        NHWC=view.nhwc,
+        INDEX=index_type(x.numel(), partials[0].numel()),
+        BLOCK_PIXELS=view.block_pixels,
+        BLOCK_CHANNELS=view.block_channels,
+    )
+    return reduce_pair(*partials)

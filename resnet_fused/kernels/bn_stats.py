@@ -1,0 +1,106 @@
+"""Per-channel statistics of an activation, as partial rows."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._tile import partials_like, pixel_offset, reduction_of, reduction_tile
+
+
+@triton.jit
+def _bn_stats_kernel(
+    x,  # NHWC or NCHW
+    mean,  # [rows, C]
+    m2,  # [rows, C]
+    count,  # [rows]
+    C,
+    inner,
+    pixels,
+    span,
+    NHWC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """A program owns one range of pixels and one tile of channels; one read of x.
+
+    Every lane of the tile sums the deviations from its own first value and their squares, which is exact where |mean| >> std, and the lanes
+    merge as in Chan, Golub, LeVeque 1979. An outlier as first value costs precision in that one lane only.
+    """
+    row, first, end, channel, channel_offset = reduction_tile(C, inner, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
+    exists = channel < C
+    lane = tl.arange(0, BLOCK_PIXELS)
+    n = tl.cdiv(tl.maximum((end - first).to(tl.int32) - lane, 0), BLOCK_PIXELS).to(tl.float32)[:, None]
+
+    offset = pixel_offset(first + lane, C, inner, NHWC)
+    valid = (first + lane < end)[:, None] & exists[None, :]
+    pivot = tl.load(x + (offset[:, None] + channel_offset[None, :]), mask=valid, other=0.0).to(tl.float32)
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)  # an inf or a NaN enters through the sums
+    total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    squares = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_PIXELS):
+        pixel = first + start + lane
+        offset = pixel_offset(pixel, C, inner, NHWC)
+        valid = (pixel < end)[:, None] & exists[None, :]
+        value = tl.load(x + (offset[:, None] + channel_offset[None, :]), mask=valid, other=0.0).to(tl.float32)
+        deviation = tl.where(valid, value - pivot, 0.0)
+        total += deviation
+        squares = tl.fma(deviation, deviation, squares)
+
+    # Lane means relative to one reference per channel, so that the merge cancels nothing either.
+    reference = tl.sum(tl.where(lane[:, None] == 0, pivot, 0.0), axis=0)
+    at_least_one = tl.maximum(n, 1.0)
+    lane_delta = total / at_least_one
+    lane_m2 = tl.fma(-total, lane_delta, squares)
+    lane_m2 = tl.where(lane_m2 < 0.0, 0.0, lane_m2)
+    delta = tl.where(n > 0.0, (pivot - reference[None, :]) + lane_delta, 0.0)
+    pixels_in_range = tl.sum(n, axis=0)
+    merged = tl.sum(n * delta, axis=0) / tl.maximum(pixels_in_range, 1.0)
+    spread = delta - merged[None, :]
+    merged_m2 = tl.sum(tl.where(n > 0.0, tl.fma(n * spread, spread, lane_m2), 0.0), axis=0)
+
+    out = row * C + channel
+    tl.store(mean + out, reference + merged, mask=exists)
+    tl.store(m2 + out, merged_m2, mask=exists)
+    tl.store(count + row + tl.zeros((BLOCK_CHANNELS,), tl.int32), (end - first).to(tl.float32), mask=channel == 0)
+
+
+def refuse(x: Tensor, rows: int) -> str | None:
+    """Why `bn_stats` cannot run on these arguments, or None."""
+    return refuse_activations(x)
+
+
+def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sum of squared deviations from it and number of pixels, of `rows` equal consecutive ranges of ceil(M / rows) pixels.
+
+    Args:
+        x: [N, C, H, W], dense in NCHW or NHWC order.
+        rows: how many ranges; the last may be short or empty (0, 0, 0).
+
+    Returns:
+        mean [rows, C], m2 [rows, C], count [rows], fp32.
+    """
+    view = reduction_of(x, rows)
+    mean, m2 = partials_like(x, rows)
+    count = torch.empty(rows, dtype=torch.float32, device=x.device)
+    launch(
+        _bn_stats_kernel,
+        view.grid,
+        x,
+        mean,
+        m2,
+        count,
+        view.channels,
+        view.inner,
+        view.pixels,
+        view.span,
+        NHWC=view.nhwc,
+        INDEX=index_type(x.numel(), mean.numel()),
+        BLOCK_PIXELS=view.block_pixels,
+        BLOCK_CHANNELS=view.block_channels,
+    )
+    return mean, m2, count

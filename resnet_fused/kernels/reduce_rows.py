@@ -1,0 +1,96 @@
+"""The second stage of a deterministic reduction: partial rows to their sum."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import DTYPES, index_type, launch, name_of, refuse_device
+from resnet_fused.kernels._tile import round_to
+
+
+def row_blocks(rows: int, columns: int) -> tuple[int, int]:
+    """(rows, columns) of a tile of 4,096 elements: as many rows as there are, up to 256, since a program's latency is its number of steps."""
+    block_rows = min(256, triton.next_power_of_2(max(rows, 1)))
+    return block_rows, min(4096 // block_rows, 1024, triton.next_power_of_2(max(columns, 1)))
+
+
+@triton.jit
+def _reduce_rows_kernel(
+    first,  # [rows, columns]
+    first_sum,  # [columns]
+    second,  # the same again, or None
+    second_sum,
+    rows,
+    columns,
+    INDEX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """A program owns a tile of columns; row r is added to lane r % BLOCK_ROWS, in the order of r, and the lanes by a tree: one fixed order."""
+    column = tl.program_id(0).to(INDEX) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    exists = column < columns
+    lane = tl.arange(0, BLOCK_ROWS).to(INDEX)
+    first_acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    second_acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for start in range(0, rows, BLOCK_ROWS):
+        row = start + lane
+        valid = (row < rows)[:, None] & exists[None, :]
+        offset = row[:, None] * columns + column[None, :]
+        first_acc += tl.load(first + offset, mask=valid, other=0.0).to(tl.float32)
+        if second is not None:
+            second_acc += tl.load(second + offset, mask=valid, other=0.0).to(tl.float32)
+    tl.store(first_sum + column, round_to(tl.sum(first_acc, axis=0), first_sum.dtype.element_ty), mask=exists)
+    if second is not None:
+        tl.store(second_sum + column, round_to(tl.sum(second_acc, axis=0), second_sum.dtype.element_ty), mask=exists)
+
+
+def _reduce(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    rows, columns = first.shape[0], first[0].numel() if first.shape[0] else first.new_empty(first.shape[1:]).numel()
+    first_sum = first.new_empty(first.shape[1:])
+    second_sum = None if second is None else torch.empty_like(first_sum)
+    block_rows, block_columns = row_blocks(rows, columns)
+    launch(
+        _reduce_rows_kernel,
+        triton.cdiv(columns, block_columns),
+        first,
+        first_sum,
+        second,
+        second_sum,
+        rows,
+        columns,
+        INDEX=index_type(first.numel()),
+        BLOCK_ROWS=block_rows,
+        BLOCK_COLUMNS=block_columns,
+    )
+    return first_sum, second_sum
+
+
+def refuse(partials: Tensor) -> str | None:
+    """Why `reduce_rows` cannot run on these arguments, or None."""
+    if partials.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(partials.dtype)}"
+    if partials.dim() == 0:
+        return "partials need a dimension to sum over, got a scalar"
+    return refuse_device(partials.device)
+
+
+def reduce_rows(partials: Tensor) -> Tensor:
+    """The sum over dimension 0, in fp32 and in one fixed order: bit-identical run to run.
+
+    Args:
+        partials: [rows, ...], fp32, fp16 or bf16.
+
+    Returns:
+        [...], in the dtype of partials.
+    """
+    return _reduce(partials.contiguous(), None)[0]
+
+
+def reduce_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """`reduce_rows` of two contiguous tensors of one shape, in one launch."""
+    first_sum, second_sum = _reduce(first, second)
+    assert second_sum is not None
+    return first_sum, second_sum
