@@ -19,11 +19,17 @@ def assert_within_contract(actual: Tensor, plain: Tensor, truth: Tensor, what: s
 
     The floor is 4 units in the last place of the dtype at the largest finite magnitude of `truth`. NaN and inf must stand where plain PyTorch has them.
     """
-    assert actual.shape == plain.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(plain.shape)}"
+    assert actual.shape == plain.shape == truth.shape, (
+        f"{what}: shape {list(actual.shape)}, expected {list(plain.shape)}"
+    )
     assert actual.dtype == plain.dtype, f"{what}: {actual.dtype}, expected {plain.dtype}"
     a, p, t = (v.detach().double() for v in (actual, plain, truth))
-    assert torch.equal(a.isnan(), p.isnan()), f"{what}: {int(a.isnan().sum())} NaN, plain PyTorch has {int(p.isnan().sum())}"
-    assert torch.equal(a.isinf(), p.isinf()), f"{what}: {int(a.isinf().sum())} inf, plain PyTorch has {int(p.isinf().sum())}"
+    assert torch.equal(a.isnan(), p.isnan()), (
+        f"{what}: {int(a.isnan().sum())} NaN, plain PyTorch has {int(p.isnan().sum())}"
+    )
+    assert torch.equal(a.isinf(), p.isinf()), (
+        f"{what}: {int(a.isinf().sum())} inf, plain PyTorch has {int(p.isinf().sum())}"
+    )
     finite = p.isfinite() & t.isfinite()
     if not finite.any():
         return

@@ -127,7 +127,10 @@ def test_conv_bn_act(backend, memory_format, dtype, mode, kernel, stride, groups
     if backend == "triton" and groups > 1:
         with use_backend(backend):
             reason = ops.conv_refusal(
-                backend, *(t.float().contiguous(memory_format=NHWC) for t in (x, weight)), None, ((1, 1), (1, 1), (1, 1), groups)
+                backend,
+                *(t.float().contiguous(memory_format=NHWC) for t in (x, weight)),
+                None,
+                ((1, 1), (1, 1), (1, 1), groups),
             )
         if reason is not None:
             with use_backend(backend), pytest.raises(RuntimeError, match="conv.*cannot run here: .*group"):
@@ -135,7 +138,10 @@ def test_conv_bn_act(backend, memory_format, dtype, mode, kernel, stride, groups
             return
     if mode == "eval":
         with torch.no_grad(), use_backend(backend):
-            cast = {n: (t.to(dtype).to(memory_format=memory_format) if t.dim() == 4 else t.float()) for n, t in tensors.items()}
+            cast = {
+                n: (t.to(dtype).to(memory_format=memory_format) if t.dim() == 4 else t.float())
+                for n, t in tensors.items()
+            }
             truth = {n: t.double() for n, t in cast.items()}
             actual, expected = functional.conv_bn_act(**cast, **geometry), plain(**cast)
             assert actual.stride() == expected.stride()
@@ -277,7 +283,9 @@ def test_function_transforms_take_the_plain_path():
         return F.relu(F.batch_norm(F.conv2d(x, weight, padding=1), mean, var))
 
     torch.testing.assert_close(torch.func.jvp(ours, (x,), (tangent,)), torch.func.jvp(plain, (x,), (tangent,)))
-    torch.testing.assert_close(torch.func.grad(lambda x: ours(x).sum())(x), torch.func.grad(lambda x: plain(x).sum())(x))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: ours(x).sum())(x), torch.func.grad(lambda x: plain(x).sum())(x)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -308,8 +316,14 @@ def test_backends_that_cannot_run_say_why():
 def test_pytorch_raises_its_own_errors(backend):
     x, mean, var = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
     cases = [
-        (lambda f: f.conv_bn_act(x, torch.randn(4, 5, 3, 3), torch.zeros(4), torch.ones(4)), "expected input.*to have 5 channels"),
-        (lambda f: f.conv_bn_act(x, torch.randn(3, 3, 9, 9), mean, var), "Kernel size can't be greater than actual input size"),
+        (
+            lambda f: f.conv_bn_act(x, torch.randn(4, 5, 3, 3), torch.zeros(4), torch.ones(4)),
+            "expected input.*to have 5 channels",
+        ),
+        (
+            lambda f: f.conv_bn_act(x, torch.randn(3, 3, 9, 9), mean, var),
+            "Kernel size can't be greater than actual input size",
+        ),
         (lambda f: f.batch_norm_act(x, torch.zeros(4), torch.ones(4)), "running_mean should contain 3 elements"),
         (lambda f: f.batch_norm_act(x[:1, :, :1, :1], mean, var, training=True), "more than 1 value per channel"),
     ]
