@@ -6,6 +6,7 @@ each chain conv-bn(-relu) or bn-relu becomes one unit. Everything else is left a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -44,10 +45,8 @@ def fuse(model: M) -> M:
     _check_module("fuse", model)
     for _, module, recognition in _survey(model):
         if recognition is not None and recognition.plan is not None:
-            try:
+            with contextlib.suppress(TypeError):  # a class that cannot be subclassed or exchanged; `report` says so
                 swap.swap_in(module, recognition)
-            except TypeError:  # a class that cannot be subclassed; `report` says so
-                continue
         elif swap.is_fused(module):
             swap.swap_out(module)
     return model
@@ -61,6 +60,7 @@ def unfuse(model: M) -> M:
 
     Raises:
         TypeError: if `model` is not an `nn.Module`.
+        RuntimeError: if something else (FSDP, a parametrization) changed the class of a fused module afterwards.
     """
     _check_module("unfuse", model)
     for module in model.modules():
@@ -78,18 +78,21 @@ def report(model: nn.Module) -> FusionReport:
     _check_module("report", model)
     result = FusionReport()
     for name, module, recognition in _survey(model):
+        if swap.is_fused(module):
+            swap.bind(module, recognition)  # so that what is said here is what the next forward does
         if recognition is None:
             continue
-        if recognition.reason is not None:
+        if recognition.native is not None:
+            result.fused.append((name, f"resnet_fused.nn.{recognition.native}"))
+        elif recognition.reason is not None:
             result.skipped.append((name, recognition.reason))
-        if recognition.plan is not None:
-            if swap.is_fused(module):
-                result.fused.append((name, str(recognition.plan)))
-            else:
-                result.skipped.append((name, _why_not_fused(module, recognition)))
+        elif recognition.plan is not None and swap.is_fused(module):
+            result.fused.append((name, str(recognition.plan)))
+        elif recognition.plan is not None:
+            result.skipped.append((name, _why_not_fused(module, recognition)))
         result.skipped.extend((f"{name}.{path}" if name else path, reason) for path, reason in recognition.skipped)
     if not result.fused and not result.skipped:
-        result.skipped.append(("", "it has no nn.BatchNorm2d"))
+        result.skipped.append(("", "none of its modules runs an nn.BatchNorm2d itself"))
     return result
 
 
@@ -108,16 +111,16 @@ def _survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recognition | No
         if id(module) in inside:
             continue
         recognition = recognise(module)
-        if recognition is not None and isinstance(recognition.plan, BlockPlan):
+        if recognition is not None and (isinstance(recognition.plan, BlockPlan) or recognition.native):
             inside.update(id(child) for child in module.modules())
         yield name, module, recognition
 
 
 def _why_not_fused(module: nn.Module, recognition: Recognition) -> str:
-    try:
-        swap.fused_class(original_class(module))
+    try:  # what `fuse` does, on an empty module
+        object.__new__(original_class(module)).__class__ = swap.fused_class(original_class(module))
     except TypeError as error:
-        return f"its class cannot be subclassed: {error}"
+        return f"its class cannot be exchanged: {error}"
     return f"not fused; fuse(model) would run {recognition.plan}"
 
 

@@ -19,9 +19,10 @@ class Mismatch(Exception):
 def joins(flow: Flow, direct: bool) -> bool:
     """Whether branches meet after a convolution or batch norm (with `direct`: one that the forward itself calls)."""
     for op in flow.ops:
-        if len({id(x) for x in op.inputs}) > 1 and op.label != "the output":
-            if any(a.kind in ("conv", "bn") and (a.direct or not direct) for a in ancestors(op.inputs)):
-                return True
+        if len({id(x) for x in op.inputs}) < 2 or op.label == "the output":
+            continue
+        if any(a.kind in ("conv", "bn") and (a.direct or not direct) for a in ancestors(op.inputs)):
+            return True
     return False
 
 
@@ -66,12 +67,11 @@ def _sum_of(output: Op) -> tuple[Op, Op]:
         op = op.inputs[0]
     if not trailing:
         raise Mismatch("no relu follows the sum")
-    for extra in trailing:
-        if extra.constant is not None:
-            raise Mismatch(f"the sum is multiplied by {extra.constant}")
-        if extra.kind != "relu" or len(trailing) > 1:
-            culprit = next(t for t in reversed(trailing) if t.kind != "relu" or t is not trailing[-1])
-            raise Mismatch(f"{culprit.label} follows the sum")
+    culprit = next((t for t in reversed(trailing) if t.kind != "relu"), trailing[0] if len(trailing) > 1 else None)
+    if culprit is not None and culprit.constant is not None:
+        raise Mismatch(f"the sum is multiplied by {culprit.constant}")
+    if culprit is not None:
+        raise Mismatch(f"{culprit.label} follows the sum")
     return trailing[0], op
 
 

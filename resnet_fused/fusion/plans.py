@@ -88,14 +88,14 @@ class Forward:
 
     Args:
         training: the mode that it was traced in; None where both modes compute the same.
-        inputs: the type that the inputs must have: `"tensor"`, `"list"`, or `"any"` where the forward never asks.
+        inputs: `"list"` where it holds for a list only, `"any"` where the forward never asks for the type of its inputs.
         arity: the number of inputs.
         source: the code.
         function: the code as a function of (owner, *inputs); the owner has `_run_unit` and the children of the fused module.
     """
 
     training: bool | None
-    inputs: Literal["tensor", "list", "any"]
+    inputs: Literal["any", "list"]
     arity: int
     source: str
     function: Callable[..., Any] = field(compare=False, repr=False)
@@ -105,8 +105,7 @@ class Forward:
             return False
         if self.inputs == "list":
             return type(inputs[0]) is list
-        types = Tensor if self.inputs == "tensor" else (Tensor, list, tuple)
-        return all(isinstance(x, types) for x in inputs)
+        return all(isinstance(x, (Tensor, list, tuple)) for x in inputs)
 
 
 @dataclass(frozen=True)

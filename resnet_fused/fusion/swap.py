@@ -11,16 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
+from torch.fx._symbolic_trace import is_fx_tracing
+from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.nn.units import conv_bn_act
 
 from .plans import Plan
 from .recognise import Recognition, recognise
 from .trace import original_class
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 class Binding:
     """A recognition tied to the modules it was made for. It holds as long as these are the modules that the owner would call.
@@ -51,7 +49,9 @@ class Binding:
         return all(list(module._modules.items()) == children for module, children in self.containers)
 
     def unobserved(self) -> bool:
-        """Whether nobody would notice that modules are not called one by one."""
+        """Whether nobody would notice that these modules are not called. (The units see to their own.)"""
+        if _has_any_global_hook():
+            return False
         for module in self.bypassed:
             if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
                 return False
@@ -149,20 +149,21 @@ def current(module: nn.Module) -> Binding | None:
     binding = module._fusion
     if isinstance(binding, Binding) and binding.holds():
         return binding
-    if torch.compiler.is_compiling():  # the plain forward is always right, and recognition is not for a compiler's eyes
+    if torch.compiler.is_compiling() or is_fx_tracing():  # not for a compiler's eyes; the plain forward is always right
         return None
     return bind(module, recognise(module))
 
 
 def bind(module: nn.Module, recognition: Recognition | None) -> Binding:
+    """Make a recognition what a fused module's forward goes by."""
     binding = Binding(module, recognition)
     module.__dict__["_fusion"] = binding
     return binding
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether the module's class is a fused one, whatever its plan."""
-    return "_original" in type(module).__dict__
+    """Whether the module has the fused forward, whatever its plan."""
+    return isinstance(module, FusedMixin)
 
 
 def swap_in(module: nn.Module, recognition: Recognition) -> None:
@@ -177,6 +178,12 @@ def swap_in(module: nn.Module, recognition: Recognition) -> None:
 
 
 def swap_out(module: nn.Module) -> None:
-    """Give a fused module its original class back."""
+    """Give a fused module its original class back.
+
+    Raises:
+        RuntimeError: if something else changed its class after it was fused.
+    """
+    if "_original" not in type(module).__dict__:
+        raise RuntimeError(f"cannot unfuse a module whose class was changed to {type(module).__name__} after it was fused")
     module.__class__ = original_class(module)
     module.__dict__.pop("_fusion", None)

@@ -2,17 +2,17 @@
 
 Every call of a submodule is a leaf. What torch.fx would silently lose or bake in is refused instead: a context such as `no_grad` or
 autocast around a part of the forward, random numbers, tensors made on the way, attributes that the forward sets or that can change
-without being set, questions about the type of a value. What a forward reads from outside the module (globals, class attributes, plain
-attributes of its children) is taken as constant.
+without being set, questions about the type of a value. Nothing global is patched, so other threads may run modules meanwhile. What a
+forward reads from outside the module (globals, class attributes) is taken as constant.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import enum
 import functools
 import inspect
+import operator
 import random
 import sys
 import types
@@ -22,22 +22,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import inplace_methods
 from torch.utils._python_dispatch import TorchDispatchMode
 
-InputType = Literal["tensor", "list"]
+Inputs = Literal["any", "list"]
 
 
 class Untraceable(Exception):
     """The forward is not the graph that tracing would give; the message says why."""
 
 
+class AsksForInputType(Untraceable):
+    """The forward depends on the type of its inputs."""
+
+
 @dataclass(frozen=True)
 class Traced:
-    """A traced forward; `asked` tells whether it depends on the type of its inputs."""
+    """A traced forward of `arity` inputs."""
 
     graph: fx.Graph
     arity: int
-    asked: bool
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -45,16 +49,17 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_original", type(module))
 
 
-def trace(module: nn.Module, training: bool, inputs: InputType = "tensor") -> Traced:
+def trace(module: nn.Module, training: bool, inputs: Inputs = "any") -> Traced:
     """Trace `module`'s own forward, called with its required arguments, in the given mode.
 
     Args:
-        module: left untouched; what is traced is a stand-in that shares its parameters, buffers and children.
+        module: left untouched; what runs is a stand-in.
         training: the mode of the module itself; its children are leaves.
-        inputs: what the inputs claim to be when asked.
+        inputs: `"list"` to trace what the forward does with lists, where it asks.
 
     Raises:
-        Untraceable: with the reason.
+        AsksForInputType: with `"any"`, where it asks.
+        Untraceable: with another reason.
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward is overridden on the instance")
@@ -66,61 +71,72 @@ def trace(module: nn.Module, training: bool, inputs: InputType = "tensor") -> Tr
     return first
 
 
-def _trace_once(module: nn.Module, training: bool, inputs: InputType, ambient: bool) -> Traced:
-    tracer = _Tracer(original_class(module), list if inputs == "list" else Tensor)
+def _trace_once(module: nn.Module, training: bool, inputs: Inputs, ambient: bool) -> Traced:
+    tracer = _Tracer(inputs)
+    forward = original_class(module).forward
     try:
-        stand_in = _stand_in(module, training)
+        names = _required_inputs(forward)
+        stand_in = _stand_in(module, "", tracer, {}, training)
         with _reproducible(), _surroundings(ambient), _NoTensorWork():
             tracer.ambient = _ambient()
-            graph = tracer.trace(stand_in)
+            proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+            # What is left out takes its default, as in a plain call.
+            result = forward(stand_in, *proxies)
+            tracer.create_node("output", "output", (tracer.create_arg(result),), {})
     except Untraceable:
         raise
     except Exception as error:  # a forward may raise anything when it is handed proxies
         first_line = (str(error).strip() or "no message").splitlines()[0]
         raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {first_line}") from error
-    return Traced(graph, tracer.arity, tracer.asked)
+    if _registered(stand_in) != _registered(module):
+        raise Untraceable("its forward registers parameters, buffers or modules")
+    return Traced(tracer.graph, len(names))
+
+
+def _required_inputs(forward: Callable[..., Any]) -> list[str]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    for p in parameters:
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise Untraceable(f"its forward takes {'**' if p.kind is p.VAR_KEYWORD else '*'}{p.name}")
+    required = [p for p in parameters if p.default is p.empty]
+    if any(p.kind is p.KEYWORD_ONLY for p in required):
+        raise Untraceable("its forward requires keyword arguments")
+    return [p.name for p in required]
 
 
 class _Value(fx.Proxy):
-    """A proxy that outside torch.fx has the type of the value it stands for."""
+    """A proxy that does not pass itself off as something else: asked for its type outside torch.fx, it refuses, or is a list."""
 
     tracer: _Tracer
-    _is_param = False  # nn.Parameter's isinstance asks
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         asker = sys._getframe(1).f_globals.get("__name__", "")
         if asker.startswith(("torch.fx", "torch.utils._pytree", __name__)):
             return _Value
-        return self.tracer.type_of(self.node)
+        if self.node.op != "placeholder":
+            raise Untraceable(f"its forward asks for the type of an intermediate value (`{self.node.name}`)")
+        if self.tracer.inputs == "any":  # never a claim to be a Tensor: C++ would believe it
+            raise AsksForInputType("its forward asks for the type of its input")
+        return list
+
+
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    return lambda self, other: self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+
+for _name in inplace_methods:  # torch.fx itself records `x += y` as `x + y`, which no longer changes x
+    setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
+    """Records nodes; the calls and parameters of modules come to it from their stand-ins."""
 
-    def __init__(self, original: type[nn.Module], input_type: type) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.original = original
-        self.input_type = input_type
-        self.asked = False
-        self.arity = 0
+        self.graph = fx.Graph()
+        self.inputs = inputs
         self.ambient: tuple[Any, ...] = ()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        forward = self.original.forward
-        parameters = list(inspect.signature(forward).parameters.values())[1:]
-        for p in parameters:
-            if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-                raise Untraceable(f"its forward takes {'**' if p.kind is p.VAR_KEYWORD else '*'}{p.name}")
-        required = [p for p in parameters if p.default is p.empty]
-        if any(p.kind is p.KEYWORD_ONLY for p in required):
-            raise Untraceable("its forward requires keyword arguments")
-        self.arity = len(required)
-        # What is left out takes its default, as in a plain call.
-        return forward, [self.root] + [self.create_proxy("placeholder", p.name, (), {}) for p in required]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -133,41 +149,49 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
-        if isinstance(a, (list, dict)) and type(a) not in (list, dict):
-            raise Untraceable(f"its forward builds a {type(a).__name__}")
+        if isinstance(a, Tensor):
+            raise Untraceable("its forward uses a tensor that is neither an input nor an attribute")
+        if isinstance(a, nn.Module) or (isinstance(a, (list, dict)) and type(a) not in (list, dict)):
+            raise Untraceable(f"its forward hands on or builds a {type(a).__name__}")
         return super().create_arg(a)
 
-    def type_of(self, node: fx.Node) -> type:
-        if node.op == "placeholder":
-            self.asked = True
-            return self.input_type
-        if node.op == "get_attr":
-            return Tensor
-        if node.op == "call_module" and type(self.root.get_submodule(str(node.target))) in _TENSOR_MODULES:
-            return Tensor
-        raise Untraceable(f"its forward asks for the type of an intermediate value (`{node.name}`)")
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a stand-in's module is, and who records its calls."""
+
+    path: str
+    tracer: _Tracer
+
+    def attribute(self, name: str) -> str:
+        return f"{self.path}.{name}" if self.path else name
 
 
-_TENSOR_MODULES = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Linear)
+def _stand_in(module: nn.Module, path: str, tracer: _Tracer, known: dict[int, nn.Module], training: bool = False) -> nn.Module:
+    """A module of the same class, attributes and children which records calls and through which nothing can be changed."""
+    if id(module) not in known:
+        stand_in = known[id(module)] = object.__new__(_probe_class(original_class(module)))
+        place = _Place(path, tracer)
+        state = dict(module.__dict__, training=training, _place=place)
+        state["_parameters"], state["_buffers"] = dict(module._parameters), dict(module._buffers)
+        state["_modules"] = {
+            name: None if child is None else _stand_in(child, place.attribute(name), tracer, known)
+            for name, child in module._modules.items()
+        }
+        object.__setattr__(stand_in, "__dict__", state)
+    return known[id(module)]
 
 
-def _stand_in(module: nn.Module, training: bool) -> nn.Module:
-    """A module of the same forward and children that a trace cannot change `module` through."""
-    stand_in = object.__new__(_probe_class(original_class(module)))
-    state = dict(module.__dict__)
-    for name in ("_modules", "_parameters", "_buffers"):
-        state[name] = copy.copy(state[name])
-    state["training"] = training
-    object.__setattr__(stand_in, "__dict__", state)
-    return stand_in
+def _registered(module: nn.Module) -> list[Any]:
+    tensors = [[(name, id(t)) for name, t in module.__dict__[kind].items()] for kind in ("_parameters", "_buffers")]
+    return [*tensors, list(module.__dict__["_modules"])]
 
 
-_INTERNALS = frozenset(nn.Module().__dict__)
+_INTERNALS = frozenset(nn.Module().__dict__) | {"__dict__", "_place"}
 _IMMUTABLE = (
     *(bool, int, float, complex, str, bytes, frozenset, type(None), type, enum.Enum),
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
-    *(Tensor, nn.Module),  # these are named in the graph, not copied into it
 )
 
 
@@ -184,23 +208,44 @@ class _Unregistered:
         pass
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _probe_class(original: type[nn.Module]) -> type[nn.Module]:
-    """`original`, but setting an attribute, or reading one that can change without being set, is refused."""
+    """The class of stand-ins for modules of class `original`."""
 
     class Probe(_Unregistered, original):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            place: _Place = self.__dict__["_place"]
+            if not place.path:
+                raise Untraceable("its forward calls itself")
+            return place.tracer.create_proxy("call_module", place.path, args, kwargs)
+
         def __getattribute__(self, name: str) -> Any:
             value = super().__getattribute__(name)
-            if name not in _INTERNALS and name != "__dict__":
-                if name in object.__getattribute__(self, "__dict__") and not _immutable(value):
-                    raise Untraceable(f"its forward reads the mutable attribute `{name}`")
+            state = object.__getattribute__(self, "__dict__")
+            place: _Place = state["_place"]
+            if name == "training" and place.path:
+                raise Untraceable(f"its forward reads `{place.attribute(name)}`")
+            if name in _INTERNALS or name not in state:
+                return value
+            if isinstance(value, Tensor):
+                return place.tracer.create_proxy("get_attr", place.attribute(name), (), {})
+            # An attribute of the module itself is watched; one of a child, or the inside of a list, can change without being noticed.
+            if place.path or not _immutable(value):
+                raise Untraceable(f"its forward reads the {'' if place.path else 'mutable '}attribute `{place.attribute(name)}`")
+            return value
+
+        def __getattr__(self, name: str) -> Any:
+            value = super().__getattr__(name)
+            if isinstance(value, Tensor):
+                place: _Place = self.__dict__["_place"]
+                return place.tracer.create_proxy("get_attr", place.attribute(name), (), {})
             return value
 
         def __setattr__(self, name: str, value: Any) -> None:
-            raise Untraceable(f"its forward sets the attribute `{name}`")
+            raise Untraceable(f"its forward sets the attribute `{self.__dict__['_place'].attribute(name)}`")
 
         def __delattr__(self, name: str) -> None:
-            raise Untraceable(f"its forward deletes the attribute `{name}`")
+            raise Untraceable(f"its forward deletes the attribute `{self.__dict__['_place'].attribute(name)}`")
 
     Probe.__name__ = Probe.__qualname__ = original.__name__
     return Probe
@@ -239,11 +284,8 @@ def _surroundings(ambient: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reproducible() -> Iterator[None]:
-    """Random generators are put back; a forward that used one is refused."""
-    generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
-        (random.getstate, random.setstate),
-        (_torch_state, _set_torch_state),
-    ]
+    """Random generators are put back; a forward that used one is refused. (PyTorch's are refused as tensor work.)"""
+    generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(random.getstate, random.setstate)]
     if "numpy.random" in sys.modules:
         numpy_random = sys.modules["numpy.random"]
         generators.append((lambda: _comparable(numpy_random.get_state()), numpy_random.set_state))
@@ -258,14 +300,6 @@ def _reproducible() -> Iterator[None]:
                 changed = True
     if changed:
         raise Untraceable("its forward draws random numbers")
-
-
-def _torch_state() -> list[int]:
-    return torch.default_generator.get_state().tolist()
-
-
-def _set_torch_state(state: list[int]) -> None:
-    torch.default_generator.set_state(torch.tensor(state, dtype=torch.uint8))
 
 
 def _comparable(state: Any) -> tuple[Any, ...]:

@@ -1,0 +1,77 @@
+"""Whether a fused model is the plain model: outputs, gradients, running statistics, state_dict."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def assert_same(plain: nn.Module, fused: nn.Module, *inputs: Any, tolerance: float = 1e-9, steps: int = 2) -> None:
+    """Train both for some steps from the same state and evaluate them; in float64 the difference is rounding.
+
+    Args:
+        plain: the model as its author wrote it.
+        fused: a fused copy.
+        inputs: tensors, or lists of tensors.
+        tolerance: of the largest difference, relative to the largest magnitude of the tensor compared (at least 1).
+    """
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    for _ in range(steps):
+        results = []
+        for model in (plain, fused):
+            model.train()
+            model.zero_grad()
+            own = copy.deepcopy(inputs)
+            leaves = [x.requires_grad_() for x in tensors(own)]
+            torch.manual_seed(0)  # dropout, if any
+            outputs = tensors(model(*(_fresh(x) for x in own)))
+            sum(_weigh(y) for y in outputs).backward()
+            results.append([*outputs, *(x.grad for x in leaves)])
+        _close(*results, tolerance, "output or input gradient")
+        gradients = [{name: p.grad for name, p in model.named_parameters()} for model in (plain, fused)]
+        for name, expected in gradients[0].items():
+            _close([expected], [gradients[1][name]], tolerance, f"gradient of {name}")
+        with torch.no_grad():
+            for model in (plain, fused):
+                for p in model.parameters():
+                    if p.grad is not None:
+                        p -= 1e-3 * p.grad / (1 + p.grad.abs().max())
+    for name, expected in plain.state_dict().items():
+        _close([expected], [fused.state_dict()[name]], tolerance, name)
+    with torch.no_grad():
+        _close(*(tensors(model.eval()(*copy.deepcopy(inputs))) for model in (plain, fused)), tolerance, "output in evaluation")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors of nested lists, tuples and dicts, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def _fresh(x: Any) -> Any:
+    """The same values as non-leaves, so that a forward may change them in place."""
+    return [_fresh(v) for v in x] if isinstance(x, list) else x * 1
+
+
+def _weigh(y: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    return (y * weights).sum()
+
+
+def _close(expected: list[Tensor | None], actual: list[Tensor | None], tolerance: float, what: str) -> None:
+    assert len(expected) == len(actual), what
+    for e, a in zip(expected, actual, strict=True):
+        assert (e is None) == (a is None), what
+        if e is None or a is None:
+            continue
+        assert e.shape == a.shape and e.dtype == a.dtype, what
+        if e.numel() == 0:
+            continue
+        scale = max(1.0, float(e.detach().abs().nan_to_num().max()))
+        torch.testing.assert_close(a, e, rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")  # noqa: B023
