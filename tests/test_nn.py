@@ -133,7 +133,7 @@ def test_conv_bn_act():
     module = ConvBNAct2d(3, 4, 3, stride=2).eval()
     x = torch.randn(2, 3, 7, 7)
     torch.testing.assert_close(module(x), module.bn(module.conv(x)).relu())
-    assert list(module.state_dict())[0] == "conv.weight"
+    assert next(iter(module.state_dict())) == "conv.weight"
 
 
 @pytest.mark.parametrize("bad", [torch.randn(3, 4), torch.randn(3, 4, 5), torch.randn(1, 2, 3, 4, 5)])

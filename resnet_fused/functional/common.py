@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -101,9 +102,11 @@ def choose_conv(
     shape = _conv_shape(x, weight, geometry)
     if shape is None or 0 in shape or weight.numel() == 0 or any(v is not None and v.shape != weight.shape[:1] for v in vectors):
         return None
-    # Inductor sees through the plain sequence, and not through an op of ours that calls PyTorch's convolution.
-    if backend == "aten" and torch.compiler.is_compiling():
-        return None
+    if forced is None and backend == "aten":
+        # Inductor sees through the plain sequence, and not through an op of ours that calls PyTorch's convolution.
+        compiling = torch.compiler.is_compiling()
+        if compiling or not plan.folding_pays(x.device.type, math.prod(shape), weight.numel()):
+            return None
     reason = _common_reason(x, vectors) or _operand_reason(x, weight, residual, shape)
     reason = reason or ops.refusal(backend, "conv_fprop", x)
     reason = reason or ops.conv_refusal(backend, *conv_operands(backend, x, weight, residual), geometry)
