@@ -11,7 +11,10 @@ from typing import Any
 
 from resnet_fused.kernels.add_act import add_act, add_act_backward
 from resnet_fused.kernels.bn_act_max_pool import bn_act_max_pool
-from resnet_fused.kernels.bn_act_max_pool_backward import bn_act_max_pool_backward_apply, bn_act_max_pool_backward_reduce
+from resnet_fused.kernels.bn_act_max_pool_backward import (
+    bn_act_max_pool_backward_apply,
+    bn_act_max_pool_backward_reduce,
+)
 from resnet_fused.kernels.bn_apply import bn_apply
 from resnet_fused.kernels.bn_backward_apply import bn_backward_apply
 from resnet_fused.kernels.bn_backward_reduce import bn_backward_reduce
@@ -48,4 +51,20 @@ def refuse(op: str, *args: Any) -> str | None:
     return sys.modules[OPS[op].__module__].refuse(*args)
 
 
-__all__ = [*OPS, "OPS", "refuse"]
+__all__ = [
+    "OPS",
+    "add_act",
+    "add_act_backward",
+    "bn_act_max_pool",
+    "bn_act_max_pool_backward_apply",
+    "bn_act_max_pool_backward_reduce",
+    "bn_apply",
+    "bn_backward_apply",
+    "bn_backward_reduce",
+    "bn_finalize",
+    "bn_stats",
+    "conv_fprop",
+    "pack_weight",
+    "reduce_rows",
+    "refuse",
+]

@@ -37,9 +37,7 @@ def refuse_device(device: torch.device) -> str | None:
         return None
     if device.type == "cpu" and INTERPRETED:
         return None
-    return (
-        f"Triton kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before triton is first imported; got {device.type} tensors"
-    )
+    return f"Triton kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before triton is first imported; got {device.type} tensors"
 
 
 def is_nhwc(x: Tensor) -> bool:
@@ -64,7 +62,9 @@ def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
             if getattr(other, what) != getattr(x, what):
                 return f"{name} has {what} {getattr(other, what)}, the others have {getattr(x, what)}"
         if not ((x.is_contiguous() and other.is_contiguous()) or (is_nhwc(x) and is_nhwc(other))):
-            return f"{name} has strides {tuple(other.stride())}, the others {tuple(x.stride())}: one memory order for all"
+            return (
+                f"{name} has strides {tuple(other.stride())}, the others {tuple(x.stride())}: one memory order for all"
+            )
     return None
 
 

@@ -15,12 +15,17 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
+def is_nan(value):
+    return value != value  # noqa: PLR0124
+
+
+@triton.jit
 def round_to(value, DTYPE: tl.constexpr):
     """fp32 rounded to the nearest value of DTYPE, ties to even. Triton's interpreter truncates to bf16, so there the bits are rounded here."""
     if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        bits = tl.where(value == value, rounded, 0x7FC0)
+        bits = tl.where(is_nan(value), 0x7FC0, rounded)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(DTYPE)
@@ -95,7 +100,15 @@ def octets_of(x: Tensor) -> Octets:
 
 @triton.jit
 def octet_tile(
-    numel, rows, octets, C, inner, CHANNEL: tl.constexpr, INDEX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OCTETS: tl.constexpr
+    numel,
+    rows,
+    octets,
+    C,
+    inner,
+    CHANNEL: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OCTETS: tl.constexpr,
 ):
     """The program's tile of an `Octets` view: element offsets, which exist, their channels (both [rows, octets, 8] or broadcastable to it)."""
     tiles = tl.cdiv(octets, BLOCK_OCTETS)
@@ -147,13 +160,13 @@ class Reduction:
 REDUCTION_TILE = 2048  # elements of a reduction's tile: 16 a thread, so that the partial sums stay in registers
 
 
-def reduction_of(x: Tensor, rows: int) -> Reduction:
-    """How to reduce a dense NCHW or NHWC tensor: tiles lie along the contiguous dimension."""
+def reduction_of(x: Tensor, rows: int, tile: int = REDUCTION_TILE) -> Reduction:
+    """How to reduce a dense NCHW or NHWC tensor: tiles of `tile` elements lie along the contiguous dimension."""
     n, c, h, w = x.shape
     pixels, nhwc = n * h * w, is_nhwc(x)
     span = triton.cdiv(pixels, rows)
     block_channels = min(64, triton.next_power_of_2(max(c, 1))) if nhwc else 1
-    block_pixels = min(REDUCTION_TILE // block_channels, triton.next_power_of_2(max(span, 1)))
+    block_pixels = min(tile // block_channels, triton.next_power_of_2(max(span, 1)))
     return Reduction(c, h * w, pixels, rows, span, nhwc, block_pixels, block_channels)
 
 
@@ -184,4 +197,6 @@ def pixel_offset(pixel, C, inner, NHWC: tl.constexpr):
 
 def partials_like(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     shape = (rows, x.shape[1])
-    return torch.empty(shape, dtype=torch.float32, device=x.device), torch.empty(shape, dtype=torch.float32, device=x.device)
+    return torch.empty(shape, dtype=torch.float32, device=x.device), torch.empty(
+        shape, dtype=torch.float32, device=x.device
+    )

@@ -16,7 +16,9 @@ def _add_act_kernel(x, other, y, numel, ACTIVATE: tl.constexpr, INDEX: tl.conste
     """y = round(act(x + other)); a program owns BLOCK consecutive elements of the memory, whatever its order."""
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     valid = offset < numel
-    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) + tl.load(other + offset, mask=valid, other=0.0).to(tl.float32)
+    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) + tl.load(
+        other + offset, mask=valid, other=0.0
+    ).to(tl.float32)
     if ACTIVATE:
         value = relu(value)
     tl.store(y + offset, round_to(value, y.dtype.element_ty), mask=valid)
@@ -45,7 +47,17 @@ def add_act(x: Tensor, other: Tensor, relu: bool) -> Tensor:
     """y = act(x + other), rounded once. x and other: [N, C, H, W] of one dtype and one dense memory order; y is like x."""
     y, numel = torch.empty_like(x), x.numel()
     block = _block(numel)
-    launch(_add_act_kernel, triton.cdiv(numel, block), x, other, y, numel, ACTIVATE=relu, INDEX=index_type(numel), BLOCK=block)
+    launch(
+        _add_act_kernel,
+        triton.cdiv(numel, block),
+        x,
+        other,
+        y,
+        numel,
+        ACTIVATE=relu,
+        INDEX=index_type(numel),
+        BLOCK=block,
+    )
     return y
 
 

@@ -8,7 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
-from resnet_fused.kernels._tile import affine, reduction_of, relu, round_to
+from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to
+
+# Elements of a tile of the pooling kernels by "is NHWC". Nine or four addresses an element: more of them spill, most of all in NCHW order,
+# where neighbours in a thread share no address.
+POOL_TILE = {True: 1024, False: 512}
 
 
 @triton.jit
@@ -57,7 +61,7 @@ def _bn_act_max_pool_kernel(
             offset = (image * C * (H * W) + h * W + w)[:, None] + (channel.to(INDEX) * (H * W))[None, :]
         value = relu(affine(tl.load(x + offset, mask=inside, other=0.0), channel_scale, channel_shift))
         value = round_to(value, y.dtype.element_ty).to(tl.float32)
-        wins = inside & ((value > best) | (value != value))
+        wins = inside & ((value > best) | is_nan(value))
         best = tl.where(wins, value, best)
         winner = tl.where(wins, tap, winner)
 
@@ -91,7 +95,7 @@ def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
     order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     y = torch.empty((n, c, p, q), dtype=x.dtype, device=x.device, memory_format=order)
     index = torch.empty((n, c, p, q), dtype=torch.uint8, device=x.device, memory_format=order)
-    view = reduction_of(y, 1)
+    view = reduction_of(y, 1, POOL_TILE[is_nhwc(x)])
     launch(
         _bn_act_max_pool_kernel,
         triton.cdiv(view.pixels, view.block_pixels) * triton.cdiv(c, view.block_channels),

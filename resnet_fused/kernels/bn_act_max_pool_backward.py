@@ -8,13 +8,35 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
-from resnet_fused.kernels._tile import input_gradient, partials_like, passes_relu, pixel_offset, reduction_of, reduction_tile, round_to
+from resnet_fused.kernels._tile import (
+    input_gradient,
+    partials_like,
+    passes_relu,
+    pixel_offset,
+    reduction_of,
+    reduction_tile,
+    round_to,
+)
+from resnet_fused.kernels.bn_act_max_pool import POOL_TILE
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
 
 @triton.jit
 def _unpooled(
-    dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC: tl.constexpr, INDEX: tl.constexpr, BLOCK_PIXELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr
+    dy,
+    index,
+    pixel,
+    channel,
+    valid,
+    H,
+    W,
+    P,
+    Q,
+    C,
+    NHWC: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
 ):
     """Per pixel of x, the sum of dy over the (at most four) windows that it won."""
     image = pixel // (H * W)
@@ -79,7 +101,9 @@ def _bn_act_max_pool_backward_reduce_kernel(
         total_x = tl.fma(dz, tl.where(valid, value.to(tl.float32) - channel_mean, 0.0), total_x)
     out = row * C + channel
     tl.store(sum_dy + out, tl.sum(total, axis=0), mask=exists)
-    tl.store(sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
+    tl.store(
+        sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists
+    )
 
 
 @triton.jit
@@ -107,7 +131,7 @@ def _bn_act_max_pool_backward_apply_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count); a program owns a tile of x."""
-    row, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, BLOCK_PIXELS, NHWC, INDEX, BLOCK_CHANNELS)
+    _, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, BLOCK_PIXELS, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
     pixel = first + tl.arange(0, BLOCK_PIXELS)
     valid = (pixel < end)[:, None] & exists[None, :]
@@ -161,7 +185,7 @@ def bn_act_max_pool_backward_reduce(
     Returns:
         sum_dy, sum_dy_xhat: [C], fp32.
     """
-    view = reduction_of(x, rows)
+    view = reduction_of(x, rows, POOL_TILE[is_nhwc(x)])
     partials = partials_like(x, rows)
     launch(
         _bn_act_max_pool_backward_reduce_kernel,
@@ -216,7 +240,7 @@ def bn_act_max_pool_backward_apply(
     Returns:
         dx: like x.
     """
-    view = reduction_of(x, 1)
+    view = reduction_of(x, 1, POOL_TILE[is_nhwc(x)])
     dx = torch.empty_like(x)
     launch(
         _bn_act_max_pool_backward_apply_kernel,

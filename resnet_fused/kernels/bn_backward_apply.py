@@ -55,7 +55,9 @@ def _bn_backward_apply_kernel(
     if sum_dy is not None:
         mean_dy = tl.load(sum_dy + channel) / count
         mean_dy_xhat = tl.load(sum_dy_xhat + channel) / count
-        gradient = input_gradient(dz, value, channel_scale, tl.load(mean + channel), tl.load(invstd + channel), mean_dy, mean_dy_xhat)
+        gradient = input_gradient(
+            dz, value, channel_scale, tl.load(mean + channel), tl.load(invstd + channel), mean_dy, mean_dy_xhat
+        )
     else:
         gradient = channel_scale * dz
     tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)

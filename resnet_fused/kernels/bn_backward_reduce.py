@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import passes_relu, partials_like, pixel_offset, reduction_of, reduction_tile
+from resnet_fused.kernels._tile import partials_like, passes_relu, pixel_offset, reduction_of, reduction_tile
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
 
@@ -59,7 +59,9 @@ def _bn_backward_reduce_kernel(
         total_x = tl.fma(dz, centred, total_x)
     out = row * C + channel
     tl.store(sum_dy + out, tl.sum(total, axis=0), mask=exists)
-    tl.store(sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
+    tl.store(
+        sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists
+    )
 
 
 def refuse(dy: Tensor, x: Tensor, *rest: object) -> str | None:

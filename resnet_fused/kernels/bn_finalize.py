@@ -127,7 +127,9 @@ def bn_finalize(
         running_mean, running_var.
     """
     rows, channels = mean.shape
-    scale, shift, save_mean, save_invstd = (torch.empty(channels, dtype=torch.float32, device=mean.device) for _ in range(4))
+    scale, shift, save_mean, save_invstd = (
+        torch.empty(channels, dtype=torch.float32, device=mean.device) for _ in range(4)
+    )
     block_rows, block_channels = row_blocks(rows, channels)
     vectors = (weight, bias, running_mean, running_var)
     launch(

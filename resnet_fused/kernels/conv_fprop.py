@@ -109,7 +109,9 @@ def heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = Fals
 
 def configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
     """Every configuration that `heuristic` can return."""
-    found = [_config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, arch, tf32) for channels in (3, 16, 32, 64)]
+    found = [
+        _config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, arch, tf32) for channels in (3, 16, 32, 64)
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -202,7 +204,9 @@ def _conv_fprop_kernel(
             tap = rsc // FLAT_INPUTS
             r = tap // S
             s = tap - r * S
-            x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + (rsc - tap * FLAT_INPUTS))[None, :])
+            x_tile = x + (
+                x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + (rsc - tap * FLAT_INPUTS))[None, :]
+            )
             within = rsc < R * S * FLAT_INPUTS
             if PADDED:
                 wanted = tl.where(within, (1 << r) | (1 << (s + 16)), 1 << 15)  # bit 15 is never set
@@ -213,7 +217,7 @@ def _conv_fprop_kernel(
             acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
     else:
         tiles_c = tl.cdiv(group_inputs, BLOCK_K)
-        for i in range(0, R * S * tiles_c):
+        for i in range(R * S * tiles_c):
             tap = i // tiles_c
             c = (i - tap * tiles_c) * BLOCK_K + k
             r = tap // S
@@ -292,7 +296,12 @@ def refuse(
         return f"the filter {r}x{s} (dilation {tuple(dilation)}) is larger than the padded image {tuple(x.shape[2:])} + 2 * {tuple(padding)}"
     if residual is not None:
         out = (shape.n, k, shape.p, shape.q)
-        if tuple(residual.shape) != out or residual.dtype != x.dtype or residual.device != x.device or not is_nhwc(residual):
+        if (
+            tuple(residual.shape) != out
+            or residual.dtype != x.dtype
+            or residual.device != x.device
+            or not is_nhwc(residual)
+        ):
             return f"residual must be {name_of(x.dtype)} {out} in NHWC order on {x.device}, got {name_of(residual.dtype)} {tuple(residual.shape)}"
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and (tuple(vector.shape) != (k,) or vector.stride(0) != 1 or vector.device != x.device):
@@ -300,10 +309,14 @@ def refuse(
     return None
 
 
-def _shape(x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int) -> ConvShape:
+def _shape(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> ConvShape:
     n, c, h, w = x.shape
     k, _, r, s = weight.shape
-    return ConvShape(n, c, h, w, k, r, s, (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups)
+    return ConvShape(
+        n, c, h, w, k, r, s, (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
+    )
 
 
 def conv_fprop(
@@ -344,7 +357,9 @@ def conv_fprop(
     if config is None:
         config = heuristic(shape, x.dtype, compute_capability(x.device), tf32)
     krsc = weight.contiguous(memory_format=torch.channels_last)
-    y = torch.empty((shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = torch.empty(
+        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     pixels = shape.n * shape.p * shape.q
     # The interpreter multiplies the bit patterns of bf16; in fp32 the product is the same.

@@ -75,7 +75,10 @@ def pack_weight(weight: Tensor, flip: bool) -> Tensor:
         s,
         inner,
         FLIP=flip,
-        INDEX=index_type(weight.numel(), sum(abs(step) * (size - 1) for step, size in zip(weight.stride(), weight.shape, strict=True))),
+        INDEX=index_type(
+            weight.numel(),
+            sum(abs(step) * (size - 1) for step, size in zip(weight.stride(), weight.shape, strict=True)),
+        ),
         BLOCK=_BLOCK,
     )
     return packed
