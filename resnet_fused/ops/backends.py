@@ -125,12 +125,10 @@ def conv_refusal(
     """Why `backend` cannot run `conv_fprop` of these operands with this (stride, padding, dilation, groups), beyond what `refusal` says."""
     if backend != "triton":
         return None
-    kernel = importlib.import_module("resnet_fused.kernels.conv_fprop")
+    from resnet_fused.kernels.conv_fprop import refuse
+
     stride, padding, dilation, groups = geometry
-    problem: str | None = kernel.refuse(
-        x, weight, None, None, residual, list(stride), list(padding), list(dilation), groups, False
-    )
-    return problem
+    return refuse(x, weight, None, None, residual, list(stride), list(padding), list(dilation), groups, False)
 
 
 @functools.cache

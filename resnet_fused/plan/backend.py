@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
-_forced: ContextVar[str] = ContextVar("resnet_fused_backend", default="auto")
+# A plain global, as PyTorch's own backend switches are: torch.compile guards on it, which it cannot on a ContextVar in torch 2.11.
+_forced = "auto"
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op of the `with` block, and the backward of its results, on one backend.
+    """Run every op of the `with` block, and the backward of its results, on one backend, in all threads.
 
     An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the reason; an op for which
     it has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
@@ -25,17 +25,17 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"use_backend: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
-    token = _forced.set(name)
+    global _forced
+    before, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def forced_backend() -> str | None:
     """The backend of the innermost `use_backend`, or None for `"auto"`."""
-    name = _forced.get()
-    return None if name == "auto" else name
+    return None if _forced == "auto" else _forced
 
 
 def default_backend(op: str, device_type: str) -> str:
