@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -82,12 +82,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     except UsageError as error:
         return _complain(str(error))
     table.render(report, out)
-    if arguments.json:
-        results.write_json(report, arguments.json)
-        out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
-    if arguments.chart:
-        chart.save(report, arguments.chart)
-        out.print(f"wrote {arguments.chart}", soft_wrap=True, highlight=False)
+    for path, save in ((arguments.json, results.write_json), (arguments.chart, chart.save)):
+        if path:
+            save(report, path)
+            out.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
 
@@ -104,7 +102,7 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
     (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
     rounds = cases.positive_integers(arguments.rounds, "--rounds")[0] if arguments.rounds else None
-    chosen = DEFAULT_CASES
+    chosen: tuple[tuple[str, int, str], ...] = DEFAULT_CASES
     default_cases = not (arguments.mode or arguments.batch or arguments.dtype)
     if not default_cases:
         modes = cases.choose_many(arguments.mode or "infer", cases.MODES, "mode")
@@ -138,8 +136,10 @@ def _check_writable(option: str, path: Path | None) -> None:
     if path.is_dir():
         raise UsageError(f"{option} {path}: this is a folder; name a file")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"{option} {path}: cannot write into {parent}")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot write into {parent}: {error.strerror}") from None
 
 
 def _complain(message: str) -> int:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+import resnet_fused
+
 from .cases import MODES, Case
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -53,21 +55,12 @@ def _compile(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
     return compiled
 
 
-def _library(name: str) -> Callable[..., nn.Module]:
-    import resnet_fused
-
-    function = getattr(resnet_fused, name, None)
-    if function is None:
-        raise Unavailable(f"resnet_fused.{name} does not exist in this build")
-    return function
-
-
 def _fused(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
-    return _library("fuse")(model)
+    return resnet_fused.fuse(model)
 
 
 def _frozen(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
-    return _library("freeze")(model, example)
+    return resnet_fused.freeze(model, example)
 
 
 CONTESTANTS: dict[str, Contestant] = {

@@ -126,7 +126,7 @@ class Report:
         }
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path` and move it there: readers see the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -142,4 +142,4 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_json(report: Report, path: Path) -> None:
     text = json.dumps(report.to_json(), indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n") and None)
+    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))

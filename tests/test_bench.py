@@ -1,0 +1,414 @@
+"""The bench: statistics of the harness on fake callables, correctness against float64, models, pictures, JSON, chart."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from resnet_fused.bench import cases, chart, images, memory, models, provenance, results, roof, run, table
+from resnet_fused.bench.cases import Case, UsageError
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
+from resnet_fused.bench.correctness import FLOORS, Errors, breach, errors_of, max_error, norm_error
+from resnet_fused.bench.harness import MAX_ROUNDS, MIN_ROUNDS, Timing, cpu_clock, round_order, time_interleaved
+from resnet_fused.bench.runner import Outcome, Runner, reference
+
+CPU = torch.device("cpu")
+
+
+# --- harness ---------------------------------------------------------------------------------------------------------
+
+
+def test_round_order_gives_everyone_every_place_and_both_neighbours():
+    names = list("abcd")
+    orders = [round_order(names, index) for index in range(2 * len(names))]
+    assert orders[0] == names
+    assert all(sorted(order) == names for order in orders)
+    for place in range(len(names)):
+        at_place = [order[place] for order in orders]
+        assert all(at_place.count(name) == 2 for name in names)
+    follows = {(first, then) for order in orders for first, then in zip(order, order[1:], strict=False)}
+    assert {("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")} <= follows
+
+
+def test_percentiles_are_numpys():
+    samples = (5.0, 1.0, 4.0, 2.0, 3.0, 100.0)
+    timing = Timing(samples)
+    assert (timing.p20, timing.p50, timing.p80) == tuple(np.percentile(samples, [20, 50, 80]))
+    assert timing.p50 == 3.5  # an outlier does not move the median
+
+
+def test_interleaving_calls_everyone_once_per_round_after_warming_up():
+    log: list[str] = []
+    calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
+    rounds_seen: list[int] = []
+    fake_time = iter(range(10**6))
+
+    def clock(call):
+        call()
+        return float(next(fake_time))
+
+    measured = time_interleaved(calls, clock, rounds=4, warmup=1, on_round=rounds_seen.append)
+    assert log == [name for index in (0, 0, 1, 2, 3) for name in round_order(list("abc"), index)]
+    assert rounds_seen == [1, 2, 3, 4] and measured.rounds == 4
+    assert measured.timings["a"].samples_ms == (3.0, 8.0, 10.0, 14.0)  # the warm-up's 0 is not kept
+
+
+def test_a_contestant_that_raises_leaves_the_race_and_the_others_finish():
+    count = {"good": 0, "bad": 0}
+
+    def good():
+        count["good"] += 1
+
+    def bad():
+        count["bad"] += 1
+        if count["bad"] == 4:
+            raise MemoryError("no room\nsecond line")
+
+    measured = time_interleaved({"good": good, "bad": bad}, cpu_clock, rounds=5, warmup=2)
+    assert measured.failures == {"bad": "MemoryError: no room"}
+    assert list(measured.timings) == ["good"] and len(measured.timings["good"].samples_ms) == 5
+    assert count == {"good": 7, "bad": 4}
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.0, MIN_ROUNDS), (1e9, MAX_ROUNDS)])
+def test_the_budget_bounds_the_rounds(budget, expected):
+    assert time_interleaved({"a": lambda: None}, cpu_clock, budget_s=budget).rounds == expected
+
+
+def test_nobody_to_time_is_no_endless_loop():
+    assert time_interleaved({}, cpu_clock).timings == {}
+
+
+# --- choices -----------------------------------------------------------------------------------------------------------
+
+
+def test_choose_names_the_value_and_close_choices():
+    with pytest.raises(UsageError, match=r"unknown model 'resnet5'; did you mean .*resnet50") as error:
+        models.check("resnet5")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="unknown dtype 'int8'; choices: fp32, bf16, fp16"):
+        cases.choose_many("fp32,int8", cases.DTYPES, "dtype")
+    assert cases.choose_many("bf16, fp32,bf16", cases.DTYPES, "dtype") == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize("text", ["", ",", "0", "-1", "1,x", "1.5"])
+def test_batches_must_be_positive_integers(text):
+    with pytest.raises(UsageError):
+        cases.positive_integers(text, "--batch")
+
+
+@pytest.mark.parametrize("text", ["tpu", "cuda:x", "cpu:0", "cuda:", "cuda:99"])
+def test_devices_that_are_not_here(text):
+    with pytest.raises(UsageError, match=text):
+        cases.resolve_device(text)
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+def test_create_is_seeded_and_its_batch_norms_look_trained():
+    first, again, other = models.create("resnet18", 0), models.create("resnet18", 0), models.create("resnet18", 1)
+    state = torch.random.get_rng_state()
+    assert torch.equal(state, torch.random.get_rng_state()) and not first.training
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+    for norm in (module for module in first.modules() if isinstance(module, nn.BatchNorm2d)):
+        assert norm.momentum == 0.1 and norm.weight.std() > 0 and norm.bias.std() > 0
+        assert norm.running_mean.abs().max() > 0 and norm.running_var.std() > 0
+
+
+def test_create_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    models.create("resnet18")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_timm_models_by_name():
+    pytest.importorskip("timm")
+    assert models.create("timm:resnet10t")(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+# --- correctness -------------------------------------------------------------------------------------------------------
+
+
+def test_relative_errors():
+    reference_value = torch.tensor([1.0, -4.0, math.nan])
+    assert max_error(torch.tensor([1.0, -3.0, math.nan]), reference_value) == 0.25
+    assert norm_error(torch.tensor([0.0, 3.0]), torch.tensor([3.0, 3.0])) == pytest.approx(1 / math.sqrt(2))
+    assert max_error(torch.tensor([1.0, -4.0, 0.0]), reference_value) == math.inf  # a NaN that was swallowed
+    assert max_error(torch.zeros(2), torch.zeros(3)) == math.inf
+    assert max_error(torch.full((2,), 0.5), torch.zeros(2)) == 0.5
+
+
+def test_the_contract_is_twice_plain_pytorch_plus_a_floor():
+    plain = [Errors(1e-6), Errors(4e-6)]
+    limit = 2 * 4e-6 + FLOORS["fp32"]["logits"]
+    assert breach(Errors(limit * 0.999), plain, "fp32") is None
+    assert "error of logits" in breach(Errors(limit * 1.001), plain, "fp32")
+    assert breach(Errors(math.nan), plain, "fp32") is not None
+    assert breach(Errors(math.inf), plain, "fp32") is not None
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_plain_pytorch_keeps_the_contract_and_a_wrong_gradient_breaks_it(mode):
+    case = Case("resnet18", mode, 4, "fp32", "cpu", 32)
+    model = models.create("resnet18")
+    pixels, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    judge = reference(model, case, pixels, labels)
+    outcomes = {name: Runner(CONTESTANTS[name], model, case, pixels, labels).evaluate() for name in ("eager", BASELINE)}
+    errors = {name: errors_of(outcome, judge) for name, outcome in outcomes.items()}
+    assert 0 < errors["eager"].logits < 1e-5
+    assert breach(errors["eager"], [errors[BASELINE]], "fp32") is None
+    if mode == "infer":
+        assert errors["eager"].gradients is None
+        return
+    good = outcomes["eager"]
+    wrong = {**good.gradients, "bn1.bias": torch.zeros_like(good.gradients["bn1.bias"])}
+    broken = errors_of(Outcome(good.logits, good.loss, wrong, good.statistics), judge)
+    assert broken.worst_gradient == pytest.approx(1.0)
+    assert "worst gradient" in breach(broken, [errors[BASELINE]], "fp32")
+    statistics = {**good.statistics, "bn1.running_var": good.statistics["bn1.running_var"] * 1.01}
+    broken = errors_of(Outcome(good.logits, good.loss, good.gradients, statistics), judge)
+    assert "statistics" in breach(broken, [errors[BASELINE]], "fp32")
+    del wrong["bn1.bias"]
+    assert errors_of(Outcome(good.logits, good.loss, wrong, good.statistics), judge).gradients == math.inf
+
+
+def test_a_training_step_trains_and_an_evaluation_does_not():
+    case = Case("resnet18", "train", 2, "bf16", "cpu", 32)
+    model = models.create("resnet18")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runner = Runner(CONTESTANTS[BASELINE], model, case, torch.randn(2, 3, 32, 32), torch.arange(2))
+    runner.evaluate()
+    assert torch.equal(runner.module.conv1.weight, before["conv1.weight"])
+    runner.step()
+    assert not torch.equal(runner.module.conv1.weight, before["conv1.weight"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- memory, roof, provenance ------------------------------------------------------------------------------------------
+
+
+def test_peak_memory_sees_a_temporary():
+    size = 64 * 2**20
+    meter = memory.MemoryMeter(CPU)
+    peak = meter.peak(lambda: torch.ones(size // 4).sum())
+    small = meter.peak(lambda: torch.ones(1).sum())
+    if peak is None:
+        pytest.skip("this kernel has no high-water mark to reset")
+    assert 0.9 * size < peak < 1.5 * size and small < 0.2 * size
+
+
+def test_flops_are_the_known_ones():
+    model = models.create("resnet50")
+    forward = roof.flops(model, Case("resnet50", "infer", 2, "fp32", "cpu"))
+    assert forward == pytest.approx(2 * 2 * 4.089e9, rel=1e-3)
+    both = roof.flops(model, Case("resnet50", "train", 1, "fp32", "cpu"))
+    assert 2.8 < both / (forward / 2) < 3.0  # dgrad and wgrad, but no dgrad for the images
+
+
+def test_provenance_is_json_and_complete():
+    facts = json.loads(json.dumps(provenance.collect(CPU, "resnet-fused bench"), allow_nan=False))
+    assert facts["torch"] == torch.__version__ and facts["gpu"] is None and facts["onednn"]
+    assert facts["cpu"]["threads"] == torch.get_num_threads() and facts["cpu"]["name"]
+    assert facts["date_utc"].endswith("+00:00") and facts["command"] == "resnet-fused bench"
+    assert facts["commit"] is None or (len(facts["commit"]["sha"]) == 40 and isinstance(facts["commit"]["dirty"], bool))
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_readable_size_and_kind(tmp_path):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for name, size in (("a.png", (31, 500)), ("b.jpg", (640, 17)), ("c.png", (1, 1))):
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(tmp_path / name)
+    Image.new("P", (300, 300)).save(tmp_path / "d.gif")
+    Image.new("RGBA", (20, 30)).save(tmp_path / "e.png")
+    Image.fromarray(np.full((40, 30), 40000, np.uint16)).save(tmp_path / "f.png")
+    (tmp_path / ".hidden").write_text("passed over")
+    (tmp_path / "folder").mkdir()
+    pictures = images.load_folder(tmp_path)
+    assert pictures.shape == (6, 3, 224, 224) and pictures.dtype == torch.float32 and pictures.isfinite().all()
+
+
+def test_unreadable_truncated_missing_and_no_pictures(tmp_path):
+    from PIL import Image
+
+    with pytest.raises(UsageError, match="no picture"):
+        images.load_folder(tmp_path)
+    with pytest.raises(UsageError, match="not a folder"):
+        images.load_folder(tmp_path / "absent")
+    whole = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (99, 99, 3), dtype=np.uint8)).save(whole)
+    whole.write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(UsageError, match=r"cannot read .*a\.png"):
+        images.load_folder(tmp_path)
+    whole.write_text("not a picture")
+    with pytest.raises(UsageError, match=r"cannot read .*a\.png"):
+        images.load_folder(tmp_path)
+
+
+def test_logits_in_full_batches_and_their_comparison():
+    pictures = torch.randn(5, 3, 2, 2)
+    seen = []
+
+    def forward(batch):
+        seen.append(len(batch))
+        return batch.flatten(1)
+
+    logits = images.logits_of(forward, pictures, 2)
+    assert seen == [2, 2, 2] and torch.equal(logits, pictures.flatten(1))
+    other = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
+    compared = images.compare(other, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert compared == {"top1_agreement": 0.5, "max_logit_difference": 4.0, "relative_difference": 1.0}
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------------
+
+
+class _Silent:
+    def start(self, text):
+        pass
+
+    def detail(self, text):
+        pass
+
+
+def _options(**changes):
+    case = Case("resnet18", "infer", 2, "fp32", "cpu", 64)
+    defaults = {"model": "resnet18", "cases": (case,), "device": CPU, "contestants": ("eager",), "rounds": 3}
+    return run.Options(**{**defaults, **changes})
+
+
+@pytest.fixture
+def broken_contestants(monkeypatch):
+    """A contestant with wrong logits and one that raises."""
+
+    def wrong(model, example, case):
+        return lambda x: model(x) * 1.01
+
+    def raising(model, example, case):
+        raise RuntimeError("no kernel\nfor this")
+
+    for name, prepare in (("wrong", wrong), ("raising", raising)):
+        monkeypatch.setitem(CONTESTANTS, name, Contestant(name, "", prepare))
+    return ("wrong", "raising")
+
+
+@pytest.fixture(scope="module")
+def tiny_report():
+    train = Case("resnet18", "train", 2, "fp32", "cpu", 64)
+    cases_ = (Case("resnet18", "infer", 2, "fp32", "cpu", 64), train)
+    return run.run(_options(cases=cases_, contestants=("eager", "fused", "frozen")), _Silent())
+
+
+def test_a_run_checks_and_times_every_contestant(tiny_report):
+    infer, train = tiny_report.cases
+    assert [result.contestant for result in infer.results] == ["eager", BASELINE, "fused", "frozen"]
+    assert [result.contestant for result in train.results] == ["eager", BASELINE, "fused"]
+    for case in (infer, train):
+        assert case.rounds == 3 and case.flops > 0
+        for result in case.results:
+            assert result.status == "ok", result.reason
+            assert len(result.timing.samples_ms) == 3 and case.images_per_s(result) > 0
+            assert result.errors.logits < 1e-5 and (result.errors.gradients is not None) == (case is train)
+    assert tiny_report.geometric_means("infer")[BASELINE] == (1.0, 1)
+    assert {row["contestant"] for row in tiny_report.pictures["comparisons"]} == {"fused", "frozen"}
+    assert all(row["top1_agreement"] == 1.0 for row in tiny_report.pictures["comparisons"])
+
+
+def test_wrong_and_raising_contestants_have_no_speed(broken_contestants):
+    report = run.run(_options(contestants=broken_contestants), _Silent())
+    by_name = {result.contestant: result for result in report.cases[0].results}
+    assert by_name[BASELINE].status == "ok"
+    assert by_name["wrong"].status == "failed" and "error of logits" in by_name["wrong"].reason
+    assert by_name["raising"].status == "failed" and by_name["raising"].reason == "RuntimeError: no kernel"
+    for name in broken_contestants:
+        assert by_name[name].timing is None and report.cases[0].images_per_s(by_name[name]) is None
+        assert name not in report.geometric_means("infer")
+    text = _rendered(report)
+    assert "error of logits" in text and "RuntimeError: no kernel" in text
+
+
+def test_a_case_that_does_not_fit_the_budget_is_left_out_and_named():
+    infer = Case("resnet18", "infer", 1, "fp32", "cpu", 32)
+    report = run.run(_options(cases=(infer, Case("resnet18", "train", 2, "fp32", "cpu", 32)), budget_s=1e-3), _Silent())
+    assert [case.case for case in report.cases] == [infer]
+    assert report.left_out == ("train, batch 2, fp32: no time left in --budget 0.001",)
+
+
+def _rendered(report):
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    table.render(report, console)
+    return console.export_text()
+
+
+def test_the_table_shows_everybody_the_means_and_the_roof(tiny_report):
+    text = _rendered(tiny_report)
+    for word in (
+        "infer, batch 2, fp32",
+        "train, batch 2, fp32",
+        "frozen",
+        f"{BASELINE} *",
+        "1.00x",
+        "geometric mean",
+        "roof",
+    ):
+        assert word in text
+    assert "top-1 agreement 100.0%" in text
+
+
+def test_the_json_carries_the_numbers_and_where_they_come_from(tiny_report, tmp_path):
+    path = tmp_path / "new" / "bench.json"
+    results.write_json(tiny_report, path)
+    data = json.loads(path.read_text())
+    assert data["schema"] == 1 and data["model"] == "resnet18" and data["provenance"]["torch"] == torch.__version__
+    frozen = data["cases"][0]["results"][3]
+    assert frozen["contestant"] == "frozen" and frozen["status"] == "ok"
+    baseline = data["cases"][0]["results"][1]
+    assert frozen["speedup"] == pytest.approx(baseline["ms"]["p50"] / frozen["ms"]["p50"])
+    assert frozen["images_per_s"] == pytest.approx(2e3 / frozen["ms"]["p50"])
+    assert np.median(frozen["samples_ms"]) == pytest.approx(frozen["ms"]["p50"], abs=1e-3)
+    assert 0 < frozen["roof_fraction"] < 1.5 and frozen["flops_per_s"] > 0
+    assert data["geometric_mean_speedup"]["infer"]["frozen"]["cases"] == 1
+    assert [entry.name for entry in path.parent.iterdir()] == ["bench.json"]
+
+
+def test_nothing_half_written(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        results.write_atomically(path, write)
+    assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_chart_is_a_picture_with_bars(tiny_report, tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "bench.png"
+    chart.save(dataclasses.replace(tiny_report, cases=tiny_report.cases[:1]), path)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert pixels.shape[0] > 250 and pixels.shape[1] > 800
+    lengths = {}
+    for name in ("eager", BASELINE, "fused", "frozen"):
+        colour = [int(chart.COLOURS[name][i : i + 2], 16) for i in (1, 3, 5)]
+        lengths[name] = int((np.abs(pixels.astype(int) - colour).max(axis=2) <= 2).sum(axis=1).max())
+    rates = {result.contestant: tiny_report.cases[0].images_per_s(result) for result in tiny_report.cases[0].results}
+    assert all(length > 20 for length in lengths.values())
+    assert lengths["frozen"] / lengths[BASELINE] == pytest.approx(rates["frozen"] / rates[BASELINE], rel=0.15)

@@ -1,0 +1,130 @@
+"""The command line: a whole tiny bench, and bad input that ends in one line and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet_fused import cli
+
+TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu", "--rounds", "2"]
+
+
+def run(*arguments, cwd, **environment):
+    root = Path(cli.__file__).resolve().parents[1]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "resnet_fused.cli", *arguments]
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+
+
+def test_a_tiny_bench_end_to_end(tmp_path):
+    files = ["--json", "out/b.json", "--chart", "out/b.png"]
+    done = run(*TINY, "--contestants", "eager,compile,fused,frozen", *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "wrote out/b.json" in done.stdout and "wrote out/b.png" in done.stdout
+    assert "infer, batch 1, fp32" in done.stdout and "geometric mean" in done.stdout
+    assert "against float64" in done.stderr  # it says what it is doing
+    data = json.loads((tmp_path / "out" / "b.json").read_text())
+    assert data["provenance"]["command"].startswith("resnet-fused bench --model resnet18")
+    (case,) = data["cases"]
+    names = ("eager", "eager-channels-last", "compile", "fused", "frozen")
+    assert {result["contestant"]: result["status"] for result in case["results"]} == dict.fromkeys(names, "ok")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.png"]
+
+
+BAD = {
+    "model": (["--model", "resnet51"], "resnet50"),
+    "timm model": (["--model", "timm:resnet51"], "resnet50"),
+    "device": (["--device", "tpu"], "cpu"),
+    "missing gpu": (["--device", "cuda:7"], "cpu"),
+    "dtype": (["--dtype", "fp8"], "fp32, bf16, fp16"),
+    "mode": (["--mode", "predict"], "infer, train"),
+    "contestant": (["--contestants", "quick"], "frozen"),
+    "backend": (["--backend", "cudnn"], "aten"),
+    "batch": (["--batch", "none"], "1,8"),
+    "rounds": (["--rounds", "0"], "> 0"),
+    "budget": (["--budget", "-1"], "> 0"),
+    "no number": (["--budget", "soon"], "float"),
+    "folder": (["--images", "absent"], "absent"),
+    "json is a folder": (["--json", "."], "folder"),
+    "json nowhere": (["--json", "/proc/nowhere/x.json"], "/proc"),
+    "option": (["--speed", "max"], "--speed"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "hint"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, tmp_path, capsys, monkeypatch):
+    if arguments == ["--model", "timm:resnet51"]:
+        pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    files = [] if "--json" in arguments else ["--json", "out/b.json", "--chart", "out/b.png"]
+    try:
+        code = cli.main([*TINY, *files, *arguments])
+    except SystemExit as stop:  # argparse's own errors
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    lines = [line for line in captured.err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("resnet-fused") and "error: " in lines[0], captured.err
+    assert hint in lines[0] and arguments[1].removeprefix("timm:") in lines[0]
+    assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_bad_pictures_stop_the_run_before_anything_is_built(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for content in (None, b"no picture"):
+        if content:
+            (tmp_path / "pictures" / "a.jpg").write_bytes(content)
+        assert cli.main([*TINY, "--images", "pictures", "--json", "b.json"]) == 2
+        captured = capsys.readouterr()
+        assert len(captured.err.splitlines()) == 1 and "pictures" in captured.err and captured.out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_no_traceback_from_the_real_command(tmp_path):
+    done = run(*TINY, "--model", "alexnet", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "alexnet" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_a_forced_backend_that_cannot_run(tmp_path):
+    options = ["--contestants", "fused", "--backend", "triton", "--json", "b.json"]
+    done = run(*TINY, *options, cwd=tmp_path, TRITON_INTERPRET="0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("resnet-fused: error: --backend triton: ") and "TRITON_INTERPRET" in last
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_ones_own(tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for index, size in enumerate(((64, 300), (500, 280), (33, 33))):
+        Image.effect_noise(size, 60 + 60 * index).save(tmp_path / "pictures" / f"{index}.png")
+    assert cli.main([*TINY, "--contestants", "fused,frozen", "--images", "pictures", "--json", "b.json"]) == 0
+    assert "pictures: 3 from pictures" in capsys.readouterr().out
+    pictures = json.loads((tmp_path / "b.json").read_text())["pictures"]
+    assert pictures["count"] == 3 and [row["contestant"] for row in pictures["comparisons"]] == ["fused", "frozen"]
+    assert all(row["top1_agreement"] == 1.0 and row["relative_difference"] < 1e-4 for row in pictures["comparisons"])
+
+
+def test_info_names_every_backend(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "triton", "compiled kernels", "reference on cpu", "aten on cpu", "cuda on cpu"):
+        assert word in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"]])
+def test_no_or_unknown_command(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1 and "error: " in err
