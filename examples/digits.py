@@ -1,9 +1,9 @@
-"""Train a small ResNet on scikit-learn's handwritten digits twice from one seed: as it is, and after `resnet_fused.fuse`.
+"""Train a small ResNet on scikit-learn's handwritten digits twice from one seed: plain, and after `resnet_fused.fuse`.
 
     python examples/digits.py [--epochs 12] [--seed 0] [--backend auto] [--chart out/digits.png]
 
-Both runs start from the same weights and see the same batches, so their loss curves should lie on each other until rounding
-makes them part, and both should read the held-out digits equally well. Under half a minute each on two CPU cores.
+Both runs start from the same weights and see the same batches, so their loss curves should lie on each other until
+rounding makes them part, and both should read the held-out digits equally well. Seconds on two CPU cores.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure a ResNet in plain PyTorch, torch.compile and resnet_fused, side by side",
-        description="Measure a ResNet in plain PyTorch, torch.compile and resnet_fused: same weights, same input, interleaved "
-        "rounds, checked against float64 before anything is timed. Without --mode, --batch and --dtype: inference at batch 1 and 8 "
-        "in fp32 and at batch 8 in bf16, then training at batch 4 if the time allows.",
+        description="Measure a ResNet in plain PyTorch, torch.compile and resnet_fused: same weights, same input, "
+        "interleaved rounds, checked against float64 before anything is timed. Without --mode, --batch and --dtype: "
+        "inference at batch 1 and 8 in fp32 and at batch 8 in bf16, then training at batch 4 if the time allows.",
     )
     add = bench.add_argument
     add("--model", default=DEFAULT_MODEL, help="a torchvision ResNet, or timm:<name> (default: %(default)s)")
@@ -41,16 +41,16 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", help="batch sizes, like 1,8 (default: 1,8)")
     add("--dtype", help="fp32, bf16, fp16, as a comma list (default: fp32)")
     add("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
-    add("--contestants", help="comma list of eager, eager-channels-last, compile, fused, frozen (default: all; the baseline "
-        "eager-channels-last always runs)")  # fmt: skip
+    everyone = "eager, eager-channels-last, compile, fused, frozen"
+    add("--contestants", help=f"comma list of {everyone} (default: all; the baseline eager-channels-last always runs)")
     add("--backend", default="auto", help="backend that fused and frozen are forced to use (default: auto)")
     add("--images", type=Path, metavar="DIR", help="folder of pictures to compare plain and fused models on")
     add("--image-size", default="224", help="side of the square input that is timed (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results and their provenance here")
     add("--chart", type=Path, metavar="FILE", help="draw the results to this PNG")
     add("--rounds", help="timed rounds per case (default: as many as fit)")
-    add("--budget", type=float, metavar="SECONDS", help="aim to finish within this time; cases that do not fit are left out "
-        f"(default: {DEFAULT_BUDGET_S:g} for the default cases, else none)")  # fmt: skip
+    budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
+    add("--budget", type=float, metavar="SECONDS", help=budget)
     add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     bench.set_defaults(function=_bench)
     return root

@@ -1,4 +1,4 @@
-"""The bench: statistics of the harness on fake callables, correctness against float64, models, pictures, JSON, chart."""
+"""The bench: statistics on fake callables, correctness against float64, models, pictures, JSON, chart."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from resnet_fused.bench.runner import Outcome, Runner, reference
 CPU = torch.device("cpu")
 
 
-# --- harness ---------------------------------------------------------------------------------------------------------
+# harness
 
 
 def test_round_order_gives_everyone_every_place_and_both_neighbours():
@@ -83,7 +83,7 @@ def test_nobody_to_time_is_no_endless_loop():
     assert time_interleaved({}, cpu_clock).timings == {}
 
 
-# --- choices -----------------------------------------------------------------------------------------------------------
+# choices
 
 
 def test_choose_names_the_value_and_close_choices():
@@ -107,7 +107,7 @@ def test_devices_that_are_not_here(text):
         cases.resolve_device(text)
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# models
 
 
 def test_create_is_seeded_and_its_batch_norms_look_trained():
@@ -135,7 +135,7 @@ def test_timm_models_by_name():
     assert models.create("timm:resnet10t")(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 
-# --- correctness -------------------------------------------------------------------------------------------------------
+# correctness
 
 
 def test_relative_errors():
@@ -193,7 +193,7 @@ def test_a_training_step_trains_and_an_evaluation_does_not():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# --- memory, roof, provenance ------------------------------------------------------------------------------------------
+# memory, roof, provenance
 
 
 def test_peak_memory_sees_a_temporary():
@@ -222,7 +222,7 @@ def test_provenance_is_json_and_complete():
     assert facts["commit"] is None or (len(facts["commit"]["sha"]) == 40 and isinstance(facts["commit"]["dirty"], bool))
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------
+# pictures
 
 
 def test_pictures_of_any_readable_size_and_kind(tmp_path):
@@ -272,7 +272,7 @@ def test_logits_in_full_batches_and_their_comparison():
     assert compared == {"top1_agreement": 0.5, "max_logit_difference": 4.0, "relative_difference": 1.0}
 
 
-# --- a run -----------------------------------------------------------------------------------------------------------------
+# a run
 
 
 class _Silent:

@@ -1,1 +1,1 @@
-"""Measure ResNets side by side: harness, contestants, correctness, roofs, tables and charts behind `resnet-fused bench`."""
+"""Measure ResNets side by side: harness, contestants, correctness, roofs, tables, charts: `resnet-fused bench`."""

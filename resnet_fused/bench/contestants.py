@@ -1,7 +1,7 @@
 """The contestants by name: what each does to the same model before it is timed.
 
-`prepare(model, example, case)` receives its own copy of the model, already on the device, in the dtype, memory format and
-mode of the case, and returns the callable that runs it; training keeps using the model's own parameters.
+`prepare(model, example, case)` receives its own copy of the model, already on the device, in the dtype, memory format
+and mode of the case, and returns the callable that runs it; training keeps using the model's own parameters.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_folder(folder: Path) -> torch.Tensor:
-    """Every file of `folder` (not of its subfolders; hidden files are passed over) as [N, 3, 224, 224] fp32, sorted by name.
+    """Every file of `folder`, sorted by name, as [N, 3, 224, 224] fp32; subfolders and hidden files are passed over.
 
     Raises:
         UsageError: there is no such folder, it holds no file, or a file in it is no readable picture.

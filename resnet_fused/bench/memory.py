@@ -1,8 +1,8 @@
 """Peak memory of one call.
 
 On a CUDA device: what the contestant holds (its weights, packed copies and graph pools) plus the peak that the caching
-allocator hands out above that during a call. On a CPU: the rise of the process's resident set during a call, read from the
-kernel's high-water mark after freed pages were returned; the weights are not in it, oneDNN's own scratch memory is.
+allocator hands out above that during a call. On a CPU: the rise of the process's resident set during a call, read from
+the kernel's high-water mark after freed pages were returned; the weights are not in it, oneDNN's own scratch memory is.
 """
 
 from __future__ import annotations

@@ -60,10 +60,10 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
 
 
 def randomise_batch_norms(model: nn.Module) -> None:
-    """beta ~ N(0, 0.1^2); gamma ~ U(0.5, 1.5), and U(0.1, 0.3) where a residual branch ends, from torch's global generator.
+    """beta ~ N(0, 0.1^2); gamma ~ U(0.5, 1.5), and U(0.1, 0.3) where a residual branch ends; torch's global generator.
 
-    Trained residual branches are small beside what they are added to. With gamma near 1 there, a deep network with random
-    weights amplifies rounding errors until gradients in bf16 are noise, and nothing could be told from comparing them.
+    Trained residual branches are small beside what they are added to. With gamma near 1 there, a deep network with
+    random weights amplifies rounding errors until gradients in bf16 are noise, and comparing them would tell nothing.
     """
     ends = {id(_branch_end(module)) for module in model.modules() if hasattr(module, "downsample")}
     for norm in _batch_norms(model):

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 
 class Reporter:
-    """`start(text)` begins the next of `total` steps; `detail(text)` is for things too short for a line of their own."""
+    """`start(text)` begins the next of `total` steps; `detail(text)` says what is too short for a line of its own."""
 
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0

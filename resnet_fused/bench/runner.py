@@ -1,8 +1,8 @@
 """One contestant on one case: built, run once for its numbers, and run as the step that is timed.
 
-Inference is one forward in `inference_mode` with model and input in the case's dtype. Training is one full step - forward,
-cross-entropy, backward, SGD with momentum - with fp32 parameters, under autocast when the case's dtype is not fp32, and
-with a gradient scaler for fp16.
+Inference is one forward in `inference_mode` with model and input in the case's dtype. Training is one full step -
+forward, cross-entropy, backward, SGD with momentum - with fp32 parameters, under autocast when the case's dtype is not
+fp32, and with a gradient scaler for fp16.
 """
 
 from __future__ import annotations
