@@ -42,7 +42,11 @@ def assert_same(plain: nn.Module, fused: nn.Module, *inputs: Any, tolerance: flo
     for name, expected in plain.state_dict().items():
         _close([expected], [fused.state_dict()[name]], tolerance, name)
     with torch.no_grad():
-        _close(*(tensors(model.eval()(*copy.deepcopy(inputs))) for model in (plain, fused)), tolerance, "output in evaluation")
+        _close(
+            *(tensors(model.eval()(*copy.deepcopy(inputs))) for model in (plain, fused)),
+            tolerance,
+            "output in evaluation",
+        )
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -1,527 +1,494 @@
-"""fuse, unfuse and report on home-made modules: what is recognised, what is left alone, and that nothing else changes."""
+"""fuse and unfuse change classes and nothing else; every change of a fused module is noticed; copies, hooks and compilers work."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-import random
 import threading
 from collections import OrderedDict
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from agreement import assert_same
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from resnet_fused.fusion import BlockPlan, SequencePlan, Unit, fuse, plan_of, report, swap, unfuse
-
-
-def conv3(a=4, b=4, **options):
-    return nn.Conv2d(a, b, 3, padding=1, bias=False, **options)
+from resnet_fused import nn as fused_nn
+from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, swap, unfuse
 
 
-class Block(nn.Module):
-    """A basic block under other names; the look-alikes below differ from it in one thing each."""
+class Bottleneck(nn.Module):
+    """A bottleneck in torchvision's terms, with timm's places for more."""
 
-    def __init__(self, channels=4):
+    def __init__(self, inplanes=8, planes=4, stride=1):
         super().__init__()
-        self.first, self.second = conv3(channels, channels), conv3(channels, channels)
-        self.norm_a, self.norm_b = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-        self.act = nn.ReLU()
-        self.extra = self.make_extra()
-
-    def make_extra(self):
-        return nn.Identity()
+        out = 4 * planes
+        self.conv1, self.bn1 = nn.Conv2d(inplanes, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        self.drop_path = None
+        self.scale = 1.0
+        if stride != 1 or inplanes != out:
+            self.downsample = nn.Sequential(nn.Conv2d(inplanes, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x):
-        out = self.act(self.norm_a(self.first(x)))
-        out = self.extra(self.norm_b(self.second(out)))
-        return self.act(out + x)
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.drop_path is not None:
+            out = self.drop_path(out)
+        if self.scale != 1.0:
+            out = out * self.scale
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
 
 
-BLOCK_UNITS = (Unit("first", "norm_a", "act", True), Unit("second", "norm_b", "act", True))
-
-
-# --- blocks that must be recognised, however they are written ---------------------------------------------------------------
-
-
-class Functional(Block):
-    def forward(self, x):
-        y = F.relu(self.norm_a(self.first(x)), inplace=True)
-        y = self.norm_b(self.second(y))
-        return torch.relu(torch.add(x, y))
-
-
-class InPlace(Block):
-    def forward(self, x):
-        y = self.norm_a(self.first(x)).relu_()
-        y = self.norm_b(self.second(y))
-        y += x
-        return y.relu_()
-
-
-class Method(Block):
-    def forward(self, x):
-        y = F.relu_(self.norm_a(self.first(x)))
-        return self.norm_b(self.second(y)).add_(x).relu()
-
-
-class OptionalArgument(Block):
-    def forward(self, x, scale=None):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        if scale is not None:
-            out = out * scale
-        return self.act(x + out)
-
-
-class TwoModuleShortcut(Block):
+class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.proj, self.proj_norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.layer = nn.Sequential(Bottleneck(8, 4, 2), Bottleneck(16, 4))
+        self.fc = nn.Linear(16, 5)
+        self.grad_checkpointing = False
 
     def forward(self, x):
-        short = self.proj_norm(self.proj(x))
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        short += out
-        return F.relu(short)
+        x = self.relu(self.bn1(self.conv1(x)))
+        if self.grad_checkpointing:
+            x = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False)
+        else:
+            x = self.layer(x)
+        return self.fc(x.mean((2, 3)))
 
 
-class InSequentials(nn.Module):
-    """The style of pytorch-cifar: the branch and the shortcut are Sequentials, an identity is an empty one."""
-
-    def __init__(self, stride):
-        super().__init__()
-        out = 4 * stride
-        self.residual = nn.Sequential(
-            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(True), conv3(4, out, stride=stride), nn.BatchNorm2d(out), nn.ReLU(True),
-            nn.Sequential(nn.Conv2d(out, out, 1), nn.BatchNorm2d(out)),
-        )  # fmt: skip
-        self.shortcut = nn.Sequential()
-        if stride != 1:
-            self.shortcut = nn.Sequential(nn.Conv2d(4, out, 1, stride=stride), nn.BatchNorm2d(out))
-
-    def forward(self, x):
-        return F.relu(self.residual(x) + self.shortcut(x))
-
-
-class ConvListBlock(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList([nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4), nn.Conv2d(8, 4, 1)])
-        self.norms = nn.ModuleList([nn.BatchNorm2d(8, momentum=None), nn.BatchNorm2d(8, affine=False), nn.BatchNorm2d(4)])
-
-    def forward(self, x):
-        y = x
-        for k, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = norm(conv(y))
-            if k < 2:
-                y = F.relu(y)
-        return F.relu(x + y)
-
-
-BLOCKS = [
-    (Block, "BasicBlock", 2),
-    (Functional, "BasicBlock", 2),
-    (InPlace, "BasicBlock", 2),
-    (Method, "BasicBlock", 2),
-    (OptionalArgument, "BasicBlock", 2),
-    (TwoModuleShortcut, "BasicBlock", 3),
-    (lambda: InSequentials(1), "Bottleneck", 3),
-    (lambda: InSequentials(2), "Bottleneck", 4),
-    (ConvListBlock, "Bottleneck", 3),
-]
+def picture():
+    return torch.randn(2, 3, 16, 16, dtype=torch.float64)
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Counts the units that run fused."""
-    counted = []
-    original = swap.conv_bn_act
-
-    def counting(*args, **kwargs):
-        counted.append(args[2])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(swap, "conv_bn_act", counting)
-    return counted
-
-
-@pytest.mark.parametrize(("make", "kind", "units"), BLOCKS)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_block_is_recognised_and_agrees(make, kind, units, memory_format, calls):
+def plain():
     torch.manual_seed(0)
-    plain = make().double().to(memory_format=memory_format)
-    fused = fuse(copy.deepcopy(plain))
-    plan = plan_of(fused)
-    assert isinstance(plan, BlockPlan)
-    assert plan.kind == kind and len(plan.all_units) == units
-    assert report(fused).skipped == []
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float64).to(memory_format=memory_format)
-    assert_same(plain, fused, x)
-    assert len(calls) == 3 * units  # two steps of training and one evaluation
+    return Net().double()
 
 
-def test_plan_names_the_modules():
-    plan = plan_of(fuse(Block()))
-    assert plan == BlockPlan("BasicBlock", BLOCK_UNITS, None, ("extra",))
-    plan = plan_of(fuse(TwoModuleShortcut()))
-    assert plan.shortcut == Unit("proj", "proj_norm", None, False)
-    assert plan.units[-1] == Unit("second", "norm_b", None, True)
+@pytest.fixture
+def fused(plain):
+    return fuse(copy.deepcopy(plain))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False])
-def test_error_is_within_twice_that_of_plain_pytorch(dtype, training):
-    torch.manual_seed(0)
-    judge = Block(16).double().train(training)
-    x = torch.randn(4, 16, 8, 8, dtype=torch.float64).to(dtype).double()
-    plain = copy.deepcopy(judge).to(dtype)
-    judge.load_state_dict(plain.state_dict())  # the judge starts from the rounded weights
-    fused = fuse(copy.deepcopy(plain))
-    expected = judge(x)
-    errors = [(m(x.to(dtype)).double() - expected).abs().max() for m in (plain, fused)]
-    floor = torch.finfo(dtype).eps
-    assert errors[1] <= 2 * errors[0] + floor
-
-
-# --- look-alikes that must be left alone ------------------------------------------------------------------------------------
-
-
-class PreActivation(Block):
-    def forward(self, x):
-        out = self.first(self.act(self.norm_a(x)))
-        return x + self.second(self.act(self.norm_b(out)))
-
-
-class ScaledSum(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act((out + x) * 0.5)
-
-
-class ScaledResidual(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out * 0.2 + x)
-
-
-class WeightedAdd(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(torch.add(out, x, alpha=2))
-
-
-class ReluBeforeAdd(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out) + x
-
-
-class ReluBeforeAndAfterAdd(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(self.act(out) + x)
-
-
-class NoReluBetween(Block):
-    def forward(self, x):
-        return self.act(self.norm_b(self.second(self.norm_a(self.first(x)))) + x)
-
-
-class NoLastRelu(Block):
-    def forward(self, x):
-        return self.norm_b(self.second(self.act(self.norm_a(self.first(x))))) + x
-
-
-class SharedConv(Block):
-    def forward(self, x):
-        out = self.norm_b(self.first(self.act(self.norm_a(self.first(x)))))
-        return self.act(out + x)
-
-
-class SharedNorm(Block):
-    def forward(self, x):
-        out = self.norm_a(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out + x)
-
-
-class SharedNormUnderTwoNames(Block):
-    def __init__(self):
-        super().__init__()
-        self.norm_b = self.norm_a
-
-
-class DropoutInside(Block):
-    def make_extra(self):
-        return nn.Dropout(0.5)
-
-
-class FunctionalDropout(Block):
-    def forward(self, x):
-        out = F.dropout(self.act(self.norm_a(self.first(x))), 0.5, self.training)
-        return self.act(self.norm_b(self.second(out)) + x)
-
-
-class SqueezeExcite(Block):
-    def make_extra(self):
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 4, 1), nn.Sigmoid())
-
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out * self.extra(out) + x)
-
-
-class Attention(nn.Module):
-    def forward(self, x):
-        return x.sigmoid()
-
-
-class ExtraModule(Block):
-    def make_extra(self):
-        return Attention()
-
-
-class OtherResidual(Block):
-    def forward(self, x):
-        y = self.act(self.norm_a(self.first(x)))
-        return self.act(self.norm_b(self.second(y)) + y)
-
-
-class SecondArgument(Block):
-    def forward(self, x, y):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out + y)
-
-
-class ReflectPadding(Block):
-    def __init__(self):
-        super().__init__()
-        self.second = conv3(padding_mode="reflect")
-
-
-class Leaky(Block):
-    def __init__(self):
-        super().__init__()
-        self.act = nn.LeakyReLU()
-
-
-class ReluSubclass(Block):
-    def __init__(self):
-        super().__init__()
-        self.act = type("MyReLU", (nn.ReLU,), {"forward": lambda self, x: x.clamp(-1, 1)})()
-
-
-class ConvSubclass(Block):
-    def __init__(self):
-        super().__init__()
-        self.second = type("MyConv", (nn.Conv2d,), {"forward": lambda self, x: 2 * nn.Conv2d.forward(self, x)})(4, 4, 1)
-
-
-class IntoItsInput(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        x += out
-        return self.act(x)
-
-
-class ReturnsBoth(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out + x), out
-
-
-class SideBranch(Block):
-    def forward(self, x):
-        mid = self.act(self.norm_a(self.first(x)))
-        torch.mean(x)
-        return self.act(self.norm_b(self.second(mid)) + x)
-
-
-class ThreeWaySum(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out + x + x)
-
-
-class Concatenation(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(torch.cat([out, x], 1))
-
-
-class DifferentInTraining(Block):
-    def forward(self, x):
-        out = self.norm_b(self.second(self.act(self.norm_a(self.first(x)))))
-        return self.act(out + x) if self.training else self.act(out + x) * 1.5
-
-
-class DataDependent(Block):
-    def forward(self, x):
-        if x.mean() > 0:
-            return x
-        return super().forward(x)
-
-
-class Counter(Block):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def forward(self, x):
-        self.count += 1
-        return super().forward(x)
-
-
-class BufferCounter(Block):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-
-    def forward(self, x):
-        self.count.add_(1)
-        return super().forward(x)
-
-
-class History(Block):
-    def __init__(self):
-        super().__init__()
-        self.history = []
-
-    def forward(self, x):
-        self.history.append(x)
-        return super().forward(x)
-
-
-class StochasticDepth(Block):
-    def forward(self, x):
-        if self.training and random.random() < 0.5:
-            return x
-        return super().forward(x)
-
-
-class TensorNoise(Block):
-    def forward(self, x):
-        return super().forward(x) + torch.rand(())
-
-
-class FrozenPart(Block):
-    def forward(self, x):
-        with torch.no_grad():
-            out = self.norm_a(self.first(x))
-        return self.act(self.norm_b(self.second(self.act(out))) + x)
-
-
-class FrozenInEvaluation(Block):
-    def forward(self, x):
-        with torch.set_grad_enabled(self.training):
-            return super().forward(x)
-
-
-class FullPrecisionPart(Block):
-    def forward(self, x):
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x)
-
-
-class Checkpointed(Block):
-    def forward(self, x):
-        return checkpoint(super().forward, x, use_reentrant=False)
-
-
-class CheckpointedReentrant(Block):
-    def forward(self, x):
-        return checkpoint(super().forward, x, use_reentrant=True)
-
-
-class AsksForGradients(Block):
-    def forward(self, x):
-        y = super().forward(x)
-        return y if torch.is_grad_enabled() else y * 2
-
-
-class ReadsChild(Block):
-    def forward(self, x):
-        y = super().forward(x)
-        return y if self.first.stride == (1, 1) else y * 2
-
-
-class ReadsModeOfChild(Block):
-    def forward(self, x):
-        return x if self.norm_a.training else super().forward(x)
-
-
-class ReadsMutable(Block):
-    def __init__(self):
-        super().__init__()
-        self.options = {"skip": False}
-
-    def forward(self, x):
-        return x if self.options["skip"] else super().forward(x)
-
-
-class TypeOfIntermediate(Block):
-    def forward(self, x):
-        y = super().forward(x)
-        return y if isinstance(y, torch.Tensor) else y[0]
-
-
-LOOK_ALIKES = [
-    (PreActivation, "no relu follows the sum"),
-    (ScaledSum, "the sum is multiplied by 0.5"),
-    (ScaledResidual, "a multiplication by 0.2 between `norm_b` and the sum"),
-    (WeightedAdd, "its branches meet in `add`"),
-    (ReluBeforeAdd, "no relu follows the sum"),
-    (ReluBeforeAndAfterAdd, "`act` (ReLU) between `norm_b` and the sum"),
-    (NoReluBetween, "no relu between `norm_a` and `second`"),
-    (NoLastRelu, "no relu follows the sum"),
-    (SharedConv, "`first` is called 2 times"),
-    (SharedNorm, "`norm_a` is called 2 times"),
-    (SharedNormUnderTwoNames, "`norm_a` is called 2 times"),
-    (DropoutInside, "`extra` (Dropout) between `norm_b` and the sum"),
-    (FunctionalDropout, "`dropout` between `act` and `second`"),
-    (SqueezeExcite, "`mul` joins branches before the sum"),
-    (ExtraModule, "`extra` (Attention) between `norm_b` and the sum"),
-    (OtherResidual, "is used more than once"),
-    (SecondArgument, "its forward takes 2 inputs"),
-    (ReflectPadding, "reflect"),
-    (Leaky, "`act` (LeakyReLU)"),
-    (ReluSubclass, "`act` (MyReLU)"),
-    (ConvSubclass, "MyConv"),
-    (IntoItsInput, "adds into its own input in place"),
-    (ReturnsBoth, "returns more than one activation"),
-    (SideBranch, "`mean` is computed beside the block"),
-    (ThreeWaySum, "more than one sum"),
-    (Concatenation, "its branches meet in `cat`"),
-    (DifferentInTraining, "the sum is multiplied by 1.5"),
-    (DataDependent, "cannot be traced"),
-    (Counter, "sets the attribute `count`"),
-    (BufferCounter, "`.add_()`"),
-    (History, "reads the mutable attribute `history`"),
-    (StochasticDepth, "draws random numbers"),
-    (TensorNoise, "computes on tensors that do not come from its inputs"),
-    (FrozenPart, "a context of its own"),
-    (FrozenInEvaluation, "a context of its own"),
-    (FullPrecisionPart, "a context of its own"),
-    (Checkpointed, "a context of its own"),
-    (CheckpointedReentrant, "a context of its own"),
-    (AsksForGradients, "depends on whether gradients or autocast are enabled"),
-    (ReadsChild, "reads the attribute `first.stride`"),
-    (ReadsModeOfChild, "reads `norm_a.training`"),
-    (ReadsMutable, "reads the mutable attribute `options`"),
-    (TypeOfIntermediate, "asks for the type of an intermediate value"),
+ALL_FUSED = [
+    ("", "conv1-bn1-relu"),
+    (
+        "layer.0",
+        "Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-relu; shortcut downsample.0-downsample.1",
+    ),
+    ("layer.1", "Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-relu"),
 ]
 
 
-@pytest.mark.parametrize(("make", "reason"), LOOK_ALIKES, ids=[make.__name__ for make, _ in LOOK_ALIKES])
-def test_look_alike_is_left_alone(make, reason):
-    torch.manual_seed(0)
-    plain = make().double()
-    fused = fuse(copy.deepcopy(plain))
-    assert type(fused) is make
-    result = report(fused)
+# --- the swap ---------------------------------------------------------------------------------------------------------------
+
+
+def test_only_classes_change(plain):
+    reference = copy.deepcopy(plain)
+    objects = {name: (id(module), id(vars(module)["_parameters"])) for name, module in plain.named_modules()}
+    parameters = {name: id(p) for name, p in plain.named_parameters()}
+    buffers = {name: id(b) for name, b in plain.named_buffers()}
+    state = plain.state_dict()
+    classes = [type(module) for module in plain.modules()]
+    attributes = [set(vars(module)) for module in plain.modules()]
+
+    model = fuse(plain)
+
+    assert model is plain
+    assert {name: (id(module), id(vars(module)["_parameters"])) for name, module in model.named_modules()} == objects
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert {name: id(b) for name, b in model.named_buffers()} == buffers
+    assert list(model.state_dict()) == list(state) and model.state_dict()._metadata == state._metadata
+    assert isinstance(model, Net) and isinstance(model.layer[0], Bottleneck)
+    assert type(model).__name__ == "FusedNet" and type(model.layer[0]).__name__ == "FusedBottleneck"
+    assert type(model.layer[0]) is type(model.layer[1])
+    assert type(model.layer) is nn.Sequential and type(model.layer[0].downsample) is nn.Sequential
+    assert report(model).fused == ALL_FUSED and report(model).skipped == []
+    assert_same(reference, model, picture())
+
+    assert unfuse(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert_same(reference, model, picture())
+
+
+def test_fuse_and_unfuse_are_idempotent(fused):
+    classes = [type(module) for module in fused.modules()]
+    plan = plan_of(fused.layer[0])
+    assert [type(module) for module in fuse(fused).modules()] == classes
+    assert plan_of(fused.layer[0]) == plan
+    unfuse(unfuse(fused))
+    assert not any(swap.is_fused(module) for module in fused.modules())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_are_kept(training):
+    model = Net().train(training)
+    model.bn1.train(not training)
+    fuse(model)
+    assert model.training is training and model.bn1.training is not training
+
+
+def test_frozen_batch_norm_inside_a_training_block(plain, fused):
+    for model in (plain, fused):
+        model.train()
+        model.layer[0].bn2.eval()
+    x = picture()
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(fused.layer[0].bn2.running_mean, plain.layer[0].bn2.running_mean)
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse, report])
+@pytest.mark.parametrize("value", ["resnet50", None, torch.ones(1), nn.Module])
+def test_what_is_not_a_module_is_a_type_error(function, value):
+    with pytest.raises(
+        TypeError,
+        match=rf"{function.__name__}\(\): argument 'model'.*must be torch.nn.Module, not {type(value).__name__}",
+    ):
+        function(value)
+
+
+def test_repr_and_report_read_well(fused):
+    text = repr(fused.layer[1])
+    assert text.startswith(
+        "FusedBottleneck(\n  fused=Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-relu\n  (conv1): Conv2d("
+    )
+    fused.layer[1].scale = 0.5
+    lines = str(report(fused)).splitlines()
+    assert lines[0].split() == ["module", "what,", "or", "why", "not"]
+    assert lines[2] == "(model)  fused       conv1-bn1-relu"
+    assert lines[-2] == "layer.1  left alone  a multiplication by 0.5 between `bn3` and the sum"
+    assert lines[-1] == "2 fused, 1 left alone"
+
+
+def test_report_of_a_model_that_was_not_fused(plain):
+    result = report(plain)
     assert result.fused == []
-    assert [name for name, _ in result.skipped] == [""]
-    assert reason in result.skipped[0][1]
+    assert result.skipped[0] == ("", "not fused; fuse(model) would run conv1-bn1-relu")
+    assert report(nn.Linear(2, 2)).skipped == [("", "none of its modules runs an nn.BatchNorm2d itself")]
+
+
+def test_own_blocks_are_fused_already():
+    model = nn.Sequential(fused_nn.BasicBlock(4, 4), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    classes = [type(module) for module in model[0].modules()]
+    result = report(fuse(model))
+    assert result.fused == [("0", "resnet_fused.nn.BasicBlock"), ("1", "0-1")]
+    assert [type(module) for module in model[0].modules()] == classes
+
+
+def test_generated_forwards_are_left_alone():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    assert report(fuse(traced)).skipped == [
+        ("", "its forward is that of torch.fx.graph_module, which is not looked into")
+    ]
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    assert report(fuse(scripted)).fused == []
+
+
+class Registry(nn.Module):
+    """A base class that keeps a register of its subclasses."""
+
+    names: list[str] = []
+
+    def __init_subclass__(cls, *, tag, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Registry.names.append(cls.__name__)
+
+
+class Registered(Registry, tag="x"):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+def test_registries_of_subclasses_see_nothing():
+    assert report(fuse(Registered())).fused == [("", "conv-bn")]
+    assert Registry.names == ["Registered"]
+
+
+# --- changes after fuse -----------------------------------------------------------------------------------------------------
+
+
+def set_scale(model):
+    model.layer[1].scale = 0.25
+
+
+def set_drop_path(model):
+    model.layer[0].drop_path = nn.Sequential(nn.SiLU())
+
+
+def delete_and_set(model):
+    del model.layer[0].drop_path
+    model.layer[0].drop_path = nn.SiLU()
+
+
+def remove_downsample(model):
+    model.layer[0].downsample = nn.AvgPool2d(2)
+    model.layer[0].conv3 = nn.Conv2d(4, 8, 1).double()
+    model.layer[0].bn3 = nn.BatchNorm2d(8).double()
+    model.layer[1] = nn.Conv2d(8, 16, 1).double()
+
+
+def replace_inside_downsample(model):
+    model.layer[0].downsample[1] = nn.Sequential(nn.BatchNorm2d(16), nn.Tanh()).double()
+
+
+def append_to_downsample(model):
+    model.layer[0].downsample.append(nn.Tanh())
+
+
+def replace_batch_norm(model):
+    model.layer[1]._modules["bn2"] = nn.BatchNorm2d(4, eps=0.5).double()
+
+
+def replace_relu(model):
+    model.layer[1].relu = nn.SiLU()
+
+
+def replace_head(model):
+    model.fc = nn.Linear(16, 3).double()
+
+
+def override_forward(model):
+    model.layer[1].forward = lambda x: x * 2
+
+
+def override_forward_of_downsample(model):
+    model.layer[0].downsample.forward = lambda x: F.conv2d(x, torch.ones(16, 8, 1, 1, dtype=x.dtype), stride=2)
+
+
+def checkpointing(model):
+    model.grad_checkpointing = True
+
+
+def set_attributes_of_children(model):
+    model.layer[0].bn1.momentum = 0.9
+    model.layer[0].bn2.eps = 0.3
+    model.layer[1].conv2.padding, model.layer[1].conv2.dilation = (2, 2), (2, 2)
+
+
+CHANGES = [
+    (set_scale, "layer.1", "a multiplication by 0.25 between `bn3` and the sum"),
+    (set_drop_path, "layer.0", "`drop_path.0` (SiLU) between `bn3` and the sum"),
+    (delete_and_set, "layer.0", "`drop_path` (SiLU) between `bn3` and the sum"),
+    (remove_downsample, "layer.0", "`downsample` (AvgPool2d) between the input and the sum"),
+    (replace_inside_downsample, "layer.0", "`downsample.1.1` (Tanh) between `downsample.1.0` and the sum"),
+    (append_to_downsample, "layer.0", "`downsample.2` (Tanh) between `downsample.1` and the sum"),
+    (replace_batch_norm, None, None),
+    (replace_relu, "layer.1", "`relu` (SiLU) follows the sum"),
+    (replace_head, None, None),
+    (override_forward, "layer.1", "its forward is overridden on the instance"),
+    (override_forward_of_downsample, "layer.0", "`downsample` (Sequential) between the input and the sum"),
+    (checkpointing, "", "its forward"),
+    (set_attributes_of_children, None, None),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "reason"), CHANGES, ids=[change.__name__ for change, _, _ in CHANGES])
+@pytest.mark.parametrize("before", ["fresh", "after a call"])
+def test_changes_are_noticed(plain, fused, change, name, reason, before):
+    if before == "after a call":
+        for model in (plain, fused):
+            model(torch.ones(2, 3, 16, 16, dtype=torch.float64))
+    for model in (plain, fused):
+        torch.manual_seed(1)
+        change(model)
+    assert_same(plain, fused, picture())
+    skipped = dict(report(fused).skipped)
+    if name is None:
+        assert skipped == {}
+    else:
+        assert reason in skipped[name]
+        assert plan_of(fused.get_submodule(name)) is None
+        fuse(fused)
+        assert not swap.is_fused(fused.get_submodule(name))
+        assert_same(plain, fused, picture())
+
+
+def test_a_change_that_is_taken_back_is_fused_again(plain, fused):
+    fused.layer[1].scale = 2.0
+    assert plan_of(fused.layer[1]) is None
+    fused.layer[1].scale = 1.0
+    assert isinstance(plan_of(fused.layer[1]), BlockPlan)
+    assert_same(plain, fused, picture())
+
+
+def test_sync_batch_norm_conversion_is_noticed(fused):
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    assert "SyncBatchNorm" in dict(report(converted).skipped)["layer.1"]
+    assert plan_of(converted.layer[1]) is None
+
+
+def test_modes_and_moves_do_not_ask_for_a_new_recognition(fused, monkeypatch):
+    monkeypatch.setattr(swap, "recognise", lambda module: pytest.fail("recognised again"))
+    fused.train().eval().float().double().to(memory_format=torch.channels_last).requires_grad_(False)
+    fused.load_state_dict(fused.state_dict())
+    fused(picture())
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["conv1", "bn1", "layer.0", "layer.0.conv2", "layer.0.bn2", "layer.1.relu", "layer.0.downsample"]
+)
+def test_hooks_fire_as_in_the_plain_model(plain, fused, path):
+    logs = []
+    for model in (plain, fused):
+        for module in model.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # full backward hooks refuse in-place changes, in the plain model, too
+        log: list[torch.Tensor] = []
+        module = model.get_submodule(path)
+        module.register_forward_pre_hook(lambda m, args, log=log: log.extend(a.detach().clone() for a in args))
+        module.register_forward_hook(lambda m, args, y, log=log: log.append(y.detach().clone()))
+        module.register_full_backward_hook(
+            lambda m, dx, dy, log=log: log.extend(g.clone() for g in dy if g is not None)
+        )
+        logs.append(log)
+    assert_same(plain, fused, picture())
+    assert len(logs[0]) == len(logs[1]) > 0
+    for expected, actual in zip(*logs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_global_hooks_see_every_module(plain, fused):
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m)))
+    try:
+        fused(picture())
+        count = len(seen)
+        plain(picture())
+    finally:
+        handle.remove()
+    assert count == len(seen) - count
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------------
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [
+    copy.deepcopy,
+    copy.copy,
+    lambda m: pickle.loads(pickle.dumps(m)),
+    lambda m: pickle.loads(pickle.dumps(m, 2)),
+    through_torch_save,
+]
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "copy", "pickle", "pickle2", "torch.save"])
+def test_copies_are_fused_and_recognised_when_they_run(plain, fused, duplicate, monkeypatch):
+    twin = duplicate(fused)
+    assert type(twin) is type(fused) and isinstance(twin, Net)
+    assert "_fusion" not in vars(twin)
+    twin(picture().requires_grad_())
+    assert isinstance(vars(twin)["_fusion"].plan, SequencePlan)
+    fresh = duplicate(fuse(copy.deepcopy(plain)))
+    assert report(fresh).fused == ALL_FUSED
+    assert_same(plain, fresh, picture())
+    assert type(unfuse(fresh)) is Net
+
+
+def test_a_copy_is_independent(plain, fused):
+    twin = copy.deepcopy(fused)
+    twin.layer[1].scale = 0.5
+    assert report(fused).skipped == [] and len(report(twin).skipped) == 1
+    assert_same(plain, fused, picture())
+    shallow = copy.copy(fused.layer[1])
+    shallow.scale = 0.5
+    assert plan_of(shallow) is None and plan_of(fused.layer[1]) is not None
+
+
+def test_state_dict_goes_both_ways(plain, fused):
+    file = io.BytesIO()
+    torch.save(fused.state_dict(), file)
+    file.seek(0)
+    Net().load_state_dict(torch.load(file, weights_only=True))
+    fused.load_state_dict(OrderedDict(plain.state_dict()), assign=True)
+    x = picture()
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+
+
+# --- compilers and threads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(plain, training):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    fused = fuse(plain).train(training)
+    reference = unfuse(copy.deepcopy(fused))
+    compiled = torch.compile(fused, backend=counter, fullgraph=True)
+    x = picture()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 1
+    for model in (fused, reference):
+        model.layer[0].downsample[1] = nn.BatchNorm2d(16, eps=0.5).double().train(training)
+    torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)
+    for model in (fused, reference):
+        model.layer[1].scale = 0.5
+    torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_copy_that_never_ran_compiles(plain):
+    torch._dynamo.reset()
+    twin = copy.deepcopy(fuse(plain))
+    x = picture()
+    expected = unfuse(copy.deepcopy(plain))(x)
+    torch.testing.assert_close(torch.compile(twin, backend="eager", fullgraph=True)(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_symbolic_tracing_of_a_fused_model_gives_the_plain_graph(plain, fused):
+    tracer = torch.fx.Tracer()
+    targets = [str(node.target) for node in tracer.trace(fused).nodes]
+    assert targets == [str(node.target) for node in torch.fx.Tracer().trace(plain).nodes]
+
+
+def test_recognition_does_not_disturb_other_threads(fused):
+    """Copies are recognised on their first call, whatever other threads run meanwhile."""
+    models = [copy.deepcopy(fused).eval() for _ in range(4)]
+    x = picture()
+    expected = unfuse(copy.deepcopy(fused)).eval()(x)
+    barrier, results, errors = threading.Barrier(len(models)), [], []
+
+    def run(model):
+        try:
+            barrier.wait()
+            for _ in range(5):
+                model.layer[0].scale = 1.0
+                results.append(model(x))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and len(results) == 20
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+    assert all(report(model).fused == ALL_FUSED for model in models)

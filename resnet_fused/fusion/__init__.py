@@ -126,4 +126,6 @@ def _why_not_fused(module: nn.Module, recognition: Recognition) -> str:
 
 def _check_module(function: str, model: object) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}(): argument 'model' (position 1) must be torch.nn.Module, not {type(model).__name__}")
+        raise TypeError(
+            f"{function}(): argument 'model' (position 1) must be torch.nn.Module, not {type(model).__name__}"
+        )

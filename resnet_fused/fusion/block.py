@@ -42,7 +42,9 @@ def match_block(flow: Flow) -> BlockPlan:
         raise Mismatch("it adds into its own input in place")
     if total.inputs[0] is total.inputs[1]:
         raise Mismatch("it adds a value to itself")
-    branch, shortcut = sorted(map(_branch, total.inputs), key=lambda ops: sum(op.kind == "conv" for op in ops), reverse=True)
+    branch, shortcut = sorted(
+        map(_branch, total.inputs), key=lambda ops: sum(op.kind == "conv" for op in ops), reverse=True
+    )
     _check_all_used_once(flow, [*branch, *shortcut, total, final])
     units = _units(branch)
     if len(units) not in _KINDS:
@@ -82,7 +84,9 @@ def _branch(op: Op) -> list[Op]:
         if op.kind == "add":
             raise Mismatch("it has more than one sum")
         if len(op.inputs) != 1:
-            raise Mismatch(f"{op.label} joins branches before the sum" if op.inputs else f"{op.label} does not depend on the input")
+            raise Mismatch(
+                f"{op.label} joins branches before the sum" if op.inputs else f"{op.label} does not depend on the input"
+            )
         ops.append(op)
         op = op.inputs[0]
     return ops[::-1]

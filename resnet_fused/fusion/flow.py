@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .trace import original_class
+from .trace import is_number, original_class
 
 Kind = Literal["input", "conv", "bn", "relu", "add", "other"]
 
@@ -111,7 +111,12 @@ class _Builder:
                 output = self.value[result] if isinstance(result, fx.Node) else None
                 if output is None:  # a tuple, a dict, ...: all of it is used
                     self.add("other", "the output", self.activations(node))
-            elif node.op == "call_module" and len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node):
+            elif (
+                node.op == "call_module"
+                and len(node.args) == 1
+                and not node.kwargs
+                and isinstance(node.args[0], fx.Node)
+            ):
                 module = self.owner.get_submodule(node.target)
                 self.value[node] = self.call(str(node.target), module, self.value[node.args[0]], direct=True)
             else:
@@ -159,7 +164,9 @@ class _Builder:
             return self.add("relu", "relu", inputs)
         if _is_sum(node, inputs):
             in_place = node.target in (operator.iadd, "add_", "__iadd__")
-            return self.add("add", "the sum", [x for x in map(self.value.get, node.args) if x is not None], in_place=in_place)
+            return self.add(
+                "add", "the sum", [x for x in map(self.value.get, node.args) if x is not None], in_place=in_place
+            )
         constant = _factor(node) if len(inputs) == 1 else None
         module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
         return self.add("other", label, inputs, module=module, constant=constant)
@@ -171,23 +178,21 @@ def _is_sum(node: fx.Node, inputs: list[Op]) -> bool:
         known = node.target in ADD_FUNCTIONS
     else:
         known = node.op == "call_method" and node.target in ADD_METHODS
-    return known and not node.kwargs and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and bool(inputs)
+    return (
+        known
+        and not node.kwargs
+        and len(node.args) == 2
+        and all(isinstance(a, fx.Node) for a in node.args)
+        and bool(inputs)
+    )
 
 
 def _factor(node: fx.Node) -> Any:
-    if (node.op == "call_function" and node.target in MUL_FUNCTIONS) or (node.op == "call_method" and node.target in MUL_METHODS):
+    if (node.op == "call_function" and node.target in MUL_FUNCTIONS) or (
+        node.op == "call_method" and node.target in MUL_METHODS
+    ):
         return next((a for a in node.args if isinstance(a, (int, float))), None)
     return None
-
-
-def is_number(node: fx.Node) -> bool:
-    """Whether a value derives from shapes and numbers only, so that it joins nothing."""
-    if node.op == "call_method" and node.target in ("size", "dim", "numel", "stride"):
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and bool(inputs) and all(map(is_number, inputs))
 
 
 def _function_name(node: fx.Node) -> str:

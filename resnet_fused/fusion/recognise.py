@@ -47,7 +47,7 @@ def recognise(module: nn.Module) -> Recognition | None:
         return None
     try:
         if f"{cls.__module__}.".startswith(_FOREIGN):
-            raise Untraceable(f"the forward of a {cls.__name__} is not looked into")
+            raise Untraceable(f"its forward is that of {cls.__module__}, which is not looked into")
         return _recognise(module)
     except Untraceable as error:
         direct = any(isinstance(child, _BatchNorm) for child in module.children())

@@ -70,7 +70,9 @@ class _Rewriter:
         chain = self.chain(bn)
         reason = self.refusal(chain)
         if reason is not None and chain.conv is not None:  # the convolution may be what stands in the way
-            shorter = _Chain(None, bn, chain.relu, [i for i in chain.identities if chain.relu and bn in _upstream(i, chain)])
+            shorter = _Chain(
+                None, bn, chain.relu, [i for i in chain.identities if chain.relu and bn in _upstream(i, chain)]
+            )
             if chain.relu is not None and self.refusal(shorter) is None:
                 result.skipped.append((str(chain.conv.target), reason))
                 chain, reason = shorter, None

@@ -20,6 +20,7 @@ from .plans import Plan
 from .recognise import Recognition, recognise
 from .trace import original_class
 
+
 class Binding:
     """A recognition tied to the modules it was made for. It holds as long as these are the modules that the owner would call.
 
@@ -37,7 +38,9 @@ class Binding:
         paths: list[str] = []
         if self.plan is not None:
             for unit in self.plan.all_units:
-                conv, bn, act = (None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act))
+                conv, bn, act = (
+                    None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act)
+                )
                 assert bn is not None
                 self.units.append((conv, bn, act, unit.relu))
                 paths += unit.paths
@@ -53,7 +56,12 @@ class Binding:
         if _has_any_global_hook():
             return False
         for module in self.bypassed:
-            if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
                 return False
             if "forward" in module.__dict__:
                 return False
@@ -140,7 +148,17 @@ def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> nn.Module:
 @functools.cache
 def fused_class(original: type[nn.Module]) -> type[nn.Module]:
     """The fused subclass of a class."""
-    namespace = {"_original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+
+    @functools.wraps(original.forward)  # whoever looks at the signature sees the original's
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FusedMixin.forward(self, *args, **kwargs)
+
+    namespace = {
+        "_original": original,
+        "forward": forward,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
     return type(f"Fused{original.__name__}", (FusedMixin, original), namespace)
 
 
@@ -184,6 +202,8 @@ def swap_out(module: nn.Module) -> None:
         RuntimeError: if something else changed its class after it was fused.
     """
     if "_original" not in type(module).__dict__:
-        raise RuntimeError(f"cannot unfuse a module whose class was changed to {type(module).__name__} after it was fused")
+        raise RuntimeError(
+            f"cannot unfuse a module whose class was changed to {type(module).__name__} after it was fused"
+        )
     module.__class__ = original_class(module)
     module.__dict__.pop("_fusion", None)

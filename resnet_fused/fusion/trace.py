@@ -121,12 +121,28 @@ class _Value(fx.Proxy):
         return list
 
 
-def _in_place(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    return lambda self, other: self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    def operation(self: fx.Proxy, other: Any) -> Any:
+        if is_number(self.node):  # numbers do not change in place
+            return getattr(operator, name.removeprefix("i"))(self, other)
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return operation
 
 
 for _name in inplace_methods:  # torch.fx itself records `x += y` as `x + y`, which no longer changes x
-    setattr(_Value, f"__{_name}__", _in_place(_name))
+    if _name != "setitem":
+        setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a value derives from shapes and numbers only."""
+    if node.op == "call_method" and node.target in ("size", "dim", "numel", "stride"):
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(map(is_number, inputs))
 
 
 class _Tracer(fx.Tracer):
@@ -143,7 +159,9 @@ class _Tracer(fx.Tracer):
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
         if _ambient() != self.ambient:
-            raise Untraceable("a part of its forward runs under a context of its own (no_grad, autocast, checkpoint, ...)")
+            raise Untraceable(
+                "a part of its forward runs under a context of its own (no_grad, autocast, checkpoint, ...)"
+            )
         return super().create_proxy(kind, *args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
@@ -167,7 +185,9 @@ class _Place:
         return f"{self.path}.{name}" if self.path else name
 
 
-def _stand_in(module: nn.Module, path: str, tracer: _Tracer, known: dict[int, nn.Module], training: bool = False) -> nn.Module:
+def _stand_in(
+    module: nn.Module, path: str, tracer: _Tracer, known: dict[int, nn.Module], training: bool = False
+) -> nn.Module:
     """A module of the same class, attributes and children which records calls and through which nothing can be changed."""
     if id(module) not in known:
         stand_in = known[id(module)] = object.__new__(_probe_class(original_class(module)))
@@ -231,7 +251,9 @@ def _probe_class(original: type[nn.Module]) -> type[nn.Module]:
                 return place.tracer.create_proxy("get_attr", place.attribute(name), (), {})
             # An attribute of the module itself is watched; one of a child, or the inside of a list, can change without being noticed.
             if place.path or not _immutable(value):
-                raise Untraceable(f"its forward reads the {'' if place.path else 'mutable '}attribute `{place.attribute(name)}`")
+                raise Untraceable(
+                    f"its forward reads the {'' if place.path else 'mutable '}attribute `{place.attribute(name)}`"
+                )
             return value
 
         def __getattr__(self, name: str) -> Any:
