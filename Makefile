@@ -1,0 +1,69 @@
+# Two commands on a fresh machine (Python >= 3.10, a C++ compiler; nvcc and a GPU optional):
+#
+#   make bench    build what can be built here and measure ResNet-50: table, out/bench.json, out/bench.png
+#   make test     build the CUDA kernels for the CPU and run the tests
+#
+# Both create .venv once and reuse it. Knobs: PYTHON (which Python), VENV (where), TORCH (what to install),
+# BUILD (auto|cuda|none|host, for bench), ARGS (passed on), JOBS (parallel test processes).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch torchvision
+BUILD ?= auto
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+LIBRARY = $(PY) setup.py --quiet build_ext --inplace
+
+.PHONY: help bench test lint types digits gate install library-test clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '3,7p' Makefile | cut -c3-
+	@echo "also: make lint | types | digits | gate (compile every kernel for every architecture) | clean"
+
+# torch by name and newest; setuptools and ninja beside it, because the build runs in this environment
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	  f"resnet_fused needs Python >= 3.10, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip 'setuptools>=77' wheel ninja $(TORCH)
+	@touch $@
+
+# the package in place and its extras; the library of csrc/ is built by the targets that need it
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
+	RESNET_FUSED_BUILD=none $(PIP) install --quiet --no-build-isolation --editable '.[bench,test]'
+	@touch $@
+
+install: $(VENV)/.installed
+
+bench: install
+	@RESNET_FUSED_BUILD=$(BUILD) $(LIBRARY)
+	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
+	@$(VENV)/bin/resnet-fused bench --json out/bench.json --chart out/bench.png $(ARGS)
+
+library-test: install
+	@RESNET_FUSED_BUILD=host $(LIBRARY)
+	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
+
+test: library-test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
+
+lint: install
+	$(PY) -m ruff check .
+
+types: install
+	$(PY) -m mypy
+
+digits: install
+	$(PY) examples/digits.py $(ARGS)
+
+gate: install
+	$(PY) -m resnet_fused.bench.compile_gate_triton --quick --jobs $(JOBS) $(ARGS)
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -f resnet_fused/_C.so resnet_fused/_build_info.json
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
