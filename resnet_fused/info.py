@@ -31,15 +31,20 @@ class Info:
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
         rows += [("device", device) for device in self.devices]
-        rows += [(f"{name} on {device}", "runs" if why is None else f"no: {why}") for name, device, why in self.backends]
+        rows += [(f"{name} on {device}", f"no: {why}" if why else "runs") for name, device, why in self.backends]
         width = max(len(left) for left, _ in rows)
         return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
 
 
 def info() -> Info:
     """The versions, the compiled kernels, the devices, and for each backend whether it runs here or why not."""
-    versions = [("resnet_fused", _version("resnet_fused")), ("python", platform.python_version()), ("torch", torch.__version__)]
-    versions += [("triton", _version("triton")), ("CUDA of torch", torch.version.cuda or "none")]
+    versions = [
+        ("resnet_fused", _version("resnet_fused")),
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("triton", _version("triton")),
+        ("CUDA of torch", torch.version.cuda or "none"),
+    ]
     devices = [f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

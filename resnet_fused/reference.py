@@ -1,7 +1,7 @@
 """Every op in plain PyTorch: the oracle of the tests and the fallback of last resort.
 
-Each function has the name, the arguments and the meaning of the op in `docs/design.md`. Arithmetic is fp32 for fp16, bf16 and fp32 data and fp64 for
-fp64 data, rounded once to the data's dtype; any device, any strides.
+Each function has the name, the arguments and the meaning of the op in `docs/design.md`. Arithmetic is fp32 for fp16,
+bf16 and fp32 data and fp64 for fp64 data, rounded once to the data's dtype; any device, any strides.
 """
 
 from __future__ import annotations

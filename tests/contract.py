@@ -1,4 +1,4 @@
-"""The numerics contract as an assertion: against float64, at most twice plain PyTorch's own error in the same dtype, plus a stated floor."""
+"""The numerics contract as an assertion: against float64, at most twice plain PyTorch's error in the same dtype, plus a floor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def assert_within_contract(actual: Tensor, plain: Tensor, truth: Tensor, what: s
         truth: what plain PyTorch gives in float64.
         what: names the tensor in the message.
 
-    The floor is 4 units in the last place of the dtype at the largest finite magnitude of `truth`. NaN and inf must stand where plain PyTorch has them.
+    The floor is 4 units in the last place of the dtype at the largest finite magnitude of `truth`. NaN and inf must
+    stand where plain PyTorch has them.
     """
     assert actual.shape == plain.shape == truth.shape, (
         f"{what}: shape {list(actual.shape)}, expected {list(plain.shape)}"

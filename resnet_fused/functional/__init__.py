@@ -1,7 +1,8 @@
 """The public differentiable functions: convolution, batch norm, residual add, ReLU and the stem's max pool, fused.
 
-Every function gives what the same sequence of `torch.nn.functional` calls gives. Where a fused kernel cannot run - on these shapes, under a
-function transform, in forward-mode AD - that sequence is what runs. `resnet_fused.use_backend` chooses kernels by hand.
+Every function gives what the same sequence of `torch.nn.functional` calls gives. Where a fused kernel cannot run - on
+these shapes, under a function transform, in forward-mode AD - that sequence is what runs. `resnet_fused.use_backend`
+chooses kernels by hand.
 
 Shapes: activations `[N, C, H, W]` in NCHW or channels_last order, which the result keeps; per-channel tensors `[C]`.
 """

@@ -80,6 +80,11 @@ def choose(
     return backend if reason is None else _refused(forced, function, reason)
 
 
+def runs_plain(op: str, device_type: str) -> bool:
+    """Whether nothing is forced and the plan has PyTorch's own kernels for `op`."""
+    return plan.forced_backend() is None and plan.default_backend(op, device_type) == "aten"
+
+
 def choose_conv(
     function: str,
     x: Tensor,
@@ -100,13 +105,15 @@ def choose_conv(
     if not ops.implements(backend, "conv_fprop"):
         forced, backend = None, "aten"
     shape = _conv_shape(x, weight, geometry)
-    if shape is None or 0 in shape or weight.numel() == 0 or any(v is not None and v.shape != weight.shape[:1] for v in vectors):
+    if shape is None or 0 in shape or weight.numel() == 0:
         return None
     if forced is None and backend == "aten":
         # Inductor sees through the plain sequence, and not through an op of ours that calls PyTorch's convolution.
         compiling = torch.compiler.is_compiling()
         if compiling or not plan.folding_pays(x.device.type, math.prod(shape), weight.numel()):
             return None
+    if any(v is not None and v.shape != weight.shape[:1] for v in vectors):
+        return None
     reason = _common_reason(x, vectors) or _operand_reason(x, weight, residual, shape)
     reason = reason or ops.refusal(backend, "conv_fprop", x)
     reason = reason or ops.conv_refusal(backend, *conv_operands(backend, x, weight, residual), geometry)

@@ -19,6 +19,7 @@ from resnet_fused.functional.common import (
     choose_conv,
     conv_operands,
     pair,
+    runs_plain,
     wants_gradient,
 )
 from resnet_fused.functional.norm import batch_norm_act
@@ -49,8 +50,8 @@ def conv_bn_act(
 ) -> Tensor:
     """Convolution, batch norm, residual add and ReLU: `y = act(bn(conv(x, weight) + bias) + residual)`.
 
-    In inference (no batch statistics, no gradient wanted) it is one convolution with batch norm as its epilogue. In training it is the raw convolution
-    followed by `batch_norm_act`.
+    In inference (no batch statistics, no gradient wanted) it is one convolution with batch norm as its epilogue. In
+    training it is the raw convolution followed by `batch_norm_act`.
 
     Args:
         x: `[N, C, H, W]`.
@@ -72,7 +73,8 @@ def conv_bn_act(
         What `torch.nn.functional.conv2d` and `batch_norm_act` raise.
 
     Source:
-        The folding of a constant batch norm into a convolution: Jacob et al., Quantization and Training of Neural Networks, 2018, section 3.2.
+        The folding of a constant batch norm into a convolution: Jacob et al., Quantization and Training of Neural
+            Networks, 2018, section 3.2.
     """
     relu = check_act(act, "conv_bn_act")
     if (
@@ -211,6 +213,8 @@ def _conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
 ) -> Tensor:
     """A raw convolution, on the chosen backend, differentiable."""
+    if runs_plain("conv_fprop", x.device.type):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     cast_x, cast_weight = autocast(x, weight)
     geometry = (pair(stride), pair(padding), pair(dilation), groups)
     backend = choose_conv("conv", cast_x, cast_weight, None, geometry, ())

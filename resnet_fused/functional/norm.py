@@ -31,9 +31,10 @@ def batch_norm_act(
 ) -> Tensor:
     """Batch norm, residual add and ReLU: `y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)`.
 
-    In training `mean` and the biased `var` are those of the batch, over N, H and W; otherwise they are the running statistics. The fused kernels
-    read `x` once for the statistics and once to normalise; backward reads `x` and the gradient twice and writes once. ReLU's mask is recomputed from
-    `x`, or kept as one bit an element where a residual was added.
+    In training `mean` and the biased `var` are those of the batch, over N, H and W; otherwise they are the running
+    statistics. The fused kernels read `x` once for the statistics and once to normalise; backward reads `x` and the
+    gradient twice and writes once. ReLU's mask is recomputed from `x`, or kept as one bit an element where a residual
+    was added.
 
     Args:
         x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on PyTorch's own kernels).
@@ -49,11 +50,13 @@ def batch_norm_act(
         `[N, C, H, W]` in the dtype and memory format of `x`.
 
     Mutates:
-        `running_mean` and `running_var` in training: `running = (1 - momentum) * running + momentum * batch`, the variance unbiased.
+        `running_mean` and `running_var` in training: `running = (1 - momentum) * running + momentum * batch`, the
+            variance unbiased.
 
     Raises:
         ValueError: `act` is neither; fewer than two values per channel in training.
-        RuntimeError: sizes that do not match, as `torch.nn.functional.batch_norm` raises; a forced backend that cannot run.
+        RuntimeError: sizes that do not match, as `torch.nn.functional.batch_norm` raises; a forced backend that cannot
+            run.
 
     Source:
         Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2; gradients: section 3.
@@ -71,7 +74,7 @@ def batch_norm_act(
 
 
 class _BatchNormAct(torch.autograd.Function):
-    """`bn_apply` forward, `bn_backward_reduce` and `bn_backward_apply` backward. `weight` and `bias` take part only by their gradients."""
+    """`bn_apply`, `bn_backward_reduce`, `bn_backward_apply`; `weight` and `bias` take part only by their gradients."""
 
     @staticmethod
     def forward(

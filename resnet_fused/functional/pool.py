@@ -29,8 +29,8 @@ def batch_norm_act_max_pool(
 ) -> Tensor:
     """The ResNet stem behind its convolution: `y = max_pool(relu(bn(x)), kernel 3, stride 2, padding 1)`.
 
-    The fused kernels never store the normalised activation, the largest of the network; backward finds the winners by a byte an output instead of an
-    int64.
+    The fused kernels never store the normalised activation, the largest of the network; backward finds the winners by
+    a byte an output instead of an int64.
 
     Args:
         x, running_mean, running_var, weight, bias, training, momentum, eps: as in `batch_norm_act`.

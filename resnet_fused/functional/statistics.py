@@ -27,8 +27,8 @@ def affine_of(
     """`(scale, shift, mean, invstd)`, `[C]` each, of the batch `x` or of the running statistics.
 
     Mutates:
-        `running_mean` and `running_var` in training. They change here and not inside an `autograd.Function`, where a mutation under
-        `torch.compile` gave wrong gradients (pytorch#180642).
+        `running_mean` and `running_var` in training. They change here and not inside an `autograd.Function`, where a
+        mutation under `torch.compile` gave wrong gradients (pytorch#180642).
     """
     with torch.no_grad():
         if not training and running_mean is not None and running_var is not None:
@@ -59,7 +59,7 @@ def constant_affine(
     eps: float,
     dtype: torch.dtype,
 ) -> Affine:
-    """`(scale, shift, mean, invstd)` of a batch norm whose statistics are constants, in the compute dtype of `dtype`."""
+    """`(scale, shift, mean, invstd)` of a batch norm with constant statistics, in the compute dtype of `dtype`."""
     up = compute_dtype(dtype)
     mean = running_mean.to(up)
     invstd = (running_var.to(up) + eps).rsqrt()

@@ -1,4 +1,4 @@
-"""`freeze`: an inference-only copy of a model with batch norm folded, weights prepacked and, on a GPU, the whole network in one CUDA graph."""
+"""`freeze`: an inference-only copy with batch norm folded, weights prepacked and, on a GPU, all of it in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ _keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
 def freeze(model: nn.Module, example_input: Tensor) -> nn.Module:
     """An inference-only callable that computes what `model` computes: `y = model(x)`.
 
-    Every fused convolution holds its batch norm folded into the weight, prepacked for the library that runs it; on a CPU that is oneDNN's convolution
-    with bias, residual and ReLU inside. On a GPU the network is captured in a CUDA graph for each shape of input it meets.
+    Every fused convolution holds its batch norm folded into the weight, prepacked for the library that runs it; on a
+    CPU that is oneDNN's convolution with bias, residual and ReLU inside. On a GPU the network is captured in a CUDA
+    graph for each shape of input it meets.
 
     Args:
         model: in eval mode, fused or not; it is left as it is.
@@ -40,8 +41,8 @@ def freeze(model: nn.Module, example_input: Tensor) -> nn.Module:
         RuntimeError: `model`, or a part of it, is in training mode; whatever `model(example_input)` raises.
 
     Numerics:
-        A NaN or an infinity in the input or in the result gives exactly what the model gives. One that arises inside a CPU network by overflow and
-        leaves no trace in the result may read as 0.
+        A NaN or an infinity in the input or in the result gives exactly what the model gives. One that arises inside a
+        CPU network by overflow and leaves no trace in the result may read as 0.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -123,7 +124,7 @@ def _capture(network: nn.Module, example: Tensor) -> Callable[[Tensor], Any]:
 
 
 def _finite(value: Any) -> bool:
-    """Whether a tensor holds no NaN and no infinity; a sum that overflows counts as one, at the price of a second run."""
+    """Whether a tensor holds no NaN and no infinity; a sum that overflows counts as one, and costs a second run."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
     total = value.sum(dtype=torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None)
@@ -200,7 +201,7 @@ class FrozenBlock(nn.Module):
 
 
 class FrozenStage(nn.Sequential):
-    """A Sequential that alone sees what its blocks pass on, so that a block may overwrite the result of the one before it."""
+    """A Sequential that alone sees what its blocks pass on: a block may overwrite the result of the one before it."""
 
     def forward(self, x: Tensor) -> Tensor:
         before = None

@@ -1,6 +1,7 @@
 """The two residual blocks of He et al., with torchvision's constructor arguments and state_dict keys.
 
-Source: Deep Residual Learning for Image Recognition, 2015, figure 5; the stride in the 3x3 of `Bottleneck` ("v1.5") as in torchvision.
+Source: Deep Residual Learning for Image Recognition, 2015, figure 5; the stride in the 3x3 of `Bottleneck` ("v1.5") as
+in torchvision.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def residual_block(
 
     Args:
         x: `[N, C, H, W]`.
-        layers: (conv, bn, act) in order; `act` None where ReLU is called as a function. The last one's ReLU follows the sum.
+        layers: (conv, bn, act) in order; `act` None where ReLU is called as a function. The last one's ReLU follows
+            the sum.
         shortcut: (conv, bn) of a projection, or None for the identity.
     """
     identity = x if shortcut is None else units.conv_bn_act(x, *shortcut, None, relu=False)

@@ -54,8 +54,8 @@ class ConvBNAct2d(nn.Module):
     Its state_dict holds `conv.*` and `bn.*`, those of the two plain modules.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`; `padding=None` keeps the size at
-            stride 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`;
+            `padding=None` keeps the size at stride 1.
         eps, momentum: as in `nn.BatchNorm2d`.
         act: `"relu"` or None.
     """

@@ -1,7 +1,7 @@
-"""Convolution, batch norm and ReLU *modules* run as one fused call: what `fuse` and the blocks put in place of three module calls.
+"""Convolution, batch norm and ReLU *modules* run as one fused call, in place of three module calls.
 
-The modules stay what they are. Whenever calling them one by one could be told from calling the fused function - hooks, parametrizations, subclasses, an
-unusual padding - they are called one by one.
+The modules stay what they are. Whenever calling them one by one could be told from calling the fused function - hooks,
+parametrizations, subclasses, an unusual padding - they are called one by one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,23 @@ from torch.nn.modules import module as nn_module
 from resnet_fused import functional
 from resnet_fused.functional.common import Act
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(
-    getattr(nn_module, name)
-    for name in (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
     )
-)
+
+
+def _is_plain_batch_norm(module: nn.Module) -> bool:
+    """Whether a subclass of `nn.BatchNorm2d` says of itself that its batch norm is the plain one, as our own does."""
+    return bool(type(module).__dict__.get("_plain_batch_norm"))
 
 
 def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None) -> str | None:
@@ -36,16 +43,16 @@ def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None) -> str |
     for module, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
         if module is None:
             continue
-        if type(module) is not expected and not (
-            expected is nn.BatchNorm2d and type(module).__dict__.get("_plain_batch_norm")
-        ):
+        plain_type = type(module) is expected or (expected is nn.BatchNorm2d and _is_plain_batch_norm(module))
+        if not plain_type:
             return f"{type(module).__name__} is not a plain {expected.__name__}"
         if "forward" in module.__dict__:
             return f"the forward of a {expected.__name__} was replaced"
-        if any(getattr(module, hooks) for hooks in _HOOKS) or any(_GLOBAL_HOOKS):
+        if _hooked(module):
             return f"a {expected.__name__} has hooks"
-        if any(p is not None and type(p) not in (nn.Parameter, Tensor) for p in module._parameters.values()):
-            return f"the parameters of a {expected.__name__} are not plain tensors"
+        for parameter in module._parameters.values():
+            if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+                return f"the parameters of a {expected.__name__} are not plain tensors"
     if isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
         mode = conv.padding if isinstance(conv.padding, str) else conv.padding_mode
         return f"the convolution pads in mode {mode!r}"

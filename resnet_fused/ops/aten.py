@@ -82,7 +82,8 @@ def onednn_conv(
 ) -> Tensor:
     """act(conv(x, weight) + bias + residual) in one oneDNN primitive; `weight` may be prepacked for it.
 
-    The ReLU turns a NaN into 0. With `overwrite_residual` the result is accumulated into `residual`, one activation less in the caches.
+    The ReLU turns a NaN into 0. With `overwrite_residual` the result is accumulated into `residual`, one activation
+    less in the caches.
     """
     conv = torch.ops.mkldnn
     shape = (padding, stride, dilation, groups)

@@ -1,4 +1,4 @@
-"""Where each op's implementations live, and why one cannot run: the dispatcher and its error message are the same predicate."""
+"""Where each op's implementations live, and why one cannot run: dispatcher and error message are the same predicate."""
 
 from __future__ import annotations
 
@@ -57,14 +57,16 @@ def _unavailable(backend: str, device_type: str) -> str | None:
             return "triton is not installed"
         if device_type == "cuda" or (device_type == "cpu" and _interpreting()):
             return None
-        return f"Triton kernels run on CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1; these are on {device_type}"
+        where = "CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1"
+        return f"Triton kernels run on {where}; these are on {device_type}"
     if backend == "cuda":
         problem = _library.load()
         if problem is not None:
             return problem
         if _library.device_type() == device_type:
             return None
-        return f"the compiled kernels ({_library.status()}) run on {_library.device_type()} tensors; these are on {device_type}"
+        built = _library.status()
+        return f"the compiled kernels ({built}) run on {_library.device_type()} tensors; these are on {device_type}"
     return None
 
 
@@ -122,7 +124,11 @@ def conv_refusal(
     residual: Tensor | None,
     geometry: tuple[tuple[int, int], tuple[int, int], tuple[int, int], int],
 ) -> str | None:
-    """Why `backend` cannot run `conv_fprop` of these operands with this (stride, padding, dilation, groups), beyond what `refusal` says."""
+    """Why `backend` cannot run `conv_fprop` of these operands, beyond what `refusal` says.
+
+    Args:
+        geometry: (stride, padding, dilation, groups).
+    """
     if backend != "triton":
         return None
     from resnet_fused.kernels.conv_fprop import refuse

@@ -36,8 +36,8 @@ def _vector(x: Tensor, *shape: int) -> Tensor:
 
 
 @_op(
-    "conv_fprop(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, SymInt[2] stride, SymInt[2] padding, "
-    "SymInt[2] dilation, SymInt groups, bool relu) -> Tensor"
+    "conv_fprop(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, Tensor? residual, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool relu) -> Tensor"
 )
 def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu):  # type: ignore[no-untyped-def]
     # PyTorch's own rule decides the strides: channels_last if either operand is.
@@ -50,32 +50,33 @@ def _(x, rows):  # type: ignore[no-untyped-def]
 
 
 @_op(
-    "bn_finalize(Tensor mean, Tensor m2, Tensor count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-    "float momentum, float eps) -> (Tensor scale, Tensor shift, Tensor save_mean, Tensor save_invstd)"
+    "bn_finalize(Tensor mean, Tensor m2, Tensor count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps) "
+    "-> (Tensor scale, Tensor shift, Tensor save_mean, Tensor save_invstd)"
 )
 def _(mean, m2, count, weight, bias, running_mean, running_var, momentum, eps):  # type: ignore[no-untyped-def]
     return tuple(_vector(mean, mean.shape[1]) for _ in range(4))
 
 
 @_op(
-    "bn_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, "
-    "bool with_mask) -> (Tensor y, Tensor mask)"
+    "bn_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, "
+    "bool relu, bool with_mask) -> (Tensor y, Tensor mask)"
 )
 def _(x, scale, shift, residual, residual_scale, residual_shift, relu, with_mask):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), x.new_empty((x.numel() + 7) // 8 if with_mask else 0, dtype=torch.uint8)
 
 
 @_op(
-    "bn_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, bool relu, SymInt rows) "
-    "-> (Tensor sum_dy, Tensor sum_dy_xhat)"
+    "bn_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, "
+    "bool relu, SymInt rows) -> (Tensor sum_dy, Tensor sum_dy_xhat)"
 )
 def _(dy, x, mask, scale, shift, mean, invstd, relu, rows):  # type: ignore[no-untyped-def]
     return _vector(x, x.shape[1]), _vector(x, x.shape[1])
 
 
 @_op(
-    "bn_backward_apply(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, Tensor? sum_dy, "
-    "Tensor? sum_dy_xhat, float count, bool relu, bool with_dresidual) -> (Tensor dx, Tensor dresidual)"
+    "bn_backward_apply(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, "
+    "Tensor? sum_dy, Tensor? sum_dy_xhat, float count, bool relu, bool with_dresidual) -> (Tensor dx, Tensor dresidual)"
 )
 def _(dy, x, mask, scale, shift, mean, invstd, sum_dy, sum_dy_xhat, count, relu, with_dresidual):  # type: ignore[no-untyped-def]
     return torch.empty_like(x), torch.empty_like(x) if with_dresidual else x.new_empty(0)
@@ -106,16 +107,16 @@ def _(x, scale, shift):  # type: ignore[no-untyped-def]
 
 
 @_op(
-    "bn_act_max_pool_backward_reduce(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, SymInt rows) "
-    "-> (Tensor sum_dy, Tensor sum_dy_xhat)"
+    "bn_act_max_pool_backward_reduce(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
+    "Tensor invstd, SymInt rows) -> (Tensor sum_dy, Tensor sum_dy_xhat)"
 )
 def _(dy, index, x, scale, shift, mean, invstd, rows):  # type: ignore[no-untyped-def]
     return _vector(x, x.shape[1]), _vector(x, x.shape[1])
 
 
 @_op(
-    "bn_act_max_pool_backward_apply(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, Tensor? sum_dy, "
-    "Tensor? sum_dy_xhat, float count) -> Tensor"
+    "bn_act_max_pool_backward_apply(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
+    "Tensor invstd, Tensor? sum_dy, Tensor? sum_dy_xhat, float count) -> Tensor"
 )
 def _(dy, index, x, scale, shift, mean, invstd, sum_dy, sum_dy_xhat, count):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)

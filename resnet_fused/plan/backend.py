@@ -1,4 +1,4 @@
-"""The choice of a backend: what the user forced, else what has been verified on this device, else PyTorch's own kernels."""
+"""The choice of a backend: what the user forced, else what was verified on this device, else PyTorch's own kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
-# A plain global, as PyTorch's own backend switches are: torch.compile guards on it, which it cannot on a ContextVar in torch 2.11.
+# A plain global, as PyTorch's own backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
+# torch 2.11.
 _forced = "auto"
 
 
@@ -14,11 +15,12 @@ _forced = "auto"
 def use_backend(name: str) -> Iterator[None]:
     """Run every op of the `with` block, and the backward of its results, on one backend, in all threads.
 
-    An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the reason; an op for which
-    it has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
+    An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the
+    reason; an op for which it has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
 
     Args:
-        name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"` or `"aten"` (cuDNN, oneDNN).
+        name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"` or
+            `"aten"` (cuDNN, oneDNN).
 
     Raises:
         ValueError: `name` is none of these.
@@ -41,6 +43,7 @@ def forced_backend() -> str | None:
 def default_backend(op: str, device_type: str) -> str:
     """The backend of `op` where none is forced.
 
-    A kernel becomes the default on an architecture once it has been verified and timed there; none has been yet, so this is PyTorch's own.
+    A kernel becomes the default on an architecture once it has been verified and timed there; none has been yet, so
+    this is PyTorch's own.
     """
     return "aten"
