@@ -1,4 +1,4 @@
-"""Batch norm + residual + ReLU, the stem, the residual join: ours on every native backend, plain PyTorch, torch.compile.
+"""Batch norm + residual + ReLU, stem, residual join: ours on every native backend, plain PyTorch, torch.compile.
 
 The bytes are those of the activations that the op must read and write: in training forward x twice (statistics,
     normalise), the residual and y once;

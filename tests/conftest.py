@@ -1,4 +1,4 @@
-"""Every test runs without a GPU: Triton in its interpreter, CUDA kernels host-executed, fresh memory poisoned with NaN."""
+"""No GPU needed: Triton in its interpreter, CUDA kernels host-executed, fresh memory poisoned with NaN."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The numerics contract as an assertion: against float64, at most twice plain PyTorch's error in the same dtype, plus a floor."""
+"""The numerics contract: against float64, at most twice plain PyTorch's error in the same dtype, plus a floor."""
 
 from __future__ import annotations
 

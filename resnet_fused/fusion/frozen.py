@@ -1,4 +1,4 @@
-"""`freeze`: an inference-only copy with batch norm folded, weights prepacked and, on a GPU, all of it in a CUDA graph."""
+"""`freeze`: an inference-only copy with batch norm folded, weights prepacked and, on a GPU, a CUDA graph of it all."""
 
 from __future__ import annotations
 

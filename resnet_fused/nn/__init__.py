@@ -1,4 +1,4 @@
-"""Drop-in modules and ResNet blocks of the fused functions, with the parameters and state_dict keys of plain PyTorch."""
+"""Drop-in modules and ResNet blocks of fused functions, with the parameters and state_dict keys of plain PyTorch."""
 
 from resnet_fused.nn.blocks import BasicBlock, Bottleneck
 from resnet_fused.nn.modules import BatchNormAct2d, ConvBNAct2d, Stem

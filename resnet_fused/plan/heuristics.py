@@ -14,7 +14,7 @@ def partial_rows(pixels: int, channels: int) -> int:
 
 
 def folding_pays(device_type: str, output_elements: int, weight_elements: int) -> bool:
-    """Whether to fold batch norm into a convolution's weight anew in every call, rather than run it as a pass of its own.
+    """Whether to fold batch norm into a convolution's weight in every call, rather than run it as a pass of its own.
 
     On a CPU folding reads and writes the weight once, and saves reading and writing the result once; twice the
     elements leaves a margin. On a GPU the half a dozen small launches that it takes have not been measured against
