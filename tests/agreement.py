@@ -78,4 +78,11 @@ def _close(expected: list[Tensor | None], actual: list[Tensor | None], tolerance
         if e.numel() == 0:
             continue
         scale = max(1.0, float(e.detach().abs().nan_to_num().max()))
-        torch.testing.assert_close(a, e, rtol=0, atol=tolerance * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            a,
+            e,
+            rtol=0,
+            atol=tolerance * scale,
+            equal_nan=True,
+            msg=f"{what} differs by {float((a - e).detach().abs().max())}",
+        )

@@ -1,4 +1,4 @@
-"""fuse on the models of torchvision and timm: everything is fused or explained, and trains and evaluates as the plain model does."""
+"""fuse on the models of torchvision and timm: all is fused or explained, and agrees with the plain model."""
 
 from __future__ import annotations
 

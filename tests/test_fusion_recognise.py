@@ -41,7 +41,7 @@ class Block(nn.Module):
 BLOCK_UNITS = (Unit("first", "norm_a", "act", True), Unit("second", "norm_b", "act", True))
 
 
-# --- blocks that must be recognised, however they are written ---------------------------------------------------------------
+# --- blocks that must be recognised, however they are written ---------------------------------------------------------
 
 
 class Functional(Block):
@@ -92,7 +92,8 @@ class InSequentials(nn.Module):
         super().__init__()
         out = 4 * stride
         self.residual = nn.Sequential(
-            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(True), conv3(4, out, stride=stride), nn.BatchNorm2d(out), nn.ReLU(True),
+            nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(True),
+            conv3(4, out, stride=stride), nn.BatchNorm2d(out), nn.ReLU(True),
             nn.Sequential(nn.Conv2d(out, out, 1), nn.BatchNorm2d(out)),
         )  # fmt: skip
         self.shortcut = nn.Sequential()
@@ -187,7 +188,7 @@ def test_error_is_within_twice_that_of_plain_pytorch(dtype, training):
     assert errors[1] <= 2 * errors[0] + floor
 
 
-# --- look-alikes that must be left alone ------------------------------------------------------------------------------------
+# --- look-alikes that must be left alone ------------------------------------------------------------------------------
 
 
 class PreActivation(Block):
@@ -545,7 +546,7 @@ def test_tracing_a_look_alike_has_no_side_effects(make):
         assert torch.equal(value, state[name])
 
 
-# --- chains elsewhere -------------------------------------------------------------------------------------------------------
+# --- chains elsewhere -------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -625,8 +626,9 @@ class TwoInputs(nn.Module):
 
 def sequential():
     return nn.Sequential(
-        conv3(3, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 8, 1), nn.Identity(), nn.BatchNorm2d(8), nn.Dropout(0.5),
-        nn.BatchNorm2d(8), nn.ReLU(), conv3(8, 8, padding_mode="circular"), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1),
+        conv3(3, 4), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 8, 1), nn.Identity(), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.BatchNorm2d(8), nn.ReLU(),
+        conv3(8, 8, padding_mode="circular"), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1),
     )  # fmt: skip
 
 

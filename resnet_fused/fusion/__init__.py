@@ -1,7 +1,8 @@
 """Swap fused forwards into an existing model and back: `fuse`, `unfuse`, `report`.
 
-A module is recognised by what its forward computes, never by its class name. Residual blocks become one plan of fused units; elsewhere
-each chain conv-bn(-relu) or bn-relu becomes one unit. Everything else is left alone, and `report` says why.
+A module is recognised by what its forward computes, never by its class name. Residual blocks become one plan of fused
+units; elsewhere each chain conv-bn(-relu) or bn-relu becomes one unit. Everything else is left alone, and `report` says
+why.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ M = TypeVar("M", bound=nn.Module)
 def fuse(model: M) -> M:
     """Run conv + batch norm (+ residual) (+ ReLU) of a model as fused operations: `y = relu(bn(conv(x)) + residual)`.
 
-    In place and idempotent. Parameters, buffers, names, state_dict and hooks stay as they are; the model trains and evaluates as before.
-    What cannot be fused keeps its own forward (see `report`). A change of a fused module - an attribute set, a child replaced - is
-    noticed, and what it computes is recognised anew on its next call.
+    In place and idempotent. Parameters, buffers, names, state_dict and hooks stay as they are; the model trains and
+    evaluates as before. What cannot be fused keeps its own forward (see `report`). A change of a fused module - an
+    attribute set, a child replaced - is noticed, and what it computes is recognised anew on its next call.
 
     Args:
         model: any module, with or without fused parts.
@@ -48,7 +49,8 @@ def fuse(model: M) -> M:
             with contextlib.suppress(TypeError):  # a class that cannot be subclassed or exchanged; `report` says so
                 swap.swap_in(module, recognition)
         elif swap.is_fused(module):
-            swap.swap_out(module)
+            with contextlib.suppress(RuntimeError):  # its class is not ours any more; its forward is the plain one
+                swap.swap_out(module)
     return model
 
 
@@ -82,6 +84,7 @@ def report(model: nn.Module) -> FusionReport:
             swap.bind(module, recognition)  # so that what is said here is what the next forward does
         if recognition is None:
             continue
+        result.skipped.extend((f"{name}.{path}" if name else path, reason) for path, reason in recognition.skipped)
         if recognition.native is not None:
             result.fused.append((name, f"resnet_fused.nn.{recognition.native}"))
         elif recognition.reason is not None:
@@ -90,7 +93,6 @@ def report(model: nn.Module) -> FusionReport:
             result.fused.append((name, str(recognition.plan)))
         elif recognition.plan is not None:
             result.skipped.append((name, _why_not_fused(module, recognition)))
-        result.skipped.extend((f"{name}.{path}" if name else path, reason) for path, reason in recognition.skipped)
     if not result.fused and not result.skipped:
         result.skipped.append(("", "none of its modules runs an nn.BatchNorm2d itself"))
     return result
@@ -111,14 +113,17 @@ def _survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recognition | No
         if id(module) in inside:
             continue
         recognition = recognise(module)
-        if recognition is not None and (isinstance(recognition.plan, BlockPlan) or recognition.native):
-            inside.update(id(child) for child in module.modules())
+        if recognition is not None and recognition.native is not None:
+            inside.update(map(id, module.modules()))
+        elif recognition is not None and isinstance(recognition.plan, BlockPlan):
+            for path in recognition.plan.bypassed:
+                inside.update(map(id, module.get_submodule(path).modules()))
         yield name, module, recognition
 
 
 def _why_not_fused(module: nn.Module, recognition: Recognition) -> str:
     try:  # what `fuse` does, on an empty module
-        object.__new__(original_class(module)).__class__ = swap.fused_class(original_class(module))
+        object.__new__(original_class(module)).__class__ = swap.fused_class(original_class(module))  # type: ignore
     except TypeError as error:
         return f"its class cannot be exchanged: {error}"
     return f"not fused; fuse(model) would run {recognition.plan}"

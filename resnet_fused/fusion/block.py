@@ -1,4 +1,4 @@
-"""Recognise the residual block in a dataflow: relu(conv-bn-relu-...-conv-bn(x) + shortcut(x)), every operation accounted for."""
+"""Recognise the residual block relu(conv-bn-relu-...-conv-bn(x) + shortcut(x)): every operation accounted for."""
 
 from __future__ import annotations
 

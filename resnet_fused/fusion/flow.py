@@ -1,13 +1,14 @@
 """The dataflow of a traced forward in the terms of a ResNet: convolutions, batch norms, ReLUs, sums.
 
-`nn.Identity` vanishes, `nn.Sequential` is opened, and `F.relu`, `torch.relu`, `Tensor.relu_` and `nn.ReLU` are one operation.
+`nn.Identity` vanishes, `nn.Sequential` is opened, and `F.relu`, `torch.relu`, `Tensor.relu_` and `nn.ReLU` are one
+operation.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ def is_relu(node: fx.Node, owner: nn.Module) -> bool:
     if len(node.all_input_nodes) != 1:
         return False
     if node.op == "call_module":
-        return original_class(owner.get_submodule(str(node.target))) is nn.ReLU
+        relu = original_class(owner.get_submodule(str(node.target))) is nn.ReLU
+        return relu and len(node.args) == 1 and not node.kwargs
     if node.op == "call_function":
         return node.target in RELU_FUNCTIONS
     return node.op == "call_method" and node.target in RELU_METHODS
@@ -131,7 +133,10 @@ class _Builder:
         return op
 
     def activations(self, node: fx.Node) -> list[Op]:
-        return [op for op in map(self.value.get, node.all_input_nodes) if op is not None]
+        return self.activations_in(node.all_input_nodes)
+
+    def activations_in(self, values: Iterable[Any]) -> list[Op]:
+        return [op for op in map(self.value.get, values) if op is not None]
 
     def call(self, path: str, module: nn.Module, x: Op | None, direct: bool) -> Op:
         if x is None:
@@ -164,9 +169,7 @@ class _Builder:
             return self.add("relu", "relu", inputs)
         if _is_sum(node, inputs):
             in_place = node.target in (operator.iadd, "add_", "__iadd__")
-            return self.add(
-                "add", "the sum", [x for x in map(self.value.get, node.args) if x is not None], in_place=in_place
-            )
+            return self.add("add", "the sum", self.activations_in(node.args), in_place=in_place)
         constant = _factor(node) if len(inputs) == 1 else None
         module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
         return self.add("other", label, inputs, module=module, constant=constant)

@@ -1,7 +1,8 @@
 """What a fused module computes, as data: `Unit`, `BlockPlan`, `SequencePlan`.
 
-A plan names modules by their path relative to the module that owns it, and holds no tensors and no modules. It runs on any owner
-whose `_run_unit(k, x, residual)` computes `plan.all_units[k]`: the fused module itself, or a frozen copy with prepacked units.
+A plan names modules by their path relative to the module that owns it, and holds no tensors and no modules. It runs on
+any owner whose `_run_unit(k, x, residual)` computes `plan.all_units[k]`: the fused module itself, or a frozen copy with
+prepacked units.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class BlockPlan:
         kind: `"BasicBlock"` (two units) or `"Bottleneck"` (three).
         units: the branch, first to last.
         shortcut: conv + bn of the shortcut; None for the identity.
-        bypassed: paths of the `nn.Sequential` and `nn.Identity` modules that the plan does not call although the plain forward does.
+        bypassed: paths of the `nn.Sequential` and `nn.Identity` modules that the plan does not call although the plain
+            forward does.
     """
 
     kind: Literal["BasicBlock", "Bottleneck"]
@@ -88,10 +90,12 @@ class Forward:
 
     Args:
         training: the mode that it was traced in; None where both modes compute the same.
-        inputs: `"list"` where it holds for a list only, `"any"` where the forward never asks for the type of its inputs.
+        inputs: `"list"` where it holds for a list only, `"any"` where the forward never asks for the type of its
+            inputs.
         arity: the number of inputs.
         source: the code.
-        function: the code as a function of (owner, *inputs); the owner has `_run_unit` and the children of the fused module.
+        function: the code as a function of (owner, *inputs); the owner has `_run_unit` and the children of the fused
+            module.
     """
 
     training: bool | None
@@ -115,7 +119,8 @@ class SequencePlan:
     Args:
         units: the chains, in the order of the forward.
         forwards: the regenerated forward for each case that was told apart.
-        bypassed: paths of the `nn.Identity` modules inside chains, which the plan does not call although the plain forward does.
+        bypassed: paths of the `nn.Identity` modules inside chains, which the plan does not call although the plain
+            forward does.
     """
 
     units: tuple[Unit, ...]

@@ -27,23 +27,27 @@ class Recognition:
         reason: why it has no plan.
         native: the name of its class where that is one of `resnet_fused.nn`, which is fused by itself.
         skipped: (path, reason) of chains that the plan leaves alone.
+        reads: the attributes that the forward looks up; None where it could not be traced.
     """
 
     plan: Plan | None = None
     reason: str | None = None
     native: str | None = None
     skipped: tuple[tuple[str, str], ...] = ()
+    reads: frozenset[str] | None = None
 
 
 def recognise(module: nn.Module) -> Recognition | None:
-    """The plan for a module's own forward; None where there is nothing to fuse and nothing to say about it.
+    """The plan for a module's own forward; None where nothing is known about it.
 
     The forward must compute the same units in training and in evaluation.
     """
     cls = original_class(module)
     if cls.__module__.startswith("resnet_fused.nn."):
         return Recognition(native=cls.__name__)
-    if not any(isinstance(child, _BatchNorm) for child in _own(module)):
+    if getattr(cls, "forward", None) is nn.Module.forward or not any(
+        isinstance(child, _BatchNorm) for child in _own(module)
+    ):
         return None
     try:
         if f"{cls.__module__}.".startswith(_FOREIGN):
@@ -62,13 +66,18 @@ def _own(module: nn.Module) -> Iterator[nn.Module]:
             yield from _own(child)
 
 
-def _recognise(module: nn.Module) -> Recognition | None:
+def _recognise(module: nn.Module) -> Recognition:
     inputs: Inputs = "any"
     try:
         traces = _traces(module, inputs)
     except AsksForInputType:
         inputs = "list"  # as torchvision's DenseNet does; other inputs take the plain forward
         traces = _traces(module, inputs)
+    recognition = _match(module, traces, inputs) or Recognition()
+    return replace(recognition, reads=traces[0].reads | traces[1].reads)
+
+
+def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recognition | None:
     flows = [flow_of(traced.graph, module) for traced in traces]
     if any(joins(flow, direct=False) for flow in flows) and inputs == "any":
         try:

@@ -1,12 +1,13 @@
-"""Rewrite the chains conv-bn(-relu) and bn-relu of a traced forward into units, and regenerate the forward from the graph."""
+"""Rewrite the chains conv-bn(-relu) and bn-relu of a traced forward into units, and generate code from the graph."""
 
 from __future__ import annotations
 
 import linecache
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import fx, nn
 
@@ -31,14 +32,13 @@ class _Chain:
     conv: fx.Node | None
     bn: fx.Node
     relu: fx.Node | None
-    identities: list[fx.Node]
+    above: list[fx.Node]  # identities between conv and bn, last first
+    below: list[fx.Node]  # identities between bn and relu, first first
 
-    @property
     def nodes(self) -> list[fx.Node]:
         """All nodes of the chain, last first, so that each can be erased in turn."""
-        nodes = [node for node in (self.conv, *self.identities, self.bn, self.relu) if node is not None]
-        order = {node: k for k, node in enumerate(self.bn.graph.nodes)}
-        return sorted(nodes, key=order.__getitem__, reverse=True)
+        nodes = [self.relu, *self.below[::-1], self.bn, *self.above, self.conv]
+        return [node for node in nodes if node is not None]
 
 
 def rewrite(graph: fx.Graph, owner: nn.Module) -> Rewritten:
@@ -60,7 +60,7 @@ class _Rewriter:
     def module(self, node: fx.Node) -> nn.Module:
         return self.owner.get_submodule(str(node.target))
 
-    def is_call(self, node: object) -> bool:
+    def is_call(self, node: object) -> TypeGuard[fx.Node]:
         return isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
 
     def is_norm(self, node: fx.Node) -> bool:
@@ -70,9 +70,7 @@ class _Rewriter:
         chain = self.chain(bn)
         reason = self.refusal(chain)
         if reason is not None and chain.conv is not None:  # the convolution may be what stands in the way
-            shorter = _Chain(
-                None, bn, chain.relu, [i for i in chain.identities if chain.relu and bn in _upstream(i, chain)]
-            )
+            shorter = _Chain(None, bn, chain.relu, [], chain.below)
             if chain.relu is not None and self.refusal(shorter) is None:
                 result.skipped.append((str(chain.conv.target), reason))
                 chain, reason = shorter, None
@@ -85,26 +83,21 @@ class _Rewriter:
 
     def chain(self, bn: fx.Node) -> _Chain:
         """The longest chain around a batch norm."""
-        identities: list[fx.Node] = []
         above: list[fx.Node] = []
         conv = bn.args[0]
-        while self.is_call(conv) and is_identity(self.module(conv)) and len(conv.users) == 1:  # type: ignore[union-attr, arg-type]
-            above.append(conv)  # type: ignore[arg-type]
-            conv = conv.args[0]  # type: ignore[union-attr]
-        if self.is_call(conv) and isinstance(self.module(conv), nn.Conv2d) and len(conv.users) == 1:  # type: ignore[union-attr, arg-type]
-            identities += above
-        else:
-            conv = None
+        while self.is_call(conv) and is_identity(self.module(conv)) and len(conv.users) == 1:
+            above.append(conv)
+            conv = conv.args[0]
+        if not (self.is_call(conv) and isinstance(self.module(conv), nn.Conv2d) and len(conv.users) == 1):
+            conv, above = None, []
         below: list[fx.Node] = []
         relu = _only_user(bn)
-        while relu is not None and self.is_call(relu) and is_identity(self.module(relu)):
+        while self.is_call(relu) and is_identity(self.module(relu)):
             below.append(relu)
             relu = _only_user(relu)
-        if relu is not None and is_relu(relu, self.owner):
-            identities += below
-        else:
-            relu = None
-        return _Chain(conv, bn, relu, identities)  # type: ignore[arg-type]
+        if relu is None or not is_relu(relu, self.owner):
+            relu, below = None, []
+        return _Chain(conv, bn, relu, above, below)
 
     def refusal(self, chain: _Chain) -> str | None:
         called = [node for node in (chain.conv, chain.bn) if node is not None]
@@ -127,8 +120,8 @@ class _Rewriter:
             unit = bn.graph.create_node("call_module", "_run_unit", (len(result.units), first.args[0]))
         last.replace_all_uses_with(unit)
         result.units.append(Unit(str(conv.target) if conv is not None else None, str(bn.target), act, relu is not None))
-        result.bypassed += [str(node.target) for node in chain.identities]
-        for node in chain.nodes:
+        result.bypassed += [str(node.target) for node in (*chain.above, *chain.below)]
+        for node in chain.nodes():
             bn.graph.erase_node(node)
 
 
@@ -136,19 +129,10 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _upstream(node: fx.Node, chain: _Chain) -> list[fx.Node]:
-    """What `node` depends on inside its chain."""
-    found = []
-    while node is not chain.conv and node.op == "call_module":
-        found.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return found
-
-
 def generate(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
     """The graph's source, and that source as a function of (owner, *inputs)."""
     code = graph.python_code("self")
-    filename = f"<resnet_fused {name}>"
+    filename = f"<resnet_fused {name} {zlib.crc32(code.src.encode()):08x}>"
     linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)  # for tracebacks
     namespace = dict(code.globals)
     exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - how torch.fx runs a graph, too

@@ -1,7 +1,8 @@
 """Give a module the fused forward by changing its class, and give the original class back.
 
-The class of a fused module is a subclass of its original, made once per original: parameters, buffers, children, hooks and attributes
-stay where they are. Its forward runs the plan as long as the plan is known to hold, and the original forward otherwise.
+The class of a fused module is a subclass of its original, made once per original: parameters, buffers, children, hooks
+and attributes stay where they are. Its forward runs the plan as long as the plan is known to hold, and the original
+forward otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .trace import original_class
 
 
 class Binding:
-    """A recognition tied to the modules it was made for. It holds as long as these are the modules that the owner would call.
+    """A recognition tied to the modules it was made for; it holds as long as the owner would call just these.
 
     Attributes:
         units: the modules of each unit of the plan and whether a ReLU ends it, as `_run_unit` counts them.
@@ -46,6 +47,10 @@ class Binding:
                 paths += unit.paths
             self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled as None: a copy has other modules."""
+        return type(None), ()
 
     def holds(self) -> bool:
         """Whether the owner still calls the modules that the recognition was made for."""
@@ -112,12 +117,19 @@ class FusedMixin:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name != "training":
-            self.__dict__["_fusion"] = None
+        _forget(self, name)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        self.__dict__["_fusion"] = None
+        _forget(self, name)
+
+    def register_buffer(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().register_buffer(name, *args, **kwargs)  # type: ignore[misc]
+        _forget(self, name)
+
+    def register_parameter(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().register_parameter(name, *args, **kwargs)  # type: ignore[misc]
+        _forget(self, name)
 
     def extra_repr(self) -> str:
         original = super().extra_repr()  # type: ignore[misc]
@@ -139,9 +151,18 @@ class FusedMixin:
         return (_rebuild, (rebuild, arguments), *rest)
 
 
+def _forget(module: Any, name: str) -> None:
+    """An attribute was changed: what was recognised no longer counts if the forward looks it up."""
+    binding = module.__dict__.get("_fusion")
+    if binding is not None and name != "training":
+        reads = binding.recognition.reads
+        if reads is None or name in reads or name == "forward":
+            module.__dict__["_fusion"] = None
+
+
 def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> nn.Module:
     module = rebuild(*arguments)
-    module.__class__ = fused_class(original_class(module))
+    module.__class__ = fused_class(original_class(module))  # type: ignore[arg-type]
     return module
 
 
@@ -191,7 +212,7 @@ def swap_in(module: nn.Module, recognition: Recognition) -> None:
         TypeError: if its class cannot be subclassed or exchanged.
     """
     if not is_fused(module):
-        module.__class__ = fused_class(type(module))
+        module.__class__ = fused_class(type(module))  # type: ignore[arg-type]
     bind(module, recognition)
 
 

@@ -1,9 +1,10 @@
-"""Trace a module's forward into a graph of its direct computation, without side effects, or say why that cannot be done.
+"""Trace a module's forward into a graph without side effects, or say why that cannot be done.
 
-Every call of a submodule is a leaf. What torch.fx would silently lose or bake in is refused instead: a context such as `no_grad` or
-autocast around a part of the forward, random numbers, tensors made on the way, attributes that the forward sets or that can change
-without being set, questions about the type of a value. Nothing global is patched, so other threads may run modules meanwhile. What a
-forward reads from outside the module (globals, class attributes) is taken as constant.
+Every call of a submodule is a leaf. What torch.fx would silently lose or bake in is refused instead: a context such as
+`no_grad` or autocast around a part of the forward, random numbers, tensors made on the way, attributes that the forward
+sets or that can change without being set, questions about the type of a value. Nothing global is patched, so other
+threads may run modules meanwhile. What a forward reads from outside the module (globals, class attributes) is taken as
+constant.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,10 +39,11 @@ class AsksForInputType(Untraceable):
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced forward of `arity` inputs."""
+    """A traced forward of `arity` inputs; `reads` are the names of the attributes that it looked up on its module."""
 
     graph: fx.Graph
     arity: int
+    reads: frozenset[str]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -63,12 +65,12 @@ def trace(module: nn.Module, training: bool, inputs: Inputs = "any") -> Traced:
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward is overridden on the instance")
-    # Twice: a forward that gives the same graph with gradients on and autocast off, and the other way round, asks for neither and
-    # holds no context that changes either.
+    # Twice: a forward that gives the same graph with gradients on and autocast off, and the other way round, asks for
+    # neither and holds no context that changes either.
     first, second = (_trace_once(module, training, inputs, ambient) for ambient in (True, False))
     if str(first.graph) != str(second.graph):
         raise Untraceable("its forward depends on whether gradients or autocast are enabled")
-    return first
+    return replace(first, reads=first.reads | second.reads)
 
 
 def _trace_once(module: nn.Module, training: bool, inputs: Inputs, ambient: bool) -> Traced:
@@ -90,7 +92,7 @@ def _trace_once(module: nn.Module, training: bool, inputs: Inputs, ambient: bool
         raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {first_line}") from error
     if _registered(stand_in) != _registered(module):
         raise Untraceable("its forward registers parameters, buffers or modules")
-    return Traced(tracer.graph, len(names))
+    return Traced(tracer.graph, len(names), frozenset(tracer.reads))
 
 
 def _required_inputs(forward: Callable[..., Any]) -> list[str]:
@@ -105,7 +107,7 @@ def _required_inputs(forward: Callable[..., Any]) -> list[str]:
 
 
 class _Value(fx.Proxy):
-    """A proxy that does not pass itself off as something else: asked for its type outside torch.fx, it refuses, or is a list."""
+    """A proxy that does not hide what it is: asked for its type outside torch.fx, it refuses, or is a list."""
 
     tracer: _Tracer
 
@@ -152,6 +154,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.graph = fx.Graph()
         self.inputs = inputs
+        self.reads: set[str] = set()
         self.ambient: tuple[Any, ...] = ()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -185,12 +188,17 @@ class _Place:
         return f"{self.path}.{name}" if self.path else name
 
 
+def _place(stand_in: Any) -> _Place:
+    place: _Place = object.__getattribute__(stand_in, "__dict__")["_place"]
+    return place
+
+
 def _stand_in(
     module: nn.Module, path: str, tracer: _Tracer, known: dict[int, nn.Module], training: bool = False
 ) -> nn.Module:
-    """A module of the same class, attributes and children which records calls and through which nothing can be changed."""
+    """A module of the same class, attributes and children which records calls and lets nothing be changed."""
     if id(module) not in known:
-        stand_in = known[id(module)] = object.__new__(_probe_class(original_class(module)))
+        stand_in = known[id(module)] = object.__new__(_probe_class(original_class(module)))  # type: ignore[arg-type]
         place = _Place(path, tracer)
         state = dict(module.__dict__, training=training, _place=place)
         state["_parameters"], state["_buffers"] = dict(module._parameters), dict(module._buffers)
@@ -234,22 +242,24 @@ def _probe_class(original: type[nn.Module]) -> type[nn.Module]:
 
     class Probe(_Unregistered, original):  # type: ignore[misc, valid-type]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            place: _Place = self.__dict__["_place"]
+            place = _place(self)
             if not place.path:
                 raise Untraceable("its forward calls itself")
             return place.tracer.create_proxy("call_module", place.path, args, kwargs)
 
         def __getattribute__(self, name: str) -> Any:
+            place = _place(self)
+            if not place.path:
+                place.tracer.reads.add(name)
             value = super().__getattribute__(name)
-            state = object.__getattribute__(self, "__dict__")
-            place: _Place = state["_place"]
             if name == "training" and place.path:
                 raise Untraceable(f"its forward reads `{place.attribute(name)}`")
-            if name in _INTERNALS or name not in state:
+            if name in _INTERNALS or name not in object.__getattribute__(self, "__dict__"):
                 return value
             if isinstance(value, Tensor):
                 return place.tracer.create_proxy("get_attr", place.attribute(name), (), {})
-            # An attribute of the module itself is watched; one of a child, or the inside of a list, can change without being noticed.
+            # An attribute of the module itself is watched; one of a child, or the inside of a list, can change without
+            # being noticed.
             if place.path or not _immutable(value):
                 raise Untraceable(
                     f"its forward reads the {'' if place.path else 'mutable '}attribute `{place.attribute(name)}`"
@@ -259,15 +269,14 @@ def _probe_class(original: type[nn.Module]) -> type[nn.Module]:
         def __getattr__(self, name: str) -> Any:
             value = super().__getattr__(name)
             if isinstance(value, Tensor):
-                place: _Place = self.__dict__["_place"]
-                return place.tracer.create_proxy("get_attr", place.attribute(name), (), {})
+                return _place(self).tracer.create_proxy("get_attr", _place(self).attribute(name), (), {})
             return value
 
         def __setattr__(self, name: str, value: Any) -> None:
-            raise Untraceable(f"its forward sets the attribute `{self.__dict__['_place'].attribute(name)}`")
+            raise Untraceable(f"its forward sets the attribute `{_place(self).attribute(name)}`")
 
         def __delattr__(self, name: str) -> None:
-            raise Untraceable(f"its forward deletes the attribute `{self.__dict__['_place'].attribute(name)}`")
+            raise Untraceable(f"its forward deletes the attribute `{_place(self).attribute(name)}`")
 
     Probe.__name__ = Probe.__qualname__ = original.__name__
     return Probe
