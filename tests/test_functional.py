@@ -70,8 +70,8 @@ def _vectors(channels):
 @pytest.mark.parametrize("act", ["relu", None])
 def test_batch_norm_act(backend, memory_format, dtype, training, with_residual, act):
     shape = (3, 9, 5, 7)
-    # An integer residual: hardly a sum lies within a rounding of zero then, where plain PyTorch's two roundings may flip
-    # the mask.
+    # An integer residual: hardly a sum lies within a rounding of zero, where plain PyTorch's two roundings may flip the
+    # mask.
     residual = torch.randint(-2, 3, shape).double().requires_grad_() if with_residual else None
     tensors = {"x": _activation(*shape), **_vectors(9), "residual": residual}
 
