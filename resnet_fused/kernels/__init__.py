@@ -1,7 +1,7 @@
 """The Triton kernels, one file per family: tensors in, tensors out; no autograd, no policy.
 
-Every op of `docs/design.md` is a function of its name here, with its arguments and order; `refuse(op, *args)` says beforehand why it cannot run.
-Importing this package imports triton, so import it only where a kernel is about to run.
+Every op of `docs/design.md` is a function of its name here, with its arguments and order; `refuse(op, *args)` says
+beforehand why it cannot run. Importing this package imports triton, so import it only where a kernel is about to run.
 """
 
 from __future__ import annotations

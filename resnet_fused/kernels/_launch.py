@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -36,8 +37,30 @@ def refuse_device(device: torch.device) -> str | None:
             return f"the GPU has compute capability {compute_capability(device) / 10}, the kernels need 8.0 or newer"
         return None
     if device.type == "cpu" and INTERPRETED:
-        return None
-    return f"Triton kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before triton is first imported; got {device.type} tensors"
+        return _interpreter_problem()
+    return (
+        "Triton kernels run on CUDA tensors, or on CPU tensors when TRITON_INTERPRET=1 is set before triton is first "
+        f"imported; got {device.type} tensors"
+    )
+
+
+@triton.jit
+def _count(steps):
+    for _ in range(steps):
+        pass
+
+
+@functools.cache
+def _interpreter_problem() -> str | None:
+    """Why Triton's interpreter cannot run a loop here, or None: that of Triton 3.6 fails with numpy 2.4 and newer."""
+    try:
+        _count[(1,)](2)
+    except Exception as error:
+        numpy = importlib.import_module("numpy").__version__
+        return (
+            f"the interpreter of Triton {triton.__version__} does not work with numpy {numpy} ({error}); try numpy<2.4"
+        )
+    return None
 
 
 def is_nhwc(x: Tensor) -> bool:
@@ -45,7 +68,7 @@ def is_nhwc(x: Tensor) -> bool:
 
 
 def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
-    """Why `x` and the activations that must agree with it in shape, dtype, device and memory order cannot be processed, or None."""
+    """Why `x`, and the activations that must agree with it in all but values, cannot be processed, or None."""
     reason = refuse_device(x.device)
     if reason is not None:
         return reason
@@ -54,7 +77,8 @@ def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
     if x.dim() != 4:
         return f"activations are 4-D [N, C, H, W], got {x.dim()}-D"
     if not (x.is_contiguous() or is_nhwc(x)):
-        return f"activations must be dense in NCHW or NHWC order, got strides {tuple(x.stride())} for shape {tuple(x.shape)}"
+        strides, shape = tuple(x.stride()), tuple(x.shape)
+        return f"activations must be dense in NCHW or NHWC order, got strides {strides} for shape {shape}"
     for name, other in others.items():
         if other is None:
             continue
@@ -74,7 +98,9 @@ def index_type(*numels: int) -> tl.dtype:
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    """Run `kernel` on `grid` programs, on the device of its first argument. The grid is 1-D: the one dimension CUDA does not limit to 65,535."""
+    """Run `kernel` on `grid` programs, on the device of its first argument. The grid is 1-D: the one dimension CUDA
+    does not limit to 65,535.
+    """
     if grid > 0:
         with torch.cuda.device_of(args[0]):
             kernel[(grid,)](*args, **options)

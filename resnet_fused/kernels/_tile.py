@@ -21,7 +21,9 @@ def is_nan(value):
 
 @triton.jit
 def round_to(value, DTYPE: tl.constexpr):
-    """fp32 rounded to the nearest value of DTYPE, ties to even. Triton's interpreter truncates to bf16, so there the bits are rounded here."""
+    """fp32 rounded to the nearest value of DTYPE, ties to even. Triton's interpreter truncates to bf16, so there the
+    bits are rounded here.
+    """
     if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -32,6 +34,17 @@ def round_to(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def sum_lanes(value):
+    """The sum over dimension 0. The GPU adds in a tree; numpy, under the interpreter, one after the other, which fp64
+    makes up for.
+    """
+    if _INTERPRETED:
+        return tl.sum(value.to(tl.float64), axis=0).to(tl.float32)
+    else:
+        return tl.sum(value, axis=0)
+
+
+@triton.jit
 def relu(value):
     """max(value, 0); a NaN stays."""
     return tl.where(value <= 0.0, 0.0, value)
@@ -39,7 +52,9 @@ def relu(value):
 
 @triton.jit
 def affine(x, scale, shift):
-    """x * scale + shift in fp32, in one fma wherever it is computed, so that a recomputed ReLU mask is the mask of the forward."""
+    """x * scale + shift in fp32, in one fma wherever it is computed, so that a recomputed ReLU mask is the mask of the
+    forward.
+    """
     return tl.fma(x.to(tl.float32), scale, shift)
 
 
@@ -52,16 +67,20 @@ def passes_relu(x, scale, shift):
 
 @triton.jit
 def input_gradient(dz, x, scale, mean, invstd, mean_dy, mean_dy_xhat):
-    """scale * (dz - mean(dz) - xhat * mean(dz * xhat)), the gradient of a batch norm that normalises by the batch's own statistics."""
+    """scale * (dz - mean(dz) - xhat * mean(dz * xhat)), the gradient of a batch norm that normalises by the batch's own
+    statistics.
+    """
     xhat = (x.to(tl.float32) - mean) * invstd
     return scale * tl.fma(-xhat, mean_dy_xhat, dz - mean_dy)
 
 
 @dataclass(frozen=True)
 class Octets:
-    """An activation's memory as [rows, octets, 8], so that eight neighbours - 16 bytes of fp16, one byte of a bit mask - belong to one thread.
+    """An activation's memory as [rows, octets, 8], so that eight neighbours - 16 bytes of fp16, one byte of a bit mask
+    - belong to one thread.
 
-    channel: where an element's channel comes from: "column" (NHWC, C a multiple of 8: its place in the row), "row" (NCHW, H*W a multiple of
+    channel: where an element's channel comes from: "column" (NHWC, C a multiple of 8: its place in the row), "row"
+        (NCHW, H*W a multiple of
     8: its row), or "element" (anything else: its index; one octet a row, the last row may be short).
     """
 
@@ -110,7 +129,9 @@ def octet_tile(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OCTETS: tl.constexpr,
 ):
-    """The program's tile of an `Octets` view: element offsets, which exist, their channels (both [rows, octets, 8] or broadcastable to it)."""
+    """The program's tile of an `Octets` view: element offsets, which exist, their channels (both [rows, octets, 8] or
+    broadcastable to it).
+    """
     tiles = tl.cdiv(octets, BLOCK_OCTETS)
     pid = tl.program_id(0)
     row = (pid // tiles).to(INDEX) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -141,7 +162,9 @@ def mask_tile(rows, octets, INDEX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK
 
 @dataclass(frozen=True)
 class Reduction:
-    """A per-channel reduction over the pixels of an activation, split into `rows` equal ranges: one program per range and tile of channels."""
+    """A per-channel reduction over the pixels of an activation, split into `rows` equal ranges: one program per range
+    and tile of channels.
+    """
 
     channels: int
     inner: int  # H * W
@@ -165,14 +188,21 @@ def reduction_of(x: Tensor, rows: int, tile: int = REDUCTION_TILE) -> Reduction:
     n, c, h, w = x.shape
     pixels, nhwc = n * h * w, is_nhwc(x)
     span = triton.cdiv(pixels, rows)
-    block_channels = min(64, triton.next_power_of_2(max(c, 1))) if nhwc else 1
-    block_pixels = min(tile // block_channels, triton.next_power_of_2(max(span, 1)))
+    channels, longest = triton.next_power_of_2(max(c, 1)), triton.next_power_of_2(max(span, 1))
+    if nhwc:
+        block_channels = min(64, channels)
+        block_pixels = min(tile // block_channels, longest)
+    else:
+        block_pixels = min(tile, longest)
+        block_channels = min(tile // block_pixels, channels)
     return Reduction(c, h * w, pixels, rows, span, nhwc, block_pixels, block_channels)
 
 
 @triton.jit
 def reduction_tile(C, inner, pixels, span, NHWC: tl.constexpr, INDEX: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """The program's range of pixels and tile of channels: range number, first pixel, end, channels, and the channels' offsets."""
+    """The program's range of pixels and tile of channels: range number, first pixel, end, channels, and the channels'
+    offsets.
+    """
     tiles = tl.cdiv(C, BLOCK_CHANNELS)
     pid = tl.program_id(0)
     row = pid // tiles

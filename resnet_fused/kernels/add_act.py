@@ -44,7 +44,7 @@ def _block(numel: int) -> int:
 
 
 def add_act(x: Tensor, other: Tensor, relu: bool) -> Tensor:
-    """y = act(x + other), rounded once. x and other: [N, C, H, W] of one dtype and one dense memory order; y is like x."""
+    """y = act(x + other), rounded once. x and other: [N, C, H, W] of one dtype and dense memory order, and so is y."""
     y, numel = torch.empty_like(x), x.numel()
     block = _block(numel)
     launch(
@@ -62,7 +62,9 @@ def add_act(x: Tensor, other: Tensor, relu: bool) -> Tensor:
 
 
 def add_act_backward(dy: Tensor, y: Tensor) -> Tensor:
-    """dz = dy where not (y <= 0), else 0 (a NaN in dy is dropped there): the gradient of both summands. dy and y as in `add_act`."""
+    """dz = dy where not (y <= 0), else 0 (a NaN in dy is dropped there): the gradient of both summands. dy and y as in
+    `add_act`.
+    """
     dz, numel = torch.empty_like(y), y.numel()
     block = _block(numel)
     launch(_add_act_backward_kernel, triton.cdiv(numel, block), dy, y, dz, numel, INDEX=index_type(numel), BLOCK=block)

@@ -10,8 +10,8 @@ from torch import Tensor
 from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
 from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to
 
-# Elements of a tile of the pooling kernels by "is NHWC". Nine or four addresses an element: more of them spill, most of all in NCHW order,
-# where neighbours in a thread share no address.
+# Elements of a tile of the pooling kernels by "is NHWC". Nine or four addresses an element: more of them spill, most of
+# all in NCHW order, where neighbours in a thread share no address.
 POOL_TILE = {True: 1024, False: 512}
 
 
@@ -33,7 +33,8 @@ def _bn_act_max_pool_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """y = max over the window of round(relu(x * scale + shift)), index = the winner's place 3 * r + s; a program owns a tile of y.
+    """y = max over the window of round(relu(x * scale + shift)), index = the winner's place 3 * r + s; a program owns a
+    tile of y.
 
     PyTorch's rule for the winner: the first of equals, but a NaN replaces whatever came before it.
     """

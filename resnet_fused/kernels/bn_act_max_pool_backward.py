@@ -1,4 +1,6 @@
-"""The backward of the stem's batch norm + ReLU + max pool: the gradient is gathered, never stored between the two passes."""
+"""The backward of the stem's batch norm + ReLU + max pool: the gradient is gathered, never stored between the two
+passes.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from resnet_fused.kernels._tile import (
     reduction_of,
     reduction_tile,
     round_to,
+    sum_lanes,
 )
 from resnet_fused.kernels.bn_act_max_pool import POOL_TILE
 from resnet_fused.kernels.reduce_rows import reduce_pair
@@ -100,10 +103,8 @@ def _bn_act_max_pool_backward_reduce_kernel(
         total += dz
         total_x = tl.fma(dz, tl.where(valid, value.to(tl.float32) - channel_mean, 0.0), total_x)
     out = row * C + channel
-    tl.store(sum_dy + out, tl.sum(total, axis=0), mask=exists)
-    tl.store(
-        sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists
-    )
+    tl.store(sum_dy + out, sum_lanes(total), mask=exists)
+    tl.store(sum_dy_xhat + out, sum_lanes(total_x) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
 
 
 @triton.jit
@@ -170,7 +171,8 @@ def refuse(dy: Tensor, index: Tensor, x: Tensor, *rest: object) -> str | None:
 def bn_act_max_pool_backward_reduce(
     dy: Tensor, index: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = the pooled gradient at the winners that the ReLU passed, else 0.
+    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = the pooled gradient at the winners that the ReLU
+    passed, else 0.
 
     Args:
         dy: [N, C, P, Q], the gradient of the pooled output, in the memory order of x.
@@ -223,7 +225,8 @@ def bn_act_max_pool_backward_apply(
     sum_dy_xhat: Tensor | None,
     count: float,
 ) -> Tensor:
-    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz as in `bn_act_max_pool_backward_reduce`.
+    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz as in
+    `bn_act_max_pool_backward_reduce`.
 
     Args:
         dy: as there; so are index, x, scale, shift, mean and invstd.

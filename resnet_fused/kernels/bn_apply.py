@@ -32,7 +32,9 @@ def _bn_apply_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OCTETS: tl.constexpr,
 ):
-    """y = round(act(x * scale + shift + (residual_scale * residual + residual_shift))); a program owns one tile of the memory."""
+    """y = round(act(x * scale + shift + (residual_scale * residual + residual_shift))); a program owns one tile of the
+    memory.
+    """
     offset, valid, channel = octet_tile(numel, rows, octets, C, inner, CHANNEL, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
     value = affine(tl.load(x + offset, mask=valid, other=0.0), tl.load(scale + channel), tl.load(shift + channel))
     if residual is not None:
@@ -78,7 +80,8 @@ def bn_apply(
     relu: bool,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y = act(x * scale + shift + (residual_scale * residual + residual_shift)) in fp32, rounded once; bytes: one read each, one write.
+    """y = act(x * scale + shift + (residual_scale * residual + residual_shift)) in fp32, rounded once; bytes: one read
+    each, one write.
 
     Args:
         x: [N, C, H, W], dense in NCHW or NHWC order.
@@ -92,7 +95,8 @@ def bn_apply(
 
     Returns:
         y: like x.
-        mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i // 8 for element i in memory order; empty without `with_mask`.
+        mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i // 8 for element i in memory order; empty without
+            `with_mask`.
     """
     view = octets_of(x)
     y = torch.empty_like(x)

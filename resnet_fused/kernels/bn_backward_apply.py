@@ -36,7 +36,9 @@ def _bn_backward_apply_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OCTETS: tl.constexpr,
 ):
-    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count), dresidual = dz; a program owns one tile of the memory."""
+    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count), dresidual = dz; a program owns one tile of the
+    memory.
+    """
     offset, valid, channel = octet_tile(numel, rows, octets, C, inner, CHANNEL, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
     dz = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
     channel_scale = tl.load(scale + channel)
@@ -82,7 +84,8 @@ def bn_backward_apply(
     relu: bool,
     with_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz = dy where the ReLU passed it, else 0.
+    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz = dy where the ReLU passed it,
+    else 0.
 
     Args:
         dy: like x.

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import partials_like, passes_relu, pixel_offset, reduction_of, reduction_tile
+from resnet_fused.kernels._tile import partials_like, passes_relu, pixel_offset, reduction_of, reduction_tile, sum_lanes
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
 
@@ -32,7 +32,9 @@ def _bn_backward_reduce_kernel(
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """sum(dz) and sum(dz * xhat), dz = mask ? dy : 0; a program owns one range of pixels and one tile of channels; dy and x are read once."""
+    """sum(dz) and sum(dz * xhat), dz = mask ? dy : 0; a program owns one range of pixels and one tile of channels; dy
+    and x are read once.
+    """
     row, first, end, channel, channel_offset = reduction_tile(C, inner, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
     channel_mean = tl.load(mean + channel, mask=exists, other=0.0)
@@ -58,10 +60,8 @@ def _bn_backward_reduce_kernel(
         total += dz
         total_x = tl.fma(dz, centred, total_x)
     out = row * C + channel
-    tl.store(sum_dy + out, tl.sum(total, axis=0), mask=exists)
-    tl.store(
-        sum_dy_xhat + out, tl.sum(total_x, axis=0) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists
-    )
+    tl.store(sum_dy + out, sum_lanes(total), mask=exists)
+    tl.store(sum_dy_xhat + out, sum_lanes(total_x) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
 
 
 def refuse(dy: Tensor, x: Tensor, *rest: object) -> str | None:
@@ -80,7 +80,8 @@ def bn_backward_reduce(
     relu: bool,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = dy where the ReLU passed it, else 0 (a NaN there is dropped).
+    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = dy where the ReLU passed it, else 0 (a NaN there is
+    dropped).
 
     Args:
         dy: like x.

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import launch, refuse_device
-from resnet_fused.kernels._tile import round_to
+from resnet_fused.kernels._tile import round_to, sum_lanes
 from resnet_fused.kernels.reduce_rows import row_blocks
 
 
@@ -36,7 +36,9 @@ def _bn_finalize_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """A program owns a tile of channels and reads the partial rows twice: for the mean, then for the deviations from it."""
+    """A program owns a tile of channels and reads the partial rows twice: for the mean, then for the deviations from
+    it.
+    """
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     exists = channel < C
     lane = tl.arange(0, BLOCK_ROWS)
@@ -52,8 +54,8 @@ def _bn_finalize_kernel(
         row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         pixels += n
         total += tl.where(n[:, None] > 0.0, n[:, None] * (row_mean - reference[None, :]), 0.0)
-    n_all = tl.sum(pixels, axis=0)
-    delta = tl.sum(total, axis=0) / n_all
+    n_all = sum_lanes(pixels)
+    delta = sum_lanes(total) / n_all
 
     deviations = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     for start in range(0, rows, BLOCK_ROWS):
@@ -64,7 +66,7 @@ def _bn_finalize_kernel(
         row_m2 = tl.load(m2 + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         spread = (row_mean - reference[None, :]) - delta[None, :]
         deviations += tl.where(n > 0.0, tl.fma(n * spread, spread, row_m2), 0.0)
-    variance = tl.sum(deviations, axis=0) / n_all
+    variance = sum_lanes(deviations) / n_all
 
     merged = reference + delta
     invstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
@@ -107,13 +109,15 @@ def bn_finalize(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scale = weight * invstd and shift = bias - mean * scale from partial statistics, merged as in Chan, Golub, LeVeque 1979.
+    """scale = weight * invstd and shift = bias - mean * scale from partial statistics, merged as in Chan, Golub,
+    LeVeque 1979.
 
     Args:
         mean: [rows, C] fp32, contiguous; m2 and count ([rows]) likewise.
         m2: sums of squared deviations.
         count: pixels of each row; 0 marks a row to pass over.
-        weight: [C] or None for 1; any floating dtype and stride. So are bias (None for 0), running_mean and running_var (None: not tracked).
+        weight: [C] or None for 1; any floating dtype and stride. So are bias (None for 0), running_mean and running_var
+            (None: not tracked).
         bias: see weight.
         running_mean: see weight; mutated to (1 - momentum) * running_mean + momentum * mean.
         running_var: see weight; mutated likewise, with the unbiased variance.

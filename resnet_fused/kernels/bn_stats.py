@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import partials_like, pixel_offset, reduction_of, reduction_tile
+from resnet_fused.kernels._tile import partials_like, pixel_offset, reduction_of, reduction_tile, sum_lanes
 
 
 @triton.jit
@@ -28,8 +28,9 @@ def _bn_stats_kernel(
 ):
     """A program owns one range of pixels and one tile of channels; one read of x.
 
-    Every lane of the tile sums the deviations from its own first value and their squares, which is exact where |mean| >> std, and the lanes
-    merge as in Chan, Golub, LeVeque 1979. An outlier as first value costs precision in that one lane only.
+    Every lane of the tile sums the deviations from its own first value and their squares, which is exact where |mean|
+    >> std, and the lanes merge as in Chan, Golub, LeVeque 1979. An outlier as first value costs precision in that one
+    lane only.
     """
     row, first, end, channel, channel_offset = reduction_tile(C, inner, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
@@ -52,16 +53,16 @@ def _bn_stats_kernel(
         squares = tl.fma(deviation, deviation, squares)
 
     # Lane means relative to one reference per channel, so that the merge cancels nothing either.
-    reference = tl.sum(tl.where(lane[:, None] == 0, pivot, 0.0), axis=0)
+    reference = sum_lanes(tl.where(lane[:, None] == 0, pivot, 0.0))
     at_least_one = tl.maximum(n, 1.0)
     lane_delta = total / at_least_one
     lane_m2 = tl.fma(-total, lane_delta, squares)
     lane_m2 = tl.where(lane_m2 < 0.0, 0.0, lane_m2)
     delta = tl.where(n > 0.0, (pivot - reference[None, :]) + lane_delta, 0.0)
-    pixels_in_range = tl.sum(n, axis=0)
-    merged = tl.sum(n * delta, axis=0) / tl.maximum(pixels_in_range, 1.0)
+    pixels_in_range = sum_lanes(n)
+    merged = sum_lanes(n * delta) / tl.maximum(pixels_in_range, 1.0)
     spread = delta - merged[None, :]
-    merged_m2 = tl.sum(tl.where(n > 0.0, tl.fma(n * spread, spread, lane_m2), 0.0), axis=0)
+    merged_m2 = sum_lanes(tl.where(n > 0.0, tl.fma(n * spread, spread, lane_m2), 0.0))
 
     out = row * C + channel
     tl.store(mean + out, reference + merged, mask=exists)
@@ -75,7 +76,8 @@ def refuse(x: Tensor, rows: int) -> str | None:
 
 
 def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squared deviations from it and number of pixels, of `rows` equal consecutive ranges of ceil(M / rows) pixels.
+    """Mean, sum of squared deviations from it and number of pixels, of `rows` equal consecutive ranges of ceil(M /
+    rows) pixels.
 
     Args:
         x: [N, C, H, W], dense in NCHW or NHWC order.

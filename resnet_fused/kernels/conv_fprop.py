@@ -21,11 +21,13 @@ from resnet_fused.kernels._launch import (
 )
 from resnet_fused.kernels._tile import relu, round_to
 
-# Streaming multiprocessors by compute capability, for "does this grid fill the GPU". An upper bound within a family is good enough.
+# Streaming multiprocessors by compute capability, for "does this grid fill the GPU". An upper bound within a family is
+# good enough.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 # A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
 MAX_FILTER = 15
-# Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over (r, s, c) together.
+# Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over (r, s,
+# c) together.
 MIN_CHANNELS_PER_TAP = 16
 
 
@@ -86,7 +88,8 @@ def _config(tile: tuple[int, int, int], channels: int, dtype: torch.dtype, arch:
 
 
 def heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False) -> ConvConfig:
-    """The configuration for a problem: the largest tile, no wider than the output, that still gives every multiprocessor a program.
+    """The configuration for a problem: the largest tile, no wider than the output, that still gives every
+    multiprocessor a program.
 
     Args:
         shape: the problem.
@@ -117,7 +120,8 @@ def configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[Co
 
 def tf32_allowed() -> bool:
     """PyTorch's own switch for convolutions; `torch.backends.cudnn.allow_tf32` sets it too."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
 
 
 @triton.jit
@@ -157,7 +161,7 @@ def _conv_fprop_kernel(
     groups,
     group_inputs,  # C / groups
     group_outputs,  # K / groups
-    FLAT_INPUTS: tl.constexpr,  # C / groups where the reduction is flat, so that its divisions are by a constant; else 0
+    FLAT_INPUTS: tl.constexpr,  # C / groups where the reduction is flat, to divide by a constant; else 0
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # a tap can fall outside the image
@@ -170,10 +174,11 @@ def _conv_fprop_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[m, k] = act(scale[k] * sum over (r, s, c) of x[pixel(m, r, s), c] * weight[k, r, s, c] + shift[k] + residual[m, k]).
+    """y[m, k] = act(scale[k] * sum over (r, s, c) of x[pixel(m, r, s), c] * weight[k, r, s, c] + shift[k] + residual[m,
+    k]).
 
-    A program owns BLOCK_M output pixels x BLOCK_N output channels of one group. Programs that share pixels are neighbours, so that x comes
-    from L2 for all but the first of them.
+    A program owns BLOCK_M output pixels x BLOCK_N output channels of one group. Programs that share pixels are
+    neighbours, so that x comes from L2 for all but the first of them.
     """
     tiles_n = tl.cdiv(group_outputs, BLOCK_N)
     pid = tl.program_id(0)
@@ -277,7 +282,8 @@ def refuse(
     if reason is not None:
         return reason
     if not is_nhwc(x):
-        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {tuple(x.stride())} for shape {tuple(x.shape)}"
+        strides, shape = tuple(x.stride()), tuple(x.shape)
+        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
     if weight.dim() != 4:
         return f"the weight must be 4-D [K, C/groups, R, S], got {weight.dim()}-D"
     if weight.dtype != x.dtype:
@@ -291,21 +297,20 @@ def refuse(
         return f"a convolution without channels: weight {tuple(weight.shape)}"
     if max(r, s) > MAX_FILTER:
         return f"filters are at most {MAX_FILTER}x{MAX_FILTER}, got {r}x{s}"
-    shape = _shape(x, weight, stride, padding, dilation, groups)
-    if shape.p < 1 or shape.q < 1:
-        return f"the filter {r}x{s} (dilation {tuple(dilation)}) is larger than the padded image {tuple(x.shape[2:])} + 2 * {tuple(padding)}"
+    problem = _shape(x, weight, stride, padding, dilation, groups)
+    if problem.p < 1 or problem.q < 1:
+        image = f"{problem.h}x{problem.w} + 2 * {tuple(padding)}"
+        return f"the filter {r}x{s} with dilation {tuple(dilation)} is larger than the padded image {image}"
     if residual is not None:
-        out = (shape.n, k, shape.p, shape.q)
-        if (
-            tuple(residual.shape) != out
-            or residual.dtype != x.dtype
-            or residual.device != x.device
-            or not is_nhwc(residual)
-        ):
-            return f"residual must be {name_of(x.dtype)} {out} in NHWC order on {x.device}, got {name_of(residual.dtype)} {tuple(residual.shape)}"
+        out = (problem.n, k, problem.p, problem.q)
+        agrees = residual.dtype == x.dtype and residual.device == x.device and is_nhwc(residual)
+        if tuple(residual.shape) != out or not agrees:
+            got = f"{name_of(residual.dtype)} {tuple(residual.shape)} with strides {tuple(residual.stride())}"
+            return f"residual must be {name_of(x.dtype)} {out} in NHWC order on {x.device}, got {got}"
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and (tuple(vector.shape) != (k,) or vector.stride(0) != 1 or vector.device != x.device):
-            return f"{name} must be a contiguous vector of {k} on {x.device}, got shape {tuple(vector.shape)} on {vector.device}"
+            got = f"shape {tuple(vector.shape)} on {vector.device}"
+            return f"{name} must be a contiguous vector of {k} on {x.device}, got {got}"
     return None
 
 
@@ -332,7 +337,8 @@ def conv_fprop(
     relu: bool,
     config: ConvConfig | None = None,
 ) -> Tensor:
-    """y = act(scale * conv(x, weight) + shift + residual), accumulated and finished in fp32, rounded once to the dtype of x.
+    """y = act(scale * conv(x, weight) + shift + residual), accumulated and finished in fp32, rounded once to the dtype
+    of x.
 
     Grouped convolutions run group by group: right for every group size, efficient from 16 channels a group on.
 

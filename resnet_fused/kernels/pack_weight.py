@@ -27,7 +27,9 @@ def _pack_weight_kernel(
     INDEX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """packed[o, r, s, i] = weight[o, r, s, i], or of the taps turned by 180 degrees; a program owns BLOCK consecutive elements of packed."""
+    """packed[o, r, s, i] = weight[o, r, s, i], or of the taps turned by 180 degrees; a program owns BLOCK consecutive
+    elements of packed.
+    """
     place = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     i = place % inner
     tap = place // inner

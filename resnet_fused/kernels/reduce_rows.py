@@ -8,11 +8,13 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import DTYPES, index_type, launch, name_of, refuse_device
-from resnet_fused.kernels._tile import round_to
+from resnet_fused.kernels._tile import round_to, sum_lanes
 
 
 def row_blocks(rows: int, columns: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of 4,096 elements: as many rows as there are, up to 256, since a program's latency is its number of steps."""
+    """(rows, columns) of a tile of 4,096 elements: as many rows as there are, up to 256, since a program's latency is
+    its number of steps.
+    """
     block_rows = min(256, triton.next_power_of_2(max(rows, 1)))
     return block_rows, min(4096 // block_rows, 1024, triton.next_power_of_2(max(columns, 1)))
 
@@ -29,7 +31,9 @@ def _reduce_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A program owns a tile of columns; row r is added to lane r % BLOCK_ROWS, in the order of r, and the lanes by a tree: one fixed order."""
+    """A program owns a tile of columns; row r is added to lane r % BLOCK_ROWS, in the order of r, and the lanes by a
+    tree: one fixed order.
+    """
     column = tl.program_id(0).to(INDEX) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     exists = column < columns
     lane = tl.arange(0, BLOCK_ROWS).to(INDEX)
@@ -42,9 +46,9 @@ def _reduce_rows_kernel(
         first_acc += tl.load(first + offset, mask=valid, other=0.0).to(tl.float32)
         if second is not None:
             second_acc += tl.load(second + offset, mask=valid, other=0.0).to(tl.float32)
-    tl.store(first_sum + column, round_to(tl.sum(first_acc, axis=0), first_sum.dtype.element_ty), mask=exists)
+    tl.store(first_sum + column, round_to(sum_lanes(first_acc), first_sum.dtype.element_ty), mask=exists)
     if second is not None:
-        tl.store(second_sum + column, round_to(tl.sum(second_acc, axis=0), second_sum.dtype.element_ty), mask=exists)
+        tl.store(second_sum + column, round_to(sum_lanes(second_acc), second_sum.dtype.element_ty), mask=exists)
 
 
 def _reduce(first: Tensor, second: Tensor | None) -> tuple[Tensor, Tensor | None]:
