@@ -1,4 +1,4 @@
-"""Packaging beyond pyproject.toml: the library of csrc/, compiled as RESNET_FUSED_BUILD=auto|cuda|none|host says (csrc/build.py)."""
+"""Packaging beyond pyproject.toml: compiles csrc/ as RESNET_FUSED_BUILD=auto|cuda|none|host says (csrc/build.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from setuptools.command.build_ext import build_ext
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError:
-    raise SystemExit("resnet_fused: building without isolation needs setuptools>=77; pip install -U setuptools") from None
+    raise SystemExit(
+        "resnet_fused: building without isolation needs setuptools>=77; pip install -U setuptools"
+    ) from None
 
 ROOT = Path(__file__).resolve().parent
 _spec = importlib.util.spec_from_file_location("resnet_fused_build", ROOT / "csrc" / "build.py")
@@ -33,7 +35,7 @@ def choose() -> build.Target:  # type: ignore[name-defined]
 
 
 class BuildLibrary(build_ext):
-    """Compiles the library, which is no Python extension but a plain shared library of operators, and records what was built."""
+    """Compiles the library, no Python extension but a plain shared library of operators, and records what was built."""
 
     def run(self) -> None:
         target = choose()
@@ -46,7 +48,9 @@ class BuildLibrary(build_ext):
             try:
                 build.compile_library(target, package / LIBRARY, ROOT / "build" / f"resnet_fused-{target.kind}")
             except subprocess.CalledProcessError as problem:
-                raise SystemExit(f"resnet_fused: compilation failed, see above (ninja exit code {problem.returncode})") from None
+                raise SystemExit(
+                    f"resnet_fused: compilation failed, see above (ninja exit code {problem.returncode})"
+                ) from None
         (package / RECORD).write_text(target.describe())
 
     def get_outputs(self) -> list[str]:

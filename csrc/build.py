@@ -1,6 +1,7 @@
-"""Builds the C++/CUDA library: finds a toolkit, writes a ninja file, runs it. Used by setup.py, the compile gate and the tests; needs no torch import.
+"""Builds the C++/CUDA library: finds a toolkit, writes a ninja file, runs it.
 
-torch.utils.cpp_extension is not used: it links against the unstable ABI, wants a GPU or an architecture list, and compiles for one Python at a time.
+Used by setup.py, the compile gate and the tests; torch is not imported. torch.utils.cpp_extension is not used: it
+links against the unstable ABI, wants a GPU or an architecture list, and compiles for one Python at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,11 +23,17 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 KINDS = ("auto", "cuda", "none", "host")
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-SOURCES = sorted(CSRC.glob("*.cu")) + [CSRC / "ops.cpp"]
-HOST_SOURCES = sorted((CSRC / "host").glob("*.cpp"))
 # The stable ABI of torch 2.10: one binary for every torch from there on.
 COMMON_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000")
-HOST_FLAGS = ("-DRESNET_FUSED_HOST", "-O2", "-g1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized")
+HOST_FLAGS = (
+    "-DRESNET_FUSED_HOST",
+    "-O2",
+    "-g1",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+)
 CUDA_FLAGS = ("-O3", "-lineinfo", "-DUSE_CUDA", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 
 
@@ -71,7 +79,13 @@ class Target:
         """The record that the package keeps: what `resnet_fused._library.status()` reads."""
         toolkit = self.toolkit.version if self.toolkit else None
         torch = find_torch().version if self.kind != "none" else None
-        record = {"kind": self.kind, "reason": self.reason, "architectures": self.architectures, "nvcc": toolkit, "torch": torch}
+        record = {
+            "kind": self.kind,
+            "reason": self.reason,
+            "architectures": self.architectures,
+            "nvcc": toolkit,
+            "torch": torch,
+        }
         return json.dumps(record, indent=1) + "\n"
 
 
@@ -86,7 +100,7 @@ def find_torch() -> Torch:
 
 
 def _nvcc_home(nvcc: Path) -> Path:
-    """The toolkit that an nvcc belongs to. A wrapper script or a link is asked, not read: the real nvcc prints where it stands."""
+    """The toolkit of an nvcc. A wrapper script or a link is asked, not read: the real nvcc prints where it stands."""
     run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
     top = re.search(r"^#\$ TOP=(.*)$", run.stderr, re.M)
     return Path(top[1]).resolve() if top else nvcc.resolve().parent.parent
@@ -130,12 +144,17 @@ def find_toolkit() -> Toolkit:
             continue
         if toolkit.version.split(".")[0] == torch.cuda.split(".")[0]:
             return toolkit
-        problems.append(f"{home} holds nvcc {toolkit.version}, but torch {torch.version} is built with CUDA {torch.cuda}: their major versions must agree")
-    raise Unusable("; ".join(problems) or "no CUDA toolkit was found (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda*)")
+        problems.append(
+            f"{home} holds nvcc {toolkit.version}, but torch {torch.version} is built with CUDA {torch.cuda}: "
+            "their major versions must agree"
+        )
+    raise Unusable(
+        "; ".join(problems) or "no CUDA toolkit was found (CUDA_HOME, CUDA_PATH, nvcc on PATH, /usr/local/cuda*)"
+    )
 
 
 def choose_architectures(toolkit: Toolkit) -> tuple[str, ...]:
-    """Architectures as "80", "90a", the last or those with "+PTX" also as PTX; from TORCH_CUDA_ARCH_LIST or the default."""
+    """Architectures such as "80", "90a", "120+PTX", from TORCH_CUDA_ARCH_LIST or the default."""
     listed = subprocess.run([toolkit.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = re.findall(r"compute_(\d+)", listed)
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", " ").replace(";", " ").split()
@@ -145,7 +164,8 @@ def choose_architectures(toolkit: Toolkit) -> tuple[str, ...]:
     for name in asked:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
         if match is None or match[1] + match[2] not in known:
-            raise Unusable(f"TORCH_CUDA_ARCH_LIST names {name!r}; nvcc {toolkit.version} knows {', '.join(f'{k[:-1]}.{k[-1]}' for k in known)}")
+            choices = ", ".join(f"{number[:-1]}.{number[-1]}" for number in known)
+            raise Unusable(f"TORCH_CUDA_ARCH_LIST names {name!r}; nvcc {toolkit.version} knows {choices}")
     return tuple(name.replace(".", "") for name in asked)
 
 
@@ -173,7 +193,7 @@ def find_tools() -> tuple[str, str]:
 
 @functools.cache
 def choose() -> Target:
-    """What RESNET_FUSED_BUILD (or FORCE_CUDA=1) asks for and this machine can do. Raises Unusable if they contradict."""
+    """What RESNET_FUSED_BUILD or FORCE_CUDA=1 asks for and this machine can do. Raises Unusable if they contradict."""
     asked = os.environ.get("RESNET_FUSED_BUILD") or ("cuda" if os.environ.get("FORCE_CUDA") == "1" else "auto")
     if asked not in KINDS:
         raise Unusable(f"RESNET_FUSED_BUILD={asked!r} is unknown; choose one of {', '.join(KINDS)}")
@@ -186,51 +206,68 @@ def choose() -> Target:
     try:
         toolkit = find_toolkit()
         find_tools()
-        architectures = choose_architectures(toolkit)
     except Unusable as problem:
         if asked == "cuda":
             raise Unusable(f"a CUDA build was asked for, but {problem}") from None
         return Target("none", f"{problem}; Triton and PyTorch only")
-    return Target("cuda", f"nvcc {toolkit.version} in {toolkit.home} for {', '.join(architectures)}", toolkit, architectures)
+    architectures = choose_architectures(toolkit)
+    where = f"nvcc {toolkit.version} in {toolkit.home} for {', '.join(architectures)}"
+    return Target("cuda", where, toolkit, architectures)
 
 
-def _ninja_file(target: Target, library: Path, extra_flags: Sequence[str]) -> str:
-    torch = find_torch()
-    compiler, _ = find_tools()
-    include = f"-isystem {torch.root / 'include'}"
-    extra = " ".join(extra_flags)
-    cxx_flags = f"{' '.join(COMMON_FLAGS)} -fPIC -fvisibility=hidden {include} {extra}"
-    link = ["-shared", "-Wl,-O1", f"-L{torch.root / 'lib'}", "-ltorch_cpu"]
+def _commands(target: Target, extra_flags: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """How to compile a .cu and a .cpp, before `-c $in -o $out`, and the flags to link with after `$in`."""
+    torch, (compiler, _) = find_torch(), find_tools()
+    include = ["-isystem", f"{torch.root / 'include'}", *extra_flags, "-MMD", "-MF", "$out.d"]
+    cxx = [compiler, *COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", *include]
+    link = ["-shared", f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-pthread", *extra_flags]
     if target.kind == "host":
-        link += ["-pthread", extra]
-        compile_cu = f"{compiler} -x c++ {cxx_flags} {' '.join(HOST_FLAGS)} -MMD -MF $out.d -c $in -o $out"
-        cxx_flags += " " + " ".join(HOST_FLAGS)
-        sources = SOURCES + HOST_SOURCES
-    else:
-        assert target.toolkit is not None
-        threads = os.environ.get("NVCC_THREADS")
-        flags = [*COMMON_FLAGS, *CUDA_FLAGS, f"-ccbin={compiler}", *gencode_flags(target.architectures), *([f"--threads={threads}"] if threads else [])]
-        compile_cu = f"{target.toolkit.nvcc} {' '.join(flags)} {include} {extra} -MMD -MF $out.d -c $in -o $out"
-        cxx_flags += " -O2 -Wall -DUSE_CUDA"
-        # The runtime is linked statically and hidden: no second libcudart.so to agree with torch's.
-        link += ["-ltorch_cuda", f"-L{target.toolkit.folder('lib', 'libcudart_static.a')}", "-lcudart_static", "-ldl", "-lrt", "-pthread"]
-        link += ["-Wl,--exclude-libs,ALL", "-Wl,--no-undefined"]
-        sources = SOURCES
+        cxx += HOST_FLAGS
+        return [*cxx, "-x", "c++"], cxx, link
+    assert target.toolkit is not None
+    nvcc = [str(target.toolkit.nvcc), f"-ccbin={compiler}", *COMMON_FLAGS, *CUDA_FLAGS, *include]
+    nvcc += gencode_flags(target.architectures)
+    if threads := os.environ.get("NVCC_THREADS"):
+        nvcc.append(f"--threads={threads}")
+    # The runtime is linked statically and hidden: no second libcudart.so that would have to agree with torch's.
+    runtime = [f"-L{target.toolkit.folder('lib', 'libcudart_static.a')}", "-lcudart_static", "-ldl", "-lrt"]
+    link += ["-ltorch_cuda", *runtime, "-Wl,--exclude-libs,ALL", "-Wl,--no-undefined"]
+    return nvcc, [*cxx, "-O2", "-DUSE_CUDA"], link
+
+
+def _ninja_file(target: Target, library: Path, sources: Sequence[Path], extra_flags: Sequence[str]) -> str:
+    def command(words: Sequence[str]) -> str:
+        return " ".join(word if word.startswith("$out") or word == "$in" else shlex.quote(word) for word in words)
+
+    def path(p: Path) -> str:
+        return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    cu, cxx, link = _commands(target, extra_flags)
+    compiler, _ = find_tools()
+    depends = "  depfile = $out.d\n  deps = gcc\n  description = $in"
     objects = {source: f"{source.parent.name}_{source.stem}.o" for source in sources}
     lines = [
-        f"rule cu\n  command = {compile_cu}\n  depfile = $out.d\n  deps = gcc\n  description = $in",
-        f"rule cxx\n  command = {compiler} {cxx_flags} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = $in",
-        f"rule link\n  command = {compiler} $in {' '.join(link)} -o $out\n  description = $out",
-        *(f"build {name}: {'cu' if source.suffix == '.cu' else 'cxx'} {source}" for source, name in objects.items()),
-        f"build {library}: link {' '.join(objects.values())}",
+        f"rule cu\n  command = {command([*cu, '-c', '$in', '-o', '$out'])}\n{depends}",
+        f"rule cpp\n  command = {command([*cxx, '-c', '$in', '-o', '$out'])}\n{depends}",
+        f"rule link\n  command = {command([compiler, '$in', *link, '-o', '$out'])}\n  description = $out",
+        *(f"build {path(Path(name))}: {source.suffix[1:]} {path(source)}" for source, name in objects.items()),
+        f"build {path(library)}: link {' '.join(path(Path(name)) for name in objects.values())}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def compile_library(target: Target, library: Path, work: Path, extra_flags: Sequence[str] = ()) -> None:
-    """Compile and link `library`, reusing what is up to date in `work`."""
+def compile_library(
+    target: Target, library: Path, work: Path, extra_flags: Sequence[str] = (), csrc: Path = CSRC
+) -> None:
+    """Compile and link `library` of the sources in `csrc`, reusing what is up to date in `work`.
+
+    Raises subprocess.CalledProcessError when a compiler fails; what it said has been printed.
+    """
+    sources = [*sorted(csrc.glob("*.cu")), csrc / "ops.cpp"]
+    if target.kind == "host":
+        sources += sorted((csrc / "host").glob("*.cpp"))
     work.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    (work / "build.ninja").write_text(_ninja_file(target, library.resolve(), extra_flags))
+    (work / "build.ninja").write_text(_ninja_file(target, library.resolve(), sources, extra_flags))
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     subprocess.run([find_tools()[1], "-C", str(work), "-j", jobs, "--quiet"], check=True)

@@ -35,7 +35,7 @@ def load() -> str | None:
 
 
 def device_type() -> str | None:
-    """The type of device whose tensors the library takes: "cuda", "cpu" for a host build, None if there is no library."""
+    """The type of device whose tensors the library takes: "cuda", "cpu" (a host build), or None without one."""
     return _DEVICE_TYPES.get(_record()["kind"])
 
 

@@ -18,6 +18,12 @@ namespace host {
 namespace {
 
 constexpr unsigned kWarp = 32;
+// NaN behind every shared array: a read beyond its end shows, a write is found when the block ends. AddressSanitizer has its own.
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kGuard = 0;
+#else
+constexpr size_t kGuard = 64;
+#endif
 
 [[noreturn]] void fail(const std::string& message) { throw std::runtime_error("host execution: " + message); }
 
@@ -28,6 +34,13 @@ unsigned environment(const char* name, unsigned otherwise) {
 
 std::string text(uint3 v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; }
 std::string text(dim3 v) { return text(uint3{v.x, v.y, v.z}); }
+
+void shuffle(unsigned* values, size_t count, uint64_t& random) {
+  for (size_t i = count; i > 1; --i) {
+    random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    std::swap(values[i - 1], values[(random >> 32) * i >> 32]);
+  }
+}
 
 // Where a group of threads - a block, a warp - meets.
 struct Barrier {
@@ -75,7 +88,8 @@ class Block {
   size_t dynamic_bytes = 0;
 
  private:
-  void resume(Thread& thread);
+  bool advance_one_warp(uint64_t& random);
+  void check_guards() const;
   std::string describe_deadlock() const;
 
   std::unordered_map<const void*, Shared> arrays_;
@@ -89,12 +103,6 @@ void thread_entry() {
   (*block->kernel)();
   block->current->done = true;
   block->current->fibre.switch_to(block->scheduler);
-}
-
-void Block::resume(Thread& thread) {
-  current = &thread;
-  index.thread = thread.index;
-  scheduler.switch_to(thread.fibre);
 }
 
 void Block::arrive(Barrier& b, const char* file, int line) {
@@ -119,15 +127,24 @@ void Block::arrive(Barrier& b, const char* file, int line) {
 void* Block::shared(const void* site, size_t bytes) {
   Shared& array = arrays_[site];
   if (array.bytes != bytes || array.data == nullptr) {
-    array.data.reset(new char[std::max<size_t>(bytes, 1)]);
+    array.data.reset(new char[std::max<size_t>(bytes + kGuard, 1)]);
     array.bytes = bytes;
     array.block = 0;
   }
   if (array.block != blocks_run_) {
-    std::memset(array.data.get(), 0xff, bytes);
+    std::memset(array.data.get(), 0xff, bytes + kGuard);
     array.block = blocks_run_;
   }
   return array.data.get();
+}
+
+void Block::check_guards() const {
+  for (const auto& [site, array] : arrays_) {
+    const char* const guard = array.data.get() + array.bytes;
+    if (array.block == blocks_run_ && !std::all_of(guard, guard + kGuard, [](char c) { return c == '\xff'; })) {
+      fail("block " + text(index.block) + " wrote beyond a shared array of " + std::to_string(array.bytes) + " bytes");
+    }
+  }
 }
 
 std::string Block::describe_deadlock() const {
@@ -149,7 +166,7 @@ void Block::run(const std::function<void()>& body, const Index& where, size_t dy
   if (threads.size() != count) {
     threads = std::vector<Thread>(count);
     warps.resize((count + kWarp - 1) / kWarp);
-    order_.resize(count);
+    order_.resize(warps.size());
   }
   barrier = Barrier{count};
   for (unsigned w = 0; w < warps.size(); ++w) {
@@ -167,22 +184,36 @@ void Block::run(const std::function<void()>& body, const Index& where, size_t dy
   }
   std::iota(order_.begin(), order_.end(), 0u);
   uint64_t random = (seed + 1) * 0x9e3779b97f4a7c15ull ^ (uint64_t(where.block.x) << 20 | where.block.y << 10 | where.block.z) * 0xbf58476d1ce4e5b9ull;
-  for (unsigned alive = count; alive > 0;) {
-    for (unsigned i = count; i > 1; --i) {
-      random ^= random << 13, random ^= random >> 7, random ^= random << 17;
-      std::swap(order_[i - 1], order_[(random >> 32) * i >> 32]);
+  // One warp runs as far as it can before the next one starts: as far apart as the barriers allow. Each barrier deals the warps anew.
+  for (unsigned generation = barrier.generation - 1; std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return !t.done; });) {
+    if (generation != barrier.generation) {
+      shuffle(order_.data(), order_.size(), random);
+      generation = barrier.generation;
     }
-    bool progress = false;
-    for (const unsigned i : order_) {
-      Thread& thread = threads[i];
-      if (thread.done || (thread.waits_for != nullptr && thread.waits_for->generation == thread.generation)) continue;
-      resume(thread);
-      progress = true;
-      alive -= thread.done;
+    if (!advance_one_warp(random)) fail(describe_deadlock());
+  }
+  check_guards();
+}
+
+// Resumes, in random order, the threads that can run of the first warp that has any.
+bool Block::advance_one_warp(uint64_t& random) {
+  for (const unsigned w : order_) {
+    unsigned ready[kWarp], count = 0;
+    for (unsigned i = w * kWarp; i < std::min<size_t>((w + 1) * kWarp, threads.size()); ++i) {
+      const Thread& thread = threads[i];
+      if (!thread.done && (thread.waits_for == nullptr || thread.waits_for->generation != thread.generation)) ready[count++] = i;
+    }
+    if (count == 0) continue;
+    shuffle(ready, count, random);
+    for (unsigned i = 0; i < count; ++i) {
+      current = &threads[ready[i]];
+      index.thread = current->index;
+      scheduler.switch_to(current->fibre);
       if (!error.empty()) fail(error);
     }
-    if (!progress) fail(describe_deadlock());
+    return true;
   }
+  return false;
 }
 
 // Blocks keep the stacks of their fibres between launches.
