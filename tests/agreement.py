@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+from resnet_fused.fusion import swap
 
 
 def assert_same(plain: nn.Module, fused: nn.Module, *inputs: Any, tolerance: float = 1e-9, steps: int = 2) -> None:
@@ -56,6 +59,19 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [t for v in value for t in tensors(v)] if isinstance(value, (list, tuple)) else []
+
+
+def count_units(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The batch norms of the units that fused modules run from now on, one entry per run."""
+    counted: list[nn.Module] = []
+    original = swap.conv_bn_act
+
+    def counting(x: Tensor, conv: Any, bn: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        counted.append(bn)
+        return original(x, conv, bn, *args, **kwargs)
+
+    monkeypatch.setattr(swap, "conv_bn_act", counting)
+    return counted
 
 
 def _fresh(x: Any) -> Any:
