@@ -14,6 +14,16 @@ from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tensors are tiny: more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # (blocks, of these with a convolution in the shortcut): each network also has its stem fused
 TORCHVISION_RESNETS = {
     "resnet18": (8, 3),
