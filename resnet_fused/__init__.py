@@ -1,8 +1,7 @@
 """Fused convolution, batch norm, ReLU and residual add for ResNets, in training and inference."""
 
 from resnet_fused import functional, nn
-from resnet_fused.fusion import FusionReport, fuse, report, unfuse
-from resnet_fused.fusion.frozen import freeze
+from resnet_fused.fusion import FusionReport, freeze, fuse, report, unfuse
 from resnet_fused.info import info
 from resnet_fused.plan import use_backend
 

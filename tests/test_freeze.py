@@ -13,6 +13,7 @@ from torch import nn
 
 from resnet_fused import freeze, fuse
 from resnet_fused.fusion.frozen import FoldedConv, FrozenStage
+from resnet_fused.nn import BasicBlock, Bottleneck, ConvBNAct2d, Stem
 
 
 def _model(name="resnet18", **options):
@@ -44,6 +45,29 @@ def test_dtypes_and_layouts(dtype, memory_format):
     x = torch.randn(2, 3, 64, 64).to(dtype).to(memory_format=memory_format)
     with torch.no_grad():
         assert_within_contract(freeze(model, x)(x), model(x), copy.deepcopy(model).double()(x.double()))
+
+
+def test_our_own_modules_are_folded():
+    model = nn.Sequential(Stem(3, 16), ConvBNAct2d(16, 32, 3), Bottleneck(32, 8), BasicBlock(32, 32)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    frozen = freeze(model, x)
+    assert sum(isinstance(m, FoldedConv) for m in frozen.modules()) == 1 + 1 + 3 + 2
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_plain_tensor_attribute_reaches_the_frozen_forward():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.factor = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), torch.tensor(3.0)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)).relu() * self.factor
+
+    model, x = Scaled().eval(), torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(freeze(model, x)(x), model(x))
 
 
 def test_float64_is_float64():

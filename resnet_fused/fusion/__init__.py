@@ -1,136 +1,24 @@
-"""Swap fused forwards into an existing model and back: `fuse`, `unfuse`, `report`.
+"""Swap fused forwards into an existing model and back: `fuse`, `unfuse`, `report`, `freeze`.
 
 A module is recognised by what its forward computes, never by its class name. Residual blocks become one plan of fused
 units; elsewhere each chain conv-bn(-relu) or bn-relu becomes one unit. Everything else is left alone, and `report` says
 why.
 """
 
-from __future__ import annotations
-
-import contextlib
-from collections.abc import Iterator
-from typing import TypeVar
-
-from torch import nn
-
-from . import swap
-from .plans import BlockPlan, Forward, Plan, SequencePlan, Unit
-from .recognise import Recognition, recognise
+from .frozen import freeze
+from .model import fuse, plan_of, report, unfuse
+from .plans import BlockPlan, Forward, SequencePlan, Unit
 from .report import FusionReport
-from .trace import original_class
 
-__all__ = ["BlockPlan", "Forward", "FusionReport", "SequencePlan", "Unit", "fuse", "plan_of", "report", "unfuse"]
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def fuse(model: M) -> M:
-    """Run conv + batch norm (+ residual) (+ ReLU) of a model as fused operations: `y = relu(bn(conv(x)) + residual)`.
-
-    In place and idempotent. Parameters, buffers, names, state_dict and hooks stay as they are; the model trains and
-    evaluates as before. What cannot be fused keeps its own forward (see `report`). A change of a fused module - an
-    attribute set, a child replaced - is noticed, and what it computes is recognised anew on its next call.
-
-    Args:
-        model: any module, with or without fused parts.
-
-    Returns:
-        The same object.
-
-    Mutates:
-        The classes of modules in `model`; `unfuse` restores them.
-
-    Raises:
-        TypeError: if `model` is not an `nn.Module`.
-    """
-    _check_module("fuse", model)
-    for _, module, recognition in _survey(model):
-        if recognition is not None and recognition.plan is not None:
-            with contextlib.suppress(TypeError):  # a class that cannot be subclassed or exchanged; `report` says so
-                swap.swap_in(module, recognition)
-        elif swap.is_fused(module):
-            with contextlib.suppress(RuntimeError):  # its class is not ours any more; its forward is the plain one
-                swap.swap_out(module)
-    return model
-
-
-def unfuse(model: M) -> M:
-    """Give every fused module in `model` exactly its original class back, in place, for export or scripting.
-
-    Returns:
-        The same object.
-
-    Raises:
-        TypeError: if `model` is not an `nn.Module`.
-        RuntimeError: if something else (FSDP, a parametrization) changed the class of a fused module afterwards.
-    """
-    _check_module("unfuse", model)
-    for module in model.modules():
-        if swap.is_fused(module):
-            swap.swap_out(module)
-    return model
-
-
-def report(model: nn.Module) -> FusionReport:
-    """What of `model` is fused, what is not, and why.
-
-    Raises:
-        TypeError: if `model` is not an `nn.Module`.
-    """
-    _check_module("report", model)
-    result = FusionReport()
-    for name, module, recognition in _survey(model):
-        if swap.is_fused(module):
-            swap.bind(module, recognition)  # so that what is said here is what the next forward does
-        if recognition is None:
-            continue
-        result.skipped.extend((f"{name}.{path}" if name else path, reason) for path, reason in recognition.skipped)
-        if recognition.native is not None:
-            result.fused.append((name, f"resnet_fused.nn.{recognition.native}"))
-        elif recognition.reason is not None:
-            result.skipped.append((name, recognition.reason))
-        elif recognition.plan is not None and swap.is_fused(module):
-            result.fused.append((name, str(recognition.plan)))
-        elif recognition.plan is not None:
-            result.skipped.append((name, _why_not_fused(module, recognition)))
-    if not result.fused and not result.skipped:
-        result.skipped.append(("", "none of its modules runs an nn.BatchNorm2d itself"))
-    return result
-
-
-def plan_of(module: nn.Module) -> Plan | None:
-    """The plan that a fused module's next forward runs; None where it runs its original forward."""
-    if not swap.is_fused(module):
-        return None
-    binding = swap.current(module)
-    return binding.plan if binding is not None else None
-
-
-def _survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recognition | None]]:
-    """Every module that is not part of a block, with what is recognised in it."""
-    inside: set[int] = set()
-    for name, module in model.named_modules():
-        if id(module) in inside:
-            continue
-        recognition = recognise(module)
-        if recognition is not None and recognition.native is not None:
-            inside.update(map(id, module.modules()))
-        elif recognition is not None and isinstance(recognition.plan, BlockPlan):
-            for path in recognition.plan.bypassed:
-                inside.update(map(id, module.get_submodule(path).modules()))
-        yield name, module, recognition
-
-
-def _why_not_fused(module: nn.Module, recognition: Recognition) -> str:
-    try:  # what `fuse` does, on an empty module
-        object.__new__(original_class(module)).__class__ = swap.fused_class(original_class(module))  # type: ignore
-    except TypeError as error:
-        return f"its class cannot be exchanged: {error}"
-    return f"not fused; fuse(model) would run {recognition.plan}"
-
-
-def _check_module(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"{function}(): argument 'model' (position 1) must be torch.nn.Module, not {type(model).__name__}"
-        )
+__all__ = [
+    "BlockPlan",
+    "Forward",
+    "FusionReport",
+    "SequencePlan",
+    "Unit",
+    "freeze",
+    "fuse",
+    "plan_of",
+    "report",
+    "unfuse",
+]

@@ -15,8 +15,10 @@ from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.nn import units
 from resnet_fused.ops import aten
 
+from .model import fuse
 from .plans import BlockPlan, SequencePlan
-from .swap import current, is_fused
+from .recognise import is_native, recognise
+from .swap import current, is_fused, swap_in
 
 # oneDNN's fused ReLU turns a NaN into 0. Where one shows up, the network runs again with ReLU as a pass of its own.
 _keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
@@ -51,10 +53,9 @@ def freeze(model: nn.Module, example_input: Tensor) -> nn.Module:
     training = next((name or "the model itself" for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise RuntimeError(f"freeze: the model is in training mode ({training}); call .eval() on it first")
-    from . import fuse
-
     with torch.no_grad():
         network = fuse(copy.deepcopy(model))
+        _plan_native(network)
         seen = _observe(network, example_input)
         network = _overwriting_stages(_replace(network, seen))
     frozen = Frozen(network).eval()
@@ -224,6 +225,9 @@ class FrozenSequence(nn.Module):
             self.register_parameter(name, parameter)
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):  # a plain tensor attribute, which the forward may read
+                setattr(self, name, value)
         self._folded_convs = nn.ModuleDict({str(k): conv for k, conv in folded.items()})
         self._kept_units = kept  # the modules of the other units, which are children of their own
         self._plan = plan
@@ -241,6 +245,14 @@ class FrozenSequence(nn.Module):
             return folded
         conv, bn, act, relu = self._kept_units[k]
         return units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
+
+
+def _plan_native(network: nn.Module) -> None:
+    """Give the modules of `resnet_fused.nn` plans as well, so that they are folded like the others."""
+    for module in list(network.modules()):
+        recognition = recognise(module, into_native=True) if is_native(module) else None
+        if recognition is not None and recognition.plan is not None:
+            swap_in(module, recognition)
 
 
 def _observe(network: nn.Module, example: Tensor) -> dict[tuple[nn.Module, int], torch.Size]:

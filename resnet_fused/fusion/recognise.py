@@ -37,13 +37,17 @@ class Recognition:
     reads: frozenset[str] | None = None
 
 
-def recognise(module: nn.Module) -> Recognition | None:
+def recognise(module: nn.Module, into_native: bool = False) -> Recognition | None:
     """The plan for a module's own forward; None where nothing is known about it.
 
     The forward must compute the same units in training and in evaluation.
+
+    Args:
+        module: left untouched.
+        into_native: plan the modules of `resnet_fused.nn` too, which are fused by themselves, but not folded.
     """
     cls = original_class(module)
-    if cls.__module__.startswith("resnet_fused.nn."):
+    if is_native(module) and not into_native:
         return Recognition(native=cls.__name__)
     if getattr(cls, "forward", None) is nn.Module.forward or not any(
         isinstance(child, _BatchNorm) for child in _own(module)
@@ -56,6 +60,11 @@ def recognise(module: nn.Module) -> Recognition | None:
     except Untraceable as error:
         direct = any(isinstance(child, _BatchNorm) for child in module.children())
         return Recognition(reason=str(error)) if direct else None
+
+
+def is_native(module: nn.Module) -> bool:
+    """Whether the module is one of `resnet_fused.nn`."""
+    return original_class(module).__module__.startswith("resnet_fused.nn.")
 
 
 def _own(module: nn.Module) -> Iterator[nn.Module]:

@@ -7,7 +7,7 @@ parametrizations, subclasses, an unusual padding - they are called one by one.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from resnet_fused import functional
@@ -79,7 +79,8 @@ def conv_bn_act(
     Mutates:
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
-    if plain(conv, bn, act) is not None:
+    # `fuse` traces a forward to find out what it computes; a tracer must see the modules.
+    if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None:
         z = bn(x if conv is None else conv(x))
         if residual is not None:
             z = z + residual
