@@ -107,19 +107,19 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def batch_norm_cases(quick: bool) -> Iterator[Case]:
-    """Every op of the family by dtype, layout, size class and option. Sizes: even (vectors), ragged (no vectors), wide
-    (64-bit offsets).
+    """Every op of the family by dtype, memory order and size: even (vectors), ragged (none), narrow (few channels),
+    wide (64-bit offsets); every option at the even size, elsewhere the one that needs the most registers.
     """
-    sizes = {"even": ((256, 256, 56, 56), (256, 64, 112, 112)), "ragged": ((64, 35, 7, 7), (64, 35, 17, 17))}
+    sizes = {"even": ((256, 256, 56, 56), (256, 64, 112, 112))}
     if not quick:
+        sizes["ragged"] = ((64, 35, 7, 7), (64, 35, 17, 17))
         sizes["narrow"] = ((256, 16, 56, 56), (256, 8, 112, 112))
         sizes["wide"] = ((4096, 256, 56, 56), (4096, 64, 112, 112))
-    for size, nhwc, dtype in itertools.product(sizes, (True,) if quick else (True, False), TYPES):
-        if dtype == torch.uint8 or (quick and (dtype != torch.bfloat16 or size == "ragged")):
-            continue
-        yield from _family(
-            dtype, nhwc, *sizes[size], f"{TYPES[dtype]} {'NHWC' if nhwc else 'NCHW'} {size}", size != "ragged", quick
-        )
+    dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.float16, torch.bfloat16)
+    for size, nhwc, dtype in itertools.product(sizes, (True,) if quick else (True, False), dtypes):
+        label = f"{TYPES[dtype]} {'NHWC' if nhwc else 'NCHW'} {size}"
+        all_options = size == "even" and not quick
+        yield from _family(dtype, nhwc, *sizes[size], label, vectors=size != "ragged", all_options=all_options)
     yield (
         "rows 256",
         Expect(wide_loads=True),
@@ -143,8 +143,9 @@ def _family(
     block: tuple[int, ...],
     stem: tuple[int, ...],
     label: str,
+    *,
     vectors: bool,
-    quick: bool,
+    all_options: bool,
 ) -> Iterator[Case]:
     wide = math.prod(block) > 2**31
     both = Expect(wide_loads=vectors, wide_stores=vectors, index64=wide)
@@ -161,14 +162,14 @@ def _family(
     for (what, residual), (relu, with_mask) in itertools.product(
         residuals.items(), ((False, False), (True, False), (True, True))
     ):
-        if not quick or (residual[1] is not None and with_mask):
+        if all_options or (residual[1] is not None and with_mask):
             yield case(both, f"{what} relu={relu} mask={with_mask}", "bn_apply", x, c, c, *residual, relu, with_mask)
     for what, bits, relu in (("", None, False), ("recomputed mask", None, True), ("mask", mask, True)):
-        if quick and bits is None:
+        if not all_options and bits is None:
             continue
         yield case(loads, what, "bn_backward_reduce", x, x, bits, c, c, c, c, relu, rows)
         for sums, dresidual in itertools.product(((c, c), (None, None)), (True, False)):
-            if not quick or (sums[0] is not None and dresidual):
+            if all_options or (sums[0] is not None and dresidual):
                 more = f"{what} sums={sums[0] is not None} dresidual={dresidual}"
                 yield case(both, more, "bn_backward_apply", x, x, bits, c, c, c, c, *sums, 2.0, relu, dresidual)
     flat = replace(both, wide_loads=True, wide_stores=True)

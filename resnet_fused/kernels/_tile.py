@@ -34,6 +34,15 @@ def round_to(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def to_fp32(value):
+    """The same value in fp32. Triton's interpreter loses bf16's subnormals, so there the bits are moved here."""
+    if _INTERPRETED and value.dtype == tl.bfloat16:
+        return (value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
 def sum_lanes(value):
     """The sum over dimension 0. The GPU adds in a tree; numpy, under the interpreter, one after the other, which fp64
     makes up for.
@@ -55,14 +64,14 @@ def affine(x, scale, shift):
     """x * scale + shift in fp32, in one fma wherever it is computed, so that a recomputed ReLU mask is the mask of the
     forward.
     """
-    return tl.fma(x.to(tl.float32), scale, shift)
+    return tl.fma(to_fp32(x), scale, shift)
 
 
 @triton.jit
 def passes_relu(x, scale, shift):
     """The ReLU mask recomputed: not (round(x * scale + shift) <= 0), which a NaN passes."""
     rounded = round_to(affine(x, scale, shift), x.dtype)
-    return (rounded.to(tl.float32) <= 0.0) == 0
+    return (to_fp32(rounded) <= 0.0) == 0
 
 
 @triton.jit
@@ -70,7 +79,7 @@ def input_gradient(dz, x, scale, mean, invstd, mean_dy, mean_dy_xhat):
     """scale * (dz - mean(dz) - xhat * mean(dz * xhat)), the gradient of a batch norm that normalises by the batch's own
     statistics.
     """
-    xhat = (x.to(tl.float32) - mean) * invstd
+    xhat = (to_fp32(x) - mean) * invstd
     return scale * tl.fma(-xhat, mean_dy_xhat, dz - mean_dy)
 
 

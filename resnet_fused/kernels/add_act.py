@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import TILE, relu, round_to
+from resnet_fused.kernels._tile import TILE, relu, round_to, to_fp32
 
 
 @triton.jit
@@ -16,9 +16,9 @@ def _add_act_kernel(x, other, y, numel, ACTIVATE: tl.constexpr, INDEX: tl.conste
     """y = round(act(x + other)); a program owns BLOCK consecutive elements of the memory, whatever its order."""
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     valid = offset < numel
-    value = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32) + tl.load(
-        other + offset, mask=valid, other=0.0
-    ).to(tl.float32)
+    value = to_fp32(tl.load(x + offset, mask=valid, other=0.0)) + to_fp32(
+        tl.load(other + offset, mask=valid, other=0.0)
+    )
     if ACTIVATE:
         value = relu(value)
     tl.store(y + offset, round_to(value, y.dtype.element_ty), mask=valid)
@@ -29,7 +29,7 @@ def _add_act_backward_kernel(dy, y, dz, numel, INDEX: tl.constexpr, BLOCK: tl.co
     """dz = not (y <= 0) ? dy : 0; a program owns BLOCK consecutive elements of the memory."""
     offset = tl.program_id(0).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     valid = offset < numel
-    dropped = tl.load(y + offset, mask=valid, other=0.0).to(tl.float32) <= 0.0
+    dropped = to_fp32(tl.load(y + offset, mask=valid, other=0.0)) <= 0.0
     gradient = tl.load(dy + offset, mask=valid, other=0.0)
     tl.store(dz + offset, tl.where(dropped, tl.zeros_like(gradient), gradient), mask=valid)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
-from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to
+from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to, to_fp32
 
 # Elements of a tile of the pooling kernels by "is NHWC". Nine or four addresses an element: more of them spill, most of
 # all in NCHW order, where neighbours in a thread share no address.
@@ -61,7 +61,7 @@ def _bn_act_max_pool_kernel(
         else:
             offset = (image * C * (H * W) + h * W + w)[:, None] + (channel.to(INDEX) * (H * W))[None, :]
         value = relu(affine(tl.load(x + offset, mask=inside, other=0.0), channel_scale, channel_shift))
-        value = round_to(value, y.dtype.element_ty).to(tl.float32)
+        value = to_fp32(round_to(value, y.dtype.element_ty))
         wins = inside & ((value > best) | is_nan(value))
         best = tl.where(wins, value, best)
         winner = tl.where(wins, tap, winner)

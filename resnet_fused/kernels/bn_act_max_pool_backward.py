@@ -19,6 +19,7 @@ from resnet_fused.kernels._tile import (
     reduction_tile,
     round_to,
     sum_lanes,
+    to_fp32,
 )
 from resnet_fused.kernels.bn_act_max_pool import POOL_TILE
 from resnet_fused.kernels.reduce_rows import reduce_pair
@@ -58,7 +59,7 @@ def _unpooled(
         else:
             offset = (image * C * (P * Q) + p * Q + q)[:, None] + (channel.to(INDEX) * (P * Q))[None, :]
         won = tl.load(index + offset, mask=covered, other=255).to(tl.int32) == (3 * r + s).to(tl.int32)[:, None]
-        gradient += tl.where(won & covered, tl.load(dy + offset, mask=covered, other=0.0).to(tl.float32), 0.0)
+        gradient += tl.where(won & covered, to_fp32(tl.load(dy + offset, mask=covered, other=0.0)), 0.0)
     return gradient
 
 
@@ -101,7 +102,7 @@ def _bn_act_max_pool_backward_reduce_kernel(
         dz = _unpooled(dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC, INDEX, BLOCK_PIXELS, BLOCK_CHANNELS)
         dz = tl.where(passes_relu(value, channel_scale, channel_shift), dz, 0.0)
         total += dz
-        total_x = tl.fma(dz, tl.where(valid, value.to(tl.float32) - channel_mean, 0.0), total_x)
+        total_x = tl.fma(dz, tl.where(valid, to_fp32(value) - channel_mean, 0.0), total_x)
     out = row * C + channel
     tl.store(sum_dy + out, sum_lanes(total), mask=exists)
     tl.store(sum_dy_xhat + out, sum_lanes(total_x) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)

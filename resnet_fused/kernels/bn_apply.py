@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import affine, mask_tile, octet_tile, octets_of, relu, round_to
+from resnet_fused.kernels._tile import affine, mask_tile, octet_tile, octets_of, relu, round_to, to_fp32
 
 
 @triton.jit
@@ -42,13 +42,13 @@ def _bn_apply_kernel(
         if residual_scale is not None:
             value += affine(other, tl.load(residual_scale + channel), tl.load(residual_shift + channel))
         else:
-            value += other.to(tl.float32)
+            value += to_fp32(other)
     if ACTIVATE:
         value = relu(value)
     rounded = round_to(value, y.dtype.element_ty)
     tl.store(y + offset, rounded, mask=valid)
     if mask is not None:
-        keep = valid & ((rounded.to(tl.float32) <= 0.0) == 0)
+        keep = valid & ((to_fp32(rounded) <= 0.0) == 0)
         bits = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, None, :], axis=2)
         place, exists = mask_tile(rows, octets, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
         tl.store(mask + place, bits.to(tl.uint8), mask=exists)

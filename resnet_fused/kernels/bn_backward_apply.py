@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import input_gradient, mask_tile, octet_tile, octets_of, passes_relu, round_to
+from resnet_fused.kernels._tile import input_gradient, mask_tile, octet_tile, octets_of, passes_relu, round_to, to_fp32
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _bn_backward_apply_kernel(
     memory.
     """
     offset, valid, channel = octet_tile(numel, rows, octets, C, inner, CHANNEL, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
-    dz = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+    dz = to_fp32(tl.load(dy + offset, mask=valid, other=0.0))
     channel_scale = tl.load(scale + channel)
     if sum_dy is not None or (ACTIVATE and mask is None):
         value = tl.load(x + offset, mask=valid, other=0.0)

@@ -7,7 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import partials_like, passes_relu, pixel_offset, reduction_of, reduction_tile, sum_lanes
+from resnet_fused.kernels._tile import (
+    partials_like,
+    passes_relu,
+    pixel_offset,
+    reduction_of,
+    reduction_tile,
+    sum_lanes,
+    to_fp32,
+)
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
 
@@ -48,7 +56,7 @@ def _bn_backward_reduce_kernel(
         offset = pixel_offset(pixel, C, inner, NHWC)[:, None] + channel_offset[None, :]
         valid = (pixel < end)[:, None] & exists[None, :]
         value = tl.load(x + offset, mask=valid, other=0.0)
-        dz = tl.load(dy + offset, mask=valid, other=0.0).to(tl.float32)
+        dz = to_fp32(tl.load(dy + offset, mask=valid, other=0.0))
         if ACTIVATE:
             if mask is not None:
                 bits = tl.load(mask + offset // 8, mask=valid, other=0).to(tl.int32)
@@ -56,7 +64,7 @@ def _bn_backward_reduce_kernel(
             else:
                 keep = passes_relu(value, channel_scale, channel_shift)
             dz = tl.where(keep, dz, 0.0)
-        centred = tl.where(valid, value.to(tl.float32) - channel_mean[None, :], 0.0)
+        centred = tl.where(valid, to_fp32(value) - channel_mean[None, :], 0.0)
         total += dz
         total_x = tl.fma(dz, centred, total_x)
     out = row * C + channel

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import launch, refuse_device
-from resnet_fused.kernels._tile import round_to, sum_lanes
+from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import row_blocks
 
 
@@ -72,22 +72,22 @@ def _bn_finalize_kernel(
     invstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     factor = invstd
     if weight is not None:
-        factor = invstd * tl.load(weight + channel * weight_stride, mask=exists, other=0.0).to(tl.float32)
+        factor = invstd * to_fp32(tl.load(weight + channel * weight_stride, mask=exists, other=0.0))
     offset = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if bias is not None:
-        offset = tl.load(bias + channel * bias_stride, mask=exists, other=0.0).to(tl.float32)
+        offset = to_fp32(tl.load(bias + channel * bias_stride, mask=exists, other=0.0))
     tl.store(scale + channel, factor, mask=exists)
     tl.store(shift + channel, tl.fma(-merged, factor, offset), mask=exists)
     tl.store(save_mean + channel, merged, mask=exists)
     tl.store(save_invstd + channel, invstd, mask=exists)
     if running_mean is not None:
         place = running_mean + channel * running_mean_stride
-        old = tl.load(place, mask=exists, other=0.0).to(tl.float32)
+        old = to_fp32(tl.load(place, mask=exists, other=0.0))
         new = tl.fma(tl.zeros_like(merged) + momentum, merged, (1.0 - momentum) * old)
         tl.store(place, round_to(new, running_mean.dtype.element_ty), mask=exists)
     if running_var is not None:
         place = running_var + channel * running_var_stride
-        old = tl.load(place, mask=exists, other=0.0).to(tl.float32)
+        old = to_fp32(tl.load(place, mask=exists, other=0.0))
         unbiased = variance * (n_all / (n_all - 1.0))
         new = tl.fma(tl.zeros_like(merged) + momentum, unbiased, (1.0 - momentum) * old)
         tl.store(place, round_to(new, running_var.dtype.element_ty), mask=exists)

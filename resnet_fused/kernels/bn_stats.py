@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import partials_like, pixel_offset, reduction_of, reduction_tile, sum_lanes
+from resnet_fused.kernels._tile import partials_like, pixel_offset, reduction_of, reduction_tile, sum_lanes, to_fp32
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _bn_stats_kernel(
 
     offset = pixel_offset(first + lane, C, inner, NHWC)
     valid = (first + lane < end)[:, None] & exists[None, :]
-    pivot = tl.load(x + (offset[:, None] + channel_offset[None, :]), mask=valid, other=0.0).to(tl.float32)
+    pivot = to_fp32(tl.load(x + (offset[:, None] + channel_offset[None, :]), mask=valid, other=0.0))
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)  # an inf or a NaN enters through the sums
     total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
     squares = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
@@ -47,7 +47,7 @@ def _bn_stats_kernel(
         pixel = first + start + lane
         offset = pixel_offset(pixel, C, inner, NHWC)
         valid = (pixel < end)[:, None] & exists[None, :]
-        value = tl.load(x + (offset[:, None] + channel_offset[None, :]), mask=valid, other=0.0).to(tl.float32)
+        value = to_fp32(tl.load(x + (offset[:, None] + channel_offset[None, :]), mask=valid, other=0.0))
         deviation = tl.where(valid, value - pivot, 0.0)
         total += deviation
         squares = tl.fma(deviation, deviation, squares)

@@ -19,7 +19,7 @@ from resnet_fused.kernels._launch import (
     name_of,
     refuse_activations,
 )
-from resnet_fused.kernels._tile import relu, round_to
+from resnet_fused.kernels._tile import relu, round_to, to_fp32
 
 # Streaming multiprocessors by compute capability, for "does this grid fill the GPU". An upper bound within a family is
 # good enough.
@@ -248,18 +248,18 @@ def _conv_fprop_kernel(
     channel = group * group_outputs + n
     stored = n < group_outputs
     if shift is not None:
-        bias = tl.load(shift + channel, mask=stored, other=0.0).to(tl.float32)[None, :]
+        bias = to_fp32(tl.load(shift + channel, mask=stored, other=0.0))[None, :]
     else:
         bias = tl.zeros((1, BLOCK_N), tl.float32)
     if scale is not None:
-        factor = tl.load(scale + channel, mask=stored, other=0.0).to(tl.float32)[None, :]
+        factor = to_fp32(tl.load(scale + channel, mask=stored, other=0.0))[None, :]
         acc = tl.fma(acc, tl.broadcast_to(factor, BLOCK_M, BLOCK_N), tl.broadcast_to(bias, BLOCK_M, BLOCK_N))
     else:
         acc = acc + bias
     out = m[:, None] * K + channel[None, :]
     out_mask = (m < M)[:, None] & stored[None, :]
     if residual is not None:
-        acc = acc + tl.load(residual + out, mask=out_mask, other=0.0).to(tl.float32)
+        acc = acc + to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
     if ACTIVATE:
         acc = relu(acc)
     tl.store(y + out, round_to(acc, y.dtype.element_ty), mask=out_mask)

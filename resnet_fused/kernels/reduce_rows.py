@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import DTYPES, index_type, launch, name_of, refuse_device
-from resnet_fused.kernels._tile import round_to, sum_lanes
+from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 
 
 def row_blocks(rows: int, columns: int) -> tuple[int, int]:
@@ -43,9 +43,9 @@ def _reduce_rows_kernel(
         row = start + lane
         valid = (row < rows)[:, None] & exists[None, :]
         offset = row[:, None] * columns + column[None, :]
-        first_acc += tl.load(first + offset, mask=valid, other=0.0).to(tl.float32)
+        first_acc += to_fp32(tl.load(first + offset, mask=valid, other=0.0))
         if second is not None:
-            second_acc += tl.load(second + offset, mask=valid, other=0.0).to(tl.float32)
+            second_acc += to_fp32(tl.load(second + offset, mask=valid, other=0.0))
     tl.store(first_sum + column, round_to(sum_lanes(first_acc), first_sum.dtype.element_ty), mask=exists)
     if second is not None:
         tl.store(second_sum + column, round_to(sum_lanes(second_acc), second_sum.dtype.element_ty), mask=exists)
