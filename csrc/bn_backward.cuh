@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) bn_backward_reduce_nhwc(Backward<T> 
 
 // dy, x [N, C, HW] as planes; the rest as above. A warp owns one range of pixels of one channel.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) bn_backward_reduce_nchw(Backward<T> p, float* __restrict__ partials, int64_t pixels, int64_t per_row, int64_t rows,
+__global__ void __launch_bounds__(kThreads, 2) bn_backward_reduce_nchw(Backward<T> p, float* __restrict__ partials, int64_t pixels, int64_t per_row, int64_t rows,
                                                                     int64_t C, Divider plane) {
   constexpr int kUnroll = kInFlight<T, V>;
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;

@@ -58,7 +58,7 @@ __device__ __forceinline__ double sum_lanes(double value, double* exchange) {
 }
 
 // A block owns 32 neighbouring channels; its eight warps take every eighth row each.
-inline __global__ void __launch_bounds__(kThreads) bn_finalize_kernel(Finalize p) {
+__global__ void __launch_bounds__(kThreads) bn_finalize_kernel(Finalize p) {
   SHARED_ARRAY(double, exchange, kThreads);
   constexpr int kLanes = kThreads / kWarp;
   const int64_t c = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp;

@@ -38,11 +38,39 @@ struct Moments {
 
 __device__ __forceinline__ float pivot_of(float first) { return fabsf(first) <= 3.4028234e38f ? first : 0.0f; }
 
+// The moments of the first `valid` of `kChunk` vectors that are in registers.
+template <class T, int V, int kChunk>
+__device__ __forceinline__ Moments<V> chunk_moments(const Vec<T, V>* loaded, int valid, const float (&pivot)[V]) {
+  Moments<V> chunk;
+  chunk.count = valid < kChunk ? valid : kChunk;
+#pragma unroll
+  for (int u = 0; u < kChunk; ++u) {
+    float v[V];
+    loaded[u].unpack(v);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      if (u < valid) chunk.sum[j] += v[j] - pivot[j];
+    }
+  }
+  const float inverse = 1.0f / chunk.count;
+#pragma unroll
+  for (int u = 0; u < kChunk; ++u) {
+    float v[V];
+    loaded[u].unpack(v);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float d = v[j] - pivot[j] - chunk.sum[j] * inverse;
+      if (u < valid) chunk.m2[j] += d * d;
+    }
+  }
+  return chunk;
+}
+
 // x [M, C]; mean, m2 [rows, C]; count [rows]. A block owns one range of `per_row` pixels and one tile of channels.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) bn_stats_nhwc(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
+__global__ void __launch_bounds__(kThreads, 2) bn_stats_nhwc(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
                                                           int64_t pixels, int64_t per_row, int rows, Columns tiling) {
-  constexpr int kChunk = sizeof(T) == 4 && V == 8 ? 4 : 8;
+  constexpr int kChunk = V == 8 ? 4 : 8, kGroups = V == 8 && sizeof(T) == 2 ? 2 : 1;
   const int64_t C = tiling.vectors * V;
   const int64_t row = rows - 1 - blockIdx.x / tiling.tiles;  // backwards: the producer of x wrote its end last
   const Place at(tiling, blockIdx.x % tiling.tiles);
@@ -58,39 +86,20 @@ __global__ void __launch_bounds__(kThreads) bn_stats_nhwc(const T* __restrict__ 
     Vec<T, V>::load(column + begin * C).unpack(pivot);
 #pragma unroll
     for (int j = 0; j < V; ++j) pivot[j] = pivot_of(pivot[j]);
-    for (int64_t p = begin + at.lane; p < end; p += kChunk * tiling.lanes) {
-      Vec<T, V> loaded[kChunk];
+    for (int64_t p = begin + at.lane; p < end; p += kGroups * kChunk * tiling.lanes) {
+      Vec<T, V> loaded[kGroups * kChunk];
       int valid = 0;
 #pragma unroll
-      for (int u = 0; u < kChunk; ++u) {
+      for (int u = 0; u < kGroups * kChunk; ++u) {
         if (p + u * tiling.lanes < end) {
           loaded[u] = Vec<T, V>::load(column + (p + u * tiling.lanes) * C);
           valid = u + 1;
         }
       }
-      Moments<V> chunk;
-      chunk.count = valid;
 #pragma unroll
-      for (int u = 0; u < kChunk; ++u) {
-        float v[V];
-        loaded[u].unpack(v);
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          if (u < valid) chunk.sum[j] += v[j] - pivot[j];
-        }
+      for (int g = 0; g < kGroups; ++g) {
+        if (g * kChunk < valid) moments.merge(chunk_moments<T, V, kChunk>(loaded + g * kChunk, valid - g * kChunk, pivot));
       }
-      const float inverse = 1.0f / valid;
-#pragma unroll
-      for (int u = 0; u < kChunk; ++u) {
-        float v[V];
-        loaded[u].unpack(v);
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-          const float d = v[j] - pivot[j] - chunk.sum[j] * inverse;
-          if (u < valid) chunk.m2[j] += d * d;
-        }
-      }
-      moments.merge(chunk);
     }
   }
   merge_lanes(moments, tiling.columns, at.lane, tiling.lanes);

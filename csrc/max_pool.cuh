@@ -83,7 +83,7 @@ struct Bytes {
 // A thread owns V channels of one output pixel and has its nine inputs in flight; of these, five or more come from the caches.
 // Bytes per element of x: one read, 1/4 write of y, 1/4 byte of index.
 template <class T, int V, bool kNhwc>
-__global__ void __launch_bounds__(kThreads) bn_act_max_pool_kernel(const T* __restrict__ x, const float* __restrict__ scale, const float* __restrict__ shift,
+__global__ void __launch_bounds__(kThreads, 2) bn_act_max_pool_kernel(const T* __restrict__ x, const float* __restrict__ scale, const float* __restrict__ shift,
                                                                    T* __restrict__ y, uint8_t* __restrict__ index, Pool pool, PoolWalk walk) {
   int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (item >= walk.step || item >= walk.items) return;
@@ -196,7 +196,7 @@ struct Patch {
 
 // Bytes per element of x: one read, 1/4 read of dy, 1/4 byte of index. Blocks and partials as in bn_backward_reduce, over windows for pixels.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) max_pool_backward_reduce_nhwc(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
+__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_reduce_nhwc(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
                                                                           int64_t windows, int64_t per_row, int rows, Pool pool, Columns tiling) {
   const int64_t row = rows - 1 - blockIdx.x / tiling.tiles;
   const Place at(tiling, blockIdx.x % tiling.tiles);
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kThreads) max_pool_backward_reduce_nhwc(Backwa
 
 // A warp owns one range of windows of one channel.
 template <class T>
-__global__ void __launch_bounds__(kThreads) max_pool_backward_reduce_nchw(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
+__global__ void __launch_bounds__(kThreads, 2) max_pool_backward_reduce_nchw(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
                                                                           int64_t windows, int64_t per_row, int64_t rows, Pool pool) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (item >= rows * pool.C) return;
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kThreads) max_pool_backward_reduce_nchw(Backwa
 
 // Bytes per element of x: one read, one write, 1/4 read of dy, 1/4 byte of index. A thread owns V channels of the four pixels of a patch.
 template <class T, int V, bool kNhwc>
-__global__ void __launch_bounds__(kThreads) max_pool_backward_apply_kernel(Backward<T> p, const uint8_t* __restrict__ index, const float* __restrict__ sum_dy,
+__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_apply_kernel(Backward<T> p, const uint8_t* __restrict__ index, const float* __restrict__ sum_dy,
                                                                            const float* __restrict__ sum_dy_xhat, float count, T* __restrict__ dx, Pool pool,
                                                                            PoolWalk walk) {
   int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
