@@ -15,7 +15,8 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-LIBRARY = $(PY) setup.py --quiet build_ext --inplace
+# objects are kept per kind of build; the library is linked anew, so that one kind never stands in for another
+LIBRARY = rm -f resnet_fused/_C.so && $(PY) setup.py --quiet build_ext --inplace
 
 .PHONY: help bench test lint types digits gate install library-test clean
 .DEFAULT_GOAL := help
@@ -28,24 +29,25 @@ help:
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
 	  f"resnet_fused needs Python >= 3.10, $(PYTHON) is {v[0]}.{v[1]}; name another: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip 'setuptools>=77' wheel ninja $(TORCH)
+	@echo "setting up $(VENV) with $(TORCH): some minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade pip 'setuptools>=77' wheel ninja $(foreach package,$(TORCH),'$(package)')
 	@touch $@
 
 # the package in place and its extras; the library of csrc/ is built by the targets that need it
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
-	RESNET_FUSED_BUILD=none $(PIP) install --quiet --no-build-isolation --editable '.[bench,test]'
+	@RESNET_FUSED_BUILD=none $(PIP) install --quiet --no-build-isolation --editable '.[bench,test]'
 	@touch $@
 
 install: $(VENV)/.installed
 
 bench: install
-	@RESNET_FUSED_BUILD=$(BUILD) $(LIBRARY)
+	@export RESNET_FUSED_BUILD=$(BUILD); $(LIBRARY)
 	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
 	@$(VENV)/bin/resnet-fused bench --json out/bench.json --chart out/bench.png $(ARGS)
 
 library-test: install
-	@RESNET_FUSED_BUILD=host $(LIBRARY)
+	@export RESNET_FUSED_BUILD=host; $(LIBRARY)
 	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
 
 test: library-test
