@@ -145,8 +145,9 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
             with recording() as launches:
                 run()
             for kernel, name, args, options in launches:
-                second_stage = name == "_reduce_rows_kernel"  # its partials are small, its result a vector
-                wanted = replace(expect, wide_stores=False, index64=False) if second_stage else expect
+                # The second stage of a reduction: its partials are small and may be few, its result is a vector.
+                second_stage = name == "_reduce_rows_kernel" and len(launches) > 1
+                wanted = replace(expect, wide_loads=False, wide_stores=False, index64=False) if second_stage else expect
                 one = job(label, wanted, arch, kernel, name, args, options)
                 if only in name:
                     found.setdefault((name, arch, one.signature, str(one.constants), one.aligned, one.options), one)

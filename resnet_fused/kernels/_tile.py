@@ -169,6 +169,13 @@ def mask_tile(rows, octets, INDEX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK
     return row[:, None] * octets + octet[None, :], (row < rows)[:, None] & (octet < octets)[None, :]
 
 
+def channel_unit(*channels: int) -> int:
+    """8 where it divides all, else 1. Kernels get numbers of channels in this unit, since triton by itself sees only
+    whether an argument is a multiple of 16, and 16 bytes of fp16 need no more than a multiple of 8.
+    """
+    return 8 if all(c % 8 == 0 for c in channels) else 1
+
+
 @dataclass(frozen=True)
 class Reduction:
     """A per-channel reduction over the pixels of an activation, split into `rows` equal ranges: one program per range
@@ -183,6 +190,10 @@ class Reduction:
     nhwc: bool
     block_pixels: int
     block_channels: int
+
+    @property
+    def unit(self) -> int:
+        return channel_unit(self.channels)
 
     @property
     def grid(self) -> int:

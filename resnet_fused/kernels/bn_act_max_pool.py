@@ -26,8 +26,9 @@ def _bn_act_max_pool_kernel(
     W,
     P,
     Q,
-    C,
+    channel_units,  # C / UNIT
     pixels,  # N * P * Q
+    UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -38,6 +39,7 @@ def _bn_act_max_pool_kernel(
 
     PyTorch's rule for the winner: the first of equals, but a NaN replaces whatever came before it.
     """
+    C = channel_units * UNIT
     tiles = tl.cdiv(C, BLOCK_CHANNELS)
     pid = tl.program_id(0)
     pixel = (pid // tiles).to(INDEX) * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
@@ -109,8 +111,9 @@ def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
         w,
         p,
         q,
-        c,
+        c // view.unit,
         view.pixels,
+        UNIT=view.unit,
         NHWC=is_nhwc(x),
         INDEX=index_type(x.numel()),
         BLOCK_PIXELS=view.block_pixels,

@@ -78,15 +78,17 @@ def _bn_act_max_pool_backward_reduce_kernel(
     W,
     P,
     Q,
-    C,
+    channel_units,  # C / UNIT
     pixels,  # N * H * W
     span,
+    UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """sum(dz) and sum(dz * xhat); a program owns one range of x's pixels and one tile of channels."""
+    C = channel_units * UNIT
     row, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
     channel_scale = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
@@ -125,14 +127,16 @@ def _bn_act_max_pool_backward_apply_kernel(
     W,
     P,
     Q,
-    C,
+    channel_units,  # C / UNIT
     pixels,  # N * H * W
+    UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count); a program owns a tile of x."""
+    C = channel_units * UNIT
     _, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, BLOCK_PIXELS, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
     pixel = first + tl.arange(0, BLOCK_PIXELS)
@@ -203,9 +207,10 @@ def bn_act_max_pool_backward_reduce(
         *partials,
         *x.shape[2:],
         *dy.shape[2:],
-        view.channels,
+        view.channels // view.unit,
         view.pixels,
         view.span,
+        UNIT=view.unit,
         NHWC=view.nhwc,
         INDEX=index_type(x.numel(), partials[0].numel()),
         BLOCK_PIXELS=view.block_pixels,
@@ -262,8 +267,9 @@ def bn_act_max_pool_backward_apply(
         dx,
         *x.shape[2:],
         *dy.shape[2:],
-        view.channels,
+        view.channels // view.unit,
         view.pixels,
+        UNIT=view.unit,
         NHWC=view.nhwc,
         INDEX=index_type(x.numel()),
         BLOCK_PIXELS=view.block_pixels,

@@ -30,11 +30,12 @@ def _bn_backward_reduce_kernel(
     invstd,
     sum_dy,  # [rows, C]
     sum_dy_xhat,  # [rows, C]
-    C,
+    channel_units,  # C / UNIT
     inner,
     pixels,
     span,
     ACTIVATE: tl.constexpr,
+    UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -43,6 +44,7 @@ def _bn_backward_reduce_kernel(
     """sum(dz) and sum(dz * xhat), dz = mask ? dy : 0; a program owns one range of pixels and one tile of channels; dy
     and x are read once.
     """
+    C = channel_units * UNIT
     row, first, end, channel, channel_offset = reduction_tile(C, inner, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
     channel_mean = tl.load(mean + channel, mask=exists, other=0.0)
@@ -118,11 +120,12 @@ def bn_backward_reduce(
         mean,
         invstd,
         *partials,
-        view.channels,
+        view.channels // view.unit,
         view.inner,
         view.pixels,
         view.span,
         ACTIVATE=relu,
+        UNIT=view.unit,
         NHWC=view.nhwc,
         INDEX=index_type(x.numel(), partials[0].numel()),
         BLOCK_PIXELS=view.block_pixels,

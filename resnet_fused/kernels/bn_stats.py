@@ -17,10 +17,11 @@ def _bn_stats_kernel(
     mean,  # [rows, C]
     m2,  # [rows, C]
     count,  # [rows]
-    C,
+    channel_units,  # C / UNIT
     inner,
     pixels,
     span,
+    UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
@@ -32,6 +33,7 @@ def _bn_stats_kernel(
     >> std, and the lanes merge as in Chan, Golub, LeVeque 1979. An outlier as first value costs precision in that one
     lane only.
     """
+    C = channel_units * UNIT
     row, first, end, channel, channel_offset = reduction_tile(C, inner, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
     exists = channel < C
     lane = tl.arange(0, BLOCK_PIXELS)
@@ -96,10 +98,11 @@ def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         mean,
         m2,
         count,
-        view.channels,
+        view.channels // view.unit,
         view.inner,
         view.pixels,
         view.span,
+        UNIT=view.unit,
         NHWC=view.nhwc,
         INDEX=index_type(x.numel(), mean.numel()),
         BLOCK_PIXELS=view.block_pixels,

@@ -19,7 +19,7 @@ from resnet_fused.kernels._launch import (
     name_of,
     refuse_activations,
 )
-from resnet_fused.kernels._tile import relu, round_to, to_fp32
+from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 
 # Streaming multiprocessors by compute capability, for "does this grid fill the GPU". An upper bound within a family is
 # good enough.
@@ -68,10 +68,11 @@ class ConvConfig:
     flat: bool  # the reduction's tiles run over (r, s, c) together, not tap by tap
 
 
-def _tiles(dtype: torch.dtype, arch: int, tf32: bool) -> list[tuple[int, int, int]]:
+def _tiles(dtype: torch.dtype, tf32: bool) -> list[tuple[int, int, int]]:
     """(block_m, block_n, num_warps), from the most efficient to the one that makes the most programs."""
     if dtype == torch.float32 and not tf32:
-        return [(64, 64, 4), (32, 32, 4)]  # no tensor cores: the accumulator is the only reuse there is
+        # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
+        return [(128, 64, 8), (64, 32, 4), (32, 32, 4)]
     return [(128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
 
 
@@ -100,7 +101,7 @@ def heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = Fals
     outputs = shape.k // shape.groups
     pixels = shape.n * shape.p * shape.q
     multiprocessors = MULTIPROCESSORS.get(arch, 128)
-    tiles = _tiles(dtype, arch, tf32)
+    tiles = _tiles(dtype, tf32)
     narrow = [tile for tile in tiles if tile[1] <= triton.next_power_of_2(outputs)] or tiles[-1:]
     fill = (
         tile
@@ -112,9 +113,7 @@ def heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = Fals
 
 def configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
     """Every configuration that `heuristic` can return."""
-    found = [
-        _config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, arch, tf32) for channels in (3, 16, 32, 64)
-    ]
+    found = [_config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 16, 32, 64)]
     return list(dict.fromkeys(found))
 
 
@@ -148,7 +147,7 @@ def _conv_fprop_kernel(
     M,  # N * P * Q
     H,
     W,
-    C,
+    channel_units,  # C / UNIT
     P,
     Q,
     K,
@@ -159,9 +158,10 @@ def _conv_fprop_kernel(
     dilation_h,
     dilation_w,
     groups,
-    group_inputs,  # C / groups
+    group_input_units,  # C / groups / UNIT
     group_outputs,  # K / groups
     FLAT_INPUTS: tl.constexpr,  # C / groups where the reduction is flat, to divide by a constant; else 0
+    UNIT: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     PADDED: tl.constexpr,  # a tap can fall outside the image
@@ -180,6 +180,8 @@ def _conv_fprop_kernel(
     A program owns BLOCK_M output pixels x BLOCK_N output channels of one group. Programs that share pixels are
     neighbours, so that x comes from L2 for all but the first of them.
     """
+    C = channel_units * UNIT
+    group_inputs = group_input_units * UNIT
     tiles_n = tl.cdiv(group_outputs, BLOCK_N)
     pid = tl.program_id(0)
     pid_m = pid // (tiles_n * groups)
@@ -367,6 +369,7 @@ def conv_fprop(
         (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
+    unit = channel_unit(shape.c, group_inputs)
     pixels = shape.n * shape.p * shape.q
     # The interpreter multiplies the bit patterns of bf16; in fp32 the product is the same.
     upcast = x.dtype == torch.float32 or (INTERPRETED and x.dtype == torch.bfloat16)
@@ -384,7 +387,7 @@ def conv_fprop(
         pixels,
         shape.h,
         shape.w,
-        shape.c,
+        shape.c // unit,
         shape.p,
         shape.q,
         shape.k,
@@ -392,9 +395,10 @@ def conv_fprop(
         *shape.padding,
         *shape.dilation,
         groups,
-        group_inputs,
+        group_inputs // unit,
         group_outputs,
         FLAT_INPUTS=group_inputs if config.flat else 0,
+        UNIT=unit,
         R=shape.r,
         S=shape.s,
         PADDED=shape.padding != (0, 0),
