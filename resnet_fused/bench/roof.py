@@ -1,4 +1,4 @@
-"""The machine's own arithmetic roof, measured: the best matrix product and the best convolution it runs in a dtype."""
+"""The machine's own roofs, measured: the best matrix product and convolution in a dtype, the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def measure(dtype: str, device: torch.device, repeats: int = 8) -> Roof:
     gemm = 2 * size**3 / best_of(lambda: a @ b)
     conv = 2 * batch * 28 * 28 * 9 * width**2 / best_of(lambda: F.conv2d(x, w, padding=1))
     return Roof(gemm, conv)
+
+
+@torch.inference_mode()
+def copy_bandwidth(device: torch.device, repeats: int = 8) -> float:
+    """Bytes per second, read and written, of the best of `repeats` plain copies: 256 MiB on a CPU, 1 GiB on a GPU."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    clock = clock_for(device)
+    return 2 * source.numel() / min(clock(lambda: target.copy_(source)) / 1e3 for _ in range(repeats))
 
 
 def flops(model: nn.Module, case: Case) -> int:
