@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -20,6 +21,8 @@ from .plans import BlockPlan, SequencePlan
 from .recognise import is_native, recognise
 from .swap import current, is_fused, swap_in
 
+MAX_GRAPHS = 8
+
 # oneDNN's fused ReLU turns a NaN into 0. Where one shows up, the network runs again with ReLU as a pass of its own.
 _keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
 
@@ -36,7 +39,8 @@ def freeze(model: nn.Module, example_input: Tensor) -> nn.Module:
         example_input: an input such as the callable will get, on the model's device; other sizes work as well.
 
     Returns:
-        A module whose forward takes what `model` takes. It keeps no gradient, and cannot go back to training mode.
+        A module whose forward takes what `model` takes. It keeps no gradient, cannot go back to training mode, and
+        computes in the dtype of `model`: autocast has no effect on it.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, `example_input` not a tensor.
@@ -73,7 +77,7 @@ class Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """What the model computes of `x`."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cuda":
                 return self._graph(x)(x)
             y = self.network(x)
@@ -97,9 +101,16 @@ class Frozen(nn.Module):
         raise TypeError("a frozen model cannot be pickled: save the model it was made from, and freeze that again")
 
     def _graph(self, x: Tensor) -> Callable[[Tensor], Any]:
+        """The network for inputs like `x`: a graph for the first shapes it meets, since each keeps its memory."""
         key = (x.shape, x.stride(), x.dtype, x.device)
         if key not in self._graphs:
-            self._graphs[key] = _capture(self.network, x)
+            if len(self._graphs) == MAX_GRAPHS:
+                return self.network
+            try:
+                self._graphs[key] = _capture(self.network, x)
+            except RuntimeError as error:
+                warnings.warn(f"freeze: no CUDA graph, the network runs kernel by kernel: {error}", stacklevel=3)
+                self._graphs[key] = self.network
         return self._graphs[key]
 
 
