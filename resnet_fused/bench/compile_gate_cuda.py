@@ -2,9 +2,10 @@
 
     python -m resnet_fused.bench.compile_gate_cuda [--arch 90] [--kernel bn_stats] [--library FILE]
 
-Builds csrc/ as setup.py does (TORCH_CUDA_ARCH_LIST, MAX_JOBS), then reads the library with cuobjdump, the toolkit's or the one in the
-Triton wheel. Checked for each kernel instance: registers within the limit of its family, no stack and so no spills, shared memory, and 16-byte loads and
-stores in the instances that work on octets. Exit code 1 on any violation, 2 where nothing can be compiled.
+Builds csrc/ as setup.py does (TORCH_CUDA_ARCH_LIST, MAX_JOBS), then reads the library with cuobjdump, the toolkit's or
+the Triton wheel's. Checked for each kernel instance: registers within the limit of its family, no stack and so no
+spills, shared memory, and 16-byte loads and stores in the instances that work on octets. Exit code 1 on any violation,
+2 where nothing can be compiled.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ STATIC_SHARED_LIMIT = 48 * 1024
 
 @dataclass(frozen=True)
 class Limit:
-    """What is recorded of a kernel: the most registers of any instance, and whether an octet instance loads and stores 16 bytes."""
+    """Of a kernel: the most registers of any instance; whether its octet instances load and store 16 bytes at once."""
 
     registers: int
     wide_loads: bool = True
     wide_stores: bool = False
 
 
-# 128 registers keep two blocks of 256 threads on a multiprocessor, 168 one and a half: enough for the 12 loads of a patch.
+# Of 256 threads, two blocks fit a multiprocessor up to 128 registers, one beyond: enough with the 12 loads of a patch.
 LIMITS = {
     "bn_stats_nhwc": Limit(128),
     "bn_stats_nchw": Limit(64),
@@ -136,7 +137,8 @@ def inspect(library: Path, cuobjdump: Path) -> Iterator[Instance]:
     found: dict[tuple[str, str], Instance] = {}
     arch = ""
     pattern = re.compile(
-        r"^arch = (?P<arch>sm_\w+)|Function (?P<name>\S+):\s+REG:(?P<reg>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)",
+        r"^arch = (?P<arch>sm_\w+)|"
+        r"Function (?P<name>\S+):\s+REG:(?P<reg>\d+) STACK:(?P<stack>\d+) SHARED:(?P<shared>\d+)",
         re.M,
     )
     for match in pattern.finditer(usage):
