@@ -181,6 +181,18 @@ def test_plain_pytorch_keeps_the_contract_and_a_wrong_gradient_breaks_it(mode):
     assert errors_of(Outcome(good.logits, good.loss, wrong, good.statistics), judge).gradients == math.inf
 
 
+def test_compile_freezes_only_its_own_model():
+    from torch._inductor import config
+
+    case = Case("-", "infer", 2, "fp32", "cpu", 16)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    models.calibrate(model, [torch.randn(8, 3, 16, 16)])
+    x, labels = torch.randn(2, 3, 16, 16), torch.zeros(2, dtype=torch.int64)
+    runner = Runner(CONTESTANTS["compile"], model, case, x, labels)
+    assert config.freezing is False
+    assert max_error(runner.evaluate().logits, reference(model, case, x, labels).logits) < 1e-5
+
+
 def test_a_training_step_trains_and_an_evaluation_does_not():
     case = Case("resnet18", "train", 2, "bf16", "cpu", 32)
     model = models.create("resnet18")

@@ -36,9 +36,8 @@ class Reporter:
             self._bar.update(self._task, completed=self._done, description=text)
         else:
             seconds = time.monotonic() - self._start
-            self._console.print(
-                f"[{seconds:5.0f} s] {self._done + 1}/{self._total} {text}", markup=False, highlight=False
-            )
+            line = f"[{seconds:5.0f} s] {self._done + 1}/{self._total} {text}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._done += 1
 
     def detail(self, text: str) -> None:

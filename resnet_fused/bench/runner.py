@@ -95,16 +95,17 @@ class Runner:
 
 
 def reference(model: nn.Module, case: Case, images: torch.Tensor, labels: torch.Tensor) -> Outcome:
-    """The float64 model's numbers for the same weights and input: the judge of every contestant."""
+    """The float64 model's numbers, on the CPU, for the same weights and input: the judge of every contestant."""
     device, training = torch.device(case.device), case.mode == "train"
     module = copy.deepcopy(model).train(training).to(device, torch.float64)
     images, labels = images.to(device, torch.float64), labels.to(device)
     if not training:
         with torch.inference_mode():
-            return Outcome(module(images))
+            return Outcome(module(images).cpu())
     logits = module(images)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    statistics = {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    return Outcome(logits.detach(), loss.detach(), gradients, statistics)
+    gradients = {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
+    buffers = module.named_buffers()
+    statistics = {name: b.cpu() for name, b in buffers if name.endswith(("running_mean", "running_var"))}
+    return Outcome(logits.detach().cpu(), loss.detach().cpu(), gradients, statistics)
