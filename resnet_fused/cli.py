@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 import tempfile
@@ -74,6 +75,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     from resnet_fused.bench.cases import UsageError
     from resnet_fused.plan import use_backend
 
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
+        logging.getLogger(name).setLevel(logging.ERROR)
     out = Console(width=None if sys.stdout.isatty() else 150)
     try:
         options = _options(arguments)
@@ -81,6 +84,9 @@ def _bench(arguments: argparse.Namespace) -> int:
             report = run.run(options, reporter)
     except UsageError as error:
         return _complain(str(error))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
+        return 130
     table.render(report, out)
     for path, save in ((arguments.json, results.write_json), (arguments.chart, chart.save)):
         if path:

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Reporter:
@@ -15,8 +15,10 @@ class Reporter:
     def __init__(self, console: Console, total: int) -> None:
         self._console, self._total, self._done = console, total, 0
         self._start = time.monotonic()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
+        columns = (BarColumn(bar_width=30), TimeElapsedColumn(), TextColumn("{task.description}"))
+        # drawn between the steps only: a thread that redraws would share the cores with what is timed
+        bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self._bar = bar if console.is_terminal else None
         self._task = self._bar.add_task("starting", total=total) if self._bar else None
 
     def __enter__(self) -> Reporter:
@@ -33,7 +35,7 @@ class Reporter:
     def start(self, text: str) -> None:
         self._text = text
         if self._bar and self._task is not None:
-            self._bar.update(self._task, completed=self._done, description=text)
+            self._bar.update(self._task, completed=self._done, description=text, refresh=True)
         else:
             seconds = time.monotonic() - self._start
             line = f"[{seconds:5.0f} s] {self._done + 1}/{self._total} {text}"
@@ -42,4 +44,4 @@ class Reporter:
 
     def detail(self, text: str) -> None:
         if self._bar and self._task is not None:
-            self._bar.update(self._task, description=f"{self._text}: {text}")
+            self._bar.update(self._task, description=f"{self._text}: {text}", refresh=True)

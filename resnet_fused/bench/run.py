@@ -93,7 +93,7 @@ class _Race:
         self.references: dict[tuple[str, int, int], Outcome] = {}
 
     def measure_roof(self, dtype: str) -> None:
-        """Measure a dtype's roof, or raise it: of all attempts, spread over the run as the rounds are, the best counts."""
+        """Measure a dtype's roof, or raise it: the best of all attempts counts, and they are spread over the run."""
         try:
             found = roof.measure(dtype, self.options.device)
         except RuntimeError:  # a dtype without kernels on this device
