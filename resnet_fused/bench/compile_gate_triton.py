@@ -141,7 +141,7 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
     """Every distinct launch of every case, for every architecture."""
     found: dict[Any, Job] = {}
     for arch in architectures:
-        for label, expect, run in itertools.chain(conv_cases(arch, quick), batch_norm_cases(quick)):
+        for label, expect, run in itertools.chain(conv_cases(arch, quick), batch_norm_cases(arch, quick)):
             with recording() as launches:
                 run()
             for kernel, name, args, options in launches:

@@ -51,7 +51,7 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
             configs = [max(tap_by_tap, key=lambda config: config.block_k), *stem[:1]]
         for config in configs:
             # A reduction that the tiles divide, and one that they do not.
-            even, odd = (8, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 8)
+            even, odd = (24, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 8)
             yield _conv(dtype, tf32, config, odd if config.flat else even, 3, 1, True)
             if not quick:
                 yield _conv(dtype, tf32, config, even, 3, 2, False)
@@ -60,6 +60,13 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
                 yield _conv(dtype, tf32, config, odd, 1, 1, True)
         if not quick:
             yield _conv(dtype, tf32, configs[-1], 64, 3, 1, True, batch=16384)
+    yield "tf32 depthwise ones", Expect(matrix=True), _depthwise
+
+
+def _depthwise() -> object:
+    x, weight = _activation((1, 8, 1, 1), torch.float32, True), _activation((8, 1, 1, 1), torch.float32, True)
+    with _tf32(True):
+        return _op("conv_fprop", x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 8, False)
 
 
 def _conv(
@@ -106,20 +113,25 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
 
 
-def batch_norm_cases(quick: bool) -> Iterator[Case]:
+def batch_norm_cases(arch: int, quick: bool) -> Iterator[Case]:
     """Every op of the family by dtype, memory order and size: even (vectors), ragged (none), narrow (few channels),
-    wide (64-bit offsets); every option at the even size, elsewhere the one that needs the most registers.
+    wide (64-bit offsets), ones (arguments that triton turns into constants); every option at the even size, elsewhere
+    the one that needs the most registers.
     """
     sizes = {"even": ((256, 256, 56, 56), (256, 64, 112, 112))}
     if not quick:
         sizes["ragged"] = ((64, 35, 7, 7), (64, 35, 17, 17))
         sizes["narrow"] = ((256, 16, 56, 56), (256, 8, 112, 112))
         sizes["wide"] = ((4096, 256, 56, 56), (4096, 64, 112, 112))
+    if not quick or arch == 80:  # what a 1 does to a kernel does not depend on the architecture
+        sizes["ones"] = ((1, 1, 1, 1), (1, 1, 1, 1))
     dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.float16, torch.bfloat16)
     for size, nhwc, dtype in itertools.product(sizes, (True,) if quick else (True, False), dtypes):
         label = f"{TYPES[dtype]} {'NHWC' if nhwc else 'NCHW'} {size}"
         all_options = size == "even" and not quick
-        yield from _family(dtype, nhwc, *sizes[size], label, vectors=size != "ragged", all_options=all_options)
+        yield from _family(
+            dtype, nhwc, *sizes[size], label, vectors=size not in ("ragged", "ones"), all_options=all_options
+        )
     yield (
         "rows 256",
         Expect(wide_loads=True),
@@ -172,7 +184,8 @@ def _family(
             if all_options or (sums[0] is not None and dresidual):
                 more = f"{what} sums={sums[0] is not None} dresidual={dresidual}"
                 yield case(both, more, "bn_backward_apply", x, x, bits, c, c, c, c, *sums, 2.0, relu, dresidual)
-    flat = replace(both, wide_loads=True, wide_stores=True)
+    large = x.numel() > 1
+    flat = replace(both, wide_loads=large, wide_stores=large)
     yield case(flat, "", "add_act", x, x, True)
     yield case(flat, "", "add_act_backward", x, x)
     # The pool strides through x, so in NCHW order it has no vectors to read.

@@ -10,9 +10,8 @@ from torch import Tensor
 from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
 from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to, to_fp32
 
-# Elements of a tile of the pooling kernels by "is NHWC". Nine or four addresses an element: more of them spill, most of
-# all in NCHW order, where neighbours in a thread share no address.
-POOL_TILE = {True: 1024, False: 512}
+# Elements of a tile by "is NHWC". In NCHW order neighbours in a thread share no address, and more than this many spill.
+TILE = {True: 2048, False: 512}
 
 
 @triton.jit
@@ -98,7 +97,7 @@ def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
     order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     y = torch.empty((n, c, p, q), dtype=x.dtype, device=x.device, memory_format=order)
     index = torch.empty((n, c, p, q), dtype=torch.uint8, device=x.device, memory_format=order)
-    view = reduction_of(y, 1, POOL_TILE[is_nhwc(x)])
+    view = reduction_of(y, 1, TILE[is_nhwc(x)])
     launch(
         _bn_act_max_pool_kernel,
         triton.cdiv(view.pixels, view.block_pixels) * triton.cdiv(c, view.block_channels),

@@ -21,8 +21,10 @@ from resnet_fused.kernels._tile import (
     sum_lanes,
     to_fp32,
 )
-from resnet_fused.kernels.bn_act_max_pool import POOL_TILE
 from resnet_fused.kernels.reduce_rows import reduce_pair
+
+# Elements of a tile by "is NHWC": with four windows to look into, more than this many spill.
+TILE = {True: 1024, False: 512}
 
 
 @triton.jit
@@ -192,7 +194,7 @@ def bn_act_max_pool_backward_reduce(
     Returns:
         sum_dy, sum_dy_xhat: [C], fp32.
     """
-    view = reduction_of(x, rows, POOL_TILE[is_nhwc(x)])
+    view = reduction_of(x, rows, TILE[is_nhwc(x)])
     partials = partials_like(x, rows)
     launch(
         _bn_act_max_pool_backward_reduce_kernel,
@@ -249,7 +251,7 @@ def bn_act_max_pool_backward_apply(
     Returns:
         dx: like x.
     """
-    view = reduction_of(x, 1, POOL_TILE[is_nhwc(x)])
+    view = reduction_of(x, 1, TILE[is_nhwc(x)])
     dx = torch.empty_like(x)
     launch(
         _bn_act_max_pool_backward_apply_kernel,

@@ -26,9 +26,9 @@ from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 # A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
 MAX_FILTER = 15
-# Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over (r, s,
-# c) together.
-MIN_CHANNELS_PER_TAP = 16
+# Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over
+# (r, s, c) together.
+MIN_CHANNELS_PER_TAP = 32
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = Fals
 
 def configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
     """Every configuration that `heuristic` can return."""
-    found = [_config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 16, 32, 64)]
+    found = [_config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 32, 64)]
     return list(dict.fromkeys(found))
 
 
