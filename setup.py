@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,12 +46,16 @@ class BuildLibrary(build_ext):
         if target.kind == "none":
             (package / LIBRARY).unlink(missing_ok=True)
         else:
+            # Each kind has its own folder, so that one is never taken for the other; replaced, so that a process that
+            # has the old library loaded keeps it.
+            work = ROOT / "build" / f"resnet_fused-{target.kind}"
             try:
-                build.compile_library(target, package / LIBRARY, ROOT / "build" / f"resnet_fused-{target.kind}")
+                build.compile_library(target, work / LIBRARY, work)
             except subprocess.CalledProcessError as problem:
-                raise SystemExit(
-                    f"resnet_fused: compilation failed, see above (ninja exit code {problem.returncode})"
-                ) from None
+                code = problem.returncode
+                raise SystemExit(f"resnet_fused: compilation failed, see above (ninja exit code {code})") from None
+            shutil.copy2(work / LIBRARY, package / f"{LIBRARY}.new")
+            (package / f"{LIBRARY}.new").replace(package / LIBRARY)
         (package / RECORD).write_text(target.describe())
 
     def get_outputs(self) -> list[str]:

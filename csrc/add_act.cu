@@ -18,21 +18,25 @@ Tensor combine(const char* op, const Named& like, const Named& other, Launch lau
 }  // namespace
 
 Tensor add_act(const Tensor& x, const Tensor& other, bool relu) {
-  return combine("add_act", {"x", &x}, {"other", &other}, [&](auto type, const Device& device, const Activation& a, const Tensor& y) {
-    using T = decltype(type);
-    const auto kernel = add_act_kernel<T>;
-    const auto [grid, walk] = make_walk(device, kernel, a, Channels::kEach, aligned({data<T>(x), data<T>(other), out<T>(y)}));
-    device.launch(kernel, grid, data<T>(x), data<T>(other), out<T>(y), relu, walk);
-  });
+  return combine("add_act", {"x", &x}, {"other", &other},
+                 [&](auto type, const Device& device, const Activation& a, const Tensor& y) {
+                   using T = decltype(type);
+                   const auto kernel = add_act_kernel<T>;
+                   const auto [grid, walk] =
+                       make_walk(device, kernel, a, Channels::kEach, aligned({data<T>(x), data<T>(other), out<T>(y)}));
+                   device.launch(kernel, grid, data<T>(x), data<T>(other), out<T>(y), relu, walk);
+                 });
 }
 
 Tensor add_act_backward(const Tensor& dy, const Tensor& y) {
-  return combine("add_act_backward", {"y", &y}, {"dy", &dy}, [&](auto type, const Device& device, const Activation& a, const Tensor& dz) {
-    using T = decltype(type);
-    const auto kernel = add_act_backward_kernel<T>;
-    const auto [grid, walk] = make_walk(device, kernel, a, Channels::kEach, aligned({data<T>(dy), data<T>(y), out<T>(dz)}));
-    device.launch(kernel, grid, data<T>(dy), data<T>(y), out<T>(dz), walk);
-  });
+  return combine("add_act_backward", {"y", &y}, {"dy", &dy},
+                 [&](auto type, const Device& device, const Activation& a, const Tensor& dz) {
+                   using T = decltype(type);
+                   const auto kernel = add_act_backward_kernel<T>;
+                   const auto [grid, walk] =
+                       make_walk(device, kernel, a, Channels::kEach, aligned({data<T>(dy), data<T>(y), out<T>(dz)}));
+                   device.launch(kernel, grid, data<T>(dy), data<T>(y), out<T>(dz), walk);
+                 });
 }
 
 }  // namespace resnet_fused

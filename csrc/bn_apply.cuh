@@ -1,7 +1,9 @@
-// bn_apply: y = round(act(x scale + shift + (residual_scale residual + residual_shift))), and on request one bit per element: not (y <= 0).
+// bn_apply: y = round(act(x scale + shift + (residual_scale residual + residual_shift))), and on request one bit per
+// element: not (y <= 0).
 //
-// x, residual and y share one dense layout (NHWC or NCHW); scale and shift are fp32 [C]; mask is uint8 [ceil(count / 8)].
-// Bytes per element: read x (+ residual), write y (+ 1/8). A thread owns octets of memory, a whole step apart (elementwise.cuh).
+// x, residual and y share one dense layout (NHWC or NCHW); scale and shift are fp32 [C]; mask is uint8 [ceil(count /
+// 8)]. Bytes per element: read x (+ residual), write y (+ 1/8). A thread owns octets of memory, a whole step apart
+// (elementwise.cuh).
 #pragma once
 
 #include "elementwise.cuh"

@@ -1,7 +1,8 @@
 // The backward of batch norm (+ residual) (+ ReLU), with dz = gate ? dy : 0:
 //
 //     bn_backward_reduce:  sum_dy = sum(dz)        sum_dy_xhat = sum(dz (x - mean) invstd)
-//     bn_backward_apply:   dx = scale (dz - sum_dy / count - (x - mean) invstd sum_dy_xhat / count)        dresidual = dz
+//     bn_backward_apply:   dx = scale (dz - sum_dy / count - (x - mean) invstd sum_dy_xhat / count)        dresidual =
+//     dz
 //
 // dy, x, dx, dresidual share one dense layout; per-channel vectors are fp32 [C]; mask is the bit mask of bn_apply.
 // Bytes per element: reduce reads dy and x (+ 1/8); apply reads dy and x (+ 1/8), writes dx (+ dresidual).
@@ -25,10 +26,12 @@ struct Backward {
 
 // Zeroes dz[j] where the gate is shut, a true select: a NaN gradient behind a shut gate is dropped.
 template <class T, int V>
-__device__ __forceinline__ void close_gate(float (&dz)[V], Gate gate, unsigned bits, const float (&x)[V], const float (&scale)[V], const float (&shift)[V]) {
+__device__ __forceinline__ void close_gate(float (&dz)[V], Gate gate, unsigned bits, const float (&x)[V],
+                                           const float (&scale)[V], const float (&shift)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const bool open = gate == Gate::kOpen || (gate == Gate::kBits ? (bits >> j & 1) != 0 : passes<T>(__fmaf_rn(x[j], scale[j], shift[j])));
+    const bool open = gate == Gate::kOpen ||
+                      (gate == Gate::kBits ? (bits >> j & 1) != 0 : passes<T>(__fmaf_rn(x[j], scale[j], shift[j])));
     if (!open) dz[j] = 0.0f;
   }
 }
@@ -47,8 +50,9 @@ __device__ __forceinline__ void load_vector(float (&out)[V], const float* __rest
 
 // dy, x [M, C]; partials [2, rows, C]. A block owns one range of `per_row` pixels and one tile of channels.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) bn_backward_reduce_nhwc(Backward<T> p, float* __restrict__ partials, int64_t pixels, int64_t per_row, int rows,
-                                                                    Columns tiling) {
+__global__ void __launch_bounds__(kThreads)
+    bn_backward_reduce_nhwc(Backward<T> p, float* __restrict__ partials, int64_t pixels, int64_t per_row, int rows,
+                            Columns tiling) {
   constexpr int kUnroll = kInFlight<T, V>;
   const int64_t C = tiling.vectors * V;
   const int64_t row = rows - 1 - blockIdx.x / tiling.tiles;  // backwards: the producer of dy wrote its end last
@@ -99,8 +103,9 @@ __global__ void __launch_bounds__(kThreads) bn_backward_reduce_nhwc(Backward<T> 
 
 // dy, x [N, C, HW] as planes; the rest as above. A warp owns one range of pixels of one channel.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 2) bn_backward_reduce_nchw(Backward<T> p, float* __restrict__ partials, int64_t pixels, int64_t per_row, int64_t rows,
-                                                                    int64_t C, Divider plane) {
+__global__ void __launch_bounds__(kThreads, 2)
+    bn_backward_reduce_nchw(Backward<T> p, float* __restrict__ partials, int64_t pixels, int64_t per_row, int64_t rows,
+                            int64_t C, Divider plane) {
   constexpr int kUnroll = kInFlight<T, V>;
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (item >= rows * C) return;
@@ -153,8 +158,9 @@ __global__ void __launch_bounds__(kThreads, 2) bn_backward_reduce_nchw(Backward<
 
 // A thread owns octets of memory, a whole step apart (elementwise.cuh).
 template <class T, Channels kChannels>
-__global__ void __launch_bounds__(kThreads) bn_backward_apply_kernel(Backward<T> p, const float* __restrict__ sum_dy, const float* __restrict__ sum_dy_xhat,
-                                                                     float count, T* __restrict__ dx, T* __restrict__ dresidual, Walk walk) {
+__global__ void __launch_bounds__(kThreads)
+    bn_backward_apply_kernel(Backward<T> p, const float* __restrict__ sum_dy, const float* __restrict__ sum_dy_xhat,
+                             float count, T* __restrict__ dx, T* __restrict__ dresidual, Walk walk) {
   constexpr int kUnroll = kChannels == Channels::kEach ? 1 : kInFlight<T, 8>;
   int64_t octet = walk.first();
   if (octet >= walk.octets) return;

@@ -11,17 +11,23 @@ Parameter parameter(const char* name, const OptionalTensor& v, int64_t C, const 
   const ScalarType type = v->scalar_type();
   STD_TORCH_CHECK(v->dim() == 1 && v->size(0) == C && v->is_contiguous() &&
                       (type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16),
-                  "bn_finalize: ", name, " must be a contiguous Float, Half or BFloat16 vector with one value for each of the ", C, " channels, got ", text(*v));
-  STD_TORCH_CHECK(v->get_device_index() == mean.get_device_index() && v->is_cuda() == mean.is_cuda(), "bn_finalize: ", name, " must be on the device of mean");
+                  "bn_finalize: ", name,
+                  " must be a contiguous Float, Half or BFloat16 vector with one value for each of the ", C,
+                  " channels, got ", text(*v));
+  STD_TORCH_CHECK(v->get_device_index() == mean.get_device_index() && v->is_cuda() == mean.is_cuda(),
+                  "bn_finalize: ", name, " must be on the device of mean");
   void* const pointer = written ? v->mutable_data_ptr() : const_cast<void*>(v->const_data_ptr());
-  return {pointer, type == ScalarType::Float ? DataType::kFloat : type == ScalarType::Half ? DataType::kHalf : DataType::kBFloat16};
+  return {pointer, type == ScalarType::Float  ? DataType::kFloat
+                   : type == ScalarType::Half ? DataType::kHalf
+                                              : DataType::kBFloat16};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bn_finalize(const Tensor& mean, const Tensor& m2, const Tensor& count, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                                       double momentum, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_finalize(const Tensor& mean, const Tensor& m2, const Tensor& count,
+                                                       const OptionalTensor& weight, const OptionalTensor& bias,
+                                                       const OptionalTensor& running_mean,
+                                                       const OptionalTensor& running_var, double momentum, double eps) {
   STD_TORCH_CHECK(mean.dim() == 2 && mean.scalar_type() == ScalarType::Float && mean.is_contiguous(),
                   "bn_finalize: mean must be contiguous Float [rows, C], got ", text(mean));
   const int64_t rows = mean.size(0), C = mean.size(1);
@@ -29,7 +35,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_finalize(const Tensor& mean, const
                   "bn_finalize: m2 must be like mean, ", text(mean), "; got ", text(m2));
   check_vector("bn_finalize", "count", count, rows, mean);
   const Device device(mean);
-  const Tensor scale = float_like(mean, {C}), shift = float_like(mean, {C}), save_mean = float_like(mean, {C}), save_invstd = float_like(mean, {C});
+  const Tensor scale = float_like(mean, {C}), shift = float_like(mean, {C}), save_mean = float_like(mean, {C}),
+               save_invstd = float_like(mean, {C});
   const Finalize p{data(mean),
                    data(m2),
                    data(count),

@@ -1,11 +1,12 @@
 // bn_finalize: merges the partial statistics of all rows and folds them with the affine parameters.
 //
-//     mean = sum_r count_r mean_r / count        m2 = sum_r m2_r + count_r (mean_r - mean)^2        (Chan, Golub, LeVeque 1979)
-//     invstd = 1 / sqrt(m2 / count + eps)        scale = weight invstd        shift = bias - mean scale
+//     mean = sum_r count_r mean_r / count        m2 = sum_r m2_r + count_r (mean_r - mean)^2        (Chan, Golub,
+//     LeVeque 1979) invstd = 1 / sqrt(m2 / count + eps)        scale = weight invstd        shift = bias - mean scale
 //     running = (1 - momentum) running + momentum {mean, m2 / (count - 1)}
 //
-// mean, m2 [rows, C] and count [rows], fp32; the per-channel vectors are fp32, the parameters and running statistics of any of the three types. The
-// arithmetic is fp64: [rows, C] is small beside the activations. Bytes: 16 per partial row and channel, half of them from L2.
+// mean, m2 [rows, C] and count [rows], fp32; the per-channel vectors are fp32, the parameters and running statistics of
+// any of the three types. The arithmetic is fp64: [rows, C] is small beside the activations. Bytes: 16 per partial row
+// and channel, half of them from L2.
 #pragma once
 
 #include "device.cuh"
@@ -93,8 +94,10 @@ __global__ void __launch_bounds__(kThreads) bn_finalize_kernel(Finalize p) {
   p.shift[c] = static_cast<float>(p.bias.get(c, 0.0) - mean * scale);
   p.save_mean[c] = static_cast<float>(mean);
   p.save_invstd[c] = static_cast<float>(invstd);
-  if (p.running_mean.data != nullptr) p.running_mean.set(c, (1.0 - p.momentum) * p.running_mean.get(c, 0.0) + p.momentum * mean);
-  if (p.running_var.data != nullptr) p.running_var.set(c, (1.0 - p.momentum) * p.running_var.get(c, 0.0) + p.momentum * (m2 / (count - 1.0)));
+  if (p.running_mean.data != nullptr)
+    p.running_mean.set(c, (1.0 - p.momentum) * p.running_mean.get(c, 0.0) + p.momentum * mean);
+  if (p.running_var.data != nullptr)
+    p.running_var.set(c, (1.0 - p.momentum) * p.running_var.get(c, 0.0) + p.momentum * (m2 / (count - 1.0)));
 }
 
 }  // namespace resnet_fused

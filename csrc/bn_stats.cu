@@ -17,12 +17,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_stats(const Tensor& x, int64_t rows) {
     using T = decltype(type);
     const auto by_pixel = [&](auto kernel, int V, int widest) {
       const Columns tiling(a.C / V, widest);
-      device.launch(kernel, grid_x("bn_stats", rows * tiling.tiles), data<T>(x), out<float>(mean), out<float>(m2), out<float>(count), a.pixels(), per_row,
-                    static_cast<int>(rows), tiling);
+      device.launch(kernel, grid_x("bn_stats", rows * tiling.tiles), data<T>(x), out<float>(mean), out<float>(m2),
+                    out<float>(count), a.pixels(), per_row, static_cast<int>(rows), tiling);
     };
     const auto by_plane = [&](auto kernel) {
-      device.launch(kernel, grid_x("bn_stats", (rows * a.C + kWarpsPerBlock - 1) / kWarpsPerBlock), data<T>(x), out<float>(mean), out<float>(m2),
-                    out<float>(count), a.pixels(), per_row, rows, a.C, Divider(plane));
+      device.launch(kernel, grid_x("bn_stats", (rows * a.C + kWarpsPerBlock - 1) / kWarpsPerBlock), data<T>(x),
+                    out<float>(mean), out<float>(m2), out<float>(count), a.pixels(), per_row, rows, a.C,
+                    Divider(plane));
     };
     const bool octets = aligned({data<T>(x)}) && (a.nhwc ? a.C : plane) % 8 == 0;
     if (a.nhwc) {

@@ -1,8 +1,9 @@
 // bn_stats: mean and sum of squared deviations of each channel over `rows` consecutive ranges of pixels.
 //
-// Every value is taken relative to a pivot, the first pixel of the range, so that mean/std = 1e6 costs no digits; within that, chunks of values that
-// are in registers give an exact-to-rounding local mean and deviations, which are merged by Chan, Golub and LeVeque (1979), so that a pivot that is an
-// outlier costs none either. The mean comes from a plain sum: an infinity stays an infinity, as in PyTorch.
+// Every value is taken relative to a pivot, the first pixel of the range, so that mean/std = 1e6 costs no digits;
+// within that, chunks of values that are in registers give an exact-to-rounding local mean and deviations, which are
+// merged by Chan, Golub and LeVeque (1979), so that a pivot that is an outlier costs none either. The mean comes from a
+// plain sum: an infinity stays an infinity, as in PyTorch.
 //
 // Bytes per element: one read of x.
 #pragma once
@@ -68,8 +69,9 @@ __device__ __forceinline__ Moments<V> chunk_moments(const Vec<T, V>* loaded, int
 
 // x [M, C]; mean, m2 [rows, C]; count [rows]. A block owns one range of `per_row` pixels and one tile of channels.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, 2) bn_stats_nhwc(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
-                                                          int64_t pixels, int64_t per_row, int rows, Columns tiling) {
+__global__ void __launch_bounds__(kThreads, 2)
+    bn_stats_nhwc(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
+                  int64_t pixels, int64_t per_row, int rows, Columns tiling) {
   constexpr int kChunk = V == 8 ? 4 : 8, kGroups = V == 8 && sizeof(T) == 2 ? 2 : 1;
   const int64_t C = tiling.vectors * V;
   const int64_t row = rows - 1 - blockIdx.x / tiling.tiles;  // backwards: the producer of x wrote its end last
@@ -98,7 +100,8 @@ __global__ void __launch_bounds__(kThreads, 2) bn_stats_nhwc(const T* __restrict
       }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        if (g * kChunk < valid) moments.merge(chunk_moments<T, V, kChunk>(loaded + g * kChunk, valid - g * kChunk, pivot));
+        if (g * kChunk < valid)
+          moments.merge(chunk_moments<T, V, kChunk>(loaded + g * kChunk, valid - g * kChunk, pivot));
       }
     }
   }
@@ -114,8 +117,9 @@ __global__ void __launch_bounds__(kThreads, 2) bn_stats_nhwc(const T* __restrict
 
 // x [N, C, HW] as planes; the rest as above. A warp owns one range of pixels of one channel.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) bn_stats_nchw(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
-                                                          int64_t pixels, int64_t per_row, int64_t rows, int64_t C, Divider plane) {
+__global__ void __launch_bounds__(kThreads)
+    bn_stats_nchw(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
+                  int64_t pixels, int64_t per_row, int64_t rows, int64_t C, Divider plane) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (item >= rows * C) return;
   const int64_t row = item / C, c = item - row * C;
@@ -129,7 +133,8 @@ __global__ void __launch_bounds__(kThreads) bn_stats_nchw(const T* __restrict__ 
 
   Moments<1> moments;
   const float pivot = begin < end ? pivot_of(widened(x[offset(begin)])) : 0.0f;
-  // A chunk is eight values of the channel: an octet of neighbours, whose ends may lie outside of the range, or eight pixels a warp apart.
+  // A chunk is eight values of the channel: an octet of neighbours, whose ends may lie outside of the range, or eight
+  // pixels a warp apart.
   constexpr int kStep = V == 8 ? 1 : kWarp;
   for (int64_t p = (V == 8 ? begin / 8 * 8 : begin) + lane * V; p < end; p += 8 * kWarp) {
     float v[8];

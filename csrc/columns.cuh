@@ -1,7 +1,8 @@
 // Reductions over the rows of a row-major [rows, columns] matrix, such as the pixels of an NHWC activation.
 //
-// A block owns `columns` vectors of V neighbouring columns, and its threads form `lanes` rows of that width: thread t holds column t % columns and
-// takes every lanes-th row from t / columns on. Each thread reduces in registers; the lanes are merged through shared memory in a fixed tree.
+// A block owns `columns` vectors of V neighbouring columns, and its threads form `lanes` rows of that width: thread t
+// holds column t % columns and takes every lanes-th row from t / columns on. Each thread reduces in registers; the
+// lanes are merged through shared memory in a fixed tree.
 #pragma once
 
 #include "device.cuh"
@@ -24,21 +25,25 @@ struct Columns {
   }
 };
 
-// Where a thread stands. Threads left over by a width that does not divide the block are idle, but take part in the barriers.
+// Where a thread stands. Threads left over by a width that does not divide the block are idle, but take part in the
+// barriers.
 struct Place {
   int lane;
   int64_t vector;
   bool active;
 
   __device__ __forceinline__ Place(const Columns& c, int64_t tile)
-      : lane(threadIdx.x / c.columns), vector(tile * c.columns + threadIdx.x % c.columns), active(lane < c.lanes && vector < c.vectors) {}
+      : lane(threadIdx.x / c.columns),
+        vector(tile * c.columns + threadIdx.x % c.columns),
+        active(lane < c.lanes && vector < c.vectors) {}
 };
 
-// Merges the lanes' values in a fixed tree; lane 0 ends up with the result. `Value` has `merge(const Value&)` and is an array of `kFloats` floats.
+// Merges the lanes' values in a fixed tree; lane 0 ends up with the result. `Value` has `merge(const Value&)` and is an
+// array of `kFloats` floats.
 template <class Value>
 __device__ __forceinline__ void merge_lanes(Value& mine, int columns, int lane, int lanes) {
   constexpr int kFloats = sizeof(Value) / sizeof(float);
-  SHARED_ARRAY(float, exchange, kFloats * kThreads);
+  SHARED_ARRAY(float, exchange, kFloats* kThreads);
   float* const own = reinterpret_cast<float*>(&mine);
   int half = 1;
   while (2 * half < lanes) half *= 2;
@@ -53,7 +58,8 @@ __device__ __forceinline__ void merge_lanes(Value& mine, int columns, int lane, 
     if (lane < half && lane + half < lanes) {
       Value other;
 #pragma unroll
-      for (int i = 0; i < kFloats; ++i) reinterpret_cast<float*>(&other)[i] = exchange[i * kThreads + threadIdx.x + half * columns];
+      for (int i = 0; i < kFloats; ++i)
+        reinterpret_cast<float*>(&other)[i] = exchange[i * kThreads + threadIdx.x + half * columns];
       mine.merge(other);
     }
   }

@@ -1,4 +1,5 @@
-// What every kernel stands on: the CUDA language (or its host twin), data types, octets of elements, division by a runtime constant.
+// What every kernel stands on: the CUDA language (or its host twin), data types, octets of elements, division by a
+// runtime constant.
 #pragma once
 
 #include <cstdint>
@@ -77,10 +78,12 @@ __device__ __forceinline__ unsigned rounded_pair(float low, float high) {
 }
 #endif
 
-// The largest value that rounds to zero: v rounds to something positive exactly where not (v <= kRoundsToZero), and so does a NaN pass. Half of the
-// smallest subnormal is a tie, which goes to the even zero.
+// The largest value that rounds to zero: v rounds to something positive exactly where not (v <= kRoundsToZero), and so
+// does a NaN pass. Half of the smallest subnormal is a tie, which goes to the even zero.
 template <class T>
-constexpr float kRoundsToZero = std::is_same_v<T, float> ? 0.0f : std::is_same_v<T, half> ? 0x1p-25f : 0x1p-134f;
+constexpr float kRoundsToZero = std::is_same_v<T, float>  ? 0.0f
+                                : std::is_same_v<T, half> ? 0x1p-25f
+                                                          : 0x1p-134f;
 
 // Whether ReLU's gradient passes an element whose value before rounding to T is v: not (round(v) <= 0).
 template <class T>
@@ -88,7 +91,8 @@ __device__ __forceinline__ bool passes(float v) {
   return !(v <= kRoundsToZero<T>);
 }
 
-// V consecutive elements of memory. V = 8, an octet: 16-byte accesses, one for 16-bit types and two for fp32. V = 1: any alignment.
+// V consecutive elements of memory. V = 8, an octet: 16-byte accesses, one for 16-bit types and two for fp32. V = 1:
+// any alignment.
 template <class T, int V>
 struct Vec;
 
@@ -152,7 +156,8 @@ struct Vec<T, 1> {
   static __device__ __forceinline__ Vec pack(const float (&in)[1]) { return {rounded<T>(in[0])}; }
 };
 
-// The octet of elements that starts at i of a buffer of `count`: 16-byte accesses if the base is `aligned` and the octet is whole, else one by one.
+// The octet of elements that starts at i of a buffer of `count`: 16-byte accesses if the base is `aligned` and the
+// octet is whole, else one by one.
 template <class T>
 __device__ __forceinline__ Vec<T, 8> load_octet(const T* __restrict__ from, int64_t i, int64_t count, bool aligned) {
   if (aligned && i + 8 <= count) return Vec<T, 8>::load(from + i);
@@ -178,7 +183,8 @@ __device__ __forceinline__ void store_octet(T* to, int64_t i, int64_t count, boo
 template <class T, int V>
 constexpr int kInFlight = V == 1 ? 8 : 8 / static_cast<int>(sizeof(T));
 
-// Division of n >= 0 by a constant d > 0 that is known at launch: a multiplication where both fit in 31 bits, 64-bit division otherwise.
+// Division of n >= 0 by a constant d > 0 that is known at launch: a multiplication where both fit in 31 bits, 64-bit
+// division otherwise.
 struct Divider {
   int64_t d;
   unsigned multiplier, shift;

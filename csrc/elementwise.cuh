@@ -1,14 +1,16 @@
-// How the elementwise kernels walk an activation: octets of consecutive elements in memory order, a persistent grid, several octets in flight.
+// How the elementwise kernels walk an activation: octets of consecutive elements in memory order, a persistent grid,
+// several octets in flight.
 #pragma once
 
 #include "device.cuh"
 
 namespace resnet_fused {
 
-// How the channel of an element follows from its place in memory: (i / inner) % C, with inner = 1 in NHWC and H*W in NCHW.
-//   kOctet: NHWC, C a multiple of 8. A thread steps by whole pixels, keeps its octet of channels and their parameters in registers.
-//   kPlane: NCHW, H*W a multiple of 8. All of an octet has one channel.
-//   kEach:  anything else, and bases that are not 16-byte aligned. Each element has its own channel.
+// How the channel of an element follows from its place in memory: (i / inner) % C, with inner = 1 in NHWC and H*W in
+// NCHW.
+//   kOctet: NHWC, C a multiple of 8. A thread steps by whole pixels, keeps its octet of channels and their parameters
+//   in registers. kPlane: NCHW, H*W a multiple of 8. All of an octet has one channel. kEach:  anything else, and bases
+//   that are not 16-byte aligned. Each element has its own channel.
 enum class Channels { kOctet, kPlane, kEach };
 
 struct Walk {
@@ -43,7 +45,8 @@ struct Walk {
 };
 
 // A per-channel vector at the eight channels of an octet; a null vector is `otherwise` everywhere.
-__device__ __forceinline__ void gather(float (&out)[8], const float* __restrict__ vector, const int64_t (&c)[8], float otherwise) {
+__device__ __forceinline__ void gather(float (&out)[8], const float* __restrict__ vector, const int64_t (&c)[8],
+                                       float otherwise) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) out[j] = vector == nullptr ? otherwise : __ldg(vector + c[j]);
 }

@@ -33,14 +33,16 @@ inline std::string text(const torch::headeronly::IntHeaderOnlyArrayRef& values) 
 }
 
 inline std::string text(const Tensor& t) {
-  return std::string(torch::headeronly::toString(t.scalar_type())) + " " + text(t.sizes()) + " with strides " + text(t.strides());
+  return std::string(torch::headeronly::toString(t.scalar_type())) + " " + text(t.sizes()) + " with strides " +
+         text(t.strides());
 }
 
 inline bool same(const torch::headeronly::IntHeaderOnlyArrayRef& a, const torch::headeronly::IntHeaderOnlyArrayRef& b) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
 }
 
-// Whether the tensor fills its memory in the order (n, h, w, c) or (n, c, h, w); strides of dimensions of size 1 do not matter.
+// Whether the tensor fills its memory in the order (n, h, w, c) or (n, c, h, w); strides of dimensions of size 1 do not
+// matter.
 inline bool is_dense(const Tensor& t, bool nhwc) {
   constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
   int64_t expected = 1;
@@ -70,25 +72,28 @@ inline Activation check_activations(const char* op, std::initializer_list<Named>
   const auto& [first_name, first] = *all.begin();
   STD_TORCH_CHECK(first->dim() == 4, op, ": ", first_name, " must be 4-D [N, C, H, W], got ", text(*first));
   const ScalarType dtype = first->scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op, ": ", first_name,
-                  " must be Float, Half or BFloat16, got ", text(*first));
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16, op, ": ",
+                  first_name, " must be Float, Half or BFloat16, got ", text(*first));
   bool layout[2] = {true, true};
   for (const auto& [name, t] : all) {
-    STD_TORCH_CHECK(t->dim() == 4 && same(t->sizes(), first->sizes()) && t->scalar_type() == dtype, op, ": ", name, " must have the shape and dtype of ",
-                    first_name, ", ", text(*first), "; got ", text(*t));
-    STD_TORCH_CHECK(t->get_device_index() == first->get_device_index() && t->is_cuda() == first->is_cuda(), op, ": ", name, " must be on the device of ",
-                    first_name);
+    STD_TORCH_CHECK(t->dim() == 4 && same(t->sizes(), first->sizes()) && t->scalar_type() == dtype, op, ": ", name,
+                    " must have the shape and dtype of ", first_name, ", ", text(*first), "; got ", text(*t));
+    STD_TORCH_CHECK(t->get_device_index() == first->get_device_index() && t->is_cuda() == first->is_cuda(), op, ": ",
+                    name, " must be on the device of ", first_name);
     for (const bool nhwc : {false, true}) layout[nhwc] = layout[nhwc] && (t->numel() == 0 || is_dense(*t, nhwc));
-    STD_TORCH_CHECK(layout[0] || layout[1], op, ": ", name, " must be dense in NCHW or NHWC order, and alike in all activations; ", first_name, " is ",
+    STD_TORCH_CHECK(layout[0] || layout[1], op, ": ", name,
+                    " must be dense in NCHW or NHWC order, and alike in all activations; ", first_name, " is ",
                     text(*first), ", ", name, " is ", text(*t));
   }
   return {first->size(0), first->size(1), first->size(2), first->size(3), dtype, !layout[0]};
 }
 
 inline void check_vector(const char* op, const char* name, const Tensor& v, int64_t C, const Tensor& x) {
-  STD_TORCH_CHECK(v.dim() == 1 && v.size(0) == C && v.scalar_type() == ScalarType::Float && v.is_contiguous(), op, ": ", name,
-                  " must be a contiguous Float vector with one value for each of the ", C, " channels, got ", text(v));
-  STD_TORCH_CHECK(v.get_device_index() == x.get_device_index() && v.is_cuda() == x.is_cuda(), op, ": ", name, " must be on the device of x");
+  STD_TORCH_CHECK(v.dim() == 1 && v.size(0) == C && v.scalar_type() == ScalarType::Float && v.is_contiguous(), op, ": ",
+                  name, " must be a contiguous Float vector with one value for each of the ", C, " channels, got ",
+                  text(v));
+  STD_TORCH_CHECK(v.get_device_index() == x.get_device_index() && v.is_cuda() == x.is_cuda(), op, ": ", name,
+                  " must be on the device of x");
 }
 
 inline void check_rows(const char* op, int64_t rows) {
@@ -109,7 +114,8 @@ T* out(const Tensor& t) {
 }
 
 inline bool aligned(std::initializer_list<const void*> pointers, uintptr_t bytes = 16) {
-  return std::all_of(pointers.begin(), pointers.end(), [bytes](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
+  return std::all_of(pointers.begin(), pointers.end(),
+                     [bytes](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; });
 }
 
 // Calls f with a value of the C++ type.
@@ -124,7 +130,9 @@ void dispatch(ScalarType dtype, F f) {
   }
 }
 
-inline Tensor float_like(const Tensor& x, std::initializer_list<int64_t> size) { return torch::stable::new_empty(x, size, ScalarType::Float); }
+inline Tensor float_like(const Tensor& x, std::initializer_list<int64_t> size) {
+  return torch::stable::new_empty(x, size, ScalarType::Float);
+}
 
 // The device of a tensor, made current, and its stream.
 class Device {
@@ -152,12 +160,13 @@ class Device {
   int64_t resident_blocks(void (*kernel)(P...)) const {
     thread_local std::unordered_map<const void*, int> known;
     int& per_multiprocessor = known[reinterpret_cast<const void*>(kernel)];
-    if (per_multiprocessor == 0) STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
+    if (per_multiprocessor == 0)
+      STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0));
     return int64_t(std::max(per_multiprocessor, 1)) * multiprocessors_;
   }
   template <class... P, class... A>
   void launch(void (*kernel)(P...), dim3 grid, A... arguments) const {
-    kernel<<<grid, kThreads, 0, stream_>>>(static_cast<P>(arguments)...);
+    kernel<<<grid, kThreads, 0, stream_> > >(static_cast<P>(arguments)...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 #endif
@@ -180,7 +189,8 @@ inline unsigned grid_x(const char* op, int64_t blocks) {
 template <class Kernel>
 unsigned persistent_grid(const Device& device, Kernel kernel, int64_t items, int64_t period, int64_t& step) {
   const auto blocks_for = [](int64_t threads) { return (threads + kThreads - 1) / kThreads; };
-  const int64_t blocks = std::max({std::min(blocks_for(items), device.resident_blocks(kernel)), blocks_for(period), int64_t(1)});
+  const int64_t blocks =
+      std::max({std::min(blocks_for(items), device.resident_blocks(kernel)), blocks_for(period), int64_t(1)});
   step = blocks * kThreads / period * period;
   return static_cast<unsigned>(blocks);
 }

@@ -1,7 +1,7 @@
 // The stem: 3x3, stride 2, padding 1 max pool of relu(x scale + shift), and its backward through batch norm.
 //
-// x, dx [N, C, H, W]; y, dy, index [N, C, OH, OW], OH = (H + 1) / 2, OW = (W + 1) / 2, all NHWC or all NCHW; per-channel vectors fp32 [C];
-// index uint8: the winner's place 3 r + s in its window.
+// x, dx [N, C, H, W]; y, dy, index [N, C, OH, OW], OH = (H + 1) / 2, OW = (W + 1) / 2, all NHWC or all NCHW;
+// per-channel vectors fp32 [C]; index uint8: the winner's place 3 r + s in its window.
 #pragma once
 
 #include "bn_backward.cuh"
@@ -30,7 +30,8 @@ struct Pool {
   }
 };
 
-// How a flat grid covers windows x channels: in memory order of the output, `step` vectors apart, so that in NHWC a thread keeps its channels.
+// How a flat grid covers windows x channels: in memory order of the output, `step` vectors apart, so that in NHWC a
+// thread keeps its channels.
 struct PoolWalk {
   int64_t items, step;
   Divider channel_vectors, channels, windows_per_image;
@@ -80,11 +81,12 @@ struct Bytes {
   }
 };
 
-// A thread owns V channels of one output pixel and has its nine inputs in flight; of these, five or more come from the caches.
-// Bytes per element of x: one read, 1/4 write of y, 1/4 byte of index.
+// A thread owns V channels of one output pixel and has its nine inputs in flight; of these, five or more come from the
+// caches. Bytes per element of x: one read, 1/4 write of y, 1/4 byte of index.
 template <class T, int V, bool kNhwc>
-__global__ void __launch_bounds__(kThreads, 2) bn_act_max_pool_kernel(const T* __restrict__ x, const float* __restrict__ scale, const float* __restrict__ shift,
-                                                                   T* __restrict__ y, uint8_t* __restrict__ index, Pool pool, PoolWalk walk) {
+__global__ void __launch_bounds__(kThreads, 2)
+    bn_act_max_pool_kernel(const T* __restrict__ x, const float* __restrict__ scale, const float* __restrict__ shift,
+                           T* __restrict__ y, uint8_t* __restrict__ index, Pool pool, PoolWalk walk) {
   int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (item >= walk.step || item >= walk.items) return;
   float a[V], b[V];
@@ -140,7 +142,8 @@ struct Patch {
   Vec<T, V> x[4], dy[4];
   Bytes<V> index[4];
 
-  __device__ __forceinline__ void load(const Backward<T>& p, const uint8_t* __restrict__ places, const Pool& pool, const Pool::Window& w, int64_t c) {
+  __device__ __forceinline__ void load(const Backward<T>& p, const uint8_t* __restrict__ places, const Pool& pool,
+                                       const Pool::Window& w, int64_t c) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t h = 2 * w.a + i / 2, v = 2 * w.b + i % 2, a = w.a + i / 2, b = w.b + i % 2;
@@ -153,14 +156,16 @@ struct Patch {
     }
   }
 
-  // dz of pixel i (row i / 2, column i % 2): the sum over the windows that it won. `inside(k)`: whether window k exists.
+  // dz of pixel i (row i / 2, column i % 2): the sum over the windows that it won. `inside(k)`: whether window k
+  // exists.
   template <int i>
   __device__ __forceinline__ void gradient(float (&dz)[V], const Pool& pool, const Pool::Window& w) const {
 #pragma unroll
     for (int j = 0; j < V; ++j) dz[j] = 0.0f;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      // Window (k / 2, k % 2) sees row i / 2 at r = 1 + i / 2 - 2 (k / 2), and columns alike: an even row is seen by the first window only.
+      // Window (k / 2, k % 2) sees row i / 2 at r = 1 + i / 2 - 2 (k / 2), and columns alike: an even row is seen by
+      // the first window only.
       const int r = 1 + i / 2 - 2 * (k / 2), s = 1 + i % 2 - 2 * (k % 2);
       if (r < 0 || s < 0) continue;
       if (w.a + k / 2 >= pool.OH || w.b + k % 2 >= pool.OW) continue;
@@ -175,7 +180,8 @@ struct Patch {
 
   // Calls f(pixel, dz, x) for the pixels that exist; `dz` is behind ReLU's mask.
   template <class F>
-  __device__ __forceinline__ void for_each(const Pool& pool, const Pool::Window& w, const float (&scale)[V], const float (&shift)[V], F f) const {
+  __device__ __forceinline__ void for_each(const Pool& pool, const Pool::Window& w, const float (&scale)[V],
+                                           const float (&shift)[V], F f) const {
     visit<0>(pool, w, scale, shift, f);
     visit<1>(pool, w, scale, shift, f);
     visit<2>(pool, w, scale, shift, f);
@@ -184,7 +190,8 @@ struct Patch {
 
  private:
   template <int i, class F>
-  __device__ __forceinline__ void visit(const Pool& pool, const Pool::Window& w, const float (&scale)[V], const float (&shift)[V], F& f) const {
+  __device__ __forceinline__ void visit(const Pool& pool, const Pool::Window& w, const float (&scale)[V],
+                                        const float (&shift)[V], F& f) const {
     if (2 * w.a + i / 2 >= pool.H || 2 * w.b + i % 2 >= pool.W) return;
     float dz[V], v[V];
     gradient<i>(dz, pool, w);
@@ -194,10 +201,12 @@ struct Patch {
   }
 };
 
-// Bytes per element of x: one read, 1/4 read of dy, 1/4 byte of index. Blocks and partials as in bn_backward_reduce, over windows for pixels.
+// Bytes per element of x: one read, 1/4 read of dy, 1/4 byte of index. Blocks and partials as in bn_backward_reduce,
+// over windows for pixels.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_reduce_nhwc(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
-                                                                          int64_t windows, int64_t per_row, int rows, Pool pool, Columns tiling) {
+__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2)
+    max_pool_backward_reduce_nhwc(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
+                                  int64_t windows, int64_t per_row, int rows, Pool pool, Columns tiling) {
   const int64_t row = rows - 1 - blockIdx.x / tiling.tiles;
   const Place at(tiling, blockIdx.x % tiling.tiles);
   const int64_t begin = row * per_row, end = begin + per_row < windows ? begin + per_row : windows;
@@ -212,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_re
       const Pool::Window w = pool.window(number);
       Patch<T, V> patch;
       patch.load(p, index, pool, w, c);
-      patch.for_each(pool, w, scale, shift, [&](int, const float(&dz)[V], const float(&v)[V]) {
+      patch.for_each(pool, w, scale, shift, [&](int, const float (&dz)[V], const float (&v)[V]) {
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           sums.first[j] += dz[j];
@@ -232,8 +241,9 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_re
 
 // A warp owns one range of windows of one channel.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 2) max_pool_backward_reduce_nchw(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
-                                                                          int64_t windows, int64_t per_row, int64_t rows, Pool pool) {
+__global__ void __launch_bounds__(kThreads, 2)
+    max_pool_backward_reduce_nchw(Backward<T> p, const uint8_t* __restrict__ index, float* __restrict__ partials,
+                                  int64_t windows, int64_t per_row, int64_t rows, Pool pool) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (item >= rows * pool.C) return;
   const int64_t row = item / pool.C, c = item - row * pool.C;
@@ -245,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2) max_pool_backward_reduce_nchw(Bac
     const Pool::Window w = pool.window(number);
     Patch<T, 1> patch;
     patch.load(p, index, pool, w, c);
-    patch.for_each(pool, w, scale, shift, [&](int, const float(&dz)[1], const float(&v)[1]) {
+    patch.for_each(pool, w, scale, shift, [&](int, const float (&dz)[1], const float (&v)[1]) {
       sums.first[0] += dz[0];
       sums.second[0] += dz[0] * (v[0] - mean);
     });
@@ -256,11 +266,13 @@ __global__ void __launch_bounds__(kThreads, 2) max_pool_backward_reduce_nchw(Bac
   partials[rows * pool.C + item] = sums.second[0] * p.invstd[c];
 }
 
-// Bytes per element of x: one read, one write, 1/4 read of dy, 1/4 byte of index. A thread owns V channels of the four pixels of a patch.
+// Bytes per element of x: one read, one write, 1/4 read of dy, 1/4 byte of index. A thread owns V channels of the four
+// pixels of a patch.
 template <class T, int V, bool kNhwc>
-__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_apply_kernel(Backward<T> p, const uint8_t* __restrict__ index, const float* __restrict__ sum_dy,
-                                                                           const float* __restrict__ sum_dy_xhat, float count, T* __restrict__ dx, Pool pool,
-                                                                           PoolWalk walk) {
+__global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2)
+    max_pool_backward_apply_kernel(Backward<T> p, const uint8_t* __restrict__ index, const float* __restrict__ sum_dy,
+                                   const float* __restrict__ sum_dy_xhat, float count, T* __restrict__ dx, Pool pool,
+                                   PoolWalk walk) {
   int64_t item = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (item >= walk.step || item >= walk.items) return;
   const bool batch = sum_dy != nullptr;
@@ -285,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, V == 8 ? 1 : 2) max_pool_backward_ap
     if constexpr (!kNhwc) parameters(at.c);
     Patch<T, V> patch;
     patch.load(p, index, pool, w, at.c);
-    patch.for_each(pool, w, scale, shift, [&](int i, float(&dz)[V], const float(&v)[V]) {
+    patch.for_each(pool, w, scale, shift, [&](int i, float (&dz)[V], const float (&v)[V]) {
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         const float through_statistics = batch ? __fmaf_rn(slope[j], v[j] - mean[j], offset[j]) : 0.0f;

@@ -6,25 +6,31 @@
 STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
   m.def("bn_stats(Tensor x, SymInt rows) -> (Tensor mean, Tensor m2, Tensor count)");
   m.def(
-      "bn_finalize(Tensor mean, Tensor m2, Tensor count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "bn_finalize(Tensor mean, Tensor m2, Tensor count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, "
       "float momentum, float eps) -> (Tensor scale, Tensor shift, Tensor save_mean, Tensor save_invstd)");
   m.def(
-      "bn_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, Tensor? residual_shift, bool relu, bool with_mask) "
+      "bn_apply(Tensor x, Tensor scale, Tensor shift, Tensor? residual, Tensor? residual_scale, Tensor? "
+      "residual_shift, bool relu, bool with_mask) "
       "-> (Tensor y, Tensor mask)");
   m.def(
-      "bn_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, bool relu, SymInt rows) "
+      "bn_backward_reduce(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, "
+      "bool relu, SymInt rows) "
       "-> (Tensor sum_dy, Tensor sum_dy_xhat)");
   m.def(
-      "bn_backward_apply(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, Tensor? sum_dy, "
+      "bn_backward_apply(Tensor dy, Tensor x, Tensor? mask, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, "
+      "Tensor? sum_dy, "
       "Tensor? sum_dy_xhat, float count, bool relu, bool with_dresidual) -> (Tensor dx, Tensor dresidual)");
   m.def("add_act(Tensor x, Tensor other, bool relu) -> Tensor");
   m.def("add_act_backward(Tensor dy, Tensor y) -> Tensor");
   m.def("bn_act_max_pool(Tensor x, Tensor scale, Tensor shift) -> (Tensor y, Tensor index)");
   m.def(
-      "bn_act_max_pool_backward_reduce(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, SymInt rows) "
+      "bn_act_max_pool_backward_reduce(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
+      "Tensor invstd, SymInt rows) "
       "-> (Tensor sum_dy, Tensor sum_dy_xhat)");
   m.def(
-      "bn_act_max_pool_backward_apply(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, Tensor invstd, Tensor? sum_dy, "
+      "bn_act_max_pool_backward_apply(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
+      "Tensor invstd, Tensor? sum_dy, "
       "Tensor? sum_dy_xhat, float count) -> Tensor");
   m.def("reduce_rows(Tensor partials) -> Tensor");
   m.def("pack_weight(Tensor weight, bool flip) -> Tensor");

@@ -8,14 +8,15 @@ namespace {
 
 // `matrices` of [rows, inner] in `partials`, to one vector each.
 template <class T>
-void reduce(const Device& device, const Tensor& partials, unsigned matrices, int64_t rows, int64_t inner, T* out0, T* out1) {
+void reduce(const Device& device, const Tensor& partials, unsigned matrices, int64_t rows, int64_t inner, T* out0,
+            T* out1) {
   if (inner == 0) return;
   const bool octets = inner % 8 == 0 && aligned({data<T>(partials), out0, out1});
   // Few rows leave lanes idle: then a block is wide and has one.
   const int widest = rows < 16 ? kThreads : octets ? kWidestOctets : kWidestScalars;
   const Columns tiling(octets ? inner / 8 : inner, widest);
-  device.launch(octets ? reduce_rows_kernel<T, 8> : reduce_rows_kernel<T, 1>, dim3(grid_x("reduce_rows", tiling.tiles), matrices), data<T>(partials), out0, out1,
-                rows, tiling);
+  device.launch(octets ? reduce_rows_kernel<T, 8> : reduce_rows_kernel<T, 1>,
+                dim3(grid_x("reduce_rows", tiling.tiles), matrices), data<T>(partials), out0, out1, rows, tiling);
 }
 
 }  // namespace
@@ -29,7 +30,8 @@ std::tuple<Tensor, Tensor> reduce_two(const Device& device, const Tensor& partia
 
 Tensor reduce_rows(const Tensor& partials) {
   const ScalarType dtype = partials.scalar_type();
-  STD_TORCH_CHECK(partials.dim() >= 1 && partials.is_contiguous(), "reduce_rows: partials must be contiguous [rows, ...], got ", text(partials));
+  STD_TORCH_CHECK(partials.dim() >= 1 && partials.is_contiguous(),
+                  "reduce_rows: partials must be contiguous [rows, ...], got ", text(partials));
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "reduce_rows: partials must be Float, Half or BFloat16, got ", text(partials));
   const Device device(partials);

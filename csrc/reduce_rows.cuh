@@ -1,6 +1,7 @@
 // reduce_rows: the sum over dimension 0 of [rows, inner] in fp32 and a fixed order, rounded once.
 //
-// Bytes: every partial is read once. A block owns a tile of columns (columns.cuh); grid.y independent matrices lie one after the other.
+// Bytes: every partial is read once. A block owns a tile of columns (columns.cuh); grid.y independent matrices lie one
+// after the other.
 #pragma once
 
 #include "columns.cuh"
@@ -23,8 +24,8 @@ struct Sum {
 
 // partials [gridDim.y, rows, inner]; the matrix y goes to out0 (y = 0) or out1 (y = 1), [inner] each.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) reduce_rows_kernel(const T* __restrict__ partials, T* __restrict__ out0, T* __restrict__ out1, int64_t rows,
-                                                               Columns tiling) {
+__global__ void __launch_bounds__(kThreads) reduce_rows_kernel(const T* __restrict__ partials, T* __restrict__ out0,
+                                                               T* __restrict__ out1, int64_t rows, Columns tiling) {
   constexpr int kUnroll = kInFlight<T, V>;
   const int64_t inner = tiling.vectors * V;
   const Place at(tiling, blockIdx.x);

@@ -13,7 +13,8 @@ inline Channels channels_kind(const Activation& a, bool aligned) {
 }
 
 template <class Kernel>
-std::tuple<unsigned, Walk> make_walk(const Device& device, Kernel kernel, const Activation& a, Channels channels, bool aligned) {
+std::tuple<unsigned, Walk> make_walk(const Device& device, Kernel kernel, const Activation& a, Channels channels,
+                                     bool aligned) {
   const int64_t octets = (a.count() + 7) / 8, channel_octets = channels == Channels::kOctet ? a.C / 8 : 1;
   Walk walk{a.count(), octets, 0, Divider(a.nhwc ? 1 : a.H * a.W), Divider(a.C), Divider(channel_octets), aligned};
   const unsigned grid = persistent_grid(device, kernel, octets, channel_octets, walk.step);

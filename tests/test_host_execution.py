@@ -39,48 +39,35 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="session")
-def broken_kernels():
-    """The program of tests/broken_kernels, plain and under the sanitizers."""
-    source = ROOT / "tests" / "broken_kernels" / "broken_kernels.cu"
-    work = ROOT / "build" / "broken_kernels"
-    work.mkdir(parents=True, exist_ok=True)
-    include = ["-isystem", str(build.find_torch().root / "include"), f"-I{CSRC}"]
-    sources = ["-x", "c++", str(source), *map(str, sorted((CSRC / "host").glob("*.cpp")))]
-    programs = {}
-    for name, flags in {"plain": ["-O1"], "sanitized": [*SANITIZE, "-g1"]}.items():
-        programs[name] = work / name
-        command = [COMPILER, *build.COMMON_FLAGS, *build.HOST_FLAGS, *flags, *include, *sources, "-pthread"]
-        subprocess.run([*command, "-o", str(programs[name])], check=True)
-    return programs
-
-
 def run_kernel(program: Path, bug: int, seed: int) -> tuple[int, str]:
     environment = {**os.environ, "RESNET_FUSED_HOST_SEED": str(seed)}
-    environment.pop("LD_PRELOAD", None)
     run = subprocess.run([program, str(bug)], capture_output=True, text=True, env=environment, timeout=60)
     return run.returncode, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("how", ["plain", "sanitized"])
-def test_the_correct_kernel_passes_in_every_order(broken_kernels, how):
+def test_broken_kernels_are_caught_and_the_correct_one_passes_in_every_order(how, tmp_path):
+    program = tmp_path / "broken_kernels"
+    source = ROOT / "tests" / "broken_kernels" / "broken_kernels.cu"
+    include = ["-isystem", str(build.find_torch().root / "include"), f"-I{CSRC}"]
+    sources = ["-x", "c++", str(source), *map(str, sorted((CSRC / "host").glob("*.cpp")))]
+    flags = ["-O1"] if how == "plain" else [*SANITIZE, "-g1"]
+    command = [COMPILER, *build.COMMON_FLAGS, *build.HOST_FLAGS, *flags, *include, *sources, "-pthread"]
+    subprocess.run([*command, "-o", str(program)], check=True)
+
     for seed in range(12):
-        assert run_kernel(broken_kernels[how], 0, seed) == (0, "")
-
-
-@pytest.mark.parametrize("bug", BUGS)
-@pytest.mark.parametrize("how", ["plain", "sanitized"])
-def test_a_broken_kernel_is_caught(broken_kernels, how, bug):
-    runs = [run_kernel(broken_kernels[how], BUGS[bug], seed) for seed in range(6)]
-    caught = [output for code, output in runs if code != 0]
-    assert caught, f"{bug}: every order gave the right result"
-    expected = {
+        assert run_kernel(program, 0, seed) == (0, "")
+    says = {
         "off by one": "heap-buffer-overflow" if how == "sanitized" else "nan",
         "threads leave before a barrier": "96 of 128 threads wait at",
         "two barriers": "threads meet at",
         "partial warp": "threads meet at",
     }
-    assert expected.get(bug, "expected") in caught[0]
+    for bug, number in BUGS.items():
+        runs = [run_kernel(program, number, seed) for seed in range(6)]
+        caught = [output for code, output in runs if code != 0]
+        assert caught, f"{bug}: every order gave the right result"
+        assert says.get(bug, "expected") in caught[0], bug
 
 
 # Mutations of the real sources: the op tests must fail on each.
@@ -145,7 +132,8 @@ def run_tests(library: Path, file: str, select: str, **environment: str) -> subp
         "from resnet_fused import _library\n"
         "_library._LIBRARY = pathlib.Path(sys.argv[1])\n"
         "_library._record = lambda: {'kind': 'host', 'reason': 'test', 'torch': 'test'}\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', '--tb=line', sys.argv[2], '-k', sys.argv[3]]))\n"
+        "how = ['-q', '-x', '-p', 'no:cacheprovider', '--tb=line', '--capture=sys']\n"  # a sanitizer writes past sys
+        "sys.exit(pytest.main([*how, sys.argv[2], '-k', sys.argv[3]]))\n"
     )
     command = [sys.executable, "-c", program, str(library), str(ROOT / "tests" / file), f"cuda and {select}"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -171,16 +159,6 @@ class Workshop:
         return self.library
 
 
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("mutants"), ["-O0"])
-
-
-@pytest.fixture(scope="session")
-def sanitized(tmp_path_factory):
-    return Workshop(tmp_path_factory.mktemp("sanitized"), [*SANITIZE, "-g1"])
-
-
 def sanitizer_environment() -> dict[str, str]:
     """Python itself is not sanitized: the runtime is preloaded, with the C++ library whose throw it wraps."""
     find = [COMPILER, "-print-file-name=libasan.so"], [COMPILER, "-print-file-name=libstdc++.so"]
@@ -192,32 +170,62 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
-def test_the_unchanged_sources_pass_what_the_mutants_fail(workshop):
+def test_every_mutation_of_a_kernel_fails_the_op_tests_that_the_sources_pass(tmp_path):
+    """One test, so that parallel test processes do not each compile the sources."""
+    workshop = Workshop(tmp_path, ["-O0"])
     library = workshop.build()
     for file in sorted({file for _, _, _, file, _ in MUTATIONS.values()}):
         select = " or ".join(f"({select})" for _, _, _, where, select in MUTATIONS.values() if where == file)
         run = run_tests(library, file, f"({select})")
         assert run.returncode == 0, run.stdout
+    for mutation, (source, old, new, file, select) in MUTATIONS.items():
+        run = run_tests(workshop.build(source, old, new), file, select, RESNET_FUSED_HOST_SEED="3")
+        assert run.returncode == 1 and "1 failed" in run.stdout, f"{mutation}\n{run.stdout}{run.stderr}"
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_mutation_of_a_kernel_fails_the_op_tests(workshop, mutation):
-    source, old, new, file, select = MUTATIONS[mutation]
-    run = run_tests(workshop.build(source, old, new), file, select, RESNET_FUSED_HOST_SEED="3")
-    assert run.returncode == 1 and "1 failed" in run.stdout, run.stdout + run.stderr
+def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
+    """The whole op matrix once: accesses out of bounds or misaligned, to global and shared memory; overflows.
 
-
-def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(sanitized):
-    """The whole op matrix once: accesses out of bounds or misaligned, to global and shared memory; overflows."""
-    library = sanitized.build()
+    And a kernel that reads beyond a tensor is seen: the preloaded runtime watches torch's allocations too.
+    """
+    workshop = Workshop(tmp_path, [*SANITIZE, "-g1"])
+    library = workshop.build()
     for file in ("test_bn_ops.py", "test_stem_ops.py", "test_ops.py"):
         run = run_tests(library, file, "not opcheck", **sanitizer_environment())
         assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
         assert "passed" in run.stdout
-
-
-def test_the_sanitized_run_sees_a_read_beyond_a_tensor(sanitized):
-    """That the preloaded sanitizer watches torch's allocations, not only the harness's."""
-    library = sanitized.build("bn_stats.cuh", "p + u * tiling.lanes < end", "p + u * tiling.lanes <= end")
+    library = workshop.build("bn_stats.cuh", "p + u * tiling.lanes < end", "p + u * tiling.lanes <= end")
     run = run_tests(library, "test_bn_ops.py", "test_each_row and 2x72x7x7-nhwc-float32", **sanitizer_environment())
     assert run.returncode != 0 and "heap-buffer-overflow" in run.stderr + run.stdout, run.stdout[-2000:]
+
+
+def test_division_by_a_runtime_constant(tmp_path):
+    """The multiplication that replaces it, over the edges of 31 bits, and the 64-bit path beyond them."""
+    program = tmp_path / "divider"
+    source = tmp_path / "divider.cpp"
+    source.write_text(
+        """
+#include <cstdio>
+#include "device.cuh"
+int main() {
+  const int64_t top = int64_t(1) << 31;
+  for (int64_t d : {int64_t(1), int64_t(2), int64_t(3), int64_t(7), int64_t(49), int64_t(64), int64_t(65),
+                    int64_t(3136), int64_t(12345677), top - 1, top, top + 1, top * 9 + 5}) {
+    const resnet_fused::Divider divider(d);
+    for (int64_t n : {int64_t(0), int64_t(1), d - 1, d, d + 1, 2 * d - 1, 1000 * d, 1000 * d - 1, top - 1, top, top + 1,
+                      top * d - 1, top * d, top / d * d, top / d * d - 1, int64_t(123456789), int64_t(1) << 40}) {
+      if (divider.quotient(n) != n / d || divider.remainder(n) != n % d) {
+        std::printf("%lld / %lld\\n", static_cast<long long>(n), static_cast<long long>(d));
+        return 1;
+      }
+    }
+  }
+}
+"""
+    )
+    include = ["-isystem", str(build.find_torch().root / "include"), f"-I{CSRC}"]
+    sources = [str(source), *map(str, sorted((CSRC / "host").glob("*.cpp")))]
+    command = [COMPILER, *build.COMMON_FLAGS, *build.HOST_FLAGS, *include, *sources, "-pthread", "-o", str(program)]
+    subprocess.run(command, check=True)
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "")

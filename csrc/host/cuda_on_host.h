@@ -1,4 +1,5 @@
-// The part of CUDA C++ that the kernels use, in plain C++: qualifiers, vector types, intrinsics. Execution is in execute.h.
+// The part of CUDA C++ that the kernels use, in plain C++: qualifiers, vector types, intrinsics. Execution is in
+// execute.h.
 #pragma once
 
 #include <bit>

@@ -18,7 +18,8 @@ namespace host {
 namespace {
 
 constexpr unsigned kWarp = 32;
-// NaN behind every shared array: a read beyond its end shows, a write is found when the block ends. AddressSanitizer has its own.
+// NaN behind every shared array: a read beyond its end shows, a write is found when the block ends. AddressSanitizer
+// has its own.
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t kGuard = 0;
 #else
@@ -32,7 +33,9 @@ unsigned environment(const char* name, unsigned otherwise) {
   return text == nullptr ? otherwise : static_cast<unsigned>(std::strtoul(text, nullptr, 10));
 }
 
-std::string text(uint3 v) { return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")"; }
+std::string text(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
 std::string text(dim3 v) { return text(uint3{v.x, v.y, v.z}); }
 
 void shuffle(unsigned* values, size_t count, uint64_t& random) {
@@ -111,8 +114,8 @@ void Block::arrive(Barrier& b, const char* file, int line) {
     b.line = line;
   } else if (b.line != line || std::strcmp(b.file, file) != 0) {
     if (error.empty()) {
-      error = "divergent barrier in block " + text(index.block) + ": threads meet at " + b.file + ":" + std::to_string(b.line) + " and at " + file +
-              ":" + std::to_string(line);
+      error = "divergent barrier in block " + text(index.block) + ": threads meet at " + b.file + ":" +
+              std::to_string(b.line) + " and at " + file + ":" + std::to_string(line);
     }
   }
   current->waits_for = &b;
@@ -151,8 +154,9 @@ std::string Block::describe_deadlock() const {
   const auto alive = std::count_if(threads.begin(), threads.end(), [](const Thread& t) { return !t.done; });
   const auto waiting = std::find_if(threads.begin(), threads.end(), [](const Thread& t) { return !t.done; });
   const Barrier& at = *waiting->waits_for;
-  return "divergent barrier in block " + text(index.block) + ": " + std::to_string(at.arrived) + " of " + std::to_string(at.size) + " threads wait at " +
-         at.file + ":" + std::to_string(at.line) + ", " + std::to_string(threads.size() - alive) + " of " + std::to_string(threads.size()) + " have ended";
+  return "divergent barrier in block " + text(index.block) + ": " + std::to_string(at.arrived) + " of " +
+         std::to_string(at.size) + " threads wait at " + at.file + ":" + std::to_string(at.line) + ", " +
+         std::to_string(threads.size() - alive) + " of " + std::to_string(threads.size()) + " have ended";
 }
 
 void Block::run(const std::function<void()>& body, const Index& where, size_t dynamic, uint64_t seed) {
@@ -183,9 +187,12 @@ void Block::run(const std::function<void()>& body, const Index& where, size_t dy
     thread.exchanges = 0;
   }
   std::iota(order_.begin(), order_.end(), 0u);
-  uint64_t random = (seed + 1) * 0x9e3779b97f4a7c15ull ^ (uint64_t(where.block.x) << 20 | where.block.y << 10 | where.block.z) * 0xbf58476d1ce4e5b9ull;
-  // One warp runs as far as it can before the next one starts: as far apart as the barriers allow. Each barrier deals the warps anew.
-  for (unsigned generation = barrier.generation - 1; std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return !t.done; });) {
+  uint64_t random = (seed + 1) * 0x9e3779b97f4a7c15ull ^
+                    (uint64_t(where.block.x) << 20 | where.block.y << 10 | where.block.z) * 0xbf58476d1ce4e5b9ull;
+  // One warp runs as far as it can before the next one starts: as far apart as the barriers allow. Each barrier deals
+  // the warps anew.
+  for (unsigned generation = barrier.generation - 1;
+       std::any_of(threads.begin(), threads.end(), [](const Thread& t) { return !t.done; });) {
     if (generation != barrier.generation) {
       shuffle(order_.data(), order_.size(), random);
       generation = barrier.generation;
@@ -201,7 +208,8 @@ bool Block::advance_one_warp(uint64_t& random) {
     unsigned ready[kWarp], count = 0;
     for (unsigned i = w * kWarp; i < std::min<size_t>((w + 1) * kWarp, threads.size()); ++i) {
       const Thread& thread = threads[i];
-      if (!thread.done && (thread.waits_for == nullptr || thread.waits_for->generation != thread.generation)) ready[count++] = i;
+      if (!thread.done && (thread.waits_for == nullptr || thread.waits_for->generation != thread.generation))
+        ready[count++] = i;
     }
     if (count == 0) continue;
     shuffle(ready, count, random);
@@ -238,11 +246,13 @@ class BlockPool {
 
 void check_launch(dim3 grid, dim3 block, size_t dynamic_bytes) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  if (threads == 0 || threads > 1024 || block.z > 64) fail("invalid block " + text(block) + ": a block has 1 to 1024 threads");
+  if (threads == 0 || threads > 1024 || block.z > 64)
+    fail("invalid block " + text(block) + ": a block has 1 to 1024 threads");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     fail("invalid grid " + text(grid) + ": at most (2147483647, 65535, 65535), at least 1");
   }
-  if (dynamic_bytes > 227 * 1024) fail("invalid launch: " + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory, at most 232448");
+  if (dynamic_bytes > 227 * 1024)
+    fail("invalid launch: " + std::to_string(dynamic_bytes) + " bytes of dynamic shared memory, at most 232448");
 }
 
 }  // namespace
@@ -259,7 +269,8 @@ uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, const char* file
   const unsigned own = me.linear % kWarp, lanes = warp.barrier.size;
   const unsigned everyone = lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1;
   if ((mask & everyone) != everyone && block->error.empty()) {
-    block->error = std::string("a warp operation without all lanes of the warp at ") + file + ":" + std::to_string(line);
+    block->error =
+        std::string("a warp operation without all lanes of the warp at ") + file + ":" + std::to_string(line);
   }
   uint64_t* slot = warp.slot[me.exchanges++ % 2];
   slot[own] = value;
@@ -272,7 +283,8 @@ unsigned ballot(unsigned mask, bool predicate, const char* file, int line) {
   const uint64_t* slot = block->warps[me.linear / kWarp].slot[me.exchanges % 2];
   exchange(mask, predicate, 0, file, line);
   unsigned votes = 0;
-  for (unsigned i = 0; i < block->warps[me.linear / kWarp].barrier.size; ++i) votes |= static_cast<unsigned>(slot[i] & 1) << i;
+  for (unsigned i = 0; i < block->warps[me.linear / kWarp].barrier.size; ++i)
+    votes |= static_cast<unsigned>(slot[i] & 1) << i;
   return votes;
 }
 
@@ -290,7 +302,8 @@ void launch(dim3 grid, dim3 block_dim, size_t dynamic_bytes, const std::function
     try {
       for (uint64_t i; (i = next++) < blocks;) {
         if (seed % 2 == 1) i = blocks - 1 - i;
-        const uint3 at{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y), static_cast<unsigned>(i / grid.x / grid.y)};
+        const uint3 at{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                       static_cast<unsigned>(i / grid.x / grid.y)};
         own->run(kernel, {{}, at, block_dim, grid}, dynamic_bytes, seed);
       }
       pool.give_back(std::move(own));
@@ -301,7 +314,8 @@ void launch(dim3 grid, dim3 block_dim, size_t dynamic_bytes, const std::function
     }
     block = nullptr;
   };
-  const unsigned available = std::max(1u, environment("RESNET_FUSED_HOST_THREADS", std::thread::hardware_concurrency()));
+  const unsigned available =
+      std::max(1u, environment("RESNET_FUSED_HOST_THREADS", std::thread::hardware_concurrency()));
   std::vector<std::thread> helpers;
   for (uint64_t i = 1; i < std::min<uint64_t>(available, blocks); ++i) helpers.emplace_back(work);
   work();

@@ -1,8 +1,10 @@
-// Runs CUDA C++ kernels on the CPU, for tests: an OS thread runs one block at a time and the block's threads are fibres.
+// Runs CUDA C++ kernels on the CPU, for tests: an OS thread runs one block at a time and the block's threads are
+// fibres.
 //
-// A fibre runs until it must wait for the others (a barrier, a shuffle, a ballot), so that a missing barrier shows as a read of poison or of stale
-// data. The order of the fibres is reshuffled at every step by RESNET_FUSED_HOST_SEED. Shared memory starts as NaN and lies on the heap, where
-// AddressSanitizer sees its ends. A barrier that not all threads of the block reach, or that they reach in different places, throws.
+// A fibre runs until it must wait for the others (a barrier, a shuffle, a ballot), so that a missing barrier shows as a
+// read of poison or of stale data. The order of the fibres is reshuffled at every step by RESNET_FUSED_HOST_SEED.
+// Shared memory starts as NaN and lies on the heap, where AddressSanitizer sees its ends. A barrier that not all
+// threads of the block reach, or that they reach in different places, throws.
 #pragma once
 
 #include <cstddef>
@@ -28,11 +30,13 @@ struct Index {
 };
 Index& index();
 
-// Runs `kernel` once for every thread of the grid. Throws std::runtime_error where a GPU would refuse the launch, hang, or be undefined.
+// Runs `kernel` once for every thread of the grid. Throws std::runtime_error where a GPU would refuse the launch, hang,
+// or be undefined.
 void launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& kernel);
 
 void block_barrier(const char* file, int line);
-// Every lane of the warp hands in a value; returns what `lane` handed in (its own value for a lane that does not exist).
+// Every lane of the warp hands in a value; returns what `lane` handed in (its own value for a lane that does not
+// exist).
 uint64_t exchange(unsigned mask, uint64_t value, unsigned lane, const char* file, int line);
 unsigned ballot(unsigned mask, bool predicate, const char* file, int line);
 unsigned lane_id();

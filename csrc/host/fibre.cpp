@@ -3,7 +3,8 @@
 namespace host {
 
 #ifdef __x86_64__
-// Saves the callee-saved registers of the System V ABI on the current stack, leaves its pointer in *save, and continues on `load`.
+// Saves the callee-saved registers of the System V ABI on the current stack, leaves its pointer in *save, and continues
+// on `load`.
 extern "C" void resnet_fused_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -53,7 +54,8 @@ void Fibre::prepare(void (*entry)()) {
   size_ = kStackBytes;
 #endif
   start = entry;
-  // An AddressSanitizer build must tell the runtime that the switch has ended before anything else runs on the new stack.
+  // An AddressSanitizer build must tell the runtime that the switch has ended before anything else runs on the new
+  // stack.
   constexpr auto begin = [] {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &previous->bottom_, &previous->size_);
@@ -61,7 +63,8 @@ void Fibre::prepare(void (*entry)()) {
     start();
   };
 #ifdef __x86_64__
-  // Six saved registers, the address to return to, and a null return address that keeps the stack aligned as after a call.
+  // Six saved registers, the address to return to, and a null return address that keeps the stack aligned as after a
+  // call.
   auto* top = reinterpret_cast<uintptr_t*>(static_cast<char*>(stack_) + kStackBytes) - 8;
   for (int i = 0; i < 8; ++i) top[i] = 0;
   top[6] = reinterpret_cast<uintptr_t>(static_cast<void (*)()>(begin));

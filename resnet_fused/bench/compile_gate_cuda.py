@@ -198,8 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
         if library is None:
             toolkit = build.find_toolkit()
             target = build.Target("cuda", "compile gate", toolkit, build.choose_architectures(toolkit))
-            library = ROOT / "build" / "compile_gate" / "_C.so"
-            build.compile_library(target, library, ROOT / "build" / "resnet_fused-cuda")
+            work = ROOT / "build" / "resnet_fused-cuda"  # setup.py's: what is up to date is not compiled again
+            library = work / "_C.so"
+            build.compile_library(target, library, work)
         instances = list(inspect(library, _tool("cuobjdump", toolkit.home if toolkit else None)))
     except (build.Unusable, FileNotFoundError) as problem:
         print(f"compile gate: {problem}", file=sys.stderr)

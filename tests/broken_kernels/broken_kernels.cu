@@ -1,6 +1,8 @@
-// A correct kernel and the ways to break it, to show that host execution notices. `main BUG` exits 0 if the result is right, 1 and a line if it is not.
+// A correct kernel and the ways to break it, to show that host execution notices. `main BUG` exits 0 if the result is
+// right, 1 and a line if it is not.
 //
-// The kernel sums each row of a [rows, kWidth] matrix and counts its positive elements. A block owns two rows, one after the other.
+// The kernel sums each row of a [rows, kWidth] matrix and counts its positive elements. A block owns two rows, one
+// after the other.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -70,7 +72,8 @@ int run() {
   std::vector<float> x(kRows * kWidth), sums(kRows, -1.0f);
   std::vector<int> positive(kRows, -1);
   for (int i = 0; i < kRows * kWidth; ++i) x[i] = static_cast<float>(i * 37 % 101 - 50);
-  host::launch(dim3((kRows + 1) / 2), dim3(kBlock), 0, [&] { row_sums<kBug>(x.data(), sums.data(), positive.data(), kRows); });
+  host::launch(dim3((kRows + 1) / 2), dim3(kBlock), 0,
+               [&] { row_sums<kBug>(x.data(), sums.data(), positive.data(), kRows); });
   for (int row = 0; row < kRows; ++row) {
     float sum = 0.0f;
     int count = 0;
@@ -87,8 +90,9 @@ int run() {
 }
 
 int main(int, char** arguments) {
-  constexpr int (*kRuns[])() = {run<kNone>,      run<kMissingBarrier>, run<kMissingSecondBarrier>, run<kOffByOne>,   run<kUninitialised>,
-                                run<kWrongMask>, run<kThreadsLeave>,   run<kTwoBarriers>,          run<kPartialWarp>};
+  constexpr int (*kRuns[])() = {run<kNone>,         run<kMissingBarrier>, run<kMissingSecondBarrier>,
+                                run<kOffByOne>,     run<kUninitialised>,  run<kWrongMask>,
+                                run<kThreadsLeave>, run<kTwoBarriers>,    run<kPartialWarp>};
   try {
     return kRuns[std::atoi(arguments[1])]();
   } catch (const std::exception& error) {
