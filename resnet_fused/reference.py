@@ -84,7 +84,8 @@ def conv_fprop(
 
 
 def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    pixels = _pixels(x)
+    # float64: an oracle must not lose digits to a mean that is large beside the deviations.
+    pixels = _pixels(x).double()
     total, channels = pixels.shape
     chunk = -(-total // rows)
     starts = torch.arange(rows, device=x.device) * chunk
@@ -94,7 +95,8 @@ def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     at_least_one = count.clamp(min=1)[:, None]
     mean = torch.where(inside, tiles, 0).sum(1) / at_least_one
     m2 = torch.where(inside, tiles - mean[:, None], 0).square().sum(1)
-    return mean, m2, count
+    out = compute_dtype(x.dtype)
+    return mean.to(out), m2.to(out), count.to(out)
 
 
 def bn_finalize(
@@ -126,7 +128,8 @@ def bn_finalize(
 
 
 def _normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return _up(x) * _per_channel(scale) + _per_channel(shift)
+    """x*scale + shift in float64, which stands in for the kernels' fused multiply-add: the product is not rounded."""
+    return x.double() * _per_channel(scale.double()) + _per_channel(shift.double())
 
 
 def bn_apply(

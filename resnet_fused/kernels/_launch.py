@@ -50,9 +50,14 @@ def _count(steps):
         pass
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _interpreter_problem() -> str | None:
     """Why Triton's interpreter cannot run a loop here, or None: that of Triton 3.6 fails with numpy 2.4 and newer."""
+    return _try_a_loop()
+
+
+@functools.cache
+def _try_a_loop() -> str | None:
     try:
         _count[(1,)](2)
     except Exception as error:
