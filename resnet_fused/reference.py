@@ -117,14 +117,15 @@ def bn_finalize(
     deviations = (rows_m2 + n * (rows_mean - merged).square()).sum(0)
     variance = deviations / total
     invstd = (variance + eps).rsqrt()
-    scale = invstd if weight is None else invstd * weight.double()
-    shift = -merged * scale if bias is None else bias.double() - merged * scale
+    out = mean.dtype
+    # The shift takes the scale as it will be used, rounded: then its rounding costs nothing where the mean is large.
+    scale = (invstd if weight is None else invstd * weight.double()).to(out)
+    shift = (0.0 if bias is None else bias.double()) - merged * scale.double()
     if running_mean is not None:
         running_mean.copy_((1 - momentum) * running_mean.double() + momentum * merged)
     if running_var is not None:
         running_var.copy_((1 - momentum) * running_var.double() + momentum * deviations / (total - 1))
-    out = mean.dtype
-    return scale.to(out), shift.to(out), merged.to(out), invstd.to(out)
+    return scale, shift.to(out), merged.to(out), invstd.to(out)
 
 
 def _normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
