@@ -150,8 +150,8 @@ def inspect(library: Path, cuobjdump: Path) -> Iterator[Instance]:
     for arch in dict.fromkeys(arch for arch, _ in found):
         current: Instance | None = None
         for line in _run(cuobjdump, "--dump-sass", "--gpu-architecture", arch, library).splitlines():
-            if match := re.search(r"Function : (\S+)", line):
-                current = found.get((arch, match[1]))
+            if header := re.search(r"Function : (\S+)", line):
+                current = found.get((arch, header[1]))
             elif current is not None and re.search(r"\bLDG\.[\w.]*(128|256)\b", line):
                 current.wide_loads += 1
             elif current is not None and re.search(r"\bSTG\.[\w.]*(128|256)\b", line):
