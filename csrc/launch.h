@@ -166,8 +166,11 @@ class Device {
   }
   template <class... P, class... A>
   void launch(void (*kernel)(P...), dim3 grid, A... arguments) const {
-    kernel<<<grid, kThreads, 0, stream_> > >(static_cast<P>(arguments)...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    cudaLaunchConfig_t configuration{};
+    configuration.gridDim = grid;
+    configuration.blockDim = dim3(kThreads);
+    configuration.stream = stream_;
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&configuration, kernel, static_cast<P>(arguments)...));
   }
 #endif
 
