@@ -37,7 +37,7 @@ def _run(function, tensors, dtype, memory_format, backend):
     return results
 
 
-def _compare(ours, plain, tensors, dtype, memory_format, backend):
+def _assert_contract(ours, plain, tensors, dtype, memory_format, backend):
     actual = _run(ours, tensors, dtype, memory_format, backend)
     expected = _run(plain, tensors, dtype, memory_format, "auto")
     truth = _run(plain, tensors, torch.float64, memory_format, "auto")
@@ -83,7 +83,7 @@ def test_batch_norm_act(backend, memory_format, dtype, training, with_residual, 
         y = y if residual is None else y + residual
         return F.relu(y) if act else y
 
-    _compare(ours, plain, tensors, dtype, memory_format, backend)
+    _assert_contract(ours, plain, tensors, dtype, memory_format, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,7 +99,7 @@ def test_batch_norm_act_max_pool(backend, memory_format, dtype, training):
     def plain(x, running_mean, running_var, weight, bias):
         return F.max_pool2d(F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training)), 3, 2, 1)
 
-    _compare(ours, plain, tensors, dtype, memory_format, backend)
+    _assert_contract(ours, plain, tensors, dtype, memory_format, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,7 +148,7 @@ def test_conv_bn_act(backend, memory_format, dtype, mode, kernel, stride, groups
             assert actual.stride() == expected.stride()
             assert_within_contract(actual, expected, plain(**truth))
         return
-    _compare(ours, plain, tensors, dtype, memory_format, backend)
+    _assert_contract(ours, plain, tensors, dtype, memory_format, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,7 +169,7 @@ def test_conv_affine_act(backend, with_gradient):
         return F.relu(F.conv2d(x, weight, None, 2, 1) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1) + residual)
 
     if with_gradient:
-        _compare(ours, plain, tensors, torch.float32, NHWC, backend)
+        _assert_contract(ours, plain, tensors, torch.float32, NHWC, backend)
         return
     single = {n: t.float() for n, t in tensors.items()}
     with use_backend(backend):
@@ -185,7 +185,7 @@ def test_add_act(backend, act):
     def plain(x, other):
         return F.relu(x + other) if act else x + other
 
-    _compare(lambda x, other: functional.add_act(x, other, act=act), plain, tensors, torch.float32, NHWC, backend)
+    _assert_contract(lambda x, other: functional.add_act(x, other, act=act), plain, tensors, torch.float32, NHWC, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
