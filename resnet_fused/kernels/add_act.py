@@ -39,8 +39,8 @@ def refuse(x: Tensor, other: Tensor, *rest: object) -> str | None:
     return refuse_activations(x, other=other)
 
 
-def _block(numel: int) -> int:
-    return min(TILE, triton.next_power_of_2(max(numel, 1)))
+def _block(numel: int, largest: int = TILE) -> int:
+    return min(largest, triton.next_power_of_2(max(numel, 1)))
 
 
 def add_act(x: Tensor, other: Tensor, relu: bool) -> Tensor:
@@ -66,6 +66,6 @@ def add_act_backward(dy: Tensor, y: Tensor) -> Tensor:
     `add_act`.
     """
     dz, numel = torch.empty_like(y), y.numel()
-    block = _block(numel)
+    block = _block(numel, TILE // 2)  # a whole tile's selections spill with Triton 3.6
     launch(_add_act_backward_kernel, triton.cdiv(numel, block), dy, y, dz, numel, INDEX=index_type(numel), BLOCK=block)
     return dz
