@@ -185,7 +185,9 @@ def test_add_act(backend, act):
     def plain(x, other):
         return F.relu(x + other) if act else x + other
 
-    _assert_contract(lambda x, other: functional.add_act(x, other, act=act), plain, tensors, torch.float32, NHWC, backend)
+    _assert_contract(
+        lambda x, other: functional.add_act(x, other, act=act), plain, tensors, torch.float32, NHWC, backend
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
