@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from resnet_fused.kernels import conv_fprop, refuse
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels.conv_fprop import ConvConfig, ConvShape, configurations, heuristic, tf32_allowed
+from resnet_fused.kernels.conv_fprop import tf32_allowed
+from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_configurations, conv_fprop_heuristic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -135,7 +136,7 @@ def test_scale_and_shift_of_the_datas_dtype(dtype):
 def _tiles():
     seen = {}
     for dtype in (torch.float32, torch.float16):
-        for config in configurations(dtype, 90):
+        for config in conv_fprop_configurations(dtype, 90):
             seen.setdefault((config.block_m, config.block_n, config.block_k, config.flat), config)
     return list(seen.values())
 
@@ -250,7 +251,7 @@ def test_refusals_name_the_value(changes, message):
 @pytest.mark.parametrize("dtype, tf32", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
 def test_the_heuristic_returns_only_listed_configurations(arch, dtype, tf32):
     """What the compile gate compiles is what can be launched."""
-    listed = configurations(dtype, arch, tf32)
+    listed = conv_fprop_configurations(dtype, arch, tf32)
     problems = [*SHAPES.values()]
     problems += [
         _problem(n, c, size, size, k, r, r, padding=(r // 2, r // 2))
@@ -259,12 +260,12 @@ def test_the_heuristic_returns_only_listed_configurations(arch, dtype, tf32):
         for r in (1, 3)
     ]
     for problem in problems:
-        assert heuristic(problem, dtype, arch, tf32) in listed
+        assert conv_fprop_heuristic(problem, dtype, arch, tf32) in listed
 
 
 def test_the_heuristic_fills_the_gpu_before_it_widens_the_tile():
-    wide = heuristic(_problem(256, 64, 56, 56, 256, 1, 1), torch.float16, 90)
-    small = heuristic(_problem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1)), torch.float16, 90)
+    wide = conv_fprop_heuristic(_problem(256, 64, 56, 56, 256, 1, 1), torch.float16, 90)
+    small = conv_fprop_heuristic(_problem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1)), torch.float16, 90)
     assert wide.block_m * wide.block_n > small.block_m * small.block_n
 
 

@@ -54,7 +54,7 @@ del os.environ["TRITON_INTERPRET"]
 import torch
 from resnet_fused.bench import compile_gate_triton as gate
 from resnet_fused import kernels
-from resnet_fused.kernels.conv_fprop import ConvConfig
+from resnet_fused.plan.conv import ConvConfig
 def problems(arch, config):
     x = torch.empty(8, 64, 28, 28, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
     w = torch.empty(256, 64, 3, 3, dtype=torch.float16, device="meta", memory_format=torch.channels_last)

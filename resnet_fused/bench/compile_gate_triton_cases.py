@@ -8,11 +8,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from resnet_fused.plan.conv import conv_fprop_configurations
 
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
 
@@ -42,9 +43,8 @@ Case = tuple[str, Expect, Callable[[], object]]
 
 def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
     """Every configuration of the heuristic, with the filters and epilogues that compile to different code."""
-    configurations = import_module("resnet_fused.kernels.conv_fprop").configurations
     for dtype, tf32 in ((torch.float16, False), (torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
-        configs = configurations(dtype, arch, tf32)
+        configs = conv_fprop_configurations(dtype, arch, tf32)
         if quick:  # the largest tile tap by tap, and for the stem the flat one
             tap_by_tap = [config for config in configs if not config.flat]
             stem = [config for config in configs if config.flat and dtype == torch.bfloat16]

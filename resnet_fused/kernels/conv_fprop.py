@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -20,101 +18,10 @@ from resnet_fused.kernels._launch import (
     refuse_activations,
 )
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
+from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic
 
-# Streaming multiprocessors by compute capability, for "does this grid fill the GPU". An upper bound within a family is
-# good enough.
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 # A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
 MAX_FILTER = 15
-# Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over
-# (r, s, c) together.
-MIN_CHANNELS_PER_TAP = 32
-
-
-@dataclass(frozen=True)
-class ConvShape:
-    """The problem: x [n, c, h, w], weight [k, c/groups, r, s]."""
-
-    n: int
-    c: int
-    h: int
-    w: int
-    k: int
-    r: int
-    s: int
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    @property
-    def p(self) -> int:
-        return (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
-
-    @property
-    def q(self) -> int:
-        return (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
-
-
-@dataclass(frozen=True)
-class ConvConfig:
-    """A launch configuration: output pixels x output channels x reduction of one tile, and how it is run."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    flat: bool  # the reduction's tiles run over (r, s, c) together, not tap by tap
-
-
-def _tiles(dtype: torch.dtype, tf32: bool) -> list[tuple[int, int, int]]:
-    """(block_m, block_n, num_warps), from the most efficient to the one that makes the most programs."""
-    if dtype == torch.float32 and not tf32:
-        # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
-        return [(128, 64, 8), (64, 32, 4), (32, 32, 4)]
-    return [(128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
-
-
-def _config(tile: tuple[int, int, int], channels: int, dtype: torch.dtype, arch: int, tf32: bool) -> ConvConfig:
-    block_m, block_n, num_warps = tile
-    tensor_cores = dtype != torch.float32 or tf32
-    widest = (64 if dtype != torch.float32 else 32) if tensor_cores else 16
-    flat = channels < MIN_CHANNELS_PER_TAP
-    block_k = min(widest, 32) if flat else min(widest, triton.next_power_of_2(channels))
-    stage = (block_m + block_n) * block_k * dtype.itemsize
-    budget = (160 if arch in (80, 90, 100) else 96) * 1024
-    num_stages = max(2, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2
-    return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, flat)
-
-
-def heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False) -> ConvConfig:
-    """The configuration for a problem: the largest tile, no wider than the output, that still gives every
-    multiprocessor a program.
-
-    Args:
-        shape: the problem.
-        dtype: of x and weight.
-        arch: compute capability times ten, 80 for sm_80.
-        tf32: whether fp32 operands may be rounded to TF32.
-    """
-    outputs = shape.k // shape.groups
-    pixels = shape.n * shape.p * shape.q
-    multiprocessors = MULTIPROCESSORS.get(arch, 128)
-    tiles = _tiles(dtype, tf32)
-    narrow = [tile for tile in tiles if tile[1] <= triton.next_power_of_2(outputs)] or tiles[-1:]
-    fill = (
-        tile
-        for tile in narrow
-        if triton.cdiv(pixels, tile[0]) * triton.cdiv(outputs, tile[1]) * shape.groups >= multiprocessors
-    )
-    return _config(next(fill, narrow[-1]), shape.c // shape.groups, dtype, arch, tf32)
-
-
-def configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
-    """Every configuration that `heuristic` can return."""
-    found = [_config(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 32, 64)]
-    return list(dict.fromkeys(found))
 
 
 def tf32_allowed() -> bool:
@@ -355,7 +262,7 @@ def conv_fprop(
         dilation: distance of the filter's taps.
         groups: of channels that see each other.
         relu: whether act is ReLU, which keeps NaN; else the identity.
-        config: the launch configuration; None takes `heuristic`'s.
+        config: the launch configuration; None takes the plan's.
 
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
@@ -363,7 +270,7 @@ def conv_fprop(
     shape = _shape(x, weight, stride, padding, dilation, groups)
     tf32 = x.dtype == torch.float32 and tf32_allowed()
     if config is None:
-        config = heuristic(shape, x.dtype, compute_capability(x.device), tf32)
+        config = conv_fprop_heuristic(shape, x.dtype, compute_capability(x.device), tf32)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     y = torch.empty(
         (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last

@@ -1,0 +1,114 @@
+"""The convolution problem and its launch configurations: pure functions of shape, dtype and architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Streaming multiprocessors by compute capability, for "does this grid fill the GPU". An upper bound within a family is
+# good enough.
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
+# Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over
+# (r, s, c) together.
+MIN_CHANNELS_PER_TAP = 32
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """The problem: x [n, c, h, w], weight [k, c/groups, r, s]; the same for fprop, dgrad and wgrad."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    @property
+    def p(self) -> int:
+        """Rows of the output."""
+        return (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def q(self) -> int:
+        """Columns of the output."""
+        return (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """A launch configuration of the implicit matrix product [block_m, block_k] x [block_k, block_n].
+
+    fprop: output pixels x output channels, reduced over (r, s, c). dgrad: input pixels x input channels, reduced over
+    (r, s, k). wgrad: input channels x output channels of one filter tap, reduced over output pixels.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    flat: bool = False  # fprop, wgrad: the tiles of the (r, s, c) dimension run over all of it, not tap by tap
+    splits: int = 1  # wgrad: into how many ranges the pixels are split, summed in a fixed order
+    kernel: str = "pointer"  # which formulation: "pointer", or one of `kernels/experimental.py`
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _tiles(dtype: torch.dtype, tf32: bool) -> list[tuple[int, int, int]]:
+    """(block_m, block_n, num_warps), from the most efficient to the one that makes the most programs."""
+    if dtype == torch.float32 and not tf32:
+        # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
+        return [(128, 64, 8), (64, 32, 4), (32, 32, 4)]
+    return [(128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
+
+
+def _fprop(tile: tuple[int, int, int], channels: int, dtype: torch.dtype, arch: int, tf32: bool) -> ConvConfig:
+    block_m, block_n, num_warps = tile
+    tensor_cores = dtype != torch.float32 or tf32
+    widest = (64 if dtype != torch.float32 else 32) if tensor_cores else 16
+    flat = channels < MIN_CHANNELS_PER_TAP
+    block_k = min(widest, 32) if flat else min(widest, _next_power_of_2(channels))
+    stage = (block_m + block_n) * block_k * dtype.itemsize
+    budget = (160 if arch in (80, 90, 100) else 96) * 1024
+    num_stages = max(2, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2
+    return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, flat)
+
+
+def conv_fprop_heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False) -> ConvConfig:
+    """The configuration for a problem: the largest tile, no wider than the output, that still gives every
+    multiprocessor a program.
+
+    Args:
+        shape: the problem.
+        dtype: of x and weight.
+        arch: compute capability times ten, 80 for sm_80.
+        tf32: whether fp32 operands may be rounded to TF32.
+    """
+    outputs = shape.k // shape.groups
+    pixels = shape.n * shape.p * shape.q
+    multiprocessors = MULTIPROCESSORS.get(arch, 128)
+    tiles = _tiles(dtype, tf32)
+    narrow = [tile for tile in tiles if tile[1] <= _next_power_of_2(outputs)] or tiles[-1:]
+    fill = (
+        tile for tile in narrow if _cdiv(pixels, tile[0]) * _cdiv(outputs, tile[1]) * shape.groups >= multiprocessors
+    )
+    return _fprop(next(fill, narrow[-1]), shape.c // shape.groups, dtype, arch, tf32)
+
+
+def conv_fprop_configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
+    """Every configuration that `conv_fprop_heuristic` can return."""
+    found = [_fprop(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 32, 64)]
+    return list(dict.fromkeys(found))
