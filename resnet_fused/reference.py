@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -80,6 +81,147 @@ def conv_fprop(
         y = y + _per_channel(shift)
     if residual is not None:
         y = y + _up(residual)
+    return (y.relu() if relu else y).to(x.dtype)
+
+
+def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """round(relu(x*scale + shift)) in the compute dtype, as `bn_apply` would write it; x itself without a map."""
+    if scale is None or shift is None:
+        return _up(x)
+    return _up(_like(_normalise(x, scale, shift).relu(), x))
+
+
+def _gradient(dy: Tensor, x: Tensor | None, coefficients: Tensor | None) -> Tensor:
+    """round(a*dy + b*x + c) in the compute dtype, as `bn_backward_apply` would write it; dy itself without them."""
+    if x is None or coefficients is None:
+        return _up(dy)
+    a, b, c = (_per_channel(v.double()) for v in coefficients)
+    return _up(_like(dy.double() * a + x.double() * b + c, dy))
+
+
+def conv_fprop_stats(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(_activation(x, x_scale, x_shift), _up(weight), None, stride, padding, dilation, groups).to(x.dtype)
+    return (y, *bn_stats(y, rows))
+
+
+def conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [dy.shape[0], weight.shape[1] * groups, *size]
+    with torch.autocast(dy.device.type, enabled=False):
+        dx = conv2d_input(shape, _up(weight), _gradient(dy, dy_x, dy_coefficients), stride, padding, dilation, groups)
+    if residual is not None:
+        addend = _up(residual)
+        dx = dx + (addend if residual_mask is None else _select(unpack_bits(residual_mask, residual), addend))
+    if x is None or scale is None or shift is None or mean is None or invstd is None:
+        return _rounded(dx, dy), dx.new_empty(0), dx.new_empty(0)
+    dx = _rounded(_select(~(_normalise(x, scale, shift).to(x.dtype) <= 0), dx), dy)
+    return (dx, *_sums(_up(dx), x, mean, invstd))
+
+
+def _rounded(value: Tensor, like: Tensor) -> Tensor:
+    """`value` in the dtype and the memory order of `like`, whose shape may be another."""
+    nhwc = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+    return value.to(like.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    filter: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    shape = [dy.shape[1], x.shape[1] // groups, *filter]
+    with torch.autocast(x.device.type, enabled=False):
+        dweight = conv2d_weight(
+            _activation(x, x_scale, x_shift),
+            shape,
+            _gradient(dy, dy_x, dy_coefficients),
+            stride,
+            padding,
+            dilation,
+            groups,
+        )
+    return dweight.contiguous(memory_format=torch.channels_last)
+
+
+def bn_backward_finalize(
+    sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, count: float
+) -> Tensor:
+    a, mean_dy, mean_dy_xhat = scale.double(), sum_dy.double() / count, sum_dy_xhat.double() / count
+    b = -a * mean_dy_xhat * invstd.double()
+    return torch.stack([a, b, -a * mean_dy - b * mean.double()]).to(scale.dtype)
+
+
+def conv_chain(
+    x: Tensor,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor | None,
+    shift3: Tensor,
+    residual: Tensor,
+    weight1: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    a = conv_fprop(x, weight2, scale2, shift2, None, stride, padding, dilation, 1, True)
+    one, zero = [1, 1], [0, 0]
+    y = conv_fprop(a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
+    if weight1 is None:
+        return y, x.new_empty(0)
+    return y, conv_fprop(y, weight1, scale1, shift1, None, one, zero, one, 1, True)
+
+
+def conv_join(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    shift: Tensor,
+    shortcut_stride: list[int],
+    relu: bool,
+) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        y = F.conv2d(_up(x), _up(weight)) + F.conv2d(_up(shortcut), _up(shortcut_weight), None, shortcut_stride)
+    y = y + _per_channel(shift)
     return (y.relu() if relu else y).to(x.dtype)
 
 

@@ -1,10 +1,19 @@
-"""`conv_fprop` on PyTorch's own convolutions: oneDNN's fused one on a CPU, cuDNN's with a folded weight elsewhere."""
+"""The convolution ops on PyTorch's own convolutions, with passes of their own for what those do not fuse.
+
+`conv_fprop` is oneDNN's fused convolution on a CPU, cuDNN's with a folded weight elsewhere.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from resnet_fused import reference
+from resnet_fused.reference import compute_dtype, unpack_bits
+
+bn_backward_finalize = reference.bn_backward_finalize
 
 
 def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -51,6 +60,129 @@ def conv_fprop(
         if residual is not None:
             y += residual
     return y.relu_() if relu else y
+
+
+def _activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """round(relu(x*scale + shift)); x itself without an affine map."""
+    if scale is None or shift is None:
+        return x
+    return _affine(x, scale, shift).relu_().to(x.dtype)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x*scale + shift in the compute dtype."""
+    return torch.addcmul(shift.view(-1, 1, 1), x.to(compute_dtype(x.dtype)), scale.view(-1, 1, 1))
+
+
+def _gradient(dy: Tensor, x: Tensor | None, coefficients: Tensor | None) -> Tensor:
+    """round(a*dy + b*x + c); dy itself without coefficients."""
+    if x is None or coefficients is None:
+        return dy
+    a, b, c = coefficients
+    return _affine(x, b, c).addcmul_(dy.to(a.dtype), a.view(-1, 1, 1)).to(dy.dtype)
+
+
+def conv_fprop_stats(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = F.conv2d(_activation(x, x_scale, x_shift), weight, None, stride, padding, dilation, groups)
+    return (y, *reference.bn_stats(y, rows))
+
+
+def conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = [dy.shape[0], weight.shape[1] * groups, *size]
+    gradient = _gradient(dy, dy_x, dy_coefficients)
+    dx = conv2d_input(shape, weight, gradient, stride, padding, dilation, groups)
+    if residual is not None:
+        dx += residual if residual_mask is None else torch.where(unpack_bits(residual_mask, residual), residual, 0)
+    if x is None or scale is None or shift is None or mean is None or invstd is None:
+        return dx, dx.new_empty(0), dx.new_empty(0)
+    dx = torch.where(_affine(x, scale, shift).to(x.dtype) <= 0, 0, dx)
+    up = dx.to(mean.dtype)
+    xhat = (x - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
+    return dx, up.sum((0, 2, 3)), (up * xhat).sum((0, 2, 3))
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    filter: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    shape = [dy.shape[1], x.shape[1] // groups, *filter]
+    a, g = _activation(x, x_scale, x_shift), _gradient(dy, dy_x, dy_coefficients)
+    dweight = conv2d_weight(a, shape, g, stride, padding, dilation, groups)
+    return dweight.to(compute_dtype(x.dtype)).contiguous(memory_format=torch.channels_last)
+
+
+def conv_chain(
+    x: Tensor,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor | None,
+    shift3: Tensor,
+    residual: Tensor,
+    weight1: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> tuple[Tensor, Tensor]:
+    one, zero = [1, 1], [0, 0]
+    a = conv_fprop(x, weight2, scale2, shift2, None, stride, padding, dilation, 1, True)
+    y = conv_fprop(a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
+    if weight1 is None:
+        return y, x.new_empty(0)
+    return y, conv_fprop(y, weight1, scale1, shift1, None, one, zero, one, 1, True)
+
+
+def conv_join(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    shift: Tensor,
+    shortcut_stride: list[int],
+    relu: bool,
+) -> Tensor:
+    one, zero = [1, 1], [0, 0]
+    residual = conv_fprop(shortcut, shortcut_weight, None, None, None, shortcut_stride, zero, one, 1, False)
+    return conv_fprop(x, weight, None, shift, residual, one, zero, one, 1, relu)
 
 
 def onednn_pack(

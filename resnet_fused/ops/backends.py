@@ -16,9 +16,11 @@ from resnet_fused.ops import aten
 
 CUDA_NAMESPACE = "resnet_fused_cuda"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TRITON_OPS = frozenset(
+_CONV_OPS = frozenset(
+    {"conv_fprop", "conv_fprop_stats", "conv_dgrad", "conv_wgrad", "bn_backward_finalize", "conv_chain", "conv_join"}
+)
+_MEMORY_OPS = frozenset(
     {
-        "conv_fprop",
         "bn_stats",
         "bn_finalize",
         "bn_apply",
@@ -40,8 +42,8 @@ def implements(backend: str, op: str) -> bool:
     if backend == "aten":
         return hasattr(aten, op)
     if backend == "cuda":
-        return op in _TRITON_OPS and op != "conv_fprop"
-    return op in _TRITON_OPS
+        return op in _MEMORY_OPS
+    return op in _MEMORY_OPS or op in _CONV_OPS
 
 
 @torch.compiler.assume_constant_result

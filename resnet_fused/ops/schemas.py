@@ -44,6 +44,64 @@ def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu
     return torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
 
 
+@_op(
+    "conv_fprop_stats(Tensor x, Tensor weight, Tensor? x_scale, Tensor? x_shift, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups, SymInt rows) -> (Tensor y, Tensor mean, Tensor m2, Tensor count)"
+)
+def _(x, weight, x_scale, x_shift, stride, padding, dilation, groups, rows):  # type: ignore[no-untyped-def]
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return y, _vector(x, rows, weight.shape[0]), _vector(x, rows, weight.shape[0]), _vector(x, rows)
+
+
+@_op(
+    "conv_dgrad(Tensor dy, Tensor weight, Tensor? dy_x, Tensor? dy_coefficients, Tensor? residual, "
+    "Tensor? residual_mask, Tensor? x, Tensor? scale, Tensor? shift, Tensor? mean, Tensor? invstd, SymInt[2] size, "
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) "
+    "-> (Tensor dx, Tensor sum_dx, Tensor sum_dx_xhat)"
+)
+def _(dy, weight, dy_x, coefficients, residual, mask, x, scale, shift, mean, invstd, size, *geometry):  # type: ignore[no-untyped-def]
+    channels = weight.shape[1] * geometry[3]
+    dx = torch.empty((dy.shape[0], channels, *size), dtype=dy.dtype, device=dy.device, memory_format=_memory_format(dy))
+    sums = channels if x is not None else 0
+    return dx, _vector(dy, sums), _vector(dy, sums)
+
+
+@_op(
+    "conv_wgrad(Tensor dy, Tensor x, Tensor? dy_x, Tensor? dy_coefficients, Tensor? x_scale, Tensor? x_shift, "
+    "SymInt[2] filter, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor dweight"
+)
+def _(dy, x, dy_x, coefficients, x_scale, x_shift, filter, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    shape = (dy.shape[1], x.shape[1] // groups, *filter)
+    return _vector(x, *shape).contiguous(memory_format=torch.channels_last)
+
+
+@_op(
+    "bn_backward_finalize(Tensor sum_dy, Tensor sum_dy_xhat, Tensor scale, Tensor mean, Tensor invstd, float count) "
+    "-> Tensor coefficients"
+)
+def _(sum_dy, sum_dy_xhat, scale, mean, invstd, count):  # type: ignore[no-untyped-def]
+    return _vector(scale, 3, scale.shape[0])
+
+
+@_op(
+    "conv_chain(Tensor x, Tensor weight2, Tensor? scale2, Tensor shift2, Tensor weight3, Tensor? scale3, "
+    "Tensor shift3, Tensor residual, Tensor? weight1, Tensor? scale1, Tensor? shift1, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation) -> (Tensor y, Tensor next)"
+)
+def _(x, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight1, scale1, shift1, *geometry):  # type: ignore[no-untyped-def]
+    a = torch.nn.functional.conv2d(x, weight2, None, *geometry)
+    y = torch.nn.functional.conv2d(a, weight3)
+    return y, x.new_empty(0) if weight1 is None else torch.nn.functional.conv2d(y, weight1)
+
+
+@_op(
+    "conv_join(Tensor x, Tensor weight, Tensor shortcut, Tensor shortcut_weight, Tensor shift, "
+    "SymInt[2] shortcut_stride, bool relu) -> Tensor"
+)
+def _(x, weight, shortcut, shortcut_weight, shift, shortcut_stride, relu):  # type: ignore[no-untyped-def]
+    return torch.nn.functional.conv2d(x, weight)
+
+
 @_op("bn_stats(Tensor x, SymInt rows) -> (Tensor mean, Tensor m2, Tensor count)")
 def _(x, rows):  # type: ignore[no-untyped-def]
     return _vector(x, rows, x.shape[1]), _vector(x, rows, x.shape[1]), _vector(x, rows)
@@ -92,12 +150,16 @@ def _(dy, y):  # type: ignore[no-untyped-def]
     return torch.empty_like(y)
 
 
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where `x` is in that order and in no other."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def _pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
     n, c, h, w = x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(
-        (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1), dtype=dtype, device=x.device, memory_format=memory_format
+        (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1), dtype=dtype, device=x.device, memory_format=_memory_format(x)
     )
 
 
