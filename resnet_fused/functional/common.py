@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -76,8 +77,8 @@ def choose(
         return "aten"
     if x.dim() != 4 or any(v is not None and v.shape != x.shape[1:2] for v in vectors):
         return "aten"
-    reason = _common_reason(x, vectors) or ops.refusal(backend, op, x, *others)
-    return backend if reason is None else _refused(forced, function, reason)
+    reason = common_reason(x, vectors) or ops.refusal(backend, op, x, *others)
+    return backend if reason is None else refused(forced, function, reason)
 
 
 def runs_plain(op: str, device_type: str) -> bool:
@@ -104,7 +105,7 @@ def choose_conv(
     backend = forced or plan.default_backend("conv_fprop", x.device.type)
     if not ops.implements(backend, "conv_fprop"):
         forced, backend = None, "aten"
-    shape = _conv_shape(x, weight, geometry)
+    shape = conv_shape(x.shape, weight, geometry)
     if shape is None or 0 in shape or weight.numel() == 0:
         return None
     if forced is None and backend == "aten":
@@ -114,14 +115,14 @@ def choose_conv(
             return None
     if any(v is not None and v.shape != weight.shape[:1] for v in vectors):
         return None
-    reason = _common_reason(x, vectors) or _operand_reason(x, weight, residual, shape)
+    reason = common_reason(x, vectors) or operand_reason(x, weight, residual, shape)
     reason = reason or ops.refusal(backend, "conv_fprop", x)
     reason = reason or ops.conv_refusal(backend, *conv_operands(backend, x, weight, residual), geometry)
     if reason is None:
         return backend
     if forced in (None, "aten"):
         return None
-    _refused(forced, function, reason)
+    refused(forced, function, reason)
     return None
 
 
@@ -136,13 +137,13 @@ def conv_operands(
     return x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), residual
 
 
-def _refused(forced: str | None, function: str, reason: str) -> str:
+def refused(forced: str | None, function: str, reason: str) -> str:
     if forced is not None:
         raise RuntimeError(f"{function}: backend {forced!r} cannot run here: {reason}")
     return "aten"
 
 
-def _common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     if _transformed():
         return "a torch.func transform or forward-mode AD is active"
     for v in vectors:
@@ -153,7 +154,7 @@ def _common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def _operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> str | None:
+def operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> str | None:
     if not x.is_floating_point():
         return f"activations must be floating point, got {x.dtype}"
     if weight.dtype != x.dtype or weight.device != x.device:
@@ -165,23 +166,19 @@ def _operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: t
     return None
 
 
-def _conv_shape(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[int, ...] | None:
-    """The shape of the convolution's result, or None where PyTorch raises."""
+def conv_shape(shape: Sequence[int], weight: Tensor, geometry: Geometry) -> tuple[int, ...] | None:
+    """The shape of the convolution's result for an input of `shape`, or None where PyTorch raises."""
     stride, padding, dilation, groups = geometry
-    if (
-        x.dim() != 4
-        or weight.dim() != 4
-        or groups < 1
-        or weight.shape[0] % groups
-        or x.shape[1] != weight.shape[1] * groups
-    ):
+    if len(shape) != 4 or weight.dim() != 4 or groups < 1 or weight.shape[0] % groups:
+        return None
+    if shape[1] != weight.shape[1] * groups:
         return None
     if min(stride) < 1 or min(padding) < 0 or min(dilation) < 1:
         return None
     extent = [
-        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
+        (shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
-    return (x.shape[0], weight.shape[0], *extent) if min(extent) > 0 else None
+    return (shape[0], weight.shape[0], *extent) if min(extent) > 0 else None
 
 
 def dense(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from resnet_fused.functional.block import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.common import (
     Act,
     Geometry,
@@ -51,7 +52,7 @@ def conv_bn_act(
     """Convolution, batch norm, residual add and ReLU: `y = act(bn(conv(x, weight) + bias) + residual)`.
 
     In inference (no batch statistics, no gradient wanted) it is one convolution with batch norm as its epilogue. In
-    training it is the raw convolution followed by `batch_norm_act`.
+    training it is a chain of one (`residual_block`): the convolution forms the statistics that batch norm needs.
 
     Args:
         x: `[N, C, H, W]`.
@@ -83,6 +84,22 @@ def conv_bn_act(
         or running_var is None
         or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
     ):
+        layer = ConvBN(
+            weight,
+            running_mean,
+            running_var,
+            bn_weight,
+            bn_bias,
+            (pair(stride), pair(padding), pair(dilation), groups),
+            training,
+            momentum,
+            eps,
+        )
+        chain = None
+        if bias is None:
+            chain = choose_chain("conv_bn_act", x, [layer], residual=residual, relu=relu)
+        if chain is not None:
+            return run_chain(chain, x, [layer], residual=residual)
         z = _conv(x, weight, bias, stride, padding, dilation, groups)
         return batch_norm_act(
             z,
@@ -180,7 +197,7 @@ def _fprop(
 
 
 class _Conv(torch.autograd.Function):
-    """A convolution whose forward is `conv_fprop`; its backward is PyTorch's."""
+    """A raw convolution: `conv_fprop`, `conv_dgrad`, `conv_wgrad`."""
 
     @staticmethod
     def forward(
@@ -194,18 +211,19 @@ class _Conv(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry = (stride, padding, dilation, groups)
+        ctx.geometry, ctx.backend = (stride, padding, dilation, groups), backend
         return _fprop(x, weight, None, None, None, ctx.geometry, False, backend)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
-        )
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx, _, _ = _op.conv_dgrad(dy, weight, *(None,) * 9, x.shape[2:], *ctx.geometry, backend=ctx.backend)
+        if ctx.needs_input_grad[1]:
+            dweight = _op.conv_wgrad(dy, x, *(None,) * 4, weight.shape[2:], *ctx.geometry, backend=ctx.backend)
+            dweight = dweight.to(weight.dtype)
         return dx, dweight, None, None, None, None, None
 
 

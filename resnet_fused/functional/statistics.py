@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,15 +38,34 @@ def affine_of(
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         rows = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
-        running = [v if training else None for v in (running_mean, running_var)]
-        packed = [v if v is None else v.contiguous() for v in running]
-        affine: Affine = _op.bn_finalize(
-            *rows, _contiguous(weight), _contiguous(bias), *packed, momentum, eps, backend=backend
-        )
-        for original, copy in zip(running, packed, strict=True):
-            if original is not None and copy is not None and copy is not original:
-                original.copy_(copy)
-        return affine
+        running = (running_mean, running_var) if training else (None, None)
+        return finalize(rows, *running, weight, bias, momentum, eps, backend)
+
+
+def finalize(
+    rows: Sequence[Tensor],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> Affine:
+    """`(scale, shift, mean, invstd)` of a batch whose partial statistics are `rows`, as `bn_stats` returns them.
+
+    Mutates:
+        `running_mean` and `running_var`.
+    """
+    running = (running_mean, running_var)
+    packed = [v if v is None else v.contiguous() for v in running]
+    affine: Affine = _op.bn_finalize(
+        *rows, _contiguous(weight), _contiguous(bias), *packed, momentum, eps, backend=backend
+    )
+    for original, copy in zip(running, packed, strict=True):
+        if original is not None and copy is not None and copy is not original:
+            original.copy_(copy)
+    return affine
 
 
 def _contiguous(v: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
-from resnet_fused.nn.units import conv_bn_act
+from resnet_fused.nn.units import conv_bn_act, conv_bn_chain
 
 from .plans import Plan
 from .recognise import Recognition, recognise
@@ -114,6 +114,13 @@ class FusedMixin:
         assert self._fusion is not None
         conv, bn, act, relu = self._fusion.units[k]
         return conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
+
+    def _run_block(self, x: Tensor, branch: int) -> Tensor | None:
+        """The whole block, whose first `branch` units are its branch; None where its units are to run one by one."""
+        assert self._fusion is not None
+        layers = [unit[:3] for unit in self._fusion.units]
+        shortcut = layers[branch][:2] if len(layers) > branch else None
+        return conv_bn_chain(x, layers[:branch], shortcut)  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

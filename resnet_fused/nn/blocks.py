@@ -27,6 +27,9 @@ def residual_block(
             the sum.
         shortcut: (conv, bn) of a projection, or None for the identity.
     """
+    fused = units.conv_bn_chain(x, layers, shortcut)
+    if fused is not None:
+        return fused
     identity = x if shortcut is None else units.conv_bn_act(x, *shortcut, None, relu=False)
     y = x
     for conv, bn, act in layers[:-1]:

@@ -6,6 +6,9 @@ parametrizations, subclasses, an unusual padding - they are called one by one.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
@@ -111,6 +114,59 @@ def conv_bn_act(
         momentum=momentum,
         eps=bn.eps,
         act=name,
+    )
+
+
+Layers = Sequence[tuple[nn.Module, nn.Module, nn.Module | None]]
+
+
+def conv_bn_chain(x: Tensor, layers: Layers, shortcut: tuple[nn.Module, nn.Module] | None) -> Tensor | None:
+    """relu(bn(conv(... relu(bn(conv(x))))) + shortcut(x)) as one autograd function.
+
+    Args:
+        x: the input.
+        layers: (conv, bn, act) in order; `act` None where ReLU is called as a function.
+        shortcut: (conv, bn) of a projection, or None for the identity.
+
+    Returns:
+        The result; None where the units are to run one by one: nothing is trained, the plan prefers it, or the modules
+        are not plain.
+
+    Mutates:
+        The running statistics and `num_batches_tracked` of the batch norms, as their own forwards do.
+    """
+    if isinstance(x, fx.Proxy) or functional.common.runs_plain("bn_apply", x.device.type):
+        return None
+    units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
+    if not functional.common.wants_gradient(x, *(p for unit in units for m in unit[:2] for p in m.parameters())):
+        return None
+    for conv, bn, act in units:
+        if plain(conv, bn, act) is not None or conv.bias is not None:
+            return None
+    described = [_describe(conv, bn) for conv, bn, _ in units]  # type: ignore[arg-type]
+    branch, projection = described[: len(layers)], described[len(layers) :]
+    chain = functional.block.choose_chain(
+        "residual_block", x, branch, projection[0] if projection else None, identity=shortcut is None
+    )
+    if chain is None:
+        return None
+    for i, (_, bn, _) in enumerate(units):
+        assert isinstance(bn, nn.BatchNorm2d)
+        described[i] = dataclasses.replace(described[i], momentum=begin_batch_norm(bn)[1])
+    branch, projection = described[: len(layers)], described[len(layers) :]
+    return functional.block.run_chain(chain, x, branch, projection[0] if projection else None)
+
+
+def _describe(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> functional.block.ConvBN:
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return functional.block.ConvBN(
+        conv.weight,
+        *running_statistics(bn),
+        bn.weight,
+        bn.bias,
+        geometry,  # type: ignore[arg-type]
+        training=bn.training,
+        eps=bn.eps,
     )
 
 

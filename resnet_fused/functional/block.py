@@ -1,0 +1,219 @@
+"""A chain of convolutions with batch norm and ReLU between them - a residual block - as one differentiable call.
+
+Between two convolutions the activation is never stored normalised: it is the pair (raw convolution output z, affine
+map), and its value is relu(scale * z + shift). A convolution forms the statistics of its z as it writes it, and
+normalises the z before it as it reads that, wherever the plan says that this pays; a pass of its own does it elsewhere.
+Backward mirrors this. What is saved for it: raw outputs, per-channel vectors, the chain's input, and one bit an element
+of its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnet_fused import ops, plan
+from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
+from resnet_fused.functional.common import (
+    Geometry,
+    common_reason,
+    conv_operands,
+    conv_shape,
+    dense,
+    pixels,
+    refused,
+)
+from resnet_fused.functional.statistics import constant_affine, finalize
+from resnet_fused.plan.conv import ConvShape, training_refusal
+
+_op = torch.ops.resnet_fused
+
+
+@dataclass(frozen=True)
+class ConvBN:
+    """A convolution without bias and the batch norm behind it.
+
+    Args:
+        weight: `[K, C / groups, R, S]`.
+        running_mean, running_var, bn_weight, bn_bias: `[K]`, as `batch_norm_act` takes them.
+        geometry: (stride, padding, dilation, groups), the first three `(vertical, horizontal)`.
+        training, momentum, eps: as in `batch_norm_act`.
+    """
+
+    weight: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    bn_weight: Tensor | None
+    bn_bias: Tensor | None
+    geometry: Geometry
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    @property
+    def batch_statistics(self) -> bool:
+        return self.training or self.running_mean is None or self.running_var is None
+
+    @property
+    def vectors(self) -> tuple[Tensor | None, ...]:
+        return self.running_mean, self.running_var, self.bn_weight, self.bn_bias
+
+
+def choose_chain(
+    function: str,
+    x: Tensor,
+    branch: Sequence[ConvBN],
+    shortcut: ConvBN | None = None,
+    *,
+    identity: bool = False,
+    residual: Tensor | None = None,
+    relu: bool = True,
+) -> Chain | None:
+    """How to run these layers as one chain, or None where they are to be run one by one (or PyTorch to raise).
+
+    Raises:
+        RuntimeError: a forced backend has the kernels, and cannot run them on these tensors.
+    """
+    if residual is x:
+        identity, residual = True, None
+    forced = plan.forced_backend()
+    backend = forced or plan.default_backend("bn_apply", x.device.type)
+    if backend == "aten" or x.dim() != 4 or x.numel() == 0:
+        return None
+    dtype = _dtype_under_autocast(x)
+    if identity and dtype != x.dtype:
+        return None  # the sum is of two dtypes
+    layers: list[Layer] = []
+    shape: tuple[int, ...] | None = tuple(x.shape)
+    for layer in branch:
+        assert shape is not None
+        chosen, shape = _choose_layer(function, x, dtype, shape, layer, forced)
+        if chosen is None:
+            return None
+        layers.append(chosen)
+    projection = None
+    if shortcut is not None:
+        projection, projected = _choose_layer(function, x, dtype, tuple(x.shape), shortcut, forced)
+        if projection is None or projected != shape:
+            return None
+    if (identity and tuple(x.shape) != shape) or (residual is not None and tuple(residual.shape) != shape):
+        return None  # an addition that broadcasts, or raises
+    if residual is not None and residual.dtype != dtype:
+        return None
+    reason = ops.refusal(backend, "bn_apply", x if x.dtype == dtype else x.new_empty(1, 1, 1, 1, dtype=dtype))
+    for layer in (*branch, *(() if shortcut is None else (shortcut,))):
+        reason = reason or common_reason(x if x.dtype == dtype else x.new_empty(0, dtype=dtype), layer.vectors)
+    if reason is not None:
+        refused(forced, function, reason)
+        return None
+    return Chain(tuple(layers), projection, identity, relu, backend)
+
+
+def _dtype_under_autocast(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _choose_layer(
+    function: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layer: ConvBN, forced: str | None
+) -> tuple[Layer | None, tuple[int, ...] | None]:
+    """How to run one layer on an input of `shape`, and the shape of its result."""
+    weight = layer.weight
+    out = conv_shape(shape, weight, layer.geometry)
+    if out is None or 0 in out or any(v is not None and v.shape != weight.shape[:1] for v in layer.vectors):
+        return None, None
+    if layer.batch_statistics and out[0] * out[2] * out[3] == 1:
+        return None, None  # an error, and PyTorch's to raise
+    cast = torch.is_autocast_enabled(x.device.type) if x.device.type in ("cpu", "cuda") else False
+    if weight.device != x.device or not (weight.dtype == dtype or (cast and weight.dtype != torch.float64)):
+        return None, None
+    conv = forced or plan.default_backend("conv_fprop_stats", x.device.type)
+    problem = ConvShape(*shape, weight.shape[0], *weight.shape[2:], *layer.geometry)  # type: ignore[call-arg, arg-type]
+    if not ops.implements(conv, "conv_fprop_stats"):
+        conv = "aten"
+    if conv == "triton":
+        reason = ops.unavailable(conv, x.device.type) or training_refusal(problem, dtype)
+        if reason is not None:
+            refused(forced, function, reason)
+            conv = "aten"
+    return Layer(layer.geometry, layer.batch_statistics, conv, plan.training(problem, dtype, _arch(x.device))), out
+
+
+@torch.compiler.assume_constant_result
+def _arch(device: torch.device) -> int:
+    """80 for sm_80 and so on; without a GPU, the smallest."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def run_chain(
+    chain: Chain, x: Tensor, branch: Sequence[ConvBN], shortcut: ConvBN | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The chain that `choose_chain` found for these tensors.
+
+    Mutates:
+        The running statistics of the layers that train.
+    """
+    residual = None if chain.identity else residual
+    x = dense(x.to(_dtype_under_autocast(x)))
+    nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
+    # Triton's convolutions read channels_last.
+    reads_nhwc = next((layer.conv for layer in chain.layers if layer.conv == "triton"), chain.branch[0].conv)
+    x, _, residual = conv_operands(reads_nhwc, x, x, residual)
+    with torch.no_grad():
+        made = []
+        value, affine = x, None
+        for layer, static in zip(branch, chain.branch, strict=True):
+            made.append(_layer(value, affine, layer, static, chain.backend))
+            value, affine = made[-1].z, (made[-1].scale, made[-1].shift)
+        if shortcut is not None and chain.shortcut is not None:
+            made.append(_layer(x, None, shortcut, chain.shortcut, chain.backend))
+    layers = [*branch, *([] if shortcut is None else [shortcut])]
+    parameters = [p for layer in layers for p in (layer.weight, layer.bn_weight, layer.bn_bias)]
+    y: Tensor = ConvChain.apply(chain, x, residual, *parameters, *(t for one in made for t in one))
+    return y.contiguous() if nchw else y
+
+
+def _layer(x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str) -> Made:
+    """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
+    weight = layer.weight.to(x.dtype)
+    fused = static.conv != "aten" and static.batch_statistics and static.fusion.statistics
+    if affine is not None and not (fused and static.fusion.prologue):
+        x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
+        affine = None
+    if fused:
+        out = conv_shape(tuple(x.shape), weight, static.geometry)
+        assert out is not None
+        rows = plan.partial_rows(out[0] * out[2] * out[3], out[1])
+        z, *statistics = _op.conv_fprop_stats(
+            x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.conv
+        )
+    else:
+        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.conv)
+        z = dense(z)
+        if static.batch_statistics:
+            statistics = _op.bn_stats(z, plan.partial_rows(pixels(z), z.shape[1]), backend=backend)
+    if static.batch_statistics:
+        vectors = finalize(
+            statistics,
+            layer.running_mean if layer.training else None,
+            layer.running_var if layer.training else None,
+            layer.bn_weight,
+            layer.bn_bias,
+            layer.momentum,
+            layer.eps,
+            backend,
+        )
+    else:
+        assert layer.running_mean is not None and layer.running_var is not None
+        vectors = constant_affine(
+            layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.eps, z.dtype
+        )
+    return Made(None if weight is layer.weight else weight, z, *vectors)

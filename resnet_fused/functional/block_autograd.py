@@ -1,0 +1,298 @@
+"""The autograd function of a chain conv-bn-relu-...-conv-bn (+ shortcut) (-relu): its forward, and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from resnet_fused import plan
+from resnet_fused.functional.common import Geometry, in_layout_of, pixels
+from resnet_fused.plan import Fusion
+
+_op = torch.ops.resnet_fused
+
+
+class Layer(NamedTuple):
+    """What is fixed about one convolution and the batch norm behind it."""
+
+    geometry: Geometry
+    batch_statistics: bool
+    conv: str  # the backend of the three convolution ops
+    fusion: Fusion
+
+
+class Chain(NamedTuple):
+    """What is fixed about the whole: relu(z[-1] normalised + shortcut), where z[i] = conv(relu(z[i - 1] normalised)).
+
+    Attributes:
+        branch: the layers in order.
+        shortcut: the projection, or None.
+        identity: the shortcut is the input itself.
+        relu: a ReLU ends the chain.
+        backend: of the ops that are not convolutions.
+    """
+
+    branch: tuple[Layer, ...]
+    shortcut: Layer | None
+    identity: bool
+    relu: bool
+    backend: str
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.branch if self.shortcut is None else (*self.branch, self.shortcut)
+
+
+class Made(NamedTuple):
+    """What a layer's forward leaves: its weight as the kernels saw it (None: as it is), z, and the affine map."""
+
+    weight: Tensor | None  # never the parameter itself: Dynamo wants each input of an autograd.Function once
+    z: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    invstd: Tensor
+
+
+def join(chain: Chain, x: Tensor, residual: Tensor | None, made: list[Made], with_mask: bool) -> tuple[Tensor, Tensor]:
+    """act(z normalised + shortcut) and the ReLU's mask, one bit an element: the only activation a chain writes."""
+    last = made[len(chain.branch) - 1]
+    affine: tuple[Tensor | None, Tensor | None] = (None, None)
+    if chain.shortcut is not None:
+        residual, affine = made[-1].z, (made[-1].scale, made[-1].shift)
+    elif chain.identity:
+        residual = x
+    addend = None if residual is None else in_layout_of(residual, last.z)
+    result: tuple[Tensor, Tensor] = _op.bn_apply(
+        last.z, last.scale, last.shift, addend, *affine, chain.relu, with_mask, backend=chain.backend
+    )
+    return result
+
+
+class ConvChain(torch.autograd.Function):
+    """Takes `(chain, x, residual, *parameters, *made)`: per layer weight, bn weight, bn bias; per layer a `Made`.
+
+    All but the join was computed before, outside of this function: running statistics change there, which inside of an
+    `autograd.Function` gave wrong gradients under `torch.compile` (pytorch#180642).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, x: Tensor, residual: Tensor | None, *tensors: Any) -> Tensor:
+        count = len(chain.layers)
+        parameters, flat = tensors[: 3 * count], tensors[3 * count :]
+        made = _unflatten(flat)
+        needed = any(ctx.needs_input_grad)
+        # Where nothing is added the mask is a function of z, which backward reads anyway.
+        with_mask = needed and chain.relu and (chain.shortcut is not None or chain.identity or residual is not None)
+        y, mask = join(chain, x, residual, made, with_mask)
+        ctx.chain = chain
+        ctx.size = x.shape[2:]
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        reads_x = ctx.needs_input_grad[3] or (chain.shortcut is not None and ctx.needs_input_grad[3 * count])
+        ctx.save_for_backward(x if reads_x else None, mask if with_mask else None, *parameters[::3], *flat)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        chain: Chain = ctx.chain
+        count = len(chain.layers)
+        x, mask, *rest = ctx.saved_tensors
+        made = [
+            one if one.weight is not None else one._replace(weight=weight)
+            for one, weight in zip(_unflatten(rest[count:]), rest, strict=False)
+        ]
+        needs = ctx.needs_input_grad
+        steps = _Backward(chain, x, mask, made, tuple(ctx.size), needs[1], needs[3 : 3 + 3 * count])
+        dx, dresidual = steps.run(dy, needs[2])
+        gradients: list[Tensor | None] = []
+        for i, gradient in enumerate(steps.gradients):
+            if gradient is not None:
+                gradient = gradient.to(ctx.dtypes[i])
+                gradient = _as_weight(gradient, rest[i // 3]) if i % 3 == 0 else gradient
+            gradients.append(gradient if needs[3 + i] else None)
+        return None, dx, dresidual, *gradients, *(None,) * (len(Made._fields) * count)
+
+
+def _as_weight(gradient: Tensor, weight: Tensor) -> Tensor:
+    """In the memory order of the weight, which is what autograd keeps gradients in."""
+    nhwc = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return gradient.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def _unflatten(flat: Sequence[Any]) -> list[Made]:
+    width = len(Made._fields)
+    return [Made(*flat[i : i + width]) for i in range(0, len(flat), width)]
+
+
+class _Gradient(NamedTuple):
+    """The gradient of a layer's z: `dy` itself, or a*dy + b*z + c where the convolutions apply that on their way in."""
+
+    dy: Tensor
+    z: Tensor | None = None
+    coefficients: Tensor | None = None
+
+
+class _Backward:
+    """One backward pass; `gradients` fills up with those of weight, bn weight and bn bias, layer by layer."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        x: Tensor | None,
+        mask: Tensor | None,
+        made: list[Made],
+        size: tuple[int, int],
+        needs_x: bool,
+        needs: tuple[bool, ...],
+    ) -> None:
+        self.chain, self.x, self.mask, self.made, self.size, self.needs_x = chain, x, mask, made, size, needs_x
+        self.needs = needs
+        self.gradients: list[Tensor | None] = [None] * (3 * len(chain.layers))
+
+    def run(self, dy: Tensor, needs_residual: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the residual."""
+        chain, last = self.chain, len(self.chain.branch) - 1
+        dy = in_layout_of(dy, self.made[last].z)
+        # The gradient of the sum, dy behind the ReLU's mask: the mask is applied wherever dy is read, and dy written
+        # masked only for those who read it and know no mask.
+        keeps_mask = chain.identity and last >= 0 and chain.branch[0].conv != "aten"
+        wants_sum = needs_residual or (chain.identity and self.needs_x and not keeps_mask)
+        addend, addend_mask = (dy, self.mask) if chain.identity and keeps_mask else (None, None)
+        masked = None
+        if chain.shortcut is not None:
+            addend = self.projection(dy)
+        if wants_sum and not chain.relu:
+            masked = dy
+        deepest = self.deepest()
+        gradient, written = self.behind_the_join(last, dy, wants_sum and chain.relu, deepest <= last)
+        masked = written if masked is None else masked
+        if chain.identity and self.needs_x and not keeps_mask:
+            addend = masked
+        dx = None
+        for k in range(last, deepest - 1, -1):
+            assert gradient is not None
+            self.weight_gradient(k, gradient)
+            if k > deepest:
+                gradient = self.through(k, gradient)
+            elif k == 0 and self.needs_x:
+                dx = self.data_gradient(k, gradient, addend, addend_mask)
+        return dx, masked if needs_residual else None
+
+    def deepest(self) -> int:
+        """The first layer of the branch that anybody wants a gradient from; one past the last if nobody does."""
+        if self.needs_x:
+            return 0
+        wanted = (k for k in range(len(self.chain.branch)) if any(self.needs[3 * k : 3 * k + 3]))
+        return next(wanted, len(self.chain.branch))
+
+    def projection(self, dy: Tensor) -> Tensor | None:
+        """The shortcut's gradients; that of x is returned."""
+        k = len(self.chain.branch)
+        convolves = self.needs[3 * k] or self.needs_x
+        gradient, _ = self.behind_the_join(k, dy, False, convolves)
+        if not convolves:
+            return None
+        assert gradient is not None
+        self.weight_gradient(k, gradient)
+        return self.data_gradient(k, gradient, None, None) if self.needs_x else None
+
+    def behind_the_join(
+        self, k: int, dy: Tensor, with_sum: bool, with_gradient: bool
+    ) -> tuple[_Gradient | None, Tensor | None]:
+        """The gradient of z[k] from that of the chain's result, and the gradient of the sum if it is wanted."""
+        layer, made, chain = self.chain.layers[k], self.made[k], self.chain
+        dy = in_layout_of(dy, made.z)
+        args = (dy, made.z, self.mask, made.scale, made.shift, made.mean, made.invstd)
+        sums = None
+        if self.wants_sums(k) or (with_gradient and layer.batch_statistics):
+            sums = _op.bn_backward_reduce(*args, chain.relu, _rows(made.z), backend=chain.backend)
+            self.keep_sums(k, sums)
+        if not (with_gradient or with_sum):
+            return None, None
+        given = sums if layer.batch_statistics and sums is not None else (None, None)
+        dz, masked = _op.bn_backward_apply(
+            *args, *given, float(pixels(made.z)), chain.relu, with_sum, backend=chain.backend
+        )
+        return _Gradient(dz), masked if with_sum else None
+
+    def through(self, k: int, gradient: _Gradient) -> _Gradient:
+        """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm."""
+        layer, before, made = self.chain.branch[k], self.chain.branch[k - 1], self.made[k - 1]
+        affine = (made.scale, made.shift, made.mean, made.invstd)
+        fused = layer.conv != "aten" and layer.fusion.dgrad_epilogue
+        size = made.z.shape[2:]
+        epilogue = (made.z, *affine) if fused else (None,) * 5
+        da, *sums = _op.conv_dgrad(
+            *self.operands(k, gradient), None, None, *epilogue, size, *layer.geometry, backend=layer.conv
+        )
+        da = in_layout_of(da, made.z)
+        if not fused and (self.wants_sums(k - 1) or before.batch_statistics):
+            sums = _op.bn_backward_reduce(da, made.z, None, *affine, True, _rows(made.z), backend=self.chain.backend)
+        elif not fused:
+            sums = None
+        if sums is not None:
+            self.keep_sums(k - 1, sums)
+        count = float(pixels(made.z))
+        given = tuple(sums) if before.batch_statistics and sums is not None else (None, None)
+        if fused and before.batch_statistics and before.conv != "aten" and before.fusion.dgrad_prologue:
+            coefficients = _op.bn_backward_finalize(
+                *given, made.scale, made.mean, made.invstd, count, backend=before.conv
+            )
+            return _Gradient(da, made.z, coefficients)
+        # The epilogue has applied the mask: what is left of ReLU's backward is the identity.
+        dz, _ = _op.bn_backward_apply(
+            da, made.z, None, *affine, *given, count, not fused, False, backend=self.chain.backend
+        )
+        return _Gradient(dz)
+
+    def data_gradient(self, k: int, gradient: _Gradient, addend: Tensor | None, mask: Tensor | None) -> Tensor:
+        """The gradient of x through layer k, with what reaches x on other ways added."""
+        layer = self.chain.layers[k]
+        dx: Tensor = _op.conv_dgrad(
+            *self.operands(k, gradient), addend, mask, *(None,) * 5, self.size, *layer.geometry, backend=layer.conv
+        )[0]
+        return dx
+
+    def operands(self, k: int, gradient: _Gradient) -> tuple[Tensor | None, ...]:
+        return gradient.dy, self.made[k].weight, gradient.z, gradient.coefficients
+
+    def weight_gradient(self, k: int, gradient: _Gradient) -> None:
+        if not self.needs[3 * k]:
+            return
+        layer, weight = self.chain.layers[k], self.made[k].weight
+        assert weight is not None
+        no_affine: tuple[Tensor | None, Tensor | None] = (None, None)
+        if k in (0, len(self.chain.branch)):
+            x, affine = self.x, no_affine
+        else:
+            before = self.made[k - 1]
+            x, affine = before.z, (before.scale, before.shift)
+            if layer.conv == "aten" or not layer.fusion.prologue:
+                x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=self.chain.backend)
+                affine = no_affine
+        filter_size = weight.shape[2:]
+        self.gradients[3 * k] = _op.conv_wgrad(
+            gradient.dy,
+            x,
+            gradient.z,
+            gradient.coefficients,
+            *affine,
+            filter_size,
+            *layer.geometry,
+            backend=layer.conv,
+        )
+
+    def wants_sums(self, k: int) -> bool:
+        return self.needs[3 * k + 1] or self.needs[3 * k + 2]
+
+    def keep_sums(self, k: int, sums: Any) -> None:
+        self.gradients[3 * k + 1], self.gradients[3 * k + 2] = sums[1], sums[0]
+
+
+def _rows(z: Tensor) -> int:
+    return plan.partial_rows(pixels(z), z.shape[1])
