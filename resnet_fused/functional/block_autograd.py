@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from resnet_fused import plan
-from resnet_fused.functional.common import Geometry, in_layout_of, pixels
+from resnet_fused.functional.common import Geometry, dense, in_layout_of, pixels
 from resnet_fused.plan import Fusion
 
 _op = torch.ops.resnet_fused
@@ -113,15 +113,9 @@ class ConvChain(torch.autograd.Function):
         for i, gradient in enumerate(steps.gradients):
             if gradient is not None:
                 gradient = gradient.to(ctx.dtypes[i])
-                gradient = _as_weight(gradient, rest[i // 3]) if i % 3 == 0 else gradient
+                gradient = in_layout_of(gradient, dense(rest[i // 3])) if i % 3 == 0 else gradient
             gradients.append(gradient if needs[3 + i] else None)
         return None, dx, dresidual, *gradients, *(None,) * (len(Made._fields) * count)
-
-
-def _as_weight(gradient: Tensor, weight: Tensor) -> Tensor:
-    """In the memory order of the weight, which is what autograd keeps gradients in."""
-    nhwc = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return gradient.contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
 
 
 def _unflatten(flat: Sequence[Any]) -> list[Made]:
