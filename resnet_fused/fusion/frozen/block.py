@@ -1,0 +1,154 @@
+"""Frozen blocks, the stages that hand activations from one to the next, and frozen forwards of any other kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.fusion.plans import SequencePlan
+from resnet_fused.nn import units
+
+from .conv import FrozenConv, in_format
+from .tail import Chain, Join, Result, plan_chain, plan_join
+
+
+class FrozenBlock(nn.Module):
+    """A residual block of frozen convolutions: one by one, or its tail as one op.
+
+    Args:
+        branch: of two or three convolutions; the residual and the last ReLU belong to the last one.
+        shortcut: the projection, or None for the identity.
+    """
+
+    def __init__(self, branch: list[FrozenConv], shortcut: FrozenConv | None) -> None:
+        super().__init__()
+        convs = branch if shortcut is None else [*branch, shortcut]
+        self.nhwc = all(conv.backend == "triton" for conv in convs)  # reads no other order
+        self.nchw = all(conv.nchw for conv in convs)
+        self.branch = nn.ModuleList(branch)
+        self.shortcut = shortcut
+        self.join: Join | None = None
+        self.chain: Chain | None = None
+
+    @property
+    def head(self) -> nn.Module:
+        """The convolution that makes the block's first activation."""
+        return self.branch[0]
+
+    def plan_tail(self, following: FrozenBlock | None) -> None:
+        """Run the tail as one op where its backend does; `following` is the block that its result goes to.
+
+        A block with a projection joins it rather than chains: that saves writing and reading the projection, 8 times
+        the bottleneck's activation; a chain saves 6, what lies on both sides of conv3.
+        """
+        branch: list[FrozenConv] = list(self.branch)  # type: ignore[arg-type]
+        self.join = plan_join(branch, self.shortcut)
+        if self.join is not None:  # holds the weights of both
+            self.branch, self.shortcut = nn.ModuleList(branch[:-1]), None
+        else:
+            self.chain = plan_chain(branch, following.head if following is not None else None)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return through_nhwc(lambda x: self.run(x)[0], x, self.nchw) if self.nhwc else self.run(x)[0]
+
+    def run(
+        self, x: Tensor, first: Tensor | None = None, following: nn.Module | None = None, overwrite_input: bool = False
+    ) -> Result:
+        """The block, and the first activation of the one after where this one's tail makes that as well.
+
+        Args:
+            x: the input.
+            first: this block's first activation, if the block before made it.
+            following: what comes after, and nothing else gets the result.
+            overwrite_input: the result may take the place of `x` in memory.
+        """
+        if self.join is None and self.chain is None:
+            return self._layers(x, first, overwrite_input), None
+        y = self.branch[0](x) if first is None else first
+        if self.chain is not None:
+            with_head = isinstance(following, FrozenBlock) and following.head is self.chain.head
+            return self.chain(y, x if self.shortcut is None else self.shortcut(x), with_head)
+        assert self.join is not None
+        for conv in list(self.branch)[1:]:
+            y = conv(y)
+        return self.join(y, x), None
+
+    def _layers(self, x: Tensor, first: Tensor | None, overwrite_input: bool) -> Tensor:
+        residual = x if self.shortcut is None else self.shortcut(x)
+        head, *inner, last = self.branch
+        y = head(x) if first is None else first
+        for conv in inner:
+            y = conv(y)
+        result: Tensor = last(y, residual, overwrite_residual=self.shortcut is not None or overwrite_input)
+        return result
+
+
+class FrozenStage(nn.Sequential):
+    """A Sequential that alone sees what its blocks pass on.
+
+    A block may overwrite the result of the one before it, and make the first activation of the one after it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = [module for module in self if isinstance(module, FrozenBlock)]
+        if len(blocks) == len(self) and all(block.nhwc for block in blocks):
+            return through_nhwc(self._run, x, all(block.nchw for block in blocks))
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        before: nn.Module | None = None
+        first: Tensor | None = None
+        modules = list(self)
+        for module, following in zip_longest(modules, modules[1:]):
+            if isinstance(module, FrozenBlock):
+                x, first = module.run(x, first, following, overwrite_input=isinstance(before, FrozenBlock))
+            else:
+                x, first = module(x), None
+            before = module
+        return x
+
+
+def through_nhwc(run: Callable[[Tensor], Tensor], x: Tensor, nchw: bool) -> Tensor:
+    """`run(x)` in NHWC order all the way, its result in the order of PyTorch's own."""
+    if x.dim() != 4:
+        return run(x)
+    return in_format(run(x.contiguous(memory_format=torch.channels_last)), x, nchw)
+
+
+class FrozenSequence(nn.Module):
+    """A module whose forward was regenerated around its fused chains, with frozen convolutions in their place."""
+
+    def __init__(self, module: nn.Module, plan: SequencePlan, frozen: dict[int, FrozenConv], kept: list[Any]) -> None:
+        super().__init__()
+        replaced = {path for k in frozen for path in plan.units[k].paths}
+        for name, child in module.named_children():
+            if name not in replaced:
+                self.add_module(name, child)
+        for name, parameter in module.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in module.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):  # a plain tensor attribute, which the forward may read
+                setattr(self, name, value)
+        self._frozen_convs = nn.ModuleDict({str(k): conv for k, conv in frozen.items()})
+        self._kept_units = kept  # the modules of the other units, which are children of their own
+        self._plan = plan
+
+    def forward(self, *inputs: Any) -> Any:
+        body = self._plan.body(False, inputs)
+        if body is None:
+            kinds = ", ".join(type(x).__name__ for x in inputs)
+            raise TypeError(f"this frozen module was planned for other inputs than ({kinds})")
+        return body(self, *inputs)
+
+    def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if str(k) in self._frozen_convs:
+            frozen: Tensor = self._frozen_convs[str(k)](x, residual)
+            return frozen
+        conv, bn, act, relu = self._kept_units[k]
+        return units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)

@@ -1,0 +1,65 @@
+"""A network as CUDA graphs, one for each shape of input."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+MAX_GRAPHS = 8
+
+Network = Callable[[Tensor], Any]
+
+
+def capture(network: Network, example: Tensor) -> Network:
+    """The network as a CUDA graph for inputs like `example`; results are copies, free of the graph's memory."""
+    with torch.cuda.device(example.device):
+        static_input = example.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Outside the capture: cuDNN chooses its algorithms, Triton compiles, every convolution asks its backend
+            # whether it takes these operands, and the allocator fills its pools.
+            for _ in range(3):
+                network(static_input)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static_output = network(static_input)
+
+    def replay(x: Tensor) -> Any:
+        static_input.copy_(x)
+        graph.replay()
+        return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, static_output)
+
+    return replay
+
+
+class Graphs:
+    """A network by graph for the first `MAX_GRAPHS` shapes it meets, since each keeps its memory; else op by op.
+
+    Args:
+        network: neither synchronises nor depends on the values of its input.
+        capture: makes the callable for inputs like an example.
+    """
+
+    def __init__(self, network: Network, capture: Callable[[Network, Tensor], Network] = capture) -> None:
+        self.network = network
+        self._capture = capture
+        self._captured: dict[Any, Network] = {}
+
+    def __call__(self, x: Tensor) -> Any:
+        key = (x.shape, x.stride(), x.dtype, x.device)
+        if key not in self._captured:
+            if len(self._captured) == MAX_GRAPHS:
+                return self.network(x)
+            try:
+                self._captured[key] = self._capture(self.network, x)
+            except RuntimeError as error:
+                warnings.warn(f"freeze: no CUDA graph, the network runs kernel by kernel: {error}", stacklevel=4)
+                self._captured[key] = self.network
+        return self._captured[key](x)
