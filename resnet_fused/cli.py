@@ -15,6 +15,7 @@ PROGRAM = "resnet-fused"
 DEFAULT_MODEL = "resnet50"
 DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
 DEFAULT_BUDGET_S = 240.0
+ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", help="timed rounds per case (default: as many as fit)")
     budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
     add("--budget", type=float, metavar="SECONDS", help=budget)
+    add("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
     add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     bench.set_defaults(function=_bench)
     return root
@@ -78,6 +80,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
     out = Console(width=None if sys.stdout.isatty() else 150)
+    if arguments.roofline:
+        return _roofline(arguments, out)
     try:
         options = _options(arguments)
         with Reporter(Console(stderr=True), options.steps()) as reporter, use_backend(options.backend):
@@ -88,11 +92,44 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
         return 130
     table.render(report, out)
-    for path, save in ((arguments.json, results.write_json), (arguments.chart, chart.save)):
-        if path:
-            save(report, path)
-            out.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if arguments.json:
+        results.write_json(report.to_json(), arguments.json)
+    if arguments.chart:
+        chart.save(report, arguments.chart)
+    for path in filter(None, (arguments.json, arguments.chart)):
+        out.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
+
+
+def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-untyped-def]
+    from resnet_fused.bench import cases, roofline
+    from resnet_fused.bench.results import write_json
+
+    try:
+        chosen = _chosen_cases(arguments) or ROOFLINE_CASES
+        (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
+        _check_writable("--json", arguments.json)
+        found = roofline.rooflines(arguments.model, chosen, size)
+    except cases.UsageError as error:
+        return _complain(str(error))
+    for one in found:
+        roofline.render(one, out)
+    if arguments.json:
+        write_json({"schema": 1, "cases": [one.to_json() for one in found]}, arguments.json)
+        out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
+    """The cases that --mode, --batch and --dtype name; none without any of them."""
+    from resnet_fused.bench import cases
+
+    if not (arguments.mode or arguments.batch or arguments.dtype):
+        return ()
+    modes = cases.choose_many(arguments.mode or "infer", cases.MODES, "mode")
+    batches = cases.positive_integers(arguments.batch or "1,8", "--batch")
+    dtypes = cases.choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
+    return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
 
 
 def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -108,14 +145,9 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
     (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
     rounds = cases.positive_integers(arguments.rounds, "--rounds")[0] if arguments.rounds else None
-    chosen: tuple[tuple[str, int, str], ...] = DEFAULT_CASES
-    default_cases = not (arguments.mode or arguments.batch or arguments.dtype)
-    if not default_cases:
-        modes = cases.choose_many(arguments.mode or "infer", cases.MODES, "mode")
-        batches = cases.positive_integers(arguments.batch or "1,8", "--batch")
-        dtypes = cases.choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
-        chosen = tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
-    budget = arguments.budget if arguments.budget is not None else DEFAULT_BUDGET_S if default_cases else None
+    chosen = _chosen_cases(arguments)
+    budget = arguments.budget if arguments.budget is not None else None if chosen else DEFAULT_BUDGET_S
+    chosen = chosen or DEFAULT_CASES
     if budget is not None and not budget > 0:
         raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart)):

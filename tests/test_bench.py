@@ -383,7 +383,7 @@ def test_the_table_shows_everybody_the_means_and_the_roof(tiny_report):
 
 def test_the_json_carries_the_numbers_and_where_they_come_from(tiny_report, tmp_path):
     path = tmp_path / "new" / "bench.json"
-    results.write_json(tiny_report, path)
+    results.write_json(tiny_report.to_json(), path)
     data = json.loads(path.read_text())
     assert data["schema"] == 1 and data["model"] == "resnet18" and data["provenance"]["torch"] == torch.__version__
     frozen = data["cases"][0]["results"][3]

@@ -140,6 +140,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(report: Report, path: Path) -> None:
-    text = json.dumps(report.to_json(), indent=1, allow_nan=False)
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON-ready values, atomically."""
+    text = json.dumps(value, indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))

@@ -1,0 +1,134 @@
+"""What the cost model and the tuner need to know of a ResNet: its convolutions, with their shapes, block by block."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fused.plan.conv import ConvShape
+
+from .cases import UsageError
+
+_BRANCH = ("conv1", "conv2", "conv3")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution for one image (n = 1); elements count one image's activations."""
+
+    name: str
+    shape: ConvShape
+
+    @property
+    def inputs(self) -> int:
+        """Elements of the input that it reads: a 1x1 with a stride passes over the pixels in between."""
+        s = self.shape
+        return s.c * s.p * s.q if (s.r, s.s) == (1, 1) else self.size
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole input, and of its gradient."""
+        return self.shape.c * self.shape.h * self.shape.w
+
+    @property
+    def outputs(self) -> int:
+        return self.shape.k * self.shape.p * self.shape.q
+
+    @property
+    def weights(self) -> int:
+        s = self.shape
+        return s.k * (s.c // s.groups) * s.r * s.s
+
+    @property
+    def flops(self) -> int:
+        """Of its fprop; a multiply-add is two."""
+        return 2 * self.weights * self.shape.p * self.shape.q
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block: the convolutions of its branch in order, and the projection, if any, of its shortcut."""
+
+    name: str
+    branch: tuple[Layer, ...]
+    shortcut: Layer | None
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.branch if self.shortcut is None else (*self.branch, self.shortcut)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A stem convolution (with or without a max pool behind it), residual blocks, average pool, one linear layer."""
+
+    stem: Layer
+    pooled: int | None  # elements behind the max pool
+    blocks: tuple[Block, ...]
+    classes: int
+
+    @property
+    def features(self) -> int:
+        return self.blocks[-1].branch[-1].shape.k
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return (self.stem, *(layer for block in self.blocks for layer in block.layers))
+
+
+def describe(model: nn.Module, image_size: int = 224) -> Network:
+    """The network of a ResNet in torchvision's form, by running a copy of it on shapes alone.
+
+    Raises:
+        UsageError: the model is no ResNet in that form; the message names the first module that does not fit.
+    """
+    shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+    order: list[str] = []
+    module = copy.deepcopy(model).eval().to("meta")
+    watched = {n: m for n, m in module.named_modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d | nn.Linear)}
+
+    def watch(name: str, inner: nn.Module) -> None:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            shapes[name] = (inputs[0].shape, output.shape)
+            order.append(name)
+
+        inner.register_forward_hook(note)
+
+    for name, inner in watched.items():
+        watch(name, inner)
+    with torch.inference_mode():
+        module(torch.empty(1, 3, image_size, image_size, device="meta"))
+
+    def layer(name: str) -> Layer:
+        conv = watched[name]
+        assert isinstance(conv, nn.Conv2d)
+        (n, c, h, w), _ = shapes[name]
+        r, s = conv.kernel_size
+        geometry = (conv.stride, conv.padding, conv.dilation)
+        return Layer(name, ConvShape(n, c, h, w, conv.out_channels, r, s, *geometry, conv.groups))  # type: ignore[arg-type]
+
+    convolutions = [name for name in order if isinstance(watched[name], nn.Conv2d)]
+    if len(set(order)) < len(order) or not convolutions:
+        raise UsageError("the cost model knows ResNets, in which every layer runs once")
+    blocks, known = [], {convolutions[0]}
+    for name, _ in module.named_modules():
+        branch = [f"{name}.{part}" for part in _BRANCH if f"{name}.{part}" in shapes]
+        if not name or len(branch) < 2:
+            continue
+        own = [conv for conv in convolutions if conv.startswith(f"{name}.")]
+        projection = [conv for conv in own if conv not in branch]
+        if len(projection) > 1:
+            raise UsageError(f"the cost model knows one projection a block; {name} has {', '.join(projection)}")
+        known.update(own)
+        blocks.append(Block(name, tuple(map(layer, branch)), layer(projection[0]) if projection else None))
+    strangers = [name for name in convolutions if name not in known]
+    if strangers or not blocks:
+        what = f"{strangers[0]} is in no residual block" if strangers else "there is no residual block in this model"
+        raise UsageError(f"the cost model knows ResNets of one stem convolution and residual blocks: {what}")
+    pools = [name for name in order if isinstance(watched[name], nn.MaxPool2d)]
+    linear = [name for name in order if isinstance(watched[name], nn.Linear)]
+    pooled = shapes[pools[0]][1].numel() if pools else None
+    return Network(layer(convolutions[0]), pooled, tuple(blocks), shapes[linear[-1]][1].numel() if linear else 0)
