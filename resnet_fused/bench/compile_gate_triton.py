@@ -1,11 +1,13 @@
 """Compile every Triton kernel configuration for every supported architecture, without a GPU, and check what came out.
 
-    python -m resnet_fused.bench.compile_gate_triton [--quick] [--arch 80,90] [--kernel conv] [--jobs 2]
+    python -m resnet_fused.bench.compile_gate_triton [--quick] [--arch 80,90] [--kernel conv] [--jobs 2] [--json FILE]
 
 The launchers run on meta tensors and are recorded instead of launched, so what is compiled is what would be launched.
 Checked: it compiles, fits the architecture's shared memory, does not spill, uses the matrix instruction (and the
-asynchronous copies that feed it) of the architecture, and moves activations 128 bits at a time where their layout
-allows. Exit code 1 on any violation.
+asynchronous copies that feed it) of the architecture, specialises its warps where it should, and moves activations 128
+bits at a time where their layout allows. Reported beside it: issue/MMA, the issue cycles of the main loop over the
+cycles its matrix instructions take at peak; below 1 the loop is not bound by issuing instructions. Exit code 1 on any
+violation.
 """
 
 from __future__ import annotations
@@ -13,11 +15,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from typing import Any
 from torch import Tensor
 
 from resnet_fused.bench.compile_gate_triton_cases import TYPES, Expect, batch_norm_cases, conv_cases
+from resnet_fused.bench.compile_gate_triton_experimental_cases import experimental_cases
+from resnet_fused.bench.machine_code import MachineCode, read
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -53,13 +56,8 @@ class Job:
 class Report:
     job: Job
     seconds: float = 0.0
-    registers: int = 0
-    spills: int = 0
     shared: int = 0
-    matrix: str = "-"
-    copies: int = 0
-    wide_loads: str = "-"
-    wide_stores: str = "-"
+    code: MachineCode = field(default_factory=MachineCode)
     problems: list[str] = field(default_factory=list)
 
 
@@ -81,7 +79,10 @@ class _Recorder:
 @contextlib.contextmanager
 def recording() -> Iterator[list[tuple[Any, str, tuple[Any, ...], dict[str, Any]]]]:
     """Replace every kernel of `resnet_fused.kernels` by a recorder while the block runs."""
-    import resnet_fused.kernels  # noqa: F401
+    from resnet_fused.kernels import experimental
+
+    for formulation in experimental.KERNELS:  # imports it
+        experimental.available(formulation)
 
     launches: list[tuple[Any, str, tuple[Any, ...], dict[str, Any]]] = []
     replaced = []
@@ -104,6 +105,8 @@ def job(
     """A recorded launch as triton's JIT would specialise it: None and 1 are constants, multiples of 16 and tensors are
     known to be aligned.
     """
+    from triton.runtime.jit import mangle_type
+
     launch = {key: options[key] for key in options if key in ("num_warps", "num_stages")}
     bound = dict(zip(kernel.arg_names, args, strict=False)) | {
         key: value for key, value in options.items() if key not in launch
@@ -116,6 +119,8 @@ def job(
         if parameter in constexprs or value is None or (isinstance(value, int) and value == 1):
             kind = "constexpr"
             constants.append((i, value))
+        elif hasattr(value, "block_shape"):  # a host tensor descriptor
+            kind = mangle_type(value)
         elif isinstance(value, Tensor):
             kind = "*" + TYPES[value.dtype]
             aligned.append(i)
@@ -141,7 +146,8 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
     """Every distinct launch of every case, for every architecture."""
     found: dict[Any, Job] = {}
     for arch in architectures:
-        for label, expect, run in itertools.chain(conv_cases(arch, quick), batch_norm_cases(arch, quick)):
+        families = (conv_cases(arch, quick), batch_norm_cases(arch, quick), experimental_cases(arch, quick))
+        for label, expect, run in itertools.chain(*families):
             with recording() as launches:
                 run()
             for kernel, name, args, options in launches:
@@ -157,24 +163,18 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
 # ---- compiling and checking ------------------------------------------------------------------------------------------
 
 
-def _tool(name: str, *args: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
-
-
 def compile_job(job: Job) -> Report:
     """Compile one kernel to machine code, read it back and compare it with what the job expects."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     warnings.simplefilter("ignore")
     report = Report(job)
     start = time.monotonic()
     kernel = getattr(import_module(job.module), job.kernel)
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         fn=kernel,
         signature=dict(job.signature),
         constexprs={(i,): value for i, value in job.constants},
@@ -185,64 +185,75 @@ def compile_job(job: Job) -> Report:
     except Exception as error:  # whatever the compiler raises is the finding
         report.problems.append(f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
         return report
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    ptx = compiled.asm["ptx"]
-
-    def count(pattern: str, text: str = sass) -> int:
-        return len(re.findall(pattern, text))
-
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found is not None, usage
-    report.registers, stack = int(found[1]), int(found[2])
-    report.spills = count(r"\b(?:STL|LDL)\b") + stack // 4
+    code = report.code = read(compiled.asm, job.arch, dict(job.options)["num_warps"])
     report.shared = compiled.metadata.shared
-    kinds = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
-    report.matrix = next((kind for kind, pattern in kinds.items() if count(pattern, ptx)), "-")
-    report.copies = count(r"cp\.async\.c[ag]", ptx)
-    loads, stores = count(r"LDG\.E\S*\.128"), count(r"STG\.E\S*\.128")
-    report.wide_loads = f"{loads}/{count('LDG')}"
-    report.wide_stores = f"{stores}/{count('STG')}"
     report.seconds = time.monotonic() - start
 
-    limit = SHARED_MEMORY_KB[job.arch] * 1024
+    expect, limit = job.expect, SHARED_MEMORY_KB[job.arch] * 1024
     checks = (
-        (report.spills > 0, f"spills ({report.spills})"),
+        (code.spills > 0, f"spills ({code.spills})"),
         (report.shared > limit, f"{report.shared} bytes of shared memory, sm_{job.arch} has {limit}"),
         (
-            job.expect.matrix and report.matrix != MATRIX_INSTRUCTION[job.arch],
-            f"{report.matrix}, not {MATRIX_INSTRUCTION[job.arch]}",
+            expect.matrix and code.matrix != MATRIX_INSTRUCTION[job.arch],
+            f"{code.matrix}, not {MATRIX_INSTRUCTION[job.arch]}",
         ),
-        (not job.expect.matrix and report.matrix != "-", f"{report.matrix} where exact fp32 was asked for"),
-        (job.expect.copies and report.copies == 0, "no asynchronous copies"),
-        (job.expect.wide_loads and loads == 0, "no 128-bit loads"),
-        (job.expect.wide_stores and stores == 0, "no 128-bit stores"),
-        (job.expect.index64 and not count(r"tt\.addptr .*xi64>", compiled.asm["ttir"]), "32-bit offsets"),
+        (not expect.matrix and code.matrix != "-", f"{code.matrix} where exact fp32 was asked for"),
+        (expect.copies and code.copies == 0, "no asynchronous copies"),
+        (expect.tma and code.tma == 0, "no copies by the tensor memory accelerator"),
+        (expect.specialized and not code.specialized, "warps not specialised"),
+        (expect.wide_loads and code.wide_loads == 0, "no 128-bit loads"),
+        (expect.wide_stores and code.wide_stores == 0, "no 128-bit stores"),
+        (expect.index64 and not code.index64, "32-bit offsets"),
     )
     report.problems += [problem for violated, problem in checks if violated]
     return report
 
 
-def _table(reports: list[Report]) -> None:
-    columns = ("kernel", "case", "sm", "regs", "spills", "shared", "matrix", "cp.async", "128-bit ld", "st", "")
+def row(report: Report) -> dict[str, Any]:
+    """A report as the table and the JSON file have it."""
+    job, code = report.job, report.code
+    return {
+        "kernel": job.kernel.strip("_").removesuffix("_kernel"),
+        "case": job.label,
+        "arch": job.arch,
+        "num_warps": dict(job.options)["num_warps"],
+        "registers": code.registers,
+        "spills": code.spills,
+        "shared": report.shared,
+        "matrix": code.matrix,
+        "issue/MMA": code.issue_per_mma and round(code.issue_per_mma, 2),
+        "cp.async": code.copies,
+        "tma": code.tma,
+        "specialized": code.specialized,
+        "wide_loads": [code.wide_loads, code.loads],
+        "wide_stores": [code.wide_stores, code.stores],
+        "seconds": round(report.seconds, 1),
+        "problems": report.problems,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    columns = (
+        *("kernel", "case", "sm", "regs", "spills", "shared", "matrix", "issue/MMA"),
+        *("cp.async", "TMA", "128-bit ld", "st", ""),
+    )
     lines = [
         (
-            report.job.kernel.strip("_").removesuffix("_kernel"),
-            report.job.label,
-            str(report.job.arch),
-            str(report.registers),
-            str(report.spills),
-            f"{report.shared / 1024:.0f}K",
-            report.matrix,
-            str(report.copies),
-            report.wide_loads,
-            report.wide_stores,
-            "; ".join(report.problems) or "ok",
+            row["kernel"],
+            row["case"],
+            str(row["arch"]),
+            str(row["registers"]),
+            str(row["spills"]),
+            f"{row['shared'] / 1024:.0f}K",
+            row["matrix"] + " ws" * row["specialized"],
+            str(row["issue/MMA"] or "-"),
+            str(row["cp.async"]),
+            str(row["tma"]),
+            "/".join(map(str, row["wide_loads"])),
+            "/".join(map(str, row["wide_stores"])),
+            "; ".join(row["problems"]) or "ok",
         )
-        for report in sorted(reports, key=lambda report: (report.job.kernel, report.job.label, report.job.arch))
+        for row in rows
     ]
     try:
         from rich.console import Console
@@ -268,6 +279,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, of %(default)s")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     parser.add_argument("--failures", action="store_true", help="print only what is wrong")
     options = parser.parse_args(argv)
     try:
@@ -283,6 +295,8 @@ def main(argv: list[str] | None = None) -> int:
         return subprocess.run(
             [sys.executable, "-m", "resnet_fused.bench.compile_gate_triton", *arguments], env=environment
         ).returncode
+    import triton
+
     todo = jobs(architectures, options.quick, options.kernel)
     if not todo:
         parser.error(f"--kernel {options.kernel}: no kernel has that in its name")
@@ -293,9 +307,14 @@ def main(argv: list[str] | None = None) -> int:
             reports.append(future.result())
             if sys.stderr.isatty():
                 print(f"\r{done}/{len(todo)} compiled", end="", file=sys.stderr)
-    bad = [report for report in reports if report.problems]
-    _table(bad if options.failures else reports)
-    print(f"{len(reports)} kernels compiled in {time.monotonic() - start:.0f} s, {len(bad)} in violation")
+    rows = sorted(map(row, reports), key=lambda row: (row["kernel"], row["case"], row["arch"]))
+    bad = [row for row in rows if row["problems"]]
+    _table(bad if options.failures else rows)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"triton": triton.__version__, "quick": options.quick, "rows": rows}, indent=1)
+        )
+    print(f"{len(rows)} kernels compiled in {time.monotonic() - start:.0f} s, {len(bad)} in violation")
     return 1 if bad else 0
 
 

@@ -24,6 +24,8 @@ class Expect:
 
     matrix: bool = False  # the architecture's matrix instruction
     copies: bool = False  # cp.async
+    tma: bool = False  # cp.async.bulk.tensor
+    specialized: bool = False  # warps of different roles
     wide_loads: bool = False  # LDG.128
     wide_stores: bool = False  # STG.128
     index64: bool = False  # 64-bit offsets, for a tensor of more than 2^31 elements

@@ -1,0 +1,117 @@
+"""What the Gluon kernels share: the warp that copies operands, the place of a tile, the affine map, descriptors.
+
+Gluon kernels are compiled here, never run: see `wgmma.py` and `tcgen05.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from resnet_fused.plan.experimental import View
+
+# Renamed after Triton 3.6.
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
+    """A host descriptor of `view`, whose boxes lie in shared memory as wgmma and tcgen05 read them."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(view.box), _TYPES[tensor.dtype])
+    return TensorDescriptor(tensor, list(view.shape), list(view.strides), list(view.box), layout)
+
+
+@gluon.jit
+def place(
+    tile,
+    P,
+    Q,
+    K,
+    BOX_N: gl.constexpr,
+    BOX_P: gl.constexpr,
+    BOX_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+):
+    """The first image, row, column and channel of a tile. Tiles that share pixels are neighbours."""
+    tiles_n = gl.cdiv(K, BLOCK_N)
+    tiles_q = gl.cdiv(Q, BOX_Q)
+    tiles_p = gl.cdiv(P, BOX_P)
+    box = tile // tiles_n
+    row = box // tiles_q
+    return row // tiles_p * BOX_N, row % tiles_p * BOX_P, box % tiles_q * BOX_Q, tile % tiles_n * BLOCK_N
+
+
+@gluon.jit
+def advance(slot, phase, SLOTS: gl.constexpr):
+    """The next slot of a ring, and its phase, which turns with every round."""
+    last = slot == SLOTS - 1
+    return gl.where(last, 0, slot + 1), phase ^ last.to(gl.int32)
+
+
+@gluon.jit
+def affine(acc, scale, shift, n, K):
+    """scale[n] * acc + shift[n], for a tile's columns n."""
+    if scale is not None:
+        acc = acc * gl.load(scale + n, mask=n < K, other=0.0).to(gl.float32)[None, :]
+    if shift is not None:
+        acc = acc + gl.load(shift + n, mask=n < K, other=0.0).to(gl.float32)[None, :]
+    return acc
+
+
+@gluon.jit
+def produce(
+    x,
+    weight,
+    a_slots,
+    b_slots,
+    empty,
+    full,
+    P,
+    Q,
+    C,
+    K,
+    tiles,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    R: gl.constexpr,
+    S: gl.constexpr,
+    STRIDE2: gl.constexpr,
+    BOX_N: gl.constexpr,
+    BOX_P: gl.constexpr,
+    BOX_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """The warp that copies: for every tile, tap and BLOCK_K channels, a box of pixels and a box of weights.
+
+    A slot's first use does not wait: an mbarrier that no phase has completed counts as one whose phase 1 has.
+    """
+    tiles_c = C // BLOCK_K
+    slot = 0
+    phase = 1
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n0, p0, q0, k0 = place(tile, P, Q, K, BOX_N, BOX_P, BOX_Q, BLOCK_N)
+        for i in range(R * S * tiles_c):
+            tap = i // tiles_c
+            c = (i - tap * tiles_c) * BLOCK_K
+            h = tap // S * dilation_h - pad_h
+            w = tap % S * dilation_w - pad_w
+            mbarrier.wait(empty.index(slot), phase)
+            ready = full.index(slot)
+            mbarrier.expect(ready, x.block_type.nbytes + weight.block_type.nbytes)
+            if STRIDE2:  # an arithmetic shift rounds down, also where h is negative
+                at = [n0, p0 + (h >> 1), h & 1, q0 + (w >> 1), (w & 1) * C + c]
+                copy_in(x, at, ready, a_slots.index(slot))
+            else:
+                copy_in(x, [n0, p0 + h, q0 + w, c], ready, a_slots.index(slot))
+            copy_in(weight, [k0, tap * C + c], ready, b_slots.index(slot))
+            slot, phase = advance(slot, phase, SLOTS)

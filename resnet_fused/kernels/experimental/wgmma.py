@@ -1,0 +1,249 @@
+"""Forward convolution for sm_90 in Gluon: one warp copies boxes by TMA, the others multiply them with wgmma.
+
+Compiled for sm_90 by Triton 3.6 and 3.9, never run: Triton's interpreter does not run Gluon, and there was no such GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from resnet_fused.kernels.experimental._gluon import advance, affine, copy_in, copy_out, descriptor, place, produce
+from resnet_fused.kernels.experimental._grid import launch
+from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.plan.experimental import tiling
+
+
+@gluon.jit
+def _multiply(
+    scale,
+    shift,
+    residual,
+    y,
+    a_slots,
+    b_slots,
+    empty,
+    full,
+    arrived,
+    P,
+    Q,
+    K,
+    tiles,
+    steps,
+    ACTIVATE: gl.constexpr,
+    BOX_N: gl.constexpr,
+    BOX_P: gl.constexpr,
+    BOX_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """The warps that multiply, and finish and store every tile."""
+    BLOCK_M: gl.constexpr = BOX_N * BOX_P * BOX_Q
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    staged = gl.allocate_shared_memory(y.dtype, y.block_type.shape, y.layout)
+    slot = 0
+    phase = 0
+    residual_phase = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        n0, p0, q0, k0 = place(tile, P, Q, K, BOX_N, BOX_P, BOX_Q, BLOCK_N)
+        if residual is not None:
+            # The store of the last tile must have read the buffer before the copy of this one writes it.
+            tma.store_wait(pendings=0)
+            mbarrier.expect(arrived, residual.block_type.nbytes)
+            copy_in(residual, [n0, p0, q0, k0], arrived, staged)
+        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+        previous = slot
+        for step in range(steps):
+            mbarrier.wait(full.index(slot), phase)
+            a = a_slots.index(slot).reshape([BLOCK_M, BLOCK_K])
+            acc = warpgroup_mma(a, b_slots.index(slot).permute((1, 0)), acc, is_async=True)
+            # All products but the one just issued are done, so the slot before is free. The compiler joins the warps
+            # before one thread of them arrives: without that, another warp group might still be reading.
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            mbarrier.arrive(empty.index(previous), count=1, pred=step > 0)
+            previous = slot
+            slot, phase = advance(slot, phase, SLOTS)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(empty.index(previous), count=1)
+        acc = affine(acc, scale, shift, k0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)), K)
+        if residual is not None:
+            mbarrier.wait(arrived, residual_phase)
+            residual_phase = residual_phase ^ 1
+            acc = acc + staged.reshape([BLOCK_M, BLOCK_N]).load(layout).to(gl.float32)
+        else:
+            tma.store_wait(pendings=0)
+        if ACTIVATE:
+            acc = gl.where(acc <= 0.0, 0.0, acc)  # a NaN stays
+        staged.reshape([BLOCK_M, BLOCK_N]).store(acc.to(y.dtype))
+        fence_async_shared()  # what the warps wrote, before the copy engine reads it
+        copy_out(y, [n0, p0, q0, k0], staged)
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _wgmma_conv_kernel(
+    x,  # descriptor of [N, H, W, C], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_K]; STRIDE2: of [N, H/2, 2, W/2, 2C]
+    weight,  # descriptor of [K, R*S*C], boxes [BLOCK_N, BLOCK_K]
+    scale,  # [K] or None
+    shift,  # [K] or None
+    residual,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N], or None
+    y,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N]
+    P,
+    Q,
+    C,
+    K,
+    tiles,  # boxes of pixels times tiles of K
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    R: gl.constexpr,
+    S: gl.constexpr,
+    STRIDE2: gl.constexpr,
+    ACTIVATE: gl.constexpr,
+    BOX_N: gl.constexpr,
+    BOX_P: gl.constexpr,
+    BOX_Q: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """y[n, p, q, k] = act(scale[k] * sum over (r, s, c) of x[n, p + r, q + s, c] * weight[k, r, s, c] + shift[k] +
+    residual[n, p, q, k]), where x starts at minus the padding.
+
+    Operands pass through SLOTS slots of shared memory. Barrier full[i]: one arrival, with the bytes of both copies,
+    says that slot i holds operands; empty[i]: one arrival says that they have been multiplied.
+    """
+    a_slots = gl.allocate_shared_memory(x.dtype, [SLOTS] + x.block_type.shape, x.layout)
+    b_slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+    mbarrier.init(arrived, count=1)
+    fence_async_shared()  # the initialised barriers, before a copy signals one
+    steps = R * S * (C // BLOCK_K)
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    scale,
+                    shift,
+                    residual,
+                    y,
+                    a_slots,
+                    b_slots,
+                    empty,
+                    full,
+                    arrived,
+                    P,
+                    Q,
+                    K,
+                    tiles,
+                    steps,
+                    ACTIVATE,
+                    BOX_N,
+                    BOX_P,
+                    BOX_Q,
+                    BLOCK_N,
+                    BLOCK_K,
+                    SLOTS,
+                ),
+            ),
+            (
+                produce,
+                (
+                    x,
+                    weight,
+                    a_slots,
+                    b_slots,
+                    empty,
+                    full,
+                    P,
+                    Q,
+                    C,
+                    K,
+                    tiles,
+                    pad_h,
+                    pad_w,
+                    dilation_h,
+                    dilation_w,
+                    R,
+                    S,
+                    STRIDE2,
+                    BOX_N,
+                    BOX_P,
+                    BOX_Q,
+                    BLOCK_N,
+                    BLOCK_K,
+                    SLOTS,
+                ),
+            ),
+        ],
+        [1],
+        [24],
+    )
+
+
+def conv_fprop(
+    x: Tensor,
+    krsc: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    shape: ConvShape,
+    relu: bool,
+    config: ConvConfig,
+) -> Tensor:
+    """`experimental.conv_fprop` by `wgmma_conv`."""
+    y = torch.empty(
+        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    boxes = tiling(shape, config)
+    tiles = boxes.tiles * triton.cdiv(shape.k, config.block_n)
+    launch(
+        _wgmma_conv_kernel,
+        x,
+        tiles,
+        descriptor(x, boxes.x),
+        descriptor(krsc, boxes.weight),
+        scale,
+        shift,
+        None if residual is None else descriptor(residual, boxes.y),
+        descriptor(y, boxes.y),
+        boxes.grid[1],
+        boxes.grid[2],
+        shape.c,
+        shape.k,
+        tiles,
+        *shape.padding,
+        *shape.dilation,
+        R=shape.r,
+        S=shape.s,
+        STRIDE2=boxes.stride2,
+        ACTIVATE=relu,
+        BOX_N=boxes.box[0],
+        BOX_P=boxes.box[1],
+        BOX_Q=boxes.box[2],
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        SLOTS=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return y
