@@ -20,7 +20,8 @@ from resnet_fused.kernels.bn_backward_apply import bn_backward_apply
 from resnet_fused.kernels.bn_backward_reduce import bn_backward_reduce
 from resnet_fused.kernels.bn_finalize import bn_finalize
 from resnet_fused.kernels.bn_stats import bn_stats
-from resnet_fused.kernels.conv_fprop import conv_fprop
+from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv_fprop import conv_fprop, conv_fprop_stats
 from resnet_fused.kernels.pack_weight import pack_weight
 from resnet_fused.kernels.reduce_rows import reduce_rows
 
@@ -28,6 +29,8 @@ OPS = {
     launcher.__name__: launcher
     for launcher in (
         conv_fprop,
+        conv_fprop_stats,
+        conv_dgrad,
         bn_stats,
         bn_finalize,
         bn_apply,
@@ -48,7 +51,9 @@ def refuse(op: str, *args: Any) -> str | None:
     """Why the launcher of `op` cannot run on these arguments (the op's own, in its order), or None if it can."""
     if op not in OPS:
         raise ValueError(f"no Triton kernel {op!r}; choose one of {', '.join(OPS)}")
-    return sys.modules[OPS[op].__module__].refuse(*args)
+    module = sys.modules[OPS[op].__module__]
+    refusal = getattr(module, f"refuse_{op}", None) or module.refuse  # a module of two ops may have one for each
+    return refusal(*args)
 
 
 __all__ = [
@@ -63,7 +68,9 @@ __all__ = [
     "bn_backward_reduce",
     "bn_finalize",
     "bn_stats",
+    "conv_dgrad",
     "conv_fprop",
+    "conv_fprop_stats",
     "pack_weight",
     "reduce_rows",
     "refuse",

@@ -1,4 +1,6 @@
-"""Forward convolution as an implicit matrix product, with the affine + residual + ReLU epilogue."""
+"""Forward convolution as an implicit matrix product: for inference with the affine + residual + ReLU epilogue, for
+training with a normalisation in front and statistics behind.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +10,35 @@ import triton.language as tl
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from resnet_fused.kernels._launch import (
-    INTERPRETED,
-    compute_capability,
-    index_type,
-    is_nhwc,
-    launch,
-    name_of,
-    refuse_activations,
+from resnet_fused.kernels._conv import (
+    conv_shape,
+    dot_dtype,
+    refuse_groups,
+    refuse_half,
+    refuse_like,
+    refuse_operands,
+    refuse_vectors,
+    relu_affine,
+    taps_inside,
+    tf32_allowed,
 )
-from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
-from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic
-
-# A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
-MAX_FILTER = 15
-
-
-def tf32_allowed() -> bool:
-    """PyTorch's own switch for convolutions; `torch.backends.cudnn.allow_tf32` sets it too."""
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return precision == "tf32"
+from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._tile import channel_unit, relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels.merge_statistics import merge_statistics
+from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
 
 
 @triton.jit
-def _taps_inside(h0, w0, H, W, dilation_h, dilation_w, R: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Per output pixel, which taps fall inside the image: filter row r in bit r, filter column s in bit 16 + s."""
-    inside = tl.zeros((BLOCK_M,), tl.int32)
-    for r in tl.static_range(R):
-        h = h0 + r * dilation_h
-        inside |= ((h >= 0) & (h < H)).to(tl.int32) << r
-    for s in tl.static_range(S):
-        w = w0 + s * dilation_w
-        inside |= ((w >= 0) & (w < W)).to(tl.int32) << (16 + s)
-    return inside
+def _activation(x, scale, shift, exists, valid, PADDED: tl.constexpr):
+    """The tile round(relu(x * scale + shift)): zero in the padding, and past the last channel, where scale and shift
+    are.
+    """
+    channel_scale = to_fp32(tl.load(scale, mask=exists, other=0.0))[None, :]
+    channel_shift = to_fp32(tl.load(shift, mask=exists, other=0.0))[None, :]
+    value = relu_affine(x, channel_scale, channel_shift)
+    if PADDED:  # without padding no mask on the tile, which on sm_90 would cost it a way through shared memory
+        value = tl.where(valid, value, 0.0)
+    return round_to(value, x.dtype)
 
 
 @triton.jit
@@ -50,7 +48,12 @@ def _conv_fprop_kernel(
     scale,  # [K] or None
     shift,  # [K] or None
     residual,  # [N, P, Q, K] or None
+    x_scale,  # [C], or None: x is the activation itself
+    x_shift,  # [C] or None
     y,  # [N, P, Q, K]
+    mean,  # [tiles of pixels, K], or None: no statistics
+    m2,  # [tiles of pixels, K] or None
+    count,  # [tiles of pixels] or None
     M,  # N * P * Q
     H,
     W,
@@ -81,8 +84,8 @@ def _conv_fprop_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """y[m, k] = act(scale[k] * sum over (r, s, c) of x[pixel(m, r, s), c] * weight[k, r, s, c] + shift[k] + residual[m,
-    k]).
+    """y[m, k] = act(scale[k] * sum over (r, s, c) of a[pixel(m, r, s), c] * weight[k, r, s, c] + shift[k] + residual[m,
+    k]), where a = x, or round(relu(x * x_scale + x_shift)) inside the image and zero outside.
 
     A program owns BLOCK_M output pixels x BLOCK_N output channels of one group. Programs that share pixels are
     neighbours, so that x comes from L2 for all but the first of them.
@@ -109,7 +112,7 @@ def _conv_fprop_kernel(
     x_row = ((image * H + h0) * W + w0) * C + group * group_inputs
     w_column = (group * group_outputs + tl.minimum(n, group_outputs - 1)) * (R * S * group_inputs)
     if PADDED:
-        inside = _taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
+        inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if FLAT_INPUTS > 0:
@@ -124,9 +127,13 @@ def _conv_fprop_kernel(
             within = rsc < R * S * FLAT_INPUTS
             if PADDED:
                 wanted = tl.where(within, (1 << r) | (1 << (s + 16)), 1 << 15)  # bit 15 is never set
-                a = tl.load(x_tile, mask=(inside[:, None] & wanted[None, :]) == wanted[None, :], other=0.0)
+                valid = (inside[:, None] & wanted[None, :]) == wanted[None, :]
             else:
-                a = tl.load(x_tile, mask=within[None, :], other=0.0)
+                valid = within[None, :]
+            a = tl.load(x_tile, mask=valid, other=0.0)
+            if x_scale is not None:
+                c = group * FLAT_INPUTS + rsc - tap * FLAT_INPUTS
+                a = _activation(a, x_scale + c, x_shift + c, within, valid, PADDED)
             b = tl.load(weight + (w_column[None, :] + rsc[:, None]), mask=within[:, None], other=0.0)
             acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
     else:
@@ -138,16 +145,18 @@ def _conv_fprop_kernel(
             s = tap - r * S
             x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])
             w_tile = weight + (w_column[None, :] + (tap * group_inputs + c)[:, None])
+            valid = (c < group_inputs)[None, :]
             if PADDED:
                 wanted = (1 << r) | (1 << (s + 16))
-                valid = ((inside & wanted) == wanted)[:, None]
-                if not EVEN_K:
-                    valid = valid & (c < group_inputs)[None, :]
+                inside_tap = ((inside & wanted) == wanted)[:, None]
+                valid = inside_tap if EVEN_K else inside_tap & valid
+            if PADDED or not EVEN_K:
                 a = tl.load(x_tile, mask=valid, other=0.0)
-            elif EVEN_K:
-                a = tl.load(x_tile)
             else:
-                a = tl.load(x_tile, mask=(c < group_inputs)[None, :], other=0.0)
+                a = tl.load(x_tile)
+            if x_scale is not None:
+                first = group * group_inputs
+                a = _activation(a, x_scale + (first + c), x_shift + (first + c), c < group_inputs, valid, PADDED)
             if EVEN_K:
                 b = tl.load(w_tile)
             else:
@@ -171,7 +180,18 @@ def _conv_fprop_kernel(
         acc = acc + to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
     if ACTIVATE:
         acc = relu(acc)
-    tl.store(y + out, round_to(acc, y.dtype.element_ty), mask=out_mask)
+    rounded = round_to(acc, y.dtype.element_ty)
+    tl.store(y + out, rounded, mask=out_mask)
+
+    if mean is not None:
+        # Two steps, the mean and the squares of the deviations from it, stay exact where |mean| >> std.
+        pixels = tl.minimum(M - pid_m.to(INDEX) * BLOCK_M, BLOCK_M).to(tl.float32)
+        value = tl.where((m < M)[:, None], to_fp32(rounded), 0.0)
+        tile_mean = sum_lanes(value) / pixels
+        deviation = tl.where((m < M)[:, None], value - tile_mean[None, :], 0.0)
+        tl.store(mean + pid_m.to(INDEX) * K + channel, tile_mean, mask=stored)
+        tl.store(m2 + pid_m.to(INDEX) * K + channel, sum_lanes(deviation * deviation), mask=stored)
+        tl.store(count + pid_m, pixels, mask=pid_n == 0)
 
 
 def refuse(
@@ -187,49 +207,36 @@ def refuse(
     relu: bool,
 ) -> str | None:
     """Why `conv_fprop` cannot run on these arguments, or None."""
-    reason = refuse_activations(x)
+    reason = refuse_operands(x, weight) or refuse_groups(weight, x.shape[1], groups)
     if reason is not None:
         return reason
-    if not is_nhwc(x):
-        strides, shape = tuple(x.stride()), tuple(x.shape)
-        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
-    if weight.dim() != 4:
-        return f"the weight must be 4-D [K, C/groups, R, S], got {weight.dim()}-D"
-    if weight.dtype != x.dtype:
-        return f"weight is {name_of(weight.dtype)}, x is {name_of(x.dtype)}: one dtype for both"
-    if weight.device != x.device:
-        return f"weight is on {weight.device}, x on {x.device}"
-    k, group_inputs, r, s = weight.shape
-    if groups < 1 or k % groups or x.shape[1] != group_inputs * groups:
-        return f"groups={groups} and weight {tuple(weight.shape)} do not fit {x.shape[1]} input channels"
-    if k == 0 or group_inputs == 0:
-        return f"a convolution without channels: weight {tuple(weight.shape)}"
-    if max(r, s) > MAX_FILTER:
-        return f"filters are at most {MAX_FILTER}x{MAX_FILTER}, got {r}x{s}"
-    problem = _shape(x, weight, stride, padding, dilation, groups)
-    if problem.p < 1 or problem.q < 1:
-        image = f"{problem.h}x{problem.w} + 2 * {tuple(padding)}"
-        return f"the filter {r}x{s} with dilation {tuple(dilation)} is larger than the padded image {image}"
-    if residual is not None:
-        out = (problem.n, k, problem.p, problem.q)
-        agrees = residual.dtype == x.dtype and residual.device == x.device and is_nhwc(residual)
-        if tuple(residual.shape) != out or not agrees:
-            got = f"{name_of(residual.dtype)} {tuple(residual.shape)} with strides {tuple(residual.stride())}"
-            return f"residual must be {name_of(x.dtype)} {out} in NHWC order on {x.device}, got {got}"
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector is not None and (tuple(vector.shape) != (k,) or vector.stride(0) != 1 or vector.device != x.device):
-            got = f"shape {tuple(vector.shape)} on {vector.device}"
-            return f"{name} must be a contiguous vector of {k} on {x.device}, got {got}"
-    return None
+    shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
+    return (
+        conv_refusal(shape)
+        or refuse_like(x, (shape.n, shape.k, shape.p, shape.q), residual=residual)
+        or refuse_vectors(x.device, shape.k, scale=scale, shift=shift)
+    )
 
 
-def _shape(
-    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> ConvShape:
-    n, c, h, w = x.shape
-    k, _, r, s = weight.shape
-    return ConvShape(
-        n, c, h, w, k, r, s, (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
+def refuse_conv_fprop_stats(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    rows: int,
+) -> str | None:
+    """Why `conv_fprop_stats` cannot run on these arguments, or None."""
+    reason = refuse(x, weight, None, None, None, stride, padding, dilation, groups, False)
+    if reason is None and rows < 1:
+        return f"the statistics need at least one row, got rows={rows}"
+    return (
+        reason
+        or refuse_half(x_scale=x_scale, x_shift=x_shift)
+        or refuse_vectors(x.device, x.shape[1], x_scale=x_scale, x_shift=x_shift)
     )
 
 
@@ -267,30 +274,113 @@ def conv_fprop(
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
     """
-    shape = _shape(x, weight, stride, padding, dilation, groups)
-    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
     if config is None:
-        config = conv_fprop_heuristic(shape, x.dtype, compute_capability(x.device), tf32)
+        config = conv_fprop_heuristic(shape, x.dtype, compute_capability(x.device), _tf32(x))
     krsc = weight.contiguous(memory_format=torch.channels_last)
-    y = torch.empty(
-        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    if config.kernel != "pointer":
+        from resnet_fused.kernels import experimental
+
+        y = experimental.conv_fprop(x, krsc, scale, shift, residual, shape, relu, config)
+    else:
+        y = _output(x, shape)
+        _launch(x, krsc, (scale, shift, residual, None, None), y, (None, None, None), shape, relu, config)
+    return _in_pytorchs_order(y, x, weight)
+
+
+def conv_fprop_stats(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    rows: int,
+    config: ConvConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = round(conv(a, weight)) and the statistics of y as it was rounded, where a = x or the activation
+    round(relu(x * x_scale + x_shift)), zero outside the image, a NaN kept.
+
+    Args:
+        x: [N, C, H, W] in NHWC order; fp32, fp16 or bf16.
+        weight: as in `conv_fprop`; so are stride, padding, dilation and groups.
+        x_scale: [C] fp32, or None; x_shift likewise, both or neither.
+        x_shift: see x_scale.
+        stride: see weight.
+        padding: zeros around the activation, not around x.
+        dilation: see weight.
+        groups: see weight.
+        rows: how many rows of statistics to return.
+        config: the launch configuration; None takes the plan's.
+
+    Returns:
+        y: [N, K, P, Q] in NHWC order, in the dtype of x.
+        mean, m2, count: [rows, K], [rows, K], [rows] fp32: of consecutive parts of the pixels the mean, the sum of
+            squared deviations from it and the number of pixels; a row left over is zero.
+
+    Source: the tiles merge as in Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
+        variances, 1979.
+    """
+    shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
+    if config is None:
+        config = conv_fprop_heuristic(
+            shape, x.dtype, compute_capability(x.device), _tf32(x), prologue=x_scale is not None, statistics=True
+        )
+    krsc = weight.contiguous(memory_format=torch.channels_last)
+    y = _output(x, shape)
+    tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
+    # A row for each tile where they suffice: what is left over is zero from the start.
+    new = x.new_zeros if tiles <= rows else x.new_empty
+    mean, m2, count = (
+        new(size, dtype=torch.float32) for size in ((max(tiles, rows), shape.k),) * 2 + ((max(tiles, rows),),)
     )
-    group_inputs, group_outputs = shape.c // groups, shape.k // groups
+    _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, False, config)
+    if tiles > rows:
+        mean, m2, count = merge_statistics(mean, m2, count, rows)
+    return _in_pytorchs_order(y, x, weight), mean, m2, count
+
+
+def _tf32(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and tf32_allowed()
+
+
+def _output(x: Tensor, shape: ConvShape) -> Tensor:
+    size = (shape.n, shape.k, shape.p, shape.q)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _in_pytorchs_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y, in NCHW order where x is NCHW and NHWC at once and PyTorch's rule, which then looks at the strides, says so."""
+    ambiguous = x.is_contiguous()
+    if ambiguous and torch.contiguous_format == suggest_memory_format(x) == suggest_memory_format(weight):
+        return y.contiguous()
+    return y
+
+
+def _launch(
+    x: Tensor,
+    krsc: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    y: Tensor,
+    statistics: tuple[Tensor | None, ...],
+    shape: ConvShape,
+    relu: bool,
+    config: ConvConfig,
+) -> None:
+    group_inputs, group_outputs = shape.c // shape.groups, shape.k // shape.groups
     unit = channel_unit(shape.c, group_inputs)
     pixels = shape.n * shape.p * shape.q
-    # The interpreter multiplies the bit patterns of bf16; in fp32 the product is the same.
-    upcast = x.dtype == torch.float32 or (INTERPRETED and x.dtype == torch.bfloat16)
-    dot_dtype = tl.float32 if upcast else {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[x.dtype]
     reduction = shape.r * shape.s * group_inputs if config.flat else group_inputs
     launch(
         _conv_fprop_kernel,
-        triton.cdiv(pixels, config.block_m) * triton.cdiv(group_outputs, config.block_n) * groups,
+        triton.cdiv(pixels, config.block_m) * triton.cdiv(group_outputs, config.block_n) * shape.groups,
         x,
         krsc,
-        scale,
-        shift,
-        residual,
+        *inputs,
         y,
+        *statistics,
         pixels,
         shape.h,
         shape.w,
@@ -301,7 +391,7 @@ def conv_fprop(
         *shape.stride,
         *shape.padding,
         *shape.dilation,
-        groups,
+        shape.groups,
         group_inputs // unit,
         group_outputs,
         FLAT_INPUTS=group_inputs if config.flat else 0,
@@ -311,8 +401,8 @@ def conv_fprop(
         PADDED=shape.padding != (0, 0),
         EVEN_K=reduction % config.block_k == 0,
         ACTIVATE=relu,
-        PRECISION="tf32" if tf32 else "ieee",
-        DOT_DTYPE=dot_dtype,
+        PRECISION="tf32" if _tf32(x) else "ieee",
+        DOT_DTYPE=dot_dtype(x.dtype),
         INDEX=index_type(x.numel(), y.numel()),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -320,7 +410,3 @@ def conv_fprop(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    ambiguous = x.is_contiguous()  # NCHW and NHWC at once: PyTorch's rule decides the strides of the result
-    if ambiguous and torch.contiguous_format == suggest_memory_format(x) == suggest_memory_format(weight):
-        return y.contiguous()
-    return y

@@ -12,6 +12,9 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 # Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over
 # (r, s, c) together.
 MIN_CHANNELS_PER_TAP = 32
+# A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
+MAX_FILTER = 15
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,37 @@ class ConvConfig:
     kernel: str = "pointer"  # which formulation: "pointer", or one of `kernels/experimental.py`
 
 
+def conv_refusal(shape: ConvShape) -> str | None:
+    """Why the Triton convolutions cannot run a geometry, forward or backward, or None."""
+    if shape.k == 0 or shape.c == 0:
+        return f"a convolution without channels: {shape.c} in, {shape.k} out"
+    if max(shape.r, shape.s) > MAX_FILTER:
+        return f"filters are at most {MAX_FILTER}x{MAX_FILTER}, got {shape.r}x{shape.s}"
+    if shape.p < 1 or shape.q < 1:
+        image = f"{shape.h}x{shape.w} + 2 * {shape.padding}"
+        return f"the filter {shape.r}x{shape.s} with dilation {shape.dilation} is larger than the padded image {image}"
+    return None
+
+
+def dgrad_refusal(shape: ConvShape) -> str | None:
+    """Why `conv_dgrad` cannot run a geometry, or None: its parity sub-problems assume that a strided filter is dense."""
+    reason = conv_refusal(shape)
+    if reason is None and any(s > 1 and d > 1 for s, d in zip(shape.stride, shape.dilation, strict=True)):
+        return (
+            "the data gradient takes dilation at stride 1 and stride at dilation 1, "
+            f"got stride {shape.stride} with dilation {shape.dilation}"
+        )
+    return reason
+
+
+def training_refusal(shape: ConvShape, dtype: torch.dtype) -> str | None:
+    """Why the Triton training family (conv_fprop_stats, conv_dgrad, conv_wgrad) cannot run a geometry, or None."""
+    if dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        return f"the kernels take {names}, got {str(dtype).removeprefix('torch.')}"
+    return dgrad_refusal(shape)
+
+
 def _next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
@@ -67,27 +101,52 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tiles(dtype: torch.dtype, tf32: bool) -> list[tuple[int, int, int]]:
-    """(block_m, block_n, num_warps), from the most efficient to the one that makes the most programs."""
+Tile = tuple[int, int, int]  # block_m, block_n, num_warps
+
+
+def _tiles(dtype: torch.dtype, tf32: bool) -> list[Tile]:
+    """From the most efficient to the one that makes the most programs."""
     if dtype == torch.float32 and not tf32:
         # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
         return [(128, 64, 8), (64, 32, 4), (32, 32, 4)]
     return [(128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
 
 
-def _fprop(tile: tuple[int, int, int], channels: int, dtype: torch.dtype, arch: int, tf32: bool) -> ConvConfig:
+def _choose(tiles: list[Tile], pixels: int, outputs: int, groups: int, arch: int) -> Tile:
+    """The largest tile, no wider than the output, that still gives every multiprocessor a program."""
+    narrow = [tile for tile in tiles if tile[1] <= _next_power_of_2(outputs)] or tiles[-1:]
+    multiprocessors = MULTIPROCESSORS.get(arch, 128)
+    fill = (tile for tile in narrow if _cdiv(pixels, tile[0]) * _cdiv(outputs, tile[1]) * groups >= multiprocessors)
+    return next(fill, narrow[-1])
+
+
+def _configure(
+    tile: Tile, channels: int, dtype: torch.dtype, arch: int, tf32: bool, flat: bool = False, operands: int = 1
+) -> ConvConfig:
+    """Depth of the reduction's tile and of the pipeline; `operands` tiles of activations are read for one of weights."""
     block_m, block_n, num_warps = tile
     tensor_cores = dtype != torch.float32 or tf32
     widest = (64 if dtype != torch.float32 else 32) if tensor_cores else 16
-    flat = channels < MIN_CHANNELS_PER_TAP
-    block_k = min(widest, 32) if flat else min(widest, _next_power_of_2(channels))
-    stage = (block_m + block_n) * block_k * dtype.itemsize
+    block_k = min(widest, 32) if flat else min(widest, max(16, _next_power_of_2(channels)))
+    stage = (operands * block_m + block_n) * block_k * dtype.itemsize
     budget = (160 if arch in (80, 90, 100) else 96) * 1024
     num_stages = max(2, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, flat)
 
 
-def conv_fprop_heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False) -> ConvConfig:
+def _fprop(tile: Tile, channels: int, dtype: torch.dtype, arch: int, tf32: bool) -> ConvConfig:
+    return _configure(tile, channels, dtype, arch, tf32, flat=channels < MIN_CHANNELS_PER_TAP)
+
+
+def conv_fprop_heuristic(
+    shape: ConvShape,
+    dtype: torch.dtype,
+    arch: int,
+    tf32: bool = False,
+    *,
+    prologue: bool = False,
+    statistics: bool = False,
+) -> ConvConfig:
     """The configuration for a problem: the largest tile, no wider than the output, that still gives every
     multiprocessor a program.
 
@@ -96,19 +155,45 @@ def conv_fprop_heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: 
         dtype: of x and weight.
         arch: compute capability times ten, 80 for sm_80.
         tf32: whether fp32 operands may be rounded to TF32.
+        prologue: x is a raw convolution output behind an affine map and ReLU.
+        statistics: of the output, in the epilogue.
     """
-    outputs = shape.k // shape.groups
-    pixels = shape.n * shape.p * shape.q
-    multiprocessors = MULTIPROCESSORS.get(arch, 128)
-    tiles = _tiles(dtype, tf32)
-    narrow = [tile for tile in tiles if tile[1] <= _next_power_of_2(outputs)] or tiles[-1:]
-    fill = (
-        tile for tile in narrow if _cdiv(pixels, tile[0]) * _cdiv(outputs, tile[1]) * shape.groups >= multiprocessors
-    )
-    return _fprop(next(fill, narrow[-1]), shape.c // shape.groups, dtype, arch, tf32)
+    tile = _choose(_tiles(dtype, tf32), shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch)
+    return _fprop(tile, shape.c // shape.groups, dtype, arch, tf32)
 
 
-def conv_fprop_configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
+def conv_fprop_configurations(
+    dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False, statistics: bool = False
+) -> list[ConvConfig]:
     """Every configuration that `conv_fprop_heuristic` can return."""
     found = [_fprop(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 32, 64)]
+    return list(dict.fromkeys(found))
+
+
+def _dgrad(tile: Tile, channels: int, dtype: torch.dtype, arch: int, tf32: bool, prologue: bool) -> ConvConfig:
+    return _configure(tile, channels, dtype, arch, tf32, operands=2 if prologue else 1)
+
+
+def conv_dgrad_heuristic(
+    shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
+) -> ConvConfig:
+    """As `conv_fprop_heuristic`: the output is the image, the reduction runs over the output channels.
+
+    Args:
+        shape: the problem, as of the forward.
+        dtype: of dy and weight.
+        arch: compute capability times ten.
+        tf32: whether fp32 operands may be rounded to TF32.
+        prologue: dy is behind the backward of a batch norm.
+    """
+    tile = _choose(_tiles(dtype, tf32), shape.n * shape.h * shape.w, shape.c // shape.groups, shape.groups, arch)
+    return _dgrad(tile, shape.k // shape.groups, dtype, arch, tf32, prologue)
+
+
+def conv_dgrad_configurations(
+    dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
+) -> list[ConvConfig]:
+    """Every configuration that `conv_dgrad_heuristic` can return."""
+    tiles = _tiles(dtype, tf32)
+    found = [_dgrad(tile, channels, dtype, arch, tf32, prologue) for tile in tiles for channels in (16, 32, 64)]
     return list(dict.fromkeys(found))

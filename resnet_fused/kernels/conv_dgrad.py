@@ -1,0 +1,354 @@
+"""The data gradient of a convolution as an implicit matrix product, with the backward of the batch norm behind the
+convolution in front, and that of the one before it behind.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._conv import (
+    bn_gradient,
+    conv_shape,
+    dot_dtype,
+    refuse_groups,
+    refuse_half,
+    refuse_like,
+    refuse_operands,
+    refuse_vectors,
+    taps_inside,
+    tf32_allowed,
+)
+from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._tile import channel_unit, passes_relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels.reduce_rows import reduce_pair
+from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_dgrad_heuristic, dgrad_refusal
+
+
+@triton.jit
+def _conv_dgrad_kernel(
+    dy,  # [N, P, Q, K]
+    weight,  # [K, R, S, C/groups]
+    dy_x,  # [N, P, Q, K], or None: dy is the gradient itself
+    coefficients,  # [3, K] or None
+    residual,  # [N, H, W, C] or None
+    residual_mask,  # one bit an element of residual, or None
+    x,  # [N, H, W, C], or None: no batch norm in front; so are the vectors that follow, [C]
+    scale,
+    shift,
+    mean,
+    invstd,
+    dx,  # [N, H, W, C]
+    sum_dx,  # [tiles of pixels, C] or None
+    sum_dx_xhat,  # [tiles of pixels, C] or None
+    N,
+    H,
+    W,
+    channel_units,  # C / UNIT
+    P,
+    Q,
+    output_units,  # K / UNIT
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    groups,
+    group_input_units,  # C / groups / UNIT
+    group_output_units,  # K / groups / UNIT
+    UNIT: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    MASKED: tl.constexpr,  # a tap can fall outside dy
+    EVEN_K: tl.constexpr,  # the reduction's tiles divide K / groups
+    PRECISION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx[n, h, w, c] = sum over (r, s, k) of g[n, p, q, k] * weight[k, r, s, c] where h + pad = p * stride + r *
+    dilation, likewise w; g = dy, or round(a * dy + b * dy_x + c) inside the image and zero outside.
+
+    The pixels with h % stride_h = i and w % stride_w = j see every stride-th tap only, and among them the problem has
+    stride 1: a parity class. A program owns BLOCK_M pixels of one class x BLOCK_N input channels of one group; programs
+    that read the same dy are neighbours.
+    """
+    C = channel_units * UNIT
+    K = output_units * UNIT
+    group_inputs = group_input_units * UNIT
+    group_outputs = group_output_units * UNIT
+    tiles_n = tl.cdiv(group_inputs, BLOCK_N)
+    pid = tl.program_id(0)
+    tile = pid // (tiles_n * groups)
+    pid_n = pid - tile * (tiles_n * groups)
+    group = pid_n // tiles_n
+    parity = tile % (stride_h * stride_w)
+    i = parity // stride_w
+    j = parity - i * stride_w
+    class_h = tl.cdiv(H - i, stride_h)
+    class_w = tl.cdiv(W - j, stride_w)
+    M = tl.cast(N, INDEX) * class_h * class_w  # none where the image is smaller than the stride
+
+    m = (tile // (stride_h * stride_w)).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_K)
+
+    # Rows past the end repeat the last one, columns the first ones (so that octets stay octets), and neither is
+    # stored: no mask on the operands.
+    row = tl.minimum(m, tl.maximum(M, 1) - 1)
+    w = row % tl.maximum(class_w, 1)
+    h = (row // tl.maximum(class_w, 1)) % tl.maximum(class_h, 1)
+    image = row // tl.maximum(class_h * class_w, 1)
+    # Tap t of the class is r = r0 + t * stride and meets p = p0 - t * dilation.
+    r0 = (i + pad_h) % stride_h
+    s0 = (j + pad_w) % stride_w
+    p0 = (h + (i + pad_h - r0) // stride_h).to(tl.int32)
+    q0 = (w + (j + pad_w - s0) // stride_w).to(tl.int32)
+    taps_h = tl.cdiv(R - r0, stride_h)
+    taps_w = tl.cdiv(S - s0, stride_w)
+    dy_row = ((image * P + p0) * Q + q0) * K + group * group_outputs
+    w_column = n % group_inputs
+    if MASKED:
+        inside = taps_inside(p0, q0, P, Q, -dilation_h, -dilation_w, R, S, BLOCK_M)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tiles_k = tl.cdiv(group_outputs, BLOCK_K)
+    for step in range(tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0) * tiles_k):
+        tap = step // tiles_k
+        k = (step - tap * tiles_k) * BLOCK_K + lane
+        t = tap // taps_w
+        u = tap - t * taps_w
+        offset = dy_row[:, None] + (k - (t * dilation_h * Q + u * dilation_w) * K)[None, :]
+        exists = k < group_outputs
+        valid = exists[None, :]
+        if MASKED:
+            wanted = (1 << t) | (1 << (u + 16))
+            inside_tap = ((inside & wanted) == wanted)[:, None]
+            valid = inside_tap if EVEN_K else inside_tap & valid
+        if MASKED or not EVEN_K:
+            g = tl.load(dy + offset, mask=valid, other=0.0)
+        else:
+            g = tl.load(dy + offset)
+        if dy_x is not None:
+            if MASKED or not EVEN_K:
+                g_x = tl.load(dy_x + offset, mask=valid, other=0.0)
+            else:
+                g_x = tl.load(dy_x + offset)
+            # Past the last channel all three are zero, so that g is too.
+            column = coefficients + (group * group_outputs + k)
+            factor = tl.load(column, mask=exists, other=0.0)[None, :]
+            factor_x = tl.load(column + K, mask=exists, other=0.0)[None, :]
+            offset_x = tl.load(column + 2 * K, mask=exists, other=0.0)[None, :]
+            value = bn_gradient(g, g_x, factor, factor_x, offset_x)
+            if MASKED:
+                value = tl.where(valid, value, 0.0)
+            g = round_to(value, dy.dtype.element_ty)
+        filter_tap = (r0 + t * stride_h) * S + s0 + u * stride_w
+        w_row = (group * group_outputs + k) * (R * S * group_inputs) + filter_tap * group_inputs
+        w_tile = weight + (w_row[:, None] + w_column[None, :])
+        if EVEN_K:
+            b = tl.load(w_tile)
+        else:
+            b = tl.load(w_tile, mask=exists[:, None], other=0.0)
+        acc = tl.dot(g.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
+
+    channel = group * group_inputs + n
+    stored = n < group_inputs
+    pixel = (image * H + h * stride_h + i) * W + w * stride_w + j
+    out = pixel[:, None] * C + channel[None, :]
+    out_mask = (m < M)[:, None] & stored[None, :]
+    if residual is not None:
+        addend = to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
+        if residual_mask is not None:
+            bits = tl.load(residual_mask + out // 8, mask=out_mask, other=0).to(tl.int32)
+            addend = tl.where(((bits >> (out % 8).to(tl.int32)) & 1) != 0, addend, 0.0)
+        acc += addend
+    if x is not None:
+        value = tl.load(x + out, mask=out_mask, other=0.0)
+        channel_scale = tl.load(scale + channel, mask=stored, other=0.0)[None, :]
+        channel_shift = tl.load(shift + channel, mask=stored, other=0.0)[None, :]
+        acc = tl.where(passes_relu(value, channel_scale, channel_shift) & out_mask, acc, 0.0)
+    rounded = round_to(acc, dx.dtype.element_ty)
+    tl.store(dx + out, rounded, mask=out_mask)
+
+    if x is not None:
+        dz = to_fp32(rounded)
+        channel_mean = tl.load(mean + channel, mask=stored, other=0.0)
+        channel_invstd = tl.load(invstd + channel, mask=stored, other=0.0)
+        centred = tl.where(out_mask, to_fp32(value) - channel_mean[None, :], 0.0)
+        partial = tile.to(INDEX) * C + channel
+        tl.store(sum_dx + partial, sum_lanes(dz), mask=stored)
+        tl.store(sum_dx_xhat + partial, sum_lanes(dz * centred) * channel_invstd, mask=stored)
+
+
+def refuse(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why `conv_dgrad` cannot run on these arguments, or None."""
+    reason = refuse_operands(dy, weight)
+    if reason is not None:
+        return reason
+    image = (dy.shape[0], weight.shape[1] * groups, *size)
+    reason = refuse_groups(weight, image[1], groups)
+    if reason is not None:
+        return reason
+    problem = conv_shape(image, weight, stride, padding, dilation, groups)
+    out = (problem.n, problem.k, problem.p, problem.q)
+    reason = dgrad_refusal(problem)
+    if reason is None and tuple(dy.shape) != out:
+        reason = f"a convolution of an image {tuple(size)} gives {out}, dy is {tuple(dy.shape)}"
+    reason = reason or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients) or refuse_like(dy, out, dy_x=dy_x)
+    if reason is None and dy_coefficients is not None and tuple(dy_coefficients.shape) != (3, problem.k):
+        reason = f"dy_coefficients must be [3, {problem.k}], got {list(dy_coefficients.shape)}"
+    if reason is None and dy_coefficients is not None:
+        reason = refuse_vectors(dy.device, 3 * problem.k, dy_coefficients=dy_coefficients.view(-1))
+    if reason is None and residual is not None and x is not None:
+        reason = "residual and x exclude each other, got both"
+    if reason is None and residual_mask is not None:
+        reason = _refuse_mask(residual_mask, residual)
+    return (
+        reason
+        or refuse_half(x=x, scale=scale, shift=shift, mean=mean, invstd=invstd)
+        or refuse_like(dy, image, residual=residual, x=x)
+        or refuse_vectors(dy.device, problem.c, scale=scale, shift=shift, mean=mean, invstd=invstd)
+    )
+
+
+def _refuse_mask(mask: Tensor, residual: Tensor | None) -> str | None:
+    if residual is None:
+        return "residual_mask comes with a residual, got none"
+    size = (residual.numel() + 7) // 8
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (size,) or mask.device != residual.device:
+        return f"residual_mask must be uint8 [{size}], got {mask.dtype} {list(mask.shape)} on {mask.device}"
+    return None
+
+
+def conv_dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor | None,
+    invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    config: ConvConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = the gradient of conv(., weight) for g + residual, in fp32 and rounded once, where g = dy or the batch norm's
+    gradient round(a * dy + b * dy_x + c); with x, behind the ReLU of the batch norm that made the convolution's input,
+    and with that batch norm's two sums.
+
+    Args:
+        dy: [N, K, P, Q] in NHWC order; fp32, fp16 or bf16.
+        weight: [K, C/groups, R, S], any strides (NHWC order is read in place, any other copied); the dtype of dy.
+        dy_x: like dy, or None; both or neither of dy_x and dy_coefficients.
+        dy_coefficients: (a, b, c), [3, K] fp32, contiguous.
+        residual: [N, C, *size] in NHWC order, added to dx, or None.
+        residual_mask: bits from `bn_apply`: residual counts only where they are set (a select). None: everywhere.
+        x: [N, C, *size] in NHWC order, or None; excludes residual. dx passes only where not
+            (round(x * scale + shift) <= 0), which a NaN does.
+        scale: [C] fp32; so are shift, mean and invstd, all with x or none.
+        shift: see scale.
+        mean: see scale.
+        invstd: see scale.
+        size: (H, W) of the image.
+        stride: of the filter, (h, w); so are padding (zeros) and dilation, which a strided filter may not have.
+        padding: see stride.
+        dilation: see stride.
+        groups: of channels that see each other.
+        config: the launch configuration; None takes the plan's.
+
+    Returns:
+        dx: [N, C, *size] in NHWC order, in the dtype of dy.
+        sum_dx, sum_dx_xhat: with x [C] fp32, sum(dx) and sum(dx * (x - mean) * invstd) of dx as it was rounded, added in
+            a fixed order; else empty.
+    """
+    shape = conv_shape((dy.shape[0], weight.shape[1] * groups, *size), weight, stride, padding, dilation, groups)
+    tf32 = dy.dtype == torch.float32 and tf32_allowed()
+    if config is None:
+        config = conv_dgrad_heuristic(shape, dy.dtype, compute_capability(dy.device), tf32, prologue=dy_x is not None)
+    krsc = weight.contiguous(memory_format=torch.channels_last)
+    dx = torch.empty(
+        (shape.n, shape.c, shape.h, shape.w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
+    )
+    classes = shape.stride[0] * shape.stride[1]
+    pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
+    tiles = triton.cdiv(pixels, config.block_m) * classes
+    # The sums of tiles, to be added in a fixed order.
+    partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(2)] if x is not None else None
+    group_inputs, group_outputs = shape.c // groups, shape.k // groups
+    unit = channel_unit(group_inputs, group_outputs)
+    launch(
+        _conv_dgrad_kernel,
+        tiles * triton.cdiv(group_inputs, config.block_n) * groups,
+        dy,
+        krsc,
+        dy_x,
+        dy_coefficients,
+        residual,
+        residual_mask,
+        x,
+        scale,
+        shift,
+        mean,
+        invstd,
+        dx,
+        *(partials or (None, None)),
+        shape.n,
+        shape.h,
+        shape.w,
+        shape.c // unit,
+        shape.p,
+        shape.q,
+        shape.k // unit,
+        *shape.stride,
+        *shape.padding,
+        *shape.dilation,
+        groups,
+        group_inputs // unit,
+        group_outputs // unit,
+        UNIT=unit,
+        R=shape.r,
+        S=shape.s,
+        MASKED=(shape.r, shape.s) != (1, 1) or shape.padding != (0, 0),
+        EVEN_K=group_outputs % config.block_k == 0,
+        PRECISION="tf32" if tf32 else "ieee",
+        DOT_DTYPE=dot_dtype(dy.dtype),
+        INDEX=index_type(dx.numel(), dy.numel()),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    sums = reduce_pair(*partials) if partials is not None else (dx.new_empty(0, dtype=torch.float32),) * 2
+    # NCHW and NHWC at once: as a convolution's result would be ordered.
+    return dx.contiguous() if dy.is_contiguous() else dx, *sums

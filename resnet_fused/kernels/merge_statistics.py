@@ -1,0 +1,106 @@
+"""Partial statistics to fewer of them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._launch import launch
+from resnet_fused.kernels._tile import sum_lanes
+from resnet_fused.kernels.reduce_rows import row_blocks
+
+
+@triton.jit
+def _merge_statistics_kernel(
+    mean,  # [tiles, C]
+    m2,  # [tiles, C]
+    count,  # [tiles]
+    merged_mean,  # [rows, C]
+    merged_m2,  # [rows, C]
+    merged_count,  # [rows]
+    tiles,
+    span,
+    C,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Row r merges the r-th range of `span` tiles: mean = sum(n * mean) / sum(n), m2 = sum(m2 + n * (mean - merged)^2).
+
+    A program owns one row and one tile of channels, and reads its range twice.
+    """
+    blocks = tl.cdiv(C, BLOCK_CHANNELS)
+    pid = tl.program_id(0)
+    row = pid // blocks
+    channel = (pid - row * blocks) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    exists = channel < C
+    first = tl.minimum(row.to(tl.int64) * span, tiles)
+    end = tl.minimum(first + span, tiles)
+    lane = tl.arange(0, BLOCK_ROWS)
+    # Means relative to that of the first tile: their differences are exact where |mean| >> std.
+    reference = tl.load(mean + tl.minimum(first, tiles - 1) * C + channel, mask=exists, other=0.0)
+    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    pixels = tl.zeros((BLOCK_ROWS,), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_ROWS):
+        tile = first + start + lane
+        valid = (tile < end)[:, None] & exists[None, :]
+        n = tl.load(count + tile, mask=tile < end, other=0.0)
+        tile_mean = tl.load(mean + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
+        pixels += n
+        total += tl.where(valid, n[:, None] * (tile_mean - reference[None, :]), 0.0)
+    n_all = sum_lanes(pixels)
+    delta = sum_lanes(total) / tl.maximum(n_all, 1.0)
+
+    deviations = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_ROWS):
+        tile = first + start + lane
+        valid = (tile < end)[:, None] & exists[None, :]
+        n = tl.load(count + tile, mask=tile < end, other=0.0)[:, None]
+        tile_mean = tl.load(mean + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
+        tile_m2 = tl.load(m2 + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
+        spread = (tile_mean - reference[None, :]) - delta[None, :]
+        deviations += tl.where(valid, tl.fma(n * spread, spread, tile_m2), 0.0)
+
+    out = row.to(tl.int64) * C + channel
+    tl.store(merged_mean + out, tl.where(n_all > 0.0, reference + delta, 0.0), mask=exists)
+    tl.store(merged_m2 + out, sum_lanes(deviations), mask=exists)
+    tl.store(merged_count + row, n_all, mask=pid == row * blocks)
+
+
+def merge_statistics(mean: Tensor, m2: Tensor, count: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, sum of squared deviations and number of pixels of `rows` consecutive ranges of tiles.
+
+    Args:
+        mean: [tiles, C] fp32, contiguous; so is m2, and count is [tiles]. At least one pixel a tile.
+        m2: see mean.
+        count: see mean.
+        rows: how many ranges, of ceil(tiles / rows) tiles each; the last may be short or empty (0, 0, 0).
+
+    Returns:
+        mean, m2, count: [rows, C], [rows, C], [rows].
+
+    Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    """
+    tiles, channels = mean.shape
+    merged_mean, merged_m2 = (mean.new_empty(rows, channels, dtype=torch.float32) for _ in range(2))
+    merged_count = mean.new_empty(rows, dtype=torch.float32)
+    span = triton.cdiv(tiles, rows)
+    block_rows, block_channels = row_blocks(span, channels)
+    launch(
+        _merge_statistics_kernel,
+        rows * triton.cdiv(channels, block_channels),
+        mean,
+        m2,
+        count,
+        merged_mean,
+        merged_m2,
+        merged_count,
+        tiles,
+        span,
+        channels,
+        BLOCK_ROWS=block_rows,
+        BLOCK_CHANNELS=block_channels,
+    )
+    return merged_mean, merged_m2, merged_count
