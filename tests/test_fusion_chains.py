@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from agreement import assert_same, count_units
 from torch import nn
 
+from resnet_fused import use_backend
 from resnet_fused.fusion import SequencePlan, fuse, plan_of, report
 
 
@@ -206,3 +207,35 @@ class ForwardArguments(FunctionInForward):
 def test_other_forwards_are_explained(make, reason):
     model = fuse(make())
     assert type(model) is make and reason in report(model).skipped[0][1]
+
+
+class _Stem(nn.Module):
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu, self.maxpool = nn.Conv2d(3, 4, 7, 2, 3), nn.BatchNorm2d(4), nn.ReLU(), pool
+
+    def forward(self, x):
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_the_stems_pool_joins_its_chain(backend):
+    plain = _Stem(nn.MaxPool2d(3, 2, 1))
+    fused = fuse(copy.deepcopy(plain))
+    assert "conv1-bn1-relu-maxpool" in repr(fused)
+    with use_backend(backend):
+        assert_same(plain, fused, torch.randn(2, 3, 13, 14), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2, 2), nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.AvgPool2d(3, 2, 1)])
+def test_other_pools_stay_outside(pool):
+    fused = fuse(_Stem(pool))
+    assert "conv1-bn1-relu" in repr(fused) and "relu-maxpool" not in repr(fused)
+
+
+def test_a_pool_that_is_watched_is_called():
+    fused, seen = fuse(_Stem(nn.MaxPool2d(3, 2, 1))), []
+    fused.maxpool.register_forward_hook(lambda module, args, result: seen.append(result.shape))
+    with use_backend("reference"):
+        fused(torch.randn(2, 3, 16, 16))
+    assert seen == [(2, 4, 4, 4)]

@@ -24,27 +24,30 @@ class Owner(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """relu(bn(conv(x)) + residual), with the absent parts left out.
+    """pool(relu(bn(conv(x)) + residual)), with the absent parts left out.
 
     Args:
         conv: path of the `nn.Conv2d`; None where the batch norm's input is not a convolution's.
         bn: path of the `nn.BatchNorm2d`.
         act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
         relu: whether a ReLU follows.
+        pool: path of the `nn.MaxPool2d` of a stem, behind conv, bn and ReLU; else None.
     """
 
     conv: str | None
     bn: str
     act: str | None
     relu: bool
+    pool: str | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The modules that the unit runs, in order."""
+        """The modules that the unit runs in place of calling them, in order; the pool stays a module of its own."""
         return tuple(path for path in (self.conv, self.bn, self.act) if path is not None)
 
     def __str__(self) -> str:
-        return "-".join([path for path in (self.conv, self.bn) if path is not None] + ["relu"] * self.relu)
+        names = [self.conv, self.bn, "relu" if self.relu else None, self.pool]
+        return "-".join(name for name in names if name is not None)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """A forward in which every chain conv-bn(-relu) or bn-relu is one unit, and the rest is as it was.
+    """A forward in which every chain conv-bn(-relu(-pool)) or bn-relu is one unit, and the rest is as it was.
 
     Args:
         units: the chains, in the order of the forward.

@@ -1,4 +1,4 @@
-"""Rewrite the chains conv-bn(-relu) and bn-relu of a traced forward into units, and generate code from the graph."""
+"""Rewrite the chains conv-bn(-relu(-pool)) and bn-relu of a traced forward into units, and generate code from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from torch import fx, nn
 
-from resnet_fused.nn.units import plain
+from resnet_fused.nn.units import plain, plain_pool
 
 from .flow import NORMS, is_identity, is_relu
 from .plans import Unit
@@ -32,12 +32,13 @@ class _Chain:
     conv: fx.Node | None
     bn: fx.Node
     relu: fx.Node | None
+    pool: fx.Node | None
     above: list[fx.Node]  # identities between conv and bn, last first
     below: list[fx.Node]  # identities between bn and relu, first first
 
     def nodes(self) -> list[fx.Node]:
         """All nodes of the chain, last first, so that each can be erased in turn."""
-        nodes = [self.relu, *self.below[::-1], self.bn, *self.above, self.conv]
+        nodes = [self.pool, self.relu, *self.below[::-1], self.bn, *self.above, self.conv]
         return [node for node in nodes if node is not None]
 
 
@@ -70,7 +71,7 @@ class _Rewriter:
         chain = self.chain(bn)
         reason = self.refusal(chain)
         if reason is not None and chain.conv is not None:  # the convolution may be what stands in the way
-            shorter = _Chain(None, bn, chain.relu, [], chain.below)
+            shorter = _Chain(None, bn, chain.relu, None, [], chain.below)
             if chain.relu is not None and self.refusal(shorter) is None:
                 result.skipped.append((str(chain.conv.target), reason))
                 chain, reason = shorter, None
@@ -97,7 +98,14 @@ class _Rewriter:
             relu = _only_user(relu)
         if relu is None or not is_relu(relu, self.owner):
             relu, below = None, []
-        return _Chain(conv, bn, relu, above, below)
+        pool = _only_user(relu) if relu is not None and conv is not None else None
+        if pool is not None and not (self.is_call(pool) and self.pools(pool)):
+            pool = None
+        return _Chain(conv, bn, relu, pool, above, below)
+
+    def pools(self, node: fx.Node) -> bool:
+        """Whether the node is a stem's max pool, called nowhere else."""
+        return self.calls[self.module(node)] == 1 and plain_pool(self.module(node)) is None
 
     def refusal(self, chain: _Chain) -> str | None:
         called = [node for node in (chain.conv, chain.bn) if node is not None]
@@ -113,13 +121,16 @@ class _Rewriter:
 
     def substitute(self, chain: _Chain, result: Rewritten) -> None:
         conv, bn, relu = chain.conv, chain.bn, chain.relu
-        first, last = conv or bn, relu or bn
+        first, last = conv or bn, chain.pool or relu or bn
         act = str(relu.target) if relu is not None and relu.op == "call_module" else None
         # In place of its first node: what the forward does to the chain's input afterwards must not reach the chain.
         with bn.graph.inserting_before(first):
             unit = bn.graph.create_node("call_module", "_run_unit", (len(result.units), first.args[0]))
         last.replace_all_uses_with(unit)
-        result.units.append(Unit(str(conv.target) if conv is not None else None, str(bn.target), act, relu is not None))
+        pool = str(chain.pool.target) if chain.pool is not None else None
+        result.units.append(
+            Unit(str(conv.target) if conv is not None else None, str(bn.target), act, relu is not None, pool)
+        )
         result.bypassed += [str(node.target) for node in (*chain.above, *chain.below)]
         for node in chain.nodes():
             bn.graph.erase_node(node)

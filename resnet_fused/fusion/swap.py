@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
-from resnet_fused.nn.units import conv_bn_act, conv_bn_chain
+from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain
 
 from .plans import Plan
 from .recognise import Recognition, recognise
@@ -27,6 +27,7 @@ class Binding:
 
     Attributes:
         units: the modules of each unit of the plan and whether a ReLU ends it, as `_run_unit` counts them.
+        pools: the max pool behind each unit, or None.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
         bypassed: modules that the plan does not call although the plain forward does.
     """
@@ -35,6 +36,7 @@ class Binding:
         self.recognition = recognition or Recognition()
         self.plan: Plan | None = self.recognition.plan
         self.units: list[tuple[nn.Module | None, nn.Module, nn.Module | None, bool]] = []
+        self.pools: list[nn.Module | None] = []
         self.bypassed: list[nn.Module] = []
         paths: list[str] = []
         if self.plan is not None:
@@ -44,7 +46,8 @@ class Binding:
                 )
                 assert bn is not None
                 self.units.append((conv, bn, act, unit.relu))
-                paths += unit.paths
+                self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
+                paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
             self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
@@ -110,9 +113,12 @@ class FusedMixin:
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Unit `k` of the plan: relu(bn(conv(x)) + residual)."""
+        """Unit `k` of the plan: pool(relu(bn(conv(x)) + residual))."""
         assert self._fusion is not None
         conv, bn, act, relu = self._fusion.units[k]
+        pool = self._fusion.pools[k]
+        if pool is not None and conv is not None:
+            return conv_bn_act_max_pool(x, conv, bn, act, pool)
         return conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
 
     def _run_block(self, x: Tensor, branch: int) -> Tensor | None:

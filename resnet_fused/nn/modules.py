@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused import functional
 from resnet_fused.functional.common import Act, check_act
 from resnet_fused.nn import units
 
@@ -92,7 +91,7 @@ class ConvBNAct2d(nn.Module):
 class Stem(nn.Module):
     """The stem of an ImageNet ResNet: 7x7 convolution of stride 2, batch norm, ReLU, 3x3 max pool of stride 2.
 
-    The names `conv1` and `bn1` are those of torchvision and timm.
+    The names `conv1`, `bn1` and `maxpool` are those of torchvision and timm.
 
     Args:
         in_channels: of the picture, usually 3.
@@ -106,19 +105,8 @@ class Stem(nn.Module):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv1 = nn.Conv2d(in_channels, out_channels, 7, 2, 3, bias=False, **where)
         self.bn1 = nn.BatchNorm2d(out_channels, **where)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, in_channels, H, W]` to `[N, out_channels, H/4, W/4]`, each half rounded up."""
-        if units.plain(self.conv1, self.bn1, None) is not None or not self.bn1.training:
-            y = units.conv_bn_act(x, self.conv1, self.bn1, None, relu=True)
-            return nn.functional.max_pool2d(y, 3, 2, 1)
-        training, momentum = units.begin_batch_norm(self.bn1)
-        return functional.batch_norm_act_max_pool(
-            self.conv1(x),
-            *units.running_statistics(self.bn1),
-            self.bn1.weight,
-            self.bn1.bias,
-            training=training,
-            momentum=momentum,
-            eps=self.bn1.eps,
-        )
+        return units.conv_bn_act_max_pool(x, self.conv1, self.bn1, None, self.maxpool)

@@ -170,6 +170,42 @@ def _describe(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> functional.block.ConvBN:
     )
 
 
+def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None, pool: nn.Module) -> Tensor:
+    """pool(relu(bn(conv(x)))) with the modules' own parameters and buffers: the stem of a ResNet.
+
+    In training on the fused kernels neither the normalised activation nor int64 winners are stored.
+
+    Args:
+        x: the input of `conv`.
+        conv, bn, act: as in `conv_bn_act`.
+        pool: the `nn.MaxPool2d` behind them.
+
+    Mutates:
+        As `conv_bn_act`.
+    """
+    # A tracer must see the modules, and not that their mode was asked for.
+    traced = isinstance(x, fx.Proxy)
+    if traced or not bn.training or plain_pool(pool) is not None or plain(conv, bn, act) is not None:
+        pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
+        return pooled
+    assert isinstance(bn, nn.BatchNorm2d)
+    z = conv(x)
+    training, momentum = begin_batch_norm(bn)
+    return functional.batch_norm_act_max_pool(
+        z, *running_statistics(bn), bn.weight, bn.bias, training=training, momentum=momentum, eps=bn.eps
+    )
+
+
+def plain_pool(pool: nn.Module) -> str | None:
+    """Why this is not the stem's max pool, as a plain module that nobody watches; None if it is."""
+    if type(pool) is not nn.MaxPool2d or "forward" in pool.__dict__ or _hooked(pool):
+        return "not a plain nn.MaxPool2d"
+    size = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    if [v if isinstance(v, tuple) else (v, v) for v in size] != [(3, 3), (2, 2), (1, 1), (1, 1)]:
+        return "not a 3x3 max pool of stride 2 and padding 1"
+    return "its max pool rounds up or returns indices" if pool.ceil_mode or pool.return_indices else None
+
+
 def batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, act: Act) -> Tensor:
     """act(bn(x) + residual) with the module's own parameters and buffers."""
     bn._check_input_dim(x)

@@ -148,7 +148,9 @@ class FrozenSequence(nn.Module):
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if str(k) in self._frozen_convs:
-            frozen: Tensor = self._frozen_convs[str(k)](x, residual)
-            return frozen
-        conv, bn, act, relu = self._kept_units[k]
-        return units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
+            y: Tensor = self._frozen_convs[str(k)](x, residual)
+        else:
+            conv, bn, act, relu = self._kept_units[k]
+            y = units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
+        pool = self._plan.units[k].pool
+        return y if pool is None else self.get_submodule(pool)(y)
