@@ -70,6 +70,21 @@ def test_a_plain_tensor_attribute_reaches_the_frozen_forward():
         torch.testing.assert_close(freeze(model, x)(x), model(x))
 
 
+def test_a_forward_that_needs_its_activations_in_nchw_order_gets_them():
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.conv, self.bn = BasicBlock(3, 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            y = self.block(x).view(-1, 3, 8, 8)
+            return self.bn(self.conv(y)).relu().view(x.shape[0], -1)
+
+    model, x = Viewing().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(freeze(model, x)(x), model(x))
+
+
 def test_float64_is_float64():
     model, x = _model().double(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():

@@ -119,9 +119,14 @@ class FrozenConv(Constants):
 
 
 class FoldedConv(FrozenConv):
-    """On PyTorch's own convolution: batch norm folded into the weight and the bias, prepacked for oneDNN on a CPU."""
+    """On PyTorch's own convolution: batch norm folded into the weight and the bias, prepacked for oneDNN on a CPU.
+
+    Attributes:
+        keeps_order: the result has the memory order of PyTorch's; a prepacked weight makes it NHWC otherwise.
+    """
 
     bias: Tensor
+    keeps_order = False
 
     def __init__(
         self, layer: str, conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool, with_residual: bool, example: Example
@@ -143,7 +148,8 @@ class FoldedConv(FrozenConv):
         y = aten.onednn_conv(
             x, self.weight, self.bias, residual, *self.geometry, self.relu and not relu_apart, overwrite_residual
         )
-        return y.relu_() if relu_apart else y
+        y = y.relu_() if relu_apart else y
+        return in_format(y, x, self.nchw) if self.keeps_order else y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'prepacked for oneDNN' if self.packed else 'folded'}"

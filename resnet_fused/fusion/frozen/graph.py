@@ -60,6 +60,6 @@ class Graphs:
             try:
                 self._captured[key] = self._capture(self.network, x)
             except RuntimeError as error:
-                warnings.warn(f"freeze: no CUDA graph, the network runs kernel by kernel: {error}", stacklevel=4)
+                warnings.warn(f"freeze: no CUDA graph, the network runs kernel by kernel: {error}", stacklevel=5)
                 self._captured[key] = self.network
         return self._captured[key](x)

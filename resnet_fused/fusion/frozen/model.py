@@ -54,7 +54,11 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
     with torch.no_grad():
         network, reasons = prepare(model)
         frozen = Frozen(*freeze_network(network, reasons, observe(network, example_input))).eval()
-    frozen(example_input)
+    try:
+        frozen(example_input)
+    except RuntimeError:  # code between the convolutions may want its activations in NCHW order, as `view` does
+        frozen.keep_order()
+        frozen(example_input)
     return frozen
 
 
@@ -85,6 +89,12 @@ class Frozen(nn.Module):
                 finally:
                     keep_nan.reset(token)
             return y
+
+    def keep_order(self) -> None:
+        """Give the results of all convolutions the memory order that they have in the model, at the price of copies."""
+        for module in self.modules():
+            if isinstance(module, FoldedConv):
+                module.keeps_order = True
 
     def train(self, mode: bool = True) -> Frozen:
         if mode:

@@ -27,10 +27,12 @@ def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """A fused copy in which the modules of `resnet_fused.nn` have plans too; why other modules have none, by name."""
     network = fuse(copy.deepcopy(model))
     reasons = dict(report(network).skipped)
-    for module in list(network.modules()):
+    for name, module in list(network.named_modules()):
         recognition = recognise(module, into_native=True) if is_native(module) else None
         if recognition is not None and recognition.plan is not None:
             swap_in(module, recognition)
+        elif recognition is not None and recognition.reason is not None:
+            reasons[name] = recognition.reason
     return network, reasons
 
 
