@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+from resnet_fused.plan import choice
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
 # A plain global, as PyTorch's own backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
@@ -40,10 +45,18 @@ def forced_backend() -> str | None:
     return None if _forced == "auto" else _forced
 
 
+@torch.compiler.assume_constant_result
 def default_backend(op: str, device_type: str) -> str:
-    """The backend of `op` where none is forced.
+    """The backend of `op` where none is forced: on a GPU what the measured tables say, elsewhere PyTorch's own.
 
-    A kernel becomes the default on an architecture once it has been verified and timed there; none has been yet, so
-    this is PyTorch's own.
+    A kernel becomes the default on an architecture once it has been verified and timed there.
     """
-    return "aten"
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return "aten"
+    return choice.default_on(_arch(torch.cuda.current_device()), op)
+
+
+@functools.cache
+def _arch(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
