@@ -141,7 +141,8 @@ def _entry_to_json(entry: Entry) -> _Json:
         {"backend": choice.backend, "config": choice.config and dataclasses.asdict(choice.config), "ms": ms}
         for choice, ms in entry.measured
     ]
-    return {**problem, "candidates": measured, "winner": measured.index(min(measured, key=lambda m: m["ms"]))}
+    times = [ms for _, ms in entry.measured]
+    return {**problem, "candidates": measured, "winner": times.index(min(times))}
 
 
 def from_json(value: Any) -> Table:
@@ -214,10 +215,11 @@ def _dataclass(kind: Any, value: Any) -> Any:
     _expect(not strange, f"{kind.__name__} has no {', '.join(strange)}")
     arguments = {}
     for name, field in fields.items():
-        required = field.default is dataclasses.MISSING
+        default: Any = field.default
+        required = default is dataclasses.MISSING
         _expect(name in value or not required, f"{kind.__name__} lacks {name}")
-        wanted = int if required else type(field.default)
-        found = value.get(name, field.default)
+        wanted = int if required else type(default)
+        found = value.get(name, default)
         found = tuple(found) if wanted is tuple and isinstance(found, list) else found
         good = type(found) is wanted and (wanted is not tuple or all(type(v) is int for v in found) and len(found) == 2)
         _expect(good, f"{kind.__name__}.{name} is {found!r}")
