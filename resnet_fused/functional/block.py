@@ -10,7 +10,7 @@ of its result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from resnet_fused.functional.common import (
     refused,
 )
 from resnet_fused.functional.statistics import constant_affine, finalize
-from resnet_fused.plan.conv import ConvShape, training_refusal
+from resnet_fused.plan.conv import ConvShape, tf32_allowed, training_refusal
 
 _op = torch.ops.resnet_fused
 
@@ -90,13 +90,13 @@ def choose_chain(
     shape: tuple[int, ...] | None = tuple(x.shape)
     for layer in branch:
         assert shape is not None
-        chosen, shape = _choose_layer(function, x, dtype, shape, layer, forced)
+        chosen, shape = _choose_layer(function, x, dtype, shape, layer, layer is branch[0], forced)
         if chosen is None:
             return None
         layers.append(chosen)
     projection = None
     if shortcut is not None:
-        projection, projected = _choose_layer(function, x, dtype, tuple(x.shape), shortcut, forced)
+        projection, projected = _choose_layer(function, x, dtype, tuple(x.shape), shortcut, True, forced)
         if projection is None or projected != shape:
             return None
     if (identity and tuple(x.shape) != shape) or (residual is not None and tuple(residual.shape) != shape):
@@ -120,7 +120,7 @@ def _dtype_under_autocast(x: Tensor) -> torch.dtype:
 
 
 def _choose_layer(
-    function: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layer: ConvBN, forced: str | None
+    function: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layer: ConvBN, first: bool, forced: str | None
 ) -> tuple[Layer | None, tuple[int, ...] | None]:
     """How to run one layer on an input of `shape`, and the shape of its result."""
     weight = layer.weight
@@ -132,16 +132,44 @@ def _choose_layer(
     cast = torch.is_autocast_enabled(x.device.type) if x.device.type in ("cpu", "cuda") else False
     if weight.device != x.device or not (weight.dtype == dtype or (cast and weight.dtype != torch.float64)):
         return None, None
-    conv = forced or plan.default_backend("conv_fprop_stats", x.device.type)
     problem = ConvShape(*shape, weight.shape[0], *weight.shape[2:], *layer.geometry)  # type: ignore[call-arg, arg-type]
-    if not ops.implements(conv, "conv_fprop_stats"):
-        conv = "aten"
-    if conv == "triton":
-        reason = ops.unavailable(conv, x.device.type) or training_refusal(problem, dtype)
-        if reason is not None:
-            refused(forced, function, reason)
-            conv = "aten"
-    return Layer(layer.geometry, layer.batch_statistics, conv, plan.training(problem, dtype, _arch(x.device))), out
+    arch = _arch(x.device)
+    fusion = plan.training(problem, dtype, arch)
+    fusion = replace(fusion, prologue=fusion.prologue and not first)
+    backends = _conv_backends(function, problem, dtype, x.device, arch, fusion, forced)
+    return Layer(layer.geometry, layer.batch_statistics, *backends, fusion), out
+
+
+def _conv_backends(
+    function: str,
+    problem: ConvShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    arch: int,
+    fusion: plan.Fusion,
+    forced: str | None,
+) -> tuple[str, str, str]:
+    """The backends of fprop, dgrad and wgrad."""
+    if forced is not None and not ops.implements(forced, "conv_fprop_stats"):
+        return "aten", "aten", "aten"
+    if forced is not None and forced != "triton":
+        return forced, forced, forced
+    reason = ops.unavailable("triton", device.type) or training_refusal(problem, dtype)
+    if reason is not None:
+        refused(forced, function, reason)
+        return "aten", "aten", "aten"
+    if forced is not None:
+        return forced, forced, forced
+    if torch.compiler.is_compiling():  # which cannot see through the tables
+        return tuple(plan.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
+    tf32 = dtype == torch.float32 and tf32_allowed()
+    prologue = ("prologue",) if fusion.prologue else ()
+    gradient = fusion.dgrad_prologue
+    fprop = plan.choose(plan.Problem("conv_fprop_stats", problem, dtype, tf32, prologue), arch)
+    dgrad = plan.choose(plan.Problem("conv_dgrad", problem, dtype, tf32, ("prologue",) if gradient else ()), arch)
+    flags = ("dy_prologue",) * gradient + ("x_prologue",) * fusion.prologue
+    wgrad = plan.choose(plan.Problem("conv_wgrad", problem, dtype, tf32, flags), arch)
+    return fprop.backend, dgrad.backend, wgrad.backend
 
 
 @torch.compiler.assume_constant_result
@@ -165,7 +193,7 @@ def run_chain(
     x = dense(x.to(_dtype_under_autocast(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
     # Triton's convolutions read channels_last.
-    reads_nhwc = next((layer.conv for layer in chain.layers if layer.conv == "triton"), chain.branch[0].conv)
+    reads_nhwc = "triton" if any("triton" in layer[2:5] for layer in chain.layers) else chain.branch[0].fprop
     x, _, residual = conv_operands(reads_nhwc, x, x, residual)
     with torch.no_grad():
         made = []
@@ -184,7 +212,7 @@ def run_chain(
 def _layer(x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str) -> Made:
     """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
     weight = layer.weight.to(x.dtype)
-    fused = static.conv != "aten" and static.batch_statistics and static.fusion.statistics
+    fused = static.fprop != "aten" and static.batch_statistics and static.fusion.statistics
     if affine is not None and not (fused and static.fusion.prologue):
         x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
         affine = None
@@ -193,10 +221,10 @@ def _layer(x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, stati
         assert out is not None
         rows = plan.partial_rows(out[0] * out[2] * out[3], out[1])
         z, *statistics = _op.conv_fprop_stats(
-            x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.conv
+            x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.fprop
         )
     else:
-        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.conv)
+        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.fprop)
         z = dense(z)
         if static.batch_statistics:
             statistics = _op.bn_stats(z, plan.partial_rows(pixels(z), z.shape[1]), backend=backend)

@@ -21,8 +21,15 @@ class Layer(NamedTuple):
 
     geometry: Geometry
     batch_statistics: bool
-    conv: str  # the backend of the three convolution ops
+    fprop: str  # the backends of the three convolution ops
+    dgrad: str
+    wgrad: str
     fusion: Fusion
+
+    @property
+    def applies_gradient(self) -> bool:
+        """Whether its dgrad and wgrad run the backward of its batch norm on their way in."""
+        return self.fusion.dgrad_prologue and self.batch_statistics and self.dgrad != "aten" and self.wgrad != "aten"
 
 
 class Chain(NamedTuple):
@@ -154,7 +161,7 @@ class _Backward:
         dy = in_layout_of(dy, self.made[last].z)
         # The gradient of the sum, dy behind the ReLU's mask: the mask is applied wherever dy is read, and dy written
         # masked only for those who read it and know no mask.
-        keeps_mask = chain.identity and last >= 0 and chain.branch[0].conv != "aten"
+        keeps_mask = chain.identity and last >= 0 and chain.branch[0].dgrad != "aten"
         wants_sum = needs_residual or (chain.identity and self.needs_x and not keeps_mask)
         addend, addend_mask = (dy, self.mask) if chain.identity and keeps_mask else (None, None)
         masked = None
@@ -218,11 +225,11 @@ class _Backward:
         """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm."""
         layer, before, made = self.chain.branch[k], self.chain.branch[k - 1], self.made[k - 1]
         affine = (made.scale, made.shift, made.mean, made.invstd)
-        fused = layer.conv != "aten" and layer.fusion.dgrad_epilogue
+        fused = layer.dgrad != "aten" and layer.fusion.dgrad_epilogue
         size = made.z.shape[2:]
         epilogue = (made.z, *affine) if fused else (None,) * 5
         da, *sums = _op.conv_dgrad(
-            *self.operands(k, gradient), None, None, *epilogue, size, *layer.geometry, backend=layer.conv
+            *self.operands(k, gradient), None, None, *epilogue, size, *layer.geometry, backend=layer.dgrad
         )
         da = in_layout_of(da, made.z)
         if not fused and (self.wants_sums(k - 1) or before.batch_statistics):
@@ -233,9 +240,9 @@ class _Backward:
             self.keep_sums(k - 1, sums)
         count = float(pixels(made.z))
         given = tuple(sums) if before.batch_statistics and sums is not None else (None, None)
-        if fused and before.batch_statistics and before.conv != "aten" and before.fusion.dgrad_prologue:
+        if fused and before.applies_gradient:
             coefficients = _op.bn_backward_finalize(
-                *given, made.scale, made.mean, made.invstd, count, backend=before.conv
+                *given, made.scale, made.mean, made.invstd, count, backend=before.dgrad
             )
             return _Gradient(da, made.z, coefficients)
         # The epilogue has applied the mask: what is left of ReLU's backward is the identity.
@@ -248,7 +255,7 @@ class _Backward:
         """The gradient of x through layer k, with what reaches x on other ways added."""
         layer = self.chain.layers[k]
         dx: Tensor = _op.conv_dgrad(
-            *self.operands(k, gradient), addend, mask, *(None,) * 5, self.size, *layer.geometry, backend=layer.conv
+            *self.operands(k, gradient), addend, mask, *(None,) * 5, self.size, *layer.geometry, backend=layer.dgrad
         )[0]
         return dx
 
@@ -266,7 +273,7 @@ class _Backward:
         else:
             before = self.made[k - 1]
             x, affine = before.z, (before.scale, before.shift)
-            if layer.conv == "aten" or not layer.fusion.prologue:
+            if layer.wgrad == "aten" or not layer.fusion.prologue:
                 x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=self.chain.backend)
                 affine = no_affine
         filter_size = weight.shape[2:]
@@ -278,7 +285,7 @@ class _Backward:
             *affine,
             filter_size,
             *layer.geometry,
-            backend=layer.conv,
+            backend=layer.wgrad,
         )
 
     def wants_sums(self, k: int) -> bool:

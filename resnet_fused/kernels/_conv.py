@@ -9,13 +9,7 @@ from torch import Tensor
 
 from resnet_fused.kernels._launch import INTERPRETED, is_nhwc, name_of, refuse_activations
 from resnet_fused.kernels._tile import affine, to_fp32
-from resnet_fused.plan.conv import ConvShape
-
-
-def tf32_allowed() -> bool:
-    """PyTorch's own switch for convolutions; `torch.backends.cudnn.allow_tf32` sets it too."""
-    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    return precision == "tf32"
+from resnet_fused.plan.conv import ConvShape, tf32_allowed
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -93,6 +93,12 @@ def training_refusal(shape: ConvShape, dtype: torch.dtype) -> str | None:
     return dgrad_refusal(shape)
 
 
+def tf32_allowed() -> bool:
+    """PyTorch's own switch for convolutions; `torch.backends.cudnn.allow_tf32` sets it too."""
+    precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return precision == "tf32"
+
+
 def _next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
