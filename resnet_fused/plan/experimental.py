@@ -14,12 +14,12 @@ from resnet_fused.plan.conv import ConvConfig, ConvShape
 # Formulation -> compute capabilities, times ten, that it is for. sm_120 has TMA, but no instruction that multiplies
 # from shared memory to gain by it, and the ptxas of Triton 3.6 puts calls with stack frames around its copies.
 ARCHITECTURES = {
-    "tma_gemm": (90, 100, 103),  # 1x1, stride 1, as a persistent matrix product; operands by TMA
-    "tma_conv": (90, 100, 103),  # any filter as boxes of pixels, one box a tap
-    "tma_gemm_ws": (100, 103),  # the same, warp-specialised by the compiler
-    "tma_conv_ws": (100, 103),
+    "tma_gemm": (90, 100),  # 1x1, stride 1, as a persistent matrix product; operands by TMA
+    "tma_conv": (90, 100),  # any filter as boxes of pixels, one box a tap
+    "tma_gemm_ws": (100,),  # the same, warp-specialised by the compiler
+    "tma_conv_ws": (100,),
     "wgmma_conv": (90,),  # Gluon: boxes by a producer warp, wgmma
-    "tcgen05_conv": (100, 103),  # Gluon: boxes by a producer warp, tcgen05 with the accumulator in tensor memory
+    "tcgen05_conv": (100,),  # Gluon: boxes by a producer warp, tcgen05 with the accumulator in tensor memory
 }
 KERNELS = tuple(ARCHITECTURES)
 DTYPES = (torch.float16, torch.bfloat16)
@@ -141,15 +141,17 @@ def configurations(arch: int) -> list[ConvConfig]:
     # (block_m, block_n, block_k, num_warps, num_stages)
     small = (64, 64, 64, 4, 4)
     hopper = [(128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), small]
+    wgmma = [(128, 128, 64, 8, 4), (256, 64, 64, 8, 4), (128, 64, 64, 4, 6), (64, 64, 64, 4, 8)]
     blackwell = [(128, 128, 64, 8, 4), (128, 64, 64, 4, 4)]
     specialized = [(128, 128, 64, 8, 3), (128, 64, 64, 4, 4)]
     tiles = {
-        90: {"tma_gemm": hopper, "tma_conv": hopper, "wgmma_conv": [(128, 128, 64, 8, 4)]},
+        90: {"tma_gemm": hopper, "tma_conv": hopper, "wgmma_conv": wgmma},
         100: {
             "tma_gemm": blackwell,
             "tma_conv": blackwell,
             "tma_gemm_ws": specialized,
             "tma_conv_ws": specialized,
+            "tcgen05_conv": [(128, 128, 64, 8, 4), (128, 64, 64, 4, 6)],
         },
     }
     return [ConvConfig(*tile, kernel=kernel) for kernel, listed in tiles.get(arch, {}).items() for tile in listed]

@@ -1,18 +1,23 @@
-"""What the Gluon kernels share: the warp that copies operands, the place of a tile, the affine map, descriptors.
+"""What the Gluon kernels share: the warp that copies operands, the place of a tile, the affine map, the launch.
 
 Gluon kernels are compiled here, never run: see `wgmma.py` and `tcgen05.py`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from resnet_fused.plan.experimental import View
+from resnet_fused.kernels.experimental._grid import launch
+from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.plan.experimental import View, tiling
 
 # Renamed after Triton 3.6.
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -21,7 +26,7 @@ copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
+def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
     """A host descriptor of `view`, whose boxes lie in shared memory as wgmma and tcgen05 read them."""
     layout = gl.NVMMASharedLayout.get_default_for(list(view.box), _TYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(view.shape), list(view.strides), list(view.box), layout)
@@ -115,3 +120,52 @@ def produce(
                 copy_in(x, [n0, p0 + h, q0 + w, c], ready, a_slots.index(slot))
             copy_in(weight, [k0, tap * C + c], ready, b_slots.index(slot))
             slot, phase = advance(slot, phase, SLOTS)
+
+
+def launch_conv(
+    kernel: Any,
+    x: Tensor,
+    krsc: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    shape: ConvShape,
+    relu: bool,
+    config: ConvConfig,
+) -> Tensor:
+    """`experimental.conv_fprop` by one of the Gluon kernels, which take the same arguments."""
+    y = torch.empty(
+        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+    boxes = tiling(shape, config)
+    tiles = boxes.tiles * triton.cdiv(shape.k, config.block_n)
+    launch(
+        kernel,
+        x,
+        tiles,
+        _descriptor(x, boxes.x),
+        _descriptor(krsc, boxes.weight),
+        scale,
+        shift,
+        None if residual is None else _descriptor(residual, boxes.y),
+        _descriptor(y, boxes.y),
+        boxes.grid[1],
+        boxes.grid[2],
+        shape.c,
+        shape.k,
+        tiles,
+        *shape.padding,
+        *shape.dilation,
+        R=shape.r,
+        S=shape.s,
+        STRIDE2=boxes.stride2,
+        ACTIVATE=relu,
+        BOX_N=boxes.box[0],
+        BOX_P=boxes.box[1],
+        BOX_Q=boxes.box[2],
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        SLOTS=config.num_stages,
+        num_warps=config.num_warps,
+    )
+    return y

@@ -5,8 +5,6 @@ Compiled for sm_90 by Triton 3.6 and 3.9, never run: Triton's interpreter does n
 
 from __future__ import annotations
 
-import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -18,10 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from resnet_fused.kernels.experimental._gluon import advance, affine, copy_in, copy_out, descriptor, place, produce
-from resnet_fused.kernels.experimental._grid import launch
+from resnet_fused.kernels.experimental._gluon import advance, affine, copy_in, copy_out, launch_conv, place, produce
 from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.experimental import tiling
 
 
 @gluon.jit
@@ -138,67 +134,18 @@ def _wgmma_conv_kernel(
     mbarrier.init(arrived, count=1)
     fence_async_shared()  # the initialised barriers, before a copy signals one
     steps = R * S * (C // BLOCK_K)
+    # fmt: off
     gl.warp_specialize(
         [
-            (
-                _multiply,
-                (
-                    scale,
-                    shift,
-                    residual,
-                    y,
-                    a_slots,
-                    b_slots,
-                    empty,
-                    full,
-                    arrived,
-                    P,
-                    Q,
-                    K,
-                    tiles,
-                    steps,
-                    ACTIVATE,
-                    BOX_N,
-                    BOX_P,
-                    BOX_Q,
-                    BLOCK_N,
-                    BLOCK_K,
-                    SLOTS,
-                ),
-            ),
-            (
-                produce,
-                (
-                    x,
-                    weight,
-                    a_slots,
-                    b_slots,
-                    empty,
-                    full,
-                    P,
-                    Q,
-                    C,
-                    K,
-                    tiles,
-                    pad_h,
-                    pad_w,
-                    dilation_h,
-                    dilation_w,
-                    R,
-                    S,
-                    STRIDE2,
-                    BOX_N,
-                    BOX_P,
-                    BOX_Q,
-                    BLOCK_N,
-                    BLOCK_K,
-                    SLOTS,
-                ),
-            ),
+            (_multiply, (scale, shift, residual, y, a_slots, b_slots, empty, full, arrived, P, Q, K, tiles, steps,
+                         ACTIVATE, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
+            (produce, (x, weight, a_slots, b_slots, empty, full, P, Q, C, K, tiles, pad_h, pad_w,
+                       dilation_h, dilation_w, R, S, STRIDE2, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
         ],
-        [1],
-        [24],
+        [1],  # warps of the second role and those after it,
+        [24],  # and their registers
     )
+    # fmt: on
 
 
 def conv_fprop(
@@ -212,38 +159,4 @@ def conv_fprop(
     config: ConvConfig,
 ) -> Tensor:
     """`experimental.conv_fprop` by `wgmma_conv`."""
-    y = torch.empty(
-        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
-    boxes = tiling(shape, config)
-    tiles = boxes.tiles * triton.cdiv(shape.k, config.block_n)
-    launch(
-        _wgmma_conv_kernel,
-        x,
-        tiles,
-        descriptor(x, boxes.x),
-        descriptor(krsc, boxes.weight),
-        scale,
-        shift,
-        None if residual is None else descriptor(residual, boxes.y),
-        descriptor(y, boxes.y),
-        boxes.grid[1],
-        boxes.grid[2],
-        shape.c,
-        shape.k,
-        tiles,
-        *shape.padding,
-        *shape.dilation,
-        R=shape.r,
-        S=shape.s,
-        STRIDE2=boxes.stride2,
-        ACTIVATE=relu,
-        BOX_N=boxes.box[0],
-        BOX_P=boxes.box[1],
-        BOX_Q=boxes.box[2],
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        SLOTS=config.num_stages,
-        num_warps=config.num_warps,
-    )
-    return y
+    return launch_conv(_wgmma_conv_kernel, x, krsc, scale, shift, residual, shape, relu, config)
