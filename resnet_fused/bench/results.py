@@ -30,6 +30,7 @@ class Result:
     setup_s: float | None = None
     timing: Timing | None = None
     peak_bytes: int | None = None
+    saved_bytes: int | None = None  # by autograd, in training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,11 @@ class CaseReport:
         """Median time of the baseline over that of `result`; None where one of them has no speed."""
         base = next((r.timing for r in self.results if r.contestant == baseline), None)
         return base.p50 / result.timing.p50 if base and result.timing else None
+
+    def saved_ratio(self, result: Result, baseline: str) -> float | None:
+        """Saved bytes over those of the baseline; None in inference."""
+        base = next((r.saved_bytes for r in self.results if r.contestant == baseline), None)
+        return result.saved_bytes / base if base and result.saved_bytes is not None else None
 
     def images_per_s(self, result: Result) -> float | None:
         return self.case.batch / result.timing.p50 * 1e3 if result.timing else None
@@ -120,6 +126,9 @@ class Report:
             "samples_ms": [round(sample, 4) for sample in timing.samples_ms] if timing else None,
             "setup_s": result.setup_s,
             "peak_bytes": result.peak_bytes,
+            "saved": {"bytes": result.saved_bytes, "ratio": report.saved_ratio(result, self.baseline)}
+            if result.saved_bytes is not None
+            else None,
             "flops_per_s": rate,
             "roof_fraction": rate / report.roof.best if rate and report.roof else None,
             "errors": {k: "inf" if v == float("inf") else v for k, v in errors.items()} if errors else None,

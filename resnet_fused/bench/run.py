@@ -19,6 +19,7 @@ from .memory import MemoryMeter
 from .progress import Reporter
 from .results import CaseReport, Report, Result
 from .runner import Outcome, Runner, reference
+from .saved import saved_bytes
 
 CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 PICTURE_BATCH = 8
@@ -171,13 +172,18 @@ class _Race:
             errors = errors_of(outcome, judge)
             runner.step()
             peak = meter.peak(runner.step)
+            saved = _saved_bytes(runner) if case.mode == "train" else None
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
             if self.options.backend != "auto" and contestant.name in ("fused", "frozen"):
                 raise UsageError(f"--backend {self.options.backend}: {first_line(error)}") from None
             return None, Result(contestant.name, "failed", first_line(error))
-        return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak)
+        return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved)
+
+
+def _saved_bytes(runner: Runner) -> int:
+    return saved_bytes(runner.loss, [*runner.module.parameters(), *runner.module.buffers()])
 
 
 def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:

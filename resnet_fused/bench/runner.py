@@ -66,7 +66,7 @@ class Runner:
         if self.case.mode == "infer":
             return Outcome(self.infer(self._images)[:limit])
         scale = 1024.0 if self.case.dtype == "fp16" else 1.0
-        logits, loss = self._loss(limit)
+        logits, loss = self.loss(limit)
         (loss * scale).backward()
         named = dict(self.module.named_parameters())
         gradients = {name: p.grad.double() / scale for name, p in named.items() if p.grad is not None}
@@ -80,14 +80,15 @@ class Runner:
         if self.case.mode == "infer":
             with torch.inference_mode():
                 return self.forward(self._images)
-        _, loss = self._loss(None)
+        _, loss = self.loss(None)
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _loss(self, limit: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and loss of the first `limit` images, with autograd's graph behind them."""
         kind, dtype = self._images.device.type, self.case.torch_dtype
         with torch.autocast(kind, dtype, enabled=self.case.dtype != "fp32"):
             logits = self.forward(self._images[:limit])

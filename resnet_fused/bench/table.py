@@ -12,6 +12,7 @@ from rich.text import Text
 from . import provenance
 from .memory import EXPLANATION
 from .results import CaseReport, Report, Result
+from .saved import EXPLANATION as SAVED
 
 BUSY_LOAD = 0.5  # a load average above this at the start means that others used the machine
 
@@ -26,6 +27,7 @@ def render(report: Report, console: Console) -> None:
     training = "train" in report.modes()
     if training:
         columns.insert(5, "grad error")
+        columns.insert(7, "saved MB")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for case in report.cases:
@@ -34,7 +36,7 @@ def render(report: Report, console: Console) -> None:
         for result in case.results:
             cells = _cells(report, case, result)
             if not training:
-                del cells["grad error"]
+                del cells["grad error"], cells["saved MB"]
             table.add_row(
                 f"  {result.contestant}{' *' if result.contestant == report.baseline else ''}", *cells.values()
             )
@@ -56,6 +58,8 @@ def _cells(report: Report, case: CaseReport, result: Result) -> dict[str, Text |
     cells["logit error"] = f"{errors.logits:.1e}" if errors else "-"
     cells["grad error"] = f"{errors.gradients:.1e}" if errors and errors.gradients is not None else "-"
     cells["peak MB"] = f"{result.peak_bytes / 1e6:.0f}" if timing and result.peak_bytes is not None else "-"
+    saved = case.saved_ratio(result, report.baseline)
+    cells["saved MB"] = f"{result.saved_bytes / 1e6:.0f} ({saved:.2f}x)" if result.saved_bytes and saved else "-"
     fraction = f" ({rate / case.roof.best:.0%})" if rate and case.roof else ""
     cells["rate"] = f"{rate / 1e9:.0f}{fraction}" if rate else "-"
     cells["setup"] = f"{result.setup_s:.1f}" if result.setup_s is not None else "-"
@@ -94,6 +98,8 @@ def notes(report: Report) -> Iterator[str]:
         yield f"[yellow]the machine was busy when this began (load average {load:.1f}): timings are noisy[/yellow]"
     yield "* the baseline; errors are relative to the float64 model; roof: the better of the two above"
     yield f"peak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}; set-up: build, compile and first call"
+    if "train" in report.modes():
+        yield f"saved MB: {SAVED}"
 
 
 def _problems(report: Report) -> Iterator[str]:

@@ -220,8 +220,11 @@ def _dataclass(kind: Any, value: Any) -> Any:
         _expect(name in value or not required, f"{kind.__name__} lacks {name}")
         wanted = int if required else type(default)
         found = value.get(name, default)
-        found = tuple(found) if wanted is tuple and isinstance(found, list) else found
-        good = type(found) is wanted and (wanted is not tuple or all(type(v) is int for v in found) and len(found) == 2)
+        if isinstance(found, list):
+            found = tuple(found)
+        good = type(found) is wanted
+        if isinstance(found, tuple):
+            good = good and len(found) == 2 and all(type(v) is int for v in found)
         _expect(good, f"{kind.__name__}.{name} is {found!r}")
         arguments[name] = found
     return kind(**arguments)
