@@ -1,0 +1,305 @@
+"""The tail of a bottleneck and the head of the next one in one kernel: inference without the activations between."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._conv import conv_shape, dot_dtype, refuse_like, refuse_operands, refuse_vectors, taps_inside
+from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._tile import relu, round_to, to_fp32
+from resnet_fused.plan.conv import ConvConfig
+from resnet_fused.plan.conv_chain import chain_refusal, chain_tile, conv_chain_heuristic
+
+
+@triton.jit
+def _normalised(acc, scale, shift, channel, exists):
+    """acc * scale + shift; scale may be None."""
+    offset = to_fp32(tl.load(shift + channel, mask=exists, other=0.0))[None, :]
+    if scale is not None:
+        factor = to_fp32(tl.load(scale + channel, mask=exists, other=0.0))[None, :]
+        return tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(offset, acc.shape))
+    else:
+        return acc + offset
+
+
+@triton.jit
+def _conv_chain_kernel(
+    x,  # [N, H, W, C]
+    weight2,  # [C2, R, S, C]
+    scale2,  # [C2] or None
+    shift2,  # [C2]
+    weight3,  # [K, C2]
+    scale3,  # [K] or None
+    shift3,  # [K]
+    residual,  # [N, P, Q, K]
+    weight1,  # [C1, K] or None
+    scale1,  # [C1] or None
+    shift1,  # [C1] or None
+    y,  # [N, P, Q, K]
+    following,  # [N, P, Q, C1] or None
+    M,  # N * P * Q
+    H,
+    W,
+    input_octets,  # C / 8: triton by itself sees only multiples of 16
+    P,
+    Q,
+    inner_octets,  # C2 / 8
+    output_octets,  # K / 8
+    next_octets,  # C1 / 8
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PADDED: tl.constexpr,  # a tap can fall outside the image
+    EVEN_C: tl.constexpr,  # BLOCK_K divides C
+    EVEN_INNER: tl.constexpr,  # INNER is C2
+    EVEN_N: tl.constexpr,  # BLOCK_N divides K
+    DOT_DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
+    INNER: tl.constexpr,  # tile of C2
+    NEXT: tl.constexpr,  # tile of C1
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a = round(relu(conv2(x))), y = round(relu(conv3(a) + residual)), following = round(relu(conv1(y))).
+
+    A program owns BLOCK_M pixels and all their channels: a is the left operand of conv3, which yields BLOCK_N channels
+    of y at a time, each stored and multiplied into the sums of conv1.
+    """
+    C = input_octets * 8
+    C2 = inner_octets * 8
+    K = output_octets * 8
+    C1 = next_octets * 8
+    pid = tl.program_id(0)
+    m = pid.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixel_exists = (m < M)[:, None]
+    inner = tl.arange(0, INNER)
+    k = tl.arange(0, BLOCK_K)
+
+    # Rows past the end repeat the last one and are not stored.
+    row = tl.minimum(m, M - 1)
+    q = row % Q
+    p = (row // Q) % P
+    h0 = (p * stride_h - pad_h).to(tl.int32)
+    w0 = (q * stride_w - pad_w).to(tl.int32)
+    x_row = ((row // (Q * P) * H + h0) * W + w0) * C
+    if PADDED:
+        inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
+
+    acc = tl.zeros((BLOCK_M, INNER), tl.float32)
+    tiles_c = tl.cdiv(C, BLOCK_K)
+    for i in range(R * S * tiles_c):
+        tap = i // tiles_c
+        c = (i - tap * tiles_c) * BLOCK_K + k
+        r = tap // S
+        s = tap - r * S
+        x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])
+        w_tile = weight2 + ((inner * (R * S * C))[None, :] + (tap * C + c)[:, None])
+        if PADDED:
+            wanted = (1 << r) | (1 << (s + 16))
+            valid = ((inside & wanted) == wanted)[:, None]
+            if not EVEN_C:
+                valid = valid & (c < C)[None, :]
+            left = tl.load(x_tile, mask=valid, other=0.0)
+        elif EVEN_C:
+            left = tl.load(x_tile)
+        else:
+            left = tl.load(x_tile, mask=(c < C)[None, :], other=0.0)
+        if EVEN_C and EVEN_INNER:
+            right = tl.load(w_tile)
+        else:
+            right = tl.load(w_tile, mask=(c < C)[:, None] & (inner < C2)[None, :], other=0.0)
+        acc = tl.dot(left.to(DOT_DTYPE), right.to(DOT_DTYPE), acc)
+    acc = relu(_normalised(acc, scale2, shift2, inner, inner < C2))
+    if not EVEN_INNER:  # zero times an infinite pixel is none
+        acc = tl.where((inner < C2)[None, :], acc, 0.0)
+    a = round_to(acc, x.dtype.element_ty).to(DOT_DTYPE)
+
+    following_acc = tl.zeros((BLOCK_M, NEXT), tl.float32)
+    head = tl.arange(0, NEXT)
+    for start in range(0, K, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        n_exists = n < K
+        w_tile = weight3 + ((n * C2)[None, :] + inner[:, None])
+        if EVEN_INNER and EVEN_N:
+            right = tl.load(w_tile)
+        else:
+            right = tl.load(w_tile, mask=(inner < C2)[:, None] & n_exists[None, :], other=0.0)
+        out = _normalised(tl.dot(a, right.to(DOT_DTYPE)), scale3, shift3, n, n_exists)
+        place = m[:, None] * K + n[None, :]
+        stored = pixel_exists
+        if not EVEN_N:
+            stored = stored & n_exists[None, :]
+        out = relu(out + to_fp32(tl.load(residual + place, mask=stored, other=0.0)))
+        if not EVEN_N:
+            out = tl.where(n_exists[None, :], out, 0.0)
+        rounded = round_to(out, y.dtype.element_ty)
+        tl.store(y + place, rounded, mask=stored)
+        if weight1 is not None:
+            w_tile = weight1 + ((head * K)[None, :] + n[:, None])
+            right = tl.load(w_tile, mask=(head < C1)[None, :] & n_exists[:, None], other=0.0)
+            following_acc = tl.dot(rounded.to(DOT_DTYPE), right.to(DOT_DTYPE), following_acc)
+    if weight1 is not None:
+        value = relu(_normalised(following_acc, scale1, shift1, head, head < C1))
+        place = m[:, None] * C1 + head[None, :]
+        stored = pixel_exists & (head < C1)[None, :]
+        tl.store(following + place, round_to(value, following.dtype.element_ty), mask=stored)
+
+
+def _refuse_pointwise(name: str, weight: Tensor, inputs: int) -> str | None:
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (inputs, 1, 1):
+        return f"{name} must be [outputs, {inputs}, 1, 1], got {tuple(weight.shape)}"
+    return None
+
+
+def refuse(
+    x: Tensor,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor | None,
+    shift3: Tensor,
+    residual: Tensor,
+    weight1: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> str | None:
+    """Why `conv_chain` cannot run on these arguments, or None."""
+    reason = refuse_operands(x, weight2) or refuse_operands(x, weight3)
+    if reason is not None:
+        return reason
+    inner, outputs = weight2.shape[0], weight3.shape[0]
+    if weight2.shape[1] != x.shape[1]:
+        return f"weight2 {tuple(weight2.shape)} does not fit {x.shape[1]} input channels"
+    reason = _refuse_pointwise("weight3", weight3, inner)
+    next_channels = None
+    if weight1 is not None:
+        next_channels = weight1.shape[0]
+        reason = reason or refuse_operands(x, weight1) or _refuse_pointwise("weight1", weight1, outputs)
+        if shift1 is None:
+            reason = reason or "weight1 comes with shift1"
+        reason = reason or refuse_vectors(x.device, next_channels, scale1=scale1, shift1=shift1)
+    elif scale1 is not None or shift1 is not None:
+        reason = reason or "scale1 and shift1 come with weight1"
+    shape = conv_shape(tuple(x.shape), weight2, stride, padding, dilation, 1)
+    return (
+        reason
+        or chain_refusal(shape, outputs, next_channels, x.dtype)
+        or refuse_like(x, (shape.n, outputs, shape.p, shape.q), residual=residual)
+        or refuse_vectors(x.device, inner, scale2=scale2, shift2=shift2)
+        or refuse_vectors(x.device, outputs, scale3=scale3, shift3=shift3)
+    )
+
+
+def conv_chain(
+    x: Tensor,
+    weight2: Tensor,
+    scale2: Tensor | None,
+    shift2: Tensor,
+    weight3: Tensor,
+    scale3: Tensor | None,
+    shift3: Tensor,
+    residual: Tensor,
+    weight1: Tensor | None,
+    scale1: Tensor | None,
+    shift1: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    config: ConvConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The tail of a bottleneck, and the head of the next one, without the activations between in memory.
+
+    a = round(relu(conv(x, weight2)*scale2 + shift2)), y = round(relu(conv1x1(a, weight3)*scale3 + shift3 + residual)),
+    next = round(relu(conv1x1(y, weight1)*scale1 + shift1)). ReLU keeps NaN.
+
+    Args:
+        x: [N, C, H, W] in NHWC order; fp16 or bf16.
+        weight2: [C2, C, R, S], the dtype of x; C2 at most 128.
+        scale2: [C2], or None for 1.
+        shift2: [C2].
+        weight3: [K, C2, 1, 1].
+        scale3: [K], or None for 1.
+        shift3: [K].
+        residual: [N, K, P, Q], like x.
+        weight1: [C1, K, 1, 1], or None: no next convolution; C1 at most 128.
+        scale1: [C1], or None for 1.
+        shift1: [C1]; with weight1.
+        stride: of weight2, (h, w); so are padding (zeros) and dilation.
+        padding: zeros around the image.
+        dilation: distance of the filter's taps.
+        config: the launch configuration; None takes the plan's.
+
+    Returns:
+        y: [N, K, P, Q] in NHWC order, in the dtype of x.
+        next: [N, C1, P, Q] likewise, or an empty tensor.
+    """
+    shape = conv_shape(tuple(x.shape), weight2, stride, padding, dilation, 1)
+    outputs = weight3.shape[0]
+    next_channels = None if weight1 is None else weight1.shape[0]
+    if config is None:
+        config = conv_chain_heuristic(shape, next_channels, x.dtype, compute_capability(x.device))
+    pixels = shape.n * shape.p * shape.q
+    y = _nhwc(x, (shape.n, outputs, shape.p, shape.q))
+    following = None if next_channels is None else _nhwc(x, (shape.n, next_channels, shape.p, shape.q))
+    launch(
+        _conv_chain_kernel,
+        triton.cdiv(pixels, config.block_m),
+        x,
+        weight2.contiguous(memory_format=torch.channels_last),
+        scale2,
+        shift2,
+        weight3.contiguous(),
+        scale3,
+        shift3,
+        residual,
+        None if weight1 is None else weight1.contiguous(),
+        scale1,
+        shift1,
+        y,
+        following,
+        pixels,
+        shape.h,
+        shape.w,
+        shape.c // 8,
+        shape.p,
+        shape.q,
+        shape.k // 8,
+        outputs // 8,
+        (next_channels or 8) // 8,
+        *shape.stride,
+        *shape.padding,
+        *shape.dilation,
+        R=shape.r,
+        S=shape.s,
+        PADDED=shape.padding != (0, 0),
+        EVEN_C=shape.c % config.block_k == 0,
+        EVEN_INNER=shape.k == chain_tile(shape.k),
+        EVEN_N=outputs % config.block_n == 0,
+        DOT_DTYPE=dot_dtype(x.dtype),
+        INDEX=index_type(x.numel(), y.numel()),
+        INNER=chain_tile(shape.k),
+        NEXT=chain_tile(next_channels or 1),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y, x.new_empty(0) if following is None else following
+
+
+def _nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

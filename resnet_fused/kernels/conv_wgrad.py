@@ -1,0 +1,372 @@
+"""The gradient of a convolution's weight as an implicit matrix product over the output pixels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resnet_fused.kernels._conv import (
+    bn_gradient,
+    dot_dtype,
+    refuse_half,
+    refuse_like,
+    refuse_vectors,
+    relu_affine,
+    tf32_allowed,
+)
+from resnet_fused.kernels._launch import compute_capability, index_type, is_nhwc, launch, refuse_activations
+from resnet_fused.kernels._tile import channel_unit, round_to
+from resnet_fused.kernels.reduce_rows import reduce_rows
+from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.plan.conv_wgrad import conv_wgrad_heuristic, wgrad_refusal
+
+
+def _magic(divisor: int) -> tuple[int, int]:
+    """(factor, shift) with n // divisor == n * factor >> shift for 0 <= n < 2^31 (Granlund and Montgomery 1994): the
+    loop over pixels divides twice per pixel, and a GPU has no divider. The factor is the int32 with the bits of the
+    uint32.
+    """
+    length = (divisor - 1).bit_length()
+    factor = (1 << (31 + length)) // divisor + 1
+    return factor - (1 << 32) if factor >> 31 else factor, 31 + length
+
+
+@triton.jit
+def _divide(n, factor, shift):
+    wide = n.to(tl.uint64) * factor.to(tl.uint32, bitcast=True).to(tl.uint64)
+    return (wide >> shift.to(tl.uint64)).to(tl.int32)
+
+
+@triton.jit
+def _below(index, end, EVEN: tl.constexpr):
+    """index < end, a constant where tiles divide it."""
+    if EVEN:
+        return tl.full(index.shape, 1, tl.int1)
+    else:
+        return index < end
+
+
+@triton.jit
+def _inside(position, size):
+    """0 <= position < size."""
+    return position.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+
+
+@triton.jit(do_not_specialize=["image_factor", "image_shift", "row_factor", "row_shift"])
+def _conv_wgrad_kernel(
+    dy,  # [N, P, Q, K]
+    x,  # [N, H, W, C]
+    dy_x,  # [N, P, Q, K] or None
+    dy_coefficients,  # [3, K] or None
+    x_scale,  # [C] or None
+    x_shift,  # [C] or None
+    partial,  # [splits, K, R, S, C/groups] fp32
+    M,  # N * P * Q
+    span,  # output pixels a split, a multiple of BLOCK_K
+    H,
+    W,
+    channel_units,  # C / UNIT
+    P,
+    Q,
+    image_factor,  # of division by P * Q
+    image_shift,
+    row_factor,  # of division by Q
+    row_shift,
+    output_units,  # K / UNIT
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    dilation_h,
+    dilation_w,
+    groups,
+    group_input_units,  # C / groups / UNIT
+    group_output_units,  # K / groups / UNIT
+    FLAT_INPUTS: tl.constexpr,  # C / groups where a tile's rows are (r, s, c), to divide by a constant; 0: c of one tap
+    UNIT: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    DENSE: tl.constexpr,  # 1x1, stride 1, no padding: an output pixel is an input pixel
+    PADDED: tl.constexpr,  # a tap can fall outside the image
+    EVEN_M: tl.constexpr,  # tiles divide the pixels
+    EVEN_C: tl.constexpr,  # tiles divide the rows
+    EVEN_N: tl.constexpr,  # tiles divide the output channels of a group
+    X_AXIS: tl.constexpr,  # 0: x is the left operand and the product [rows, k], 1: dy is, [k, rows]
+    PRECISION: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partial[split, k, r, s, c] = sum over the split's pixels m of g[m, k] * a[pixel(m, r, s), c].
+
+    A program owns BLOCK_M rows x BLOCK_N output channels of one group, over one split. Programs of a split are
+    neighbours, so that its pixels come from L2 for all but the first of them. Operands are loaded in the order in which
+    they are multiplied: a transposed tile would have to pass through registers.
+    """
+    C = channel_units * UNIT
+    K = output_units * UNIT
+    group_inputs = group_input_units * UNIT
+    group_outputs = group_output_units * UNIT
+    weight_row = R * S * group_inputs
+    if FLAT_INPUTS > 0:
+        rows = R * S * FLAT_INPUTS
+        taps = 1
+    else:
+        rows = group_inputs
+        taps = R * S
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(group_outputs, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_m = pid % tiles_m
+    tap = (pid // tiles_m) % taps
+    tile_n = (pid // (tiles_m * taps)) % tiles_n
+    group = (pid // (tiles_m * taps * tiles_n)) % groups
+    split = pid // (tiles_m * taps * tiles_n * groups)
+
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = split * span
+    end = tl.minimum(first + span, M)
+    if FLAT_INPUTS > 0:
+        c = row % FLAT_INPUTS
+        row_tap = row // FLAT_INPUTS
+        r = row_tap // S
+        s = row_tap - r * S
+        column = (r * dilation_h * W + s * dilation_w) * C + (group * group_inputs + c)
+        top, left = -pad_h, -pad_w
+        row_h = tl.expand_dims(r * dilation_h, 1 - X_AXIS)
+        row_w = tl.expand_dims(s * dilation_w, 1 - X_AXIS)
+    else:
+        c = row
+        r = tap // S
+        s = tap - r * S
+        column = group * group_inputs + c
+        top, left = r * dilation_h - pad_h, s * dilation_w - pad_w
+        if PADDED:
+            # A tap that no pixel sees is zero whatever the operands hold.
+            lowest = tl.maximum(tl.cdiv(-top, stride_h), 0)
+            leftmost = tl.maximum(tl.cdiv(-left, stride_w), 0)
+            reached = (lowest < P) & (lowest * stride_h + top < H) & (leftmost < Q) & (leftmost * stride_w + left < W)
+            end = tl.where(reached, end, first)
+    k = group * group_outputs + n
+    row_exists = _below(row, rows, EVEN_C)
+    k_exists = _below(n, group_outputs, EVEN_N)
+    if x_scale is not None:
+        channel = group * group_inputs + c
+        scale = tl.expand_dims(tl.load(x_scale + channel, mask=row_exists, other=0.0), 1 - X_AXIS)
+        shift = tl.expand_dims(tl.load(x_shift + channel, mask=row_exists, other=0.0), 1 - X_AXIS)
+    if dy_x is not None:
+        dy_a = tl.expand_dims(tl.load(dy_coefficients + k, mask=k_exists, other=0.0), X_AXIS)
+        dy_b = tl.expand_dims(tl.load(dy_coefficients + K + k, mask=k_exists, other=0.0), X_AXIS)
+        dy_c = tl.expand_dims(tl.load(dy_coefficients + 2 * K + k, mask=k_exists, other=0.0), X_AXIS)
+    row_exists = tl.expand_dims(row_exists, 1 - X_AXIS)
+    k_exists = tl.expand_dims(k_exists, X_AXIS)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if X_AXIS == 0 else (BLOCK_N, BLOCK_M), tl.float32)
+    for start in range(first, end, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        seen = _below(m, M, EVEN_M)
+        if DENSE:
+            x_pixel = m.to(INDEX) * C
+        else:
+            image = _divide(m, image_factor, image_shift)
+            rest = m - image * (P * Q)
+            p = _divide(rest, row_factor, row_shift)
+            h = p * stride_h + top
+            w = (rest - p * Q) * stride_w + left
+            x_pixel = ((image.to(INDEX) * H + h) * W + w) * C
+        if PADDED and FLAT_INPUTS == 0:
+            seen = seen & _inside(h, H) & _inside(w, W)
+        x_mask = tl.expand_dims(seen, X_AXIS) & row_exists
+        if PADDED and FLAT_INPUTS > 0:
+            x_mask &= _inside(tl.expand_dims(h, X_AXIS) + row_h, H) & _inside(tl.expand_dims(w, X_AXIS) + row_w, W)
+        a = tl.load(x + (tl.expand_dims(column, 1 - X_AXIS) + tl.expand_dims(x_pixel, X_AXIS)), mask=x_mask, other=0.0)
+        g_place = tl.expand_dims(k, X_AXIS) + tl.expand_dims(m.to(INDEX) * K, 1 - X_AXIS)
+        g_mask = tl.expand_dims(seen, 1 - X_AXIS) & k_exists
+        g = tl.load(dy + g_place, mask=g_mask, other=0.0)
+        # A pixel that does not count must stay zero in one operand; a prologue turns the zero of its own into another
+        # value.
+        if x_scale is not None:
+            a = round_to(relu_affine(a, scale, shift), x.dtype.element_ty)
+            if FLAT_INPUTS > 0 and PADDED:
+                a = tl.where(x_mask, a, 0.0)
+        if dy_x is not None:
+            raw = tl.load(dy_x + g_place, mask=g_mask, other=0.0)
+            g = round_to(bn_gradient(g, raw, dy_a, dy_b, dy_c), dy.dtype.element_ty)
+            if x_scale is not None and (PADDED or not EVEN_M):
+                g = tl.where(tl.expand_dims(seen, 1 - X_AXIS), g, 0.0)
+        if X_AXIS == 0:
+            acc = tl.dot(a.to(DOT_DTYPE), g.to(DOT_DTYPE), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(g.to(DOT_DTYPE), a.to(DOT_DTYPE), acc, input_precision=PRECISION)
+
+    place = (split.to(INDEX) * K + k) * weight_row
+    within = row if FLAT_INPUTS > 0 else tap * group_inputs + row
+    offset = tl.expand_dims(place, X_AXIS) + tl.expand_dims(within, 1 - X_AXIS)
+    tl.store(partial + offset, acc, mask=k_exists & row_exists)
+
+
+def _shape(
+    dy: Tensor, x: Tensor, filter: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> ConvShape:
+    n, c, h, w = x.shape
+    return ConvShape(
+        n,
+        c,
+        h,
+        w,
+        dy.shape[1],
+        filter[0],
+        filter[1],
+        (stride[0], stride[1]),
+        (padding[0], padding[1]),
+        (dilation[0], dilation[1]),
+        groups,
+    )
+
+
+def refuse(
+    dy: Tensor,
+    x: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    filter: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why `conv_wgrad` cannot run on these arguments, or None."""
+    reason = (
+        refuse_activations(x)
+        or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients)
+        or refuse_half(x_scale=x_scale, x_shift=x_shift)
+    )
+    if reason is not None:
+        return reason
+    if not is_nhwc(x):
+        strides, shape = tuple(x.stride()), tuple(x.shape)
+        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
+    if dy.dim() != 4:
+        return f"dy is 4-D [N, K, P, Q], got {dy.dim()}-D"
+    inputs, outputs = x.shape[1], dy.shape[1]
+    if groups < 1 or inputs % groups or outputs % groups:
+        return f"groups={groups} does not divide {inputs} input and {outputs} output channels"
+    problem = _shape(dy, x, filter, stride, padding, dilation, groups)
+    reason = wgrad_refusal(problem)
+    if reason is not None:
+        return reason
+    if dy_coefficients is not None and (tuple(dy_coefficients.shape) != (3, outputs)):
+        return f"dy_coefficients must be [3, {outputs}], got {tuple(dy_coefficients.shape)}"
+    return refuse_like(x, (problem.n, outputs, problem.p, problem.q), dy=dy, dy_x=dy_x) or refuse_vectors(
+        x.device, inputs, x_scale=x_scale, x_shift=x_shift
+    )
+
+
+def conv_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    filter: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    config: ConvConfig | None = None,
+) -> Tensor:
+    """dweight[k, c, r, s] = sum over (n, p, q) of g[n, k, p, q] * a[n, c, p*stride + r*dilation - padding, ...], in
+    fp32.
+
+    g = dy, or behind a batch norm's backward round(dy_coefficients[0]*dy + dy_coefficients[1]*dy_x +
+    dy_coefficients[2]). a = x, or the activation round(relu(x*x_scale + x_shift)), zero outside the image. The pixels
+    are split into ranges whose partial sums are added in a fixed order: bit-identical run to run. Grouped convolutions
+    run group by group: right for every group size, efficient from 16 channels a group on. A NaN or inf in x or dy
+    reaches what it reaches in PyTorch; an infinite x_shift gives NaN.
+
+    Args:
+        dy: [N, K, P, Q] in NHWC order; fp32, fp16 or bf16.
+        x: [N, C, H, W] in NHWC order, the dtype of dy.
+        dy_x: the input of the batch norm behind the convolution, like dy, or None.
+        dy_coefficients: [3, K] fp32 of `bn_backward_finalize`; with dy_x or not at all.
+        x_scale: [C] fp32 or None; so is x_shift, both or neither.
+        x_shift: see x_scale.
+        filter: (r, s).
+        stride: of the filter, (h, w); so are padding (zeros) and dilation.
+        padding: zeros around the image.
+        dilation: distance of the filter's taps.
+        groups: of channels that see each other.
+        config: the launch configuration; None takes the plan's.
+
+    Returns:
+        dweight: [K, C/groups, R, S] fp32, in KRSC memory order.
+    """
+    shape = _shape(dy, x, filter, stride, padding, dilation, groups)
+    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    x_prologue, dy_prologue = x_scale is not None, dy_x is not None
+    if config is None:
+        arch = compute_capability(x.device)
+        config = conv_wgrad_heuristic(shape, x.dtype, arch, tf32, x_prologue=x_prologue, dy_prologue=dy_prologue)
+    group_inputs, group_outputs = shape.c // groups, shape.k // groups
+    unit = channel_unit(shape.c, shape.k, group_inputs, group_outputs)
+    pixels = shape.n * shape.p * shape.q
+    rows = shape.r * shape.s * group_inputs if config.flat else group_inputs
+    taps = 1 if config.flat else shape.r * shape.s
+    span = max(1, triton.cdiv(pixels, config.splits * config.block_k)) * config.block_k
+    splits = max(1, triton.cdiv(pixels, span))  # the last ranges may have run out of pixels
+    partial = torch.empty((splits, shape.k, shape.r, shape.s, group_inputs), dtype=torch.float32, device=x.device)
+    launch(
+        _conv_wgrad_kernel,
+        triton.cdiv(rows, config.block_m) * taps * triton.cdiv(group_outputs, config.block_n) * groups * splits,
+        dy,
+        x,
+        dy_x,
+        dy_coefficients,
+        x_scale,
+        x_shift,
+        partial,
+        pixels,
+        span,
+        shape.h,
+        shape.w,
+        shape.c // unit,
+        shape.p,
+        shape.q,
+        *_magic(shape.p * shape.q),
+        *_magic(shape.q),
+        shape.k // unit,
+        *shape.stride,
+        *shape.padding,
+        *shape.dilation,
+        groups,
+        group_inputs // unit,
+        group_outputs // unit,
+        FLAT_INPUTS=group_inputs if config.flat else 0,
+        UNIT=unit,
+        R=shape.r,
+        S=shape.s,
+        DENSE=(shape.r, shape.s, shape.stride, shape.padding) == (1, 1, (1, 1), (0, 0)),
+        PADDED=shape.padding != (0, 0),
+        EVEN_M=pixels % config.block_k == 0,
+        EVEN_C=rows % config.block_m == 0,
+        EVEN_N=group_outputs % config.block_n == 0,
+        # Only the left operand may come from registers, where a prologue leaves it.
+        X_AXIS=1 if dy_prologue and not x_prologue else 0,
+        PRECISION="tf32" if tf32 else "ieee",
+        DOT_DTYPE=dot_dtype(x.dtype),
+        INDEX=index_type(x.numel(), dy.numel(), partial.numel()),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return (partial[0] if splits == 1 else reduce_rows(partial)).permute(0, 3, 1, 2)

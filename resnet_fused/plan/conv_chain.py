@@ -1,0 +1,99 @@
+"""Where the inference chain and the join run, and with which launch configurations: pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from resnet_fused.plan.conv import (
+    MULTIPROCESSORS,
+    ConvConfig,
+    ConvShape,
+    conv_fprop_configurations,
+    conv_fprop_heuristic,
+    conv_refusal,
+)
+
+# The activation between conv2 and conv3, and the accumulator of the next conv1, stay in registers whole.
+MAX_CHAIN_CHANNELS = 128
+_DTYPES = (torch.float16, torch.bfloat16)
+_MIN_CHANNELS_PER_TAP = 32
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def chain_refusal(shape: ConvShape, outputs: int, next_channels: int | None, dtype: torch.dtype) -> str | None:
+    """Why the Triton `conv_chain` cannot run, or None.
+
+    Args:
+        shape: of the first convolution, the 3x3; its k channels stay on the multiprocessor.
+        outputs: of the second convolution.
+        next_channels: outputs of the last convolution, None without one.
+        dtype: of the activations.
+    """
+    if dtype not in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        return f"the chain keeps an activation in the registers of 16-bit tensor cores, got {name}"
+    if shape.groups != 1:
+        return f"the chain takes one group, got {shape.groups}"
+    for what, channels in (("inner", shape.k), ("next", next_channels)):
+        if channels is not None and not 1 <= channels <= MAX_CHAIN_CHANNELS:
+            return f"the chain's {what} channels must fit one tile of {MAX_CHAIN_CHANNELS}, got {channels}"
+    channels = [c for c in (shape.c, shape.k, outputs, next_channels) if c is not None]
+    if any(c % 8 for c in channels):
+        return f"the chain reads 16-byte vectors: channels must be multiples of 8, got {channels}"
+    return conv_refusal(shape)
+
+
+def chain_tile(channels: int) -> int:
+    """The width of the tile that holds all of these channels."""
+    return max(16, _next_power_of_2(channels))
+
+
+def _chain(block_m: int, inner: int, following: int, dtype: torch.dtype, arch: int) -> ConvConfig:
+    block_n = 64 if inner <= 64 else 32
+    stages = 3 if arch in (80, 90, 100) else 2
+    return ConvConfig(block_m, block_n, 32, 8 if block_m == 128 else 4, stages)
+
+
+def conv_chain_heuristic(shape: ConvShape, next_channels: int | None, dtype: torch.dtype, arch: int) -> ConvConfig:
+    """block_m pixels; block_n of conv3's outputs at a time, block_k of conv2's inputs.
+
+    Args:
+        shape: of the first convolution.
+        next_channels: outputs of the last convolution, None without one.
+        dtype: of the activations.
+        arch: compute capability times ten.
+    """
+    pixels = shape.n * shape.p * shape.q
+    block_m = 128 if pixels >= 128 * MULTIPROCESSORS.get(arch, 128) else 64
+    return _chain(block_m, chain_tile(shape.k), chain_tile(next_channels or 1), dtype, arch)
+
+
+def conv_chain_configurations(inner: int, next_channels: int | None, dtype: torch.dtype, arch: int) -> list[ConvConfig]:
+    """Every configuration that `conv_chain_heuristic` can return for these numbers of channels."""
+    return [_chain(m, chain_tile(inner), chain_tile(next_channels or 1), dtype, arch) for m in (128, 64)]
+
+
+def conv_join_heuristic(
+    shape: ConvShape, shortcut_channels: int, dtype: torch.dtype, arch: int, tf32: bool = False
+) -> ConvConfig:
+    """The configuration of the forward convolution that is as deep as the shallower of the two products.
+
+    Args:
+        shape: of the convolution that is not the shortcut's.
+        shortcut_channels: inputs of the shortcut's convolution.
+        dtype: of the activations.
+        arch: compute capability times ten.
+        tf32: whether fp32 operands may be rounded to TF32.
+    """
+    channels = max(_MIN_CHANNELS_PER_TAP, min(shape.c, shortcut_channels))
+    return conv_fprop_heuristic(replace(shape, c=channels), dtype, arch, tf32)
+
+
+def conv_join_configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
+    """Every configuration that `conv_join_heuristic` can return."""
+    return [config for config in conv_fprop_configurations(dtype, arch, tf32) if not config.flat]
