@@ -10,11 +10,13 @@ import torch
 import torchvision
 from contract import assert_within_contract
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
-from resnet_fused import freeze, use_backend
+from resnet_fused import freeze, plan, use_backend
 from resnet_fused.fusion.frozen import EpilogueConv, FoldedConv, FrozenBlock, FrozenStage
-from resnet_fused.fusion.frozen.conv import Kernel
+from resnet_fused.fusion.frozen.conv import Example, Kernel, Source
 from resnet_fused.nn import BasicBlock, Bottleneck
+from resnet_fused.plan.conv import ConvShape
 from resnet_fused.reference import conv_fprop
 
 NHWC = torch.channels_last
@@ -279,3 +281,37 @@ def test_scales_stay_in_fp32_where_the_op_takes_them():
     assert torch.equal(unit.weight, conv.weight)
     expected = conv_fprop(x, conv.weight, unit.scale, unit.shift, None, [1, 1], [1, 1], [1, 1], 1, True)
     assert torch.equal(frozen(x), expected)
+
+
+def test_each_convolution_asks_the_plan_and_the_tail_may_run_elsewhere(monkeypatch, ops_run):
+    """A chain is chosen as such: its convolutions need not be fastest on its backend one by one."""
+    monkeypatch.setattr(plan, "default_backend", lambda op, device: "reference" if op == "conv_chain" else "aten")
+    model, x = _bottlenecks(), torch.randn(2, 16, 6, 6)
+    frozen = _check(model, x, "auto")
+    rows = [(row.backend, row.op) for row in frozen.plan.layers]
+    assert rows == [("aten", "conv_fprop")] + [("reference", "conv_chain")] * 2 + [("aten", "conv_fprop")] + (
+        [("reference", "conv_chain")] * 6
+    )
+    ops_run.clear()
+    frozen(x)
+    assert ops_run == ["conv_chain"] * 3
+
+
+def test_on_a_gpu_the_measured_tables_are_asked_about_each_problem(monkeypatch):
+    asked = []
+
+    def choose(problem, arch):
+        asked.append((problem, arch))
+        return plan.Choice("triton")
+
+    monkeypatch.setattr(plan, "choose", choose)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with FakeTensorMode():
+        x = torch.empty(2, 16, 9, 7, dtype=torch.bfloat16, device="cuda")
+    conv, bn = nn.Conv2d(16, 24, 3, 2, 1, dilation=2, groups=4), nn.BatchNorm2d(24)
+    source = Source("conv", conv, bn, True, False, Example(x, x))
+    assert source.backend() == "triton"
+    shape = ConvShape(2, 16, 9, 7, 24, 3, 3, (2, 2), (1, 1), (2, 2), 4)
+    assert asked == [(plan.Problem("conv_fprop", shape, torch.bfloat16), 90)]
+    with use_backend("aten"):
+        assert source.backend() == "aten" and len(asked) == 1

@@ -13,7 +13,7 @@ from resnet_fused.fusion.plans import SequencePlan
 from resnet_fused.nn import units
 
 from .conv import FrozenConv, in_format
-from .tail import Chain, Join, Result, plan_chain, plan_join
+from .tail import Chain, Join, Remake, Result, plan_chain, plan_join
 
 
 class FrozenBlock(nn.Module):
@@ -26,31 +26,45 @@ class FrozenBlock(nn.Module):
 
     def __init__(self, branch: list[FrozenConv], shortcut: FrozenConv | None) -> None:
         super().__init__()
-        convs = branch if shortcut is None else [*branch, shortcut]
-        self.nhwc = all(conv.backend == "triton" for conv in convs)  # reads no other order
-        self.nchw = all(conv.nchw for conv in convs)
         self.branch = nn.ModuleList(branch)
         self.shortcut = shortcut
         self.join: Join | None = None
         self.chain: Chain | None = None
+        self._look()
+
+    def _look(self) -> None:
+        convs: list[FrozenConv | Join | None] = [*self.branch, self.shortcut, self.join]  # type: ignore[list-item]
+        present = [conv for conv in convs if conv is not None]
+        self.nhwc = all(conv.backend == "triton" for conv in present)  # reads no other order
+        self.nchw = all(conv.nchw for conv in present)
 
     @property
     def head(self) -> nn.Module:
         """The convolution that makes the block's first activation."""
         return self.branch[0]
 
-    def plan_tail(self, following: FrozenBlock | None) -> None:
-        """Run the tail as one op where its backend does; `following` is the block that its result goes to.
+    def plan_tail(self, following: FrozenBlock | None, remake: Remake) -> None:
+        """Run the tail as one op where its backend does.
 
         A block with a projection joins it rather than chains: that saves writing and reading the projection, 8 times
         the bottleneck's activation; a chain saves 6, what lies on both sides of conv3.
+
+        Args:
+            following: the block that alone gets the result, or None.
+            remake: makes a convolution on another backend.
         """
         branch: list[FrozenConv] = list(self.branch)  # type: ignore[arg-type]
-        self.join = plan_join(branch, self.shortcut)
+        self.join = plan_join(branch, self.shortcut, remake)
         if self.join is not None:  # holds the weights of both
             self.branch, self.shortcut = nn.ModuleList(branch[:-1]), None
         else:
-            self.chain = plan_chain(branch, following.head if following is not None else None)  # type: ignore[arg-type]
+            head: FrozenConv | None = following.head if following is not None else None  # type: ignore[assignment]
+            self.chain = plan_chain(branch, head, remake)
+            if self.chain is not None:
+                self.branch[1], self.branch[2] = self.chain.conv2, self.chain.conv3
+                if following is not None and self.chain.head is not None:
+                    following.branch[0] = self.chain.head
+        self._look()
 
     def forward(self, x: Tensor) -> Tensor:
         return through_nhwc(lambda x: self.run(x)[0], x, self.nchw) if self.nhwc else self.run(x)[0]

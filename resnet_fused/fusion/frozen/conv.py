@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from resnet_fused import ops, plan
 from resnet_fused.functional.common import conv_operands
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.ops import aten
+from resnet_fused.plan.conv import ConvShape, tf32_allowed
 
 from .plan import PlannedConv
 
@@ -35,9 +36,44 @@ class Example:
             return cls(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in (x, y)))
 
 
-def backend_of(op: str, x: Tensor) -> str:
-    """The backend that is to run `op`: the forced one, else the plan's."""
-    return plan.forced_backend() or plan.default_backend(op, x.device.type)
+@dataclass(frozen=True)
+class Source:
+    """What a frozen convolution is made from: relu(bn(conv(x)) + residual) of a model.
+
+    Attributes:
+        layer: the name of the convolution in the model.
+        with_residual: whether one is added.
+        example: what it read and wrote.
+    """
+
+    layer: str
+    conv: nn.Conv2d
+    bn: nn.BatchNorm2d
+    relu: bool
+    with_residual: bool
+    example: Example
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) with bn(conv(x)) = scale * conv_without_bias(x) + shift, in the compute dtype."""
+        conv, bn = self.conv, self.bn
+        assert bn.running_mean is not None and bn.running_var is not None
+        statistics = (bn.running_mean, bn.running_var)
+        scale, shift, _, _ = constant_affine(*statistics, bn.weight, bn.bias, bn.eps, conv.weight.dtype)
+        return scale, shift if conv.bias is None else shift + conv.bias.to(shift.dtype) * scale
+
+    def backend(self) -> str:
+        """The backend that is to run it: the forced one, else what the plan has for this problem on this device."""
+        forced, x, conv = plan.forced_backend(), self.example.x, self.conv
+        if forced is not None:
+            return forced
+        if x.device.type != "cuda":
+            return plan.default_backend("conv_fprop", x.device.type)
+        (n, c, h, w), (k, _, r, s) = x.shape, conv.weight.shape
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        shape = ConvShape(n, c, h, w, k, r, s, *geometry)  # type: ignore[arg-type]
+        tf32 = x.dtype == torch.float32 and tf32_allowed()
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return plan.choose(plan.Problem("conv_fprop", shape, x.dtype, tf32), 10 * major + minor).backend
 
 
 class Kernel:
@@ -91,27 +127,32 @@ class FrozenConv(Constants):
 
     Attributes:
         layer: the name of the convolution in the model.
-        backend: what runs it.
+        backend: of the op that runs it alone.
+        refusal: why another backend, which was to run it, does not run it on the example; None if all is as asked.
         planned: how it is run, which the block it is in may still change.
     """
 
     weight: Tensor
+    refusal: str | None = None
 
-    def __init__(
-        self, layer: str, conv: nn.Conv2d, relu: bool, with_residual: bool, example: Example, backend: str
-    ) -> None:
+    def __init__(self, source: Source, backend: str) -> None:
         super().__init__()
+        conv = source.conv
         assert not isinstance(conv.padding, str)  # units.plain saw to it
-        self.layer, self.relu, self.example, self.backend = layer, relu, example, backend
+        self.layer, self.relu, self.example, self.backend = source.layer, source.relu, source.example, backend
         self.filter = conv.kernel_size
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         self.nchw = conv.weight.is_contiguous()  # and not channels_last alone, which the result would take on
-        parts = ["batch norm", *["residual"] * with_residual, *["relu"] * relu]
-        self.planned = PlannedConv(layer, backend, "conv_fprop", ", ".join(parts))
+        parts = ["batch norm", *["residual"] * source.with_residual, *["relu"] * source.relu]
+        self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
         """The unit; with `overwrite_residual` its result may take the place of `residual` in memory."""
         raise NotImplementedError
+
+    def plan_in(self, op: str, company: str) -> None:
+        """Say that a larger op runs it, with what."""
+        self.planned = replace(self.planned, op=op, fused=f"{self.planned.fused}; {company}")
 
     def extra_repr(self) -> str:
         stride, padding, dilation, groups = self.geometry
@@ -128,16 +169,14 @@ class FoldedConv(FrozenConv):
     bias: Tensor
     keeps_order = False
 
-    def __init__(
-        self, layer: str, conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool, with_residual: bool, example: Example
-    ) -> None:
-        super().__init__(layer, conv, relu, with_residual, example, "aten")
-        scale, shift = _affine(conv, bn)
-        weight = aten.fold(conv.weight, scale)
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, "aten")
+        scale, shift = source.affine()
+        weight = aten.fold(source.conv.weight, scale)
         self.packed = aten.onednn_runs(weight, weight)
         if self.packed:
-            weight = aten.onednn_pack(weight, *self.geometry, example.x.shape)
-            shift = shift.to(aten.bias_dtype(conv.weight.dtype, with_residual))
+            shift = shift.to(aten.bias_dtype(weight.dtype, source.with_residual))
+            weight = aten.onednn_pack(weight, *self.geometry, source.example.x.shape)
         self.constant("weight", weight)
         self.constant("bias", shift)
 
@@ -164,23 +203,14 @@ class EpilogueConv(FrozenConv):
     scale: Tensor
     shift: Tensor
 
-    def __init__(
-        self,
-        layer: str,
-        conv: nn.Conv2d,
-        bn: nn.BatchNorm2d,
-        relu: bool,
-        with_residual: bool,
-        example: Example,
-        backend: str,
-    ) -> None:
-        super().__init__(layer, conv, relu, with_residual, example, backend)
-        self.kernel = Kernel("conv_fprop", backend)
-        scale, shift = _affine(conv, bn)
-        self.constant("weight", conv_operands(backend, example.x, conv.weight, None)[1])
+    def __init__(self, source: Source, backend: str) -> None:
+        super().__init__(source, backend)
+        example, self.kernel = source.example, Kernel("conv_fprop", backend)
+        scale, shift = source.affine()
+        self.constant("weight", conv_operands(backend, example.x, source.conv.weight, None)[1])
         self.constant("scale", scale)
         self.constant("shift", shift)
-        args = self._arguments(example.x, example.y if with_residual else None)
+        args = self._arguments(example.x, example.y if source.with_residual else None)
         self.refusal = self.kernel.refusal(*args)
 
     @property
@@ -207,24 +237,15 @@ def in_format(y: Tensor, x: Tensor, nchw: bool) -> Tensor:
     return y.contiguous() if nchw and x.is_contiguous() else y
 
 
-def _affine(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """bn(conv(x)) = scale * conv_without_bias(x) + shift, in the compute dtype."""
-    assert bn.running_mean is not None and bn.running_var is not None
-    scale, shift, _, _ = constant_affine(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps, conv.weight.dtype)
-    return scale, shift if conv.bias is None else shift + conv.bias.to(shift.dtype) * scale
-
-
-def freeze_conv(
-    layer: str, conv: nn.Conv2d, bn: nn.BatchNorm2d, relu: bool, with_residual: bool, example: Example
-) -> FrozenConv:
-    """The unit on the backend that is to run it, or on PyTorch's own convolution where that refuses."""
-    unit = (layer, conv, bn, relu, with_residual, example)
-    backend = backend_of("conv_fprop", example.x)
+def freeze_conv(source: Source) -> FrozenConv:
+    """The convolution on the backend that is to run it, or on PyTorch's own where that refuses."""
+    backend = source.backend()
     if backend == "aten":
-        return FoldedConv(*unit)
-    ours = EpilogueConv(*unit, backend)
+        return FoldedConv(source)
+    ours = EpilogueConv(source, backend)
     if ours.refusal is None:
         return ours
-    folded = FoldedConv(*unit)
-    folded.planned = PlannedConv(layer, "aten", "conv_fprop", folded.planned.fused, ours.refusal)
+    folded = FoldedConv(source)
+    folded.refusal = ours.refusal
+    folded.planned = replace(folded.planned, reason=ours.refusal)
     return folded

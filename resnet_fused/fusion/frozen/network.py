@@ -17,8 +17,9 @@ from resnet_fused.fusion.swap import Binding, current, is_fused, swap_in
 from resnet_fused.nn import units
 
 from .block import FrozenBlock, FrozenSequence, FrozenStage
-from .conv import Example, FrozenConv, freeze_conv
+from .conv import EpilogueConv, Example, FrozenConv, Source, freeze_conv
 from .plan import FreezePlan, PlannedConv
+from .tail import Join
 
 Seen = dict[tuple[nn.Module, int], Example]
 
@@ -67,20 +68,30 @@ def freeze_network(network: nn.Module, reasons: dict[str, str], seen: Seen) -> t
     }
     freezer = _Freezer(names, seen, reasons)
     network = freezer.replace(network)
-    _plan_tails(network)
-    layers = []
-    for module, name in names.items():
-        frozen = freezer.frozen.get(module)
-        layers.append(PlannedConv(name, "-", "-", "", freezer.why(name)) if frozen is None else frozen.planned)
+    freezer.plan_tails(network)
+    planned: dict[str, PlannedConv] = {}
+    for module in network.modules():
+        if isinstance(module, FrozenConv):
+            planned[module.layer] = module.planned
+        elif isinstance(module, Join):
+            planned.update((row.layer, row) for row in module.planned)
+    layers = [planned.get(name) or PlannedConv(name, "-", "-", "", freezer.why(name)) for name in names.values()]
     return network, FreezePlan(tuple(layers))
 
 
 class _Freezer:
-    """Makes the frozen modules; `frozen` and `reasons` keep what became of each convolution."""
+    """Makes the frozen modules.
+
+    Attributes:
+        names: of the convolutions.
+        seen: the example's run.
+        reasons: why a convolution, or a module with convolutions, is left alone, by name.
+        sources: what each frozen convolution is made from, by name.
+    """
 
     def __init__(self, names: dict[nn.Module, str], seen: Seen, reasons: dict[str, str]) -> None:
         self.names, self.seen, self.reasons = names, seen, reasons
-        self.frozen: dict[nn.Module, FrozenConv] = {}
+        self.sources: dict[str, Source] = {}
 
     def replace(self, network: nn.Module) -> nn.Module:
         made: dict[nn.Module, nn.Module] = {}
@@ -116,7 +127,8 @@ class _Freezer:
             if problem is None:
                 with_residual = isinstance(binding.plan, BlockPlan) and k == len(binding.plan.units) - 1
                 unit = (self.names[conv], conv, bn, relu, with_residual, self.seen[module, k])  # type: ignore[index]
-                self.frozen[conv] = frozen[k] = freeze_conv(*unit)  # type: ignore[arg-type, index]
+                source = self.sources[unit[0]] = Source(*unit)  # type: ignore[arg-type]
+                frozen[k] = freeze_conv(source)
             elif conv is not None:
                 self.reasons[self.names[conv]] = problem
         if hooked or not any(units_seen):
@@ -150,18 +162,24 @@ class _Freezer:
             around = around.rpartition(".")[0]
         return self.reasons.get(around, "it is not followed by a batch norm that could be recognised")
 
+    def plan_tails(self, network: nn.Module) -> None:
+        """Let the blocks of each plain Sequential hand on memory and activations, and plan every block's tail."""
+        following: dict[nn.Module, FrozenBlock] = {}
+        for module in network.modules():
+            frozen = any(isinstance(child, FrozenBlock) for child in module.children())
+            if type(module) is nn.Sequential and frozen and not _hooked(module):
+                module.__class__ = FrozenStage
+                following.update((a, b) for a, b in pairwise(module) if isinstance(b, FrozenBlock))
+        for module in list(network.modules()):
+            if isinstance(module, FrozenBlock):
+                module.plan_tail(following.get(module), self.remake)
+
+    def remake(self, conv: FrozenConv, backend: str) -> EpilogueConv:
+        """The convolution on a backend, which need not run it alone."""
+        if isinstance(conv, EpilogueConv) and conv.backend == backend:
+            return conv
+        return EpilogueConv(self.sources[conv.layer], backend)
+
 
 def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _plan_tails(network: nn.Module) -> None:
-    """Let the blocks of each plain Sequential hand on memory and activations, and plan every block's tail."""
-    following: dict[nn.Module, FrozenBlock] = {}
-    for module in network.modules():
-        if type(module) is nn.Sequential and not _hooked(module) and any(isinstance(c, FrozenBlock) for c in module):
-            module.__class__ = FrozenStage
-            following.update((a, b) for a, b in pairwise(module) if isinstance(b, FrozenBlock))
-    for module in list(network.modules()):
-        if isinstance(module, FrozenBlock):
-            module.plan_tail(following.get(module))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from resnet_fused import plan
 from resnet_fused.functional.common import conv_operands
 from resnet_fused.ops import aten
 
-from .conv import Constants, EpilogueConv, FrozenConv, Kernel, backend_of, in_format
+from .conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -36,6 +38,10 @@ class Chain:
         reason = self.kernel.refusal(*self._arguments(conv2.example.x, conv3.example.y, head))
         if reason is not None:
             raise Refused(reason)
+        members = [conv3] if head is None else [conv3, head]
+        for conv in members:
+            conv.plan_in("conv_chain", f"in the chain of {conv2.layer}")
+        conv2.plan_in("conv_chain", ", ".join(conv.layer for conv in members))
 
     def _arguments(self, x: Tensor, residual: Tensor, head: EpilogueConv | None) -> tuple[Any, ...]:
         x, _, y = conv_operands(self.kernel.backend, x, self.conv2.weight, residual)
@@ -59,6 +65,9 @@ class Join(Constants):
 
     Both batch norms' scales are folded into the weights, rounded to their dtype.
 
+    Attributes:
+        planned: how the two convolutions, which are not kept, are run.
+
     Raises:
         Refused: the backend does not run it on the example.
     """
@@ -69,7 +78,7 @@ class Join(Constants):
 
     def __init__(self, conv3: EpilogueConv, projection: EpilogueConv, backend: str) -> None:
         super().__init__()
-        self.kernel = Kernel("conv_join", backend)
+        self.backend, self.kernel = backend, Kernel("conv_join", backend)
         self.stride = projection.geometry[0]
         self.nchw = conv3.nchw and projection.nchw
         weights = [aten.fold(conv.weight, conv.scale) for conv in (conv3, projection)]
@@ -81,10 +90,13 @@ class Join(Constants):
         reason = self.kernel.refusal(*self._arguments(conv3.example.x, projection.example.x))
         if reason is not None:
             raise Refused(reason)
+        conv3.plan_in("conv_join", f"{projection.layer} along its input channels")
+        projection.plan_in("conv_join", f"with {conv3.layer}")
+        self.planned = (conv3.planned, projection.planned)
 
     def _arguments(self, x: Tensor, shortcut: Tensor) -> tuple[Any, ...]:
-        x, weight, _ = conv_operands(self.kernel.backend, x, self.weight, None)
-        shortcut = conv_operands(self.kernel.backend, shortcut, weight, None)[0]
+        x, weight, _ = conv_operands(self.backend, x, self.weight, None)
+        shortcut = conv_operands(self.backend, shortcut, weight, None)[0]
         return (x, weight, shortcut, self.shortcut_weight, self.shift, self.stride, True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -94,32 +106,45 @@ class Join(Constants):
         return in_format(self.kernel(*args), x, self.nchw)
 
     def extra_repr(self) -> str:
-        return f"shortcut_stride={self.stride}, backend={self.kernel.backend}"
+        return f"shortcut_stride={self.stride}, backend={self.backend}"
 
 
-def plan_join(branch: list[FrozenConv], projection: FrozenConv | None) -> Join | None:
-    """The block's last convolution and its projection as one op; None where that is not to be, as `planned` says."""
+Remake = Callable[[FrozenConv, str], EpilogueConv]
+
+
+def plan_join(branch: list[FrozenConv], projection: FrozenConv | None, remake: Remake) -> Join | None:
+    """The block's last convolution and its projection as one op; None where that is not to be, as `planned` says.
+
+    Args:
+        branch: of the block.
+        projection: of its shortcut, or None for the identity.
+        remake: makes a convolution on another backend.
+    """
     if projection is None:
         return None
-    *_, conv3 = branch
+    conv3 = branch[-1]
     try:
         backend = _backend("conv_join", conv3, projection)
         _check_pointwise(conv3, any_stride=False)
         _check_pointwise(projection, any_stride=True)
-        join = Join(conv3, projection, backend)  # type: ignore[arg-type]
+        join = Join(remake(conv3, backend), remake(projection, backend), backend)
     except Refused as reason:
         _note(conv3, "conv_join", reason)
         return None
-    _move(conv3, "conv_join", f"{conv3.planned.fused}; {projection.layer} along its input channels")
-    _move(projection, "conv_join", f"{projection.planned.fused}; with {conv3.layer}")
     for conv in branch[1:-1]:
         _note(conv, "conv_chain", f"{conv3.layer} is joined with {projection.layer} instead")
     return join
 
 
-def plan_chain(branch: list[FrozenConv], head: FrozenConv | None) -> Chain | None:
-    """The block's tail, and `head` of the block after, as one op; None where that is not to be, as `planned` says."""
-    if len(branch) != 3:  # a BasicBlock: two 3x3 convolutions cannot hand a pixel on
+def plan_chain(branch: list[FrozenConv], head: FrozenConv | None, remake: Remake) -> Chain | None:
+    """The block's tail, and `head` of the block after, as one op; None where that is not to be, as `planned` says.
+
+    Args:
+        branch: of the block.
+        head: the first convolution of the block after, or None if the result does not go to one block alone.
+        remake: makes a convolution on another backend.
+    """
+    if len(branch) != 3:  # a BasicBlock: its second convolution is no 1x1, and needs its neighbours' pixels
         return None
     _, conv2, conv3 = branch
     try:
@@ -127,44 +152,28 @@ def plan_chain(branch: list[FrozenConv], head: FrozenConv | None) -> Chain | Non
         if conv2.geometry[3] != 1:
             raise Refused(f"{conv2.layer} has {conv2.geometry[3]} groups")
         _check_pointwise(conv3, any_stride=False)
-    except Refused as reason:
-        _note(conv2, "conv_chain", reason)
-        return None
-    chain = _chain(conv2, conv3, head, backend)
-    if chain is None:
-        return None
-    members: list[FrozenConv] = [conv3] if chain.head is None else [conv3, chain.head]
-    _move(conv2, "conv_chain", f"{conv2.planned.fused}; {', '.join(conv.layer for conv in members)}")
-    for conv in members:
-        _move(conv, "conv_chain", f"{conv.planned.fused}; in the chain of {conv2.layer}")
-    return chain
-
-
-def _chain(conv2: Any, conv3: Any, head: FrozenConv | None, backend: str) -> Chain | None:
-    """The longest chain that the backend runs."""
-    if head is not None:
-        try:
-            if not isinstance(head, EpilogueConv) or head.backend != backend:
-                raise Refused(f"{head.layer} runs on {head.backend}")
-            _check_pointwise(head, any_stride=False)
-            return Chain(conv2, conv3, head, backend)
-        except Refused as reason:
-            _note(head, f"conv_chain of {conv2.layer}", reason)
-    try:
-        return Chain(conv2, conv3, None, backend)
+        if head is not None:
+            try:
+                _check_pointwise(head, any_stride=False)
+                return Chain(remake(conv2, backend), remake(conv3, backend), remake(head, backend), backend)
+            except Refused as reason:
+                _note(head, f"conv_chain of {conv2.layer}", reason)
+        return Chain(remake(conv2, backend), remake(conv3, backend), None, backend)
     except Refused as reason:
         _note(conv2, "conv_chain", reason)
         return None
 
 
 def _backend(op: str, *convs: FrozenConv) -> str:
-    """The backend of `op`, if all its convolutions are on it too."""
-    backend = backend_of(op, convs[0].example.x)
-    for conv in convs:
-        if not isinstance(conv, EpilogueConv):
-            raise Refused("aten runs layer by layer" if not conv.planned.reason else "")
-        if conv.backend != backend:
-            raise Refused(f"it runs on {backend}, {conv.layer} on {conv.backend}")
+    """The backend of `op`: the forced one, else the plan's.
+
+    Raises:
+        Refused: it is PyTorch's own, which has no such op; or it refused one of the convolutions, which says why.
+    """
+    backend = plan.forced_backend() or plan.default_backend(op, convs[0].example.x.device.type)
+    refused = any(conv.refusal is not None for conv in convs)
+    if refused or backend == "aten":
+        raise Refused("" if refused else "aten runs layer by layer")
     return backend
 
 
@@ -174,10 +183,6 @@ def _check_pointwise(conv: FrozenConv, any_stride: bool) -> None:
         raise Refused(f"{conv.layer} is {conv.filter[0]}x{conv.filter[1]}, not 1x1")
     if groups != 1 or any(padding) or not (any_stride or stride == [1, 1]):
         raise Refused(f"{conv.layer} has stride {stride}, padding {padding}, {groups} groups")
-
-
-def _move(conv: FrozenConv, op: str, fused: str) -> None:
-    conv.planned = dataclasses.replace(conv.planned, op=op, fused=fused)
 
 
 def _note(conv: FrozenConv, op: str, refused: Refused | str) -> None:
