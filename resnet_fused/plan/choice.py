@@ -7,14 +7,13 @@ each answer: nothing is ever measured here.
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_dgrad_heuristic, conv_fprop_heuristic
+from resnet_fused.plan.conv_wgrad import conv_wgrad_heuristic
 from resnet_fused.plan.table import Choice, Entry, Problem, Table
 
 ATEN = Choice("aten")
@@ -22,26 +21,22 @@ ATEN = Choice("aten")
 _PREFERRED = ("triton", "cuda")
 # An entry of a table also speaks for batches up to this factor larger or smaller.
 NEAR = 2
-CONVOLUTIONS = ("conv_fprop", "conv_fprop_stats", "conv_dgrad", "conv_wgrad")
+CONVOLUTIONS: dict[str, Callable[..., ConvConfig]] = {
+    "conv_fprop": conv_fprop_heuristic,
+    "conv_fprop_stats": conv_fprop_heuristic,
+    "conv_dgrad": conv_dgrad_heuristic,
+    "conv_wgrad": conv_wgrad_heuristic,
+}
 
 
 def heuristic(problem: Problem, arch: int) -> ConvConfig | None:
     """The launch configuration of the Triton kernel for a convolution; None for an op that takes none."""
-    shape, flags = problem.shape, dict.fromkeys(problem.flags, True)
-    if not isinstance(shape, ConvShape):
+    if problem.op not in CONVOLUTIONS or not isinstance(problem.shape, ConvShape):
         return None
-    arguments = (shape, problem.dtype, arch, problem.tf32)
-    if problem.op == "conv_fprop":
-        return conv_fprop_heuristic(*arguments, **flags)
+    flags = dict.fromkeys(problem.flags, True)
     if problem.op == "conv_fprop_stats":
-        return conv_fprop_heuristic(*arguments, statistics=True, **flags)
-    if problem.op == "conv_dgrad":
-        return conv_dgrad_heuristic(*arguments, **flags)
-    if problem.op == "conv_wgrad":
-        wgrad: Any = importlib.import_module("resnet_fused.plan.conv_wgrad")
-        config: ConvConfig = wgrad.conv_wgrad_heuristic(*arguments, **flags)
-        return config
-    return None
+        flags["statistics"] = True
+    return CONVOLUTIONS[problem.op](problem.shape, problem.dtype, arch, problem.tf32, **flags)
 
 
 def measured(problem: Problem, table: Table | None, backend: str | None = None) -> Choice | None:
@@ -49,8 +44,10 @@ def measured(problem: Problem, table: Table | None, backend: str | None = None) 
     if table is None:
         return None
     entry = table.entries.get(problem) or _nearest(problem, table)
-    if entry is None or backend is None:
-        return entry and entry.winner
+    if entry is None:
+        return None
+    if backend is None:
+        return entry.winner
     best = entry.best(backend)
     return best and best[0]
 
