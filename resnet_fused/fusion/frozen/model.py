@@ -57,13 +57,16 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
     try:
         frozen(example_input)
     except RuntimeError:  # code between the convolutions may want its activations in NCHW order, as `view` does
-        frozen.keep_order()
+        if not frozen.keep_order():
+            raise
         frozen(example_input)
     return frozen
 
 
 class Frozen(nn.Module):
     """What `freeze` returns: the frozen network behind its checks and, on a GPU, its CUDA graphs.
+
+    A graph has one place for its input: on a GPU a frozen model serves one thread at a time.
 
     Attributes:
         plan: how each convolution is run.
@@ -90,11 +93,16 @@ class Frozen(nn.Module):
                     keep_nan.reset(token)
             return y
 
-    def keep_order(self) -> None:
-        """Give the results of all convolutions the memory order that they have in the model, at the price of copies."""
-        for module in self.modules():
-            if isinstance(module, FoldedConv):
-                module.keeps_order = True
+    def keep_order(self) -> bool:
+        """Give the results of all convolutions the memory order that they have in the model, at the price of copies.
+
+        Returns:
+            Whether any had another.
+        """
+        prepacked = [module for module in self.modules() if isinstance(module, FoldedConv) and module.packed]
+        for module in prepacked:
+            module.keeps_order = True
+        return bool(prepacked)
 
     def train(self, mode: bool = True) -> Frozen:
         if mode:
