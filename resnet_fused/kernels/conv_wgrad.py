@@ -358,8 +358,8 @@ def conv_wgrad(
         EVEN_M=pixels % config.block_k == 0,
         EVEN_C=rows % config.block_m == 0,
         EVEN_N=group_outputs % config.block_n == 0,
-        # Only the left operand may come from registers, where a prologue leaves it.
-        X_AXIS=1 if dy_prologue and not x_prologue else 0,
+        # Only the left operand may come from registers, where a prologue leaves it; wgmma takes it from 64 rows on.
+        X_AXIS=1 if dy_prologue and not x_prologue and config.block_n >= 64 else 0,
         PRECISION="tf32" if tf32 else "ieee",
         DOT_DTYPE=dot_dtype(x.dtype),
         INDEX=index_type(x.numel(), dy.numel(), partial.numel()),

@@ -42,9 +42,9 @@ def chain_refusal(shape: ConvShape, outputs: int, next_channels: int | None, dty
     for what, channels in (("inner", shape.k), ("next", next_channels)):
         if channels is not None and not 1 <= channels <= MAX_CHAIN_CHANNELS:
             return f"the chain's {what} channels must fit one tile of {MAX_CHAIN_CHANNELS}, got {channels}"
-    channels = [c for c in (shape.c, shape.k, outputs, next_channels) if c is not None]
-    if any(c % 8 for c in channels):
-        return f"the chain reads 16-byte vectors: channels must be multiples of 8, got {channels}"
+    all_channels = [c for c in (shape.c, shape.k, outputs, next_channels) if c is not None]
+    if any(c % 8 for c in all_channels):
+        return f"the chain reads 16-byte vectors: channels must be multiples of 8, got {all_channels}"
     return conv_refusal(shape)
 
 
