@@ -17,11 +17,15 @@ from resnet_fused.kernels.bn_act_max_pool_backward import (
 )
 from resnet_fused.kernels.bn_apply import bn_apply
 from resnet_fused.kernels.bn_backward_apply import bn_backward_apply
+from resnet_fused.kernels.bn_backward_finalize import bn_backward_finalize
 from resnet_fused.kernels.bn_backward_reduce import bn_backward_reduce
 from resnet_fused.kernels.bn_finalize import bn_finalize
 from resnet_fused.kernels.bn_stats import bn_stats
+from resnet_fused.kernels.conv_chain import conv_chain
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
 from resnet_fused.kernels.conv_fprop import conv_fprop, conv_fprop_stats
+from resnet_fused.kernels.conv_join import conv_join
+from resnet_fused.kernels.conv_wgrad import conv_wgrad
 from resnet_fused.kernels.pack_weight import pack_weight
 from resnet_fused.kernels.reduce_rows import reduce_rows
 
@@ -31,11 +35,15 @@ OPS = {
         conv_fprop,
         conv_fprop_stats,
         conv_dgrad,
+        conv_wgrad,
+        conv_chain,
+        conv_join,
         bn_stats,
         bn_finalize,
         bn_apply,
         bn_backward_reduce,
         bn_backward_apply,
+        bn_backward_finalize,
         add_act,
         add_act_backward,
         bn_act_max_pool,
@@ -65,12 +73,16 @@ __all__ = [
     "bn_act_max_pool_backward_reduce",
     "bn_apply",
     "bn_backward_apply",
+    "bn_backward_finalize",
     "bn_backward_reduce",
     "bn_finalize",
     "bn_stats",
+    "conv_chain",
     "conv_dgrad",
     "conv_fprop",
     "conv_fprop_stats",
+    "conv_join",
+    "conv_wgrad",
     "pack_weight",
     "reduce_rows",
     "refuse",
