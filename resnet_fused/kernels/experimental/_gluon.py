@@ -1,6 +1,6 @@
 """What the Gluon kernels share: the warp that copies operands, the place of a tile, the affine map, the launch.
 
-Gluon kernels are compiled here, never run: see `wgmma.py` and `tcgen05.py`.
+These kernels have been compiled, never run on a GPU: see `wgmma.py` and `tcgen05.py`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def place(
 def advance(slot, phase, SLOTS: gl.constexpr):
     """The next slot of a ring, and its phase, which turns with every round."""
     last = slot == SLOTS - 1
-    return gl.where(last, 0, slot + 1), phase ^ last.to(gl.int32)
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit

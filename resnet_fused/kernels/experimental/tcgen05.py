@@ -1,8 +1,8 @@
 """Forward convolution for sm_100 in Gluon: one warp copies boxes by TMA, one multiplies them with tcgen05 into tensor
 memory, the others finish and store the tile before.
 
-Compiled for sm_100 by Triton 3.6 and 3.9, never run: Triton's interpreter does not run Gluon, and there was no such
-GPU.
+Compiled for sm_100 by Triton 3.6 and 3.9, never run on one. The tests run its source in a simulator of their own, with
+adversarial schedules; that the warps of one role join where they must was read off the PTX.
 """
 
 from __future__ import annotations

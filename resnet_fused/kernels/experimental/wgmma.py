@@ -1,6 +1,7 @@
 """Forward convolution for sm_90 in Gluon: one warp copies boxes by TMA, the others multiply them with wgmma.
 
-Compiled for sm_90 by Triton 3.6 and 3.9, never run: Triton's interpreter does not run Gluon, and there was no such GPU.
+Compiled for sm_90 by Triton 3.6 and 3.9, never run on one. The tests run its source in a simulator of their own, with
+adversarial schedules; that the warps of one role join where they must was read off the PTX.
 """
 
 from __future__ import annotations
