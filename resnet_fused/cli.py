@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from resnet_fused.evaluate import command as evaluate
+
 PROGRAM = "resnet-fused"
 DEFAULT_MODEL = "resnet50"
 DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
     add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     bench.set_defaults(function=_bench)
+    evaluate.register(commands)
     return root
 
 

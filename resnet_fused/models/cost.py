@@ -6,7 +6,6 @@ import copy
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def multiply_adds(model: nn.Module, size: int | tuple[int, int] = 224, in_channels: int = 3) -> int:
@@ -17,6 +16,8 @@ def multiply_adds(model: nn.Module, size: int | tuple[int, int] = 224, in_channe
         size: of the picture, its side or (height, width).
         in_channels: of the picture.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton where it is installed
+
     height, width = (size, size) if isinstance(size, int) else size
     shadow = copy.deepcopy(model).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
