@@ -343,10 +343,11 @@ def test_a_change_that_is_taken_back_is_fused_again(plain, fused):
     assert_same(plain, fused, picture())
 
 
-def test_sync_batch_norm_conversion_is_noticed(fused):
+def test_sync_batch_norm_conversion_is_noticed(plain, fused):
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
-    assert "SyncBatchNorm" in dict(report(converted).skipped)["layer.1"]
-    assert plan_of(converted.layer[1]) is None
+    assert isinstance(plan_of(converted.layer[1]), BlockPlan)
+    assert type(swap.current(converted.layer[1]).units[0][1]) is nn.SyncBatchNorm
+    assert_same(plain, converted, picture())  # in one process a SyncBatchNorm is a batch norm
 
 
 def test_what_the_forward_does_not_read_asks_for_no_new_recognition(fused, monkeypatch):

@@ -139,6 +139,6 @@ def _check_plain(flow: Flow, plan: BlockPlan) -> None:
     modules = {op.path: op.module for op in flow.ops if op.path is not None}
     for unit in plan.all_units:
         conv, bn, act = (modules[path] if path is not None else None for path in (unit.conv, unit.bn, unit.act))
-        reason = plain(conv, bn, act)  # type: ignore[arg-type]
+        reason = plain(conv, bn, act, in_forward=False)  # type: ignore[arg-type]
         if reason is not None:
             raise Mismatch(f"{unit}: {reason}")

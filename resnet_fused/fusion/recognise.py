@@ -54,8 +54,10 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
     ):
         return None
     try:
-        if f"{cls.__module__}.".startswith(_FOREIGN):
-            raise Untraceable(f"its forward is that of {cls.__module__}, which is not looked into")
+        # FSDP2 makes a class of its own for each module, which inherits the module's forward.
+        author = next(base for base in cls.__mro__ if "forward" in base.__dict__).__module__
+        if f"{author}.".startswith(_FOREIGN):
+            raise Untraceable(f"its forward is that of {author}, which is not looked into")
         return _recognise(module)
     except Untraceable as error:
         direct = any(isinstance(child, _BatchNorm) for child in module.children())

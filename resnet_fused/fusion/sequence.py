@@ -117,7 +117,7 @@ class _Rewriter:
                 return f"its forward also reads the parameters of `{node.target}`"
         conv = self.module(chain.conv) if chain.conv is not None else None
         act = self.module(chain.relu) if chain.relu is not None and chain.relu.op == "call_module" else None
-        return plain(conv, self.module(chain.bn), act)
+        return plain(conv, self.module(chain.bn), act, in_forward=False)
 
     def substitute(self, chain: _Chain, result: Rewritten) -> None:
         conv, bn, relu = chain.conv, chain.bn, chain.relu

@@ -2,5 +2,6 @@
 
 from resnet_fused.nn.blocks import BasicBlock, Bottleneck
 from resnet_fused.nn.modules import BatchNormAct2d, ConvBNAct2d, Stem
+from resnet_fused.nn.sync import SyncBatchNormAct2d
 
-__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "ConvBNAct2d", "Stem"]
+__all__ = ["BasicBlock", "BatchNormAct2d", "Bottleneck", "ConvBNAct2d", "Stem", "SyncBatchNormAct2d"]

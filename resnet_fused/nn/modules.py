@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from resnet_fused.functional.common import Act, check_act
 from resnet_fused.nn import units
+from resnet_fused.nn.sync import KeepsActivation
 
 
-class BatchNormAct2d(nn.BatchNorm2d):
+class BatchNormAct2d(KeepsActivation, nn.BatchNorm2d):
     """`nn.BatchNorm2d` with a residual add and a ReLU behind it: `y = act(bn(x) + residual)`.
 
-    Parameters, buffers, state_dict and errors are those of `nn.BatchNorm2d`.
+    Parameters, buffers, state_dict and errors are those of `nn.BatchNorm2d`, which
+    `nn.SyncBatchNorm.convert_sync_batchnorm` turns into a `SyncBatchNormAct2d`.
 
     Args:
         num_features: C.

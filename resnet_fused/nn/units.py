@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from resnet_fused import functional
-from resnet_fused.functional.common import Act
+from resnet_fused.functional.common import Act, add_relu
+from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -30,32 +32,45 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
+BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
 def _is_plain_batch_norm(module: nn.Module) -> bool:
-    """Whether a subclass of `nn.BatchNorm2d` says of itself that its batch norm is the plain one, as our own does."""
+    """Whether a subclass of a batch norm says of itself that its batch norm is the plain one, as our own do."""
     return bool(type(module).__dict__.get("_plain_batch_norm"))
 
 
-def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None) -> str | None:
+def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None, *, in_forward: bool = True) -> str | None:
     """Why these modules cannot be run as one fused call, or None if they can.
 
     Args:
         conv: the convolution, or None for batch norm alone.
         bn: the batch norm behind it.
         act: the ReLU module behind that, or None if there is none, or if ReLU was called as a function.
+        in_forward: they are about to run. Before that, FSDP may still have to gather their parameters.
     """
     for module, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
         if module is None:
             continue
-        plain_type = type(module) is expected or (expected is nn.BatchNorm2d and _is_plain_batch_norm(module))
+        if expected is nn.BatchNorm2d:
+            plain_type = type(module) in _BATCH_NORMS or _is_plain_batch_norm(module)
+            if plain_type and getattr(module, "act", None) is not None:
+                return f"{type(module).__name__} has an activation of its own"
+        else:
+            plain_type = type(module) is expected
         if not plain_type:
             return f"{type(module).__name__} is not a plain {expected.__name__}"
         if "forward" in module.__dict__:
             return f"the forward of a {expected.__name__} was replaced"
         if _hooked(module):
             return f"a {expected.__name__} has hooks"
-        for parameter in module._parameters.values():
+        gathers = not in_forward and getattr(module, "_is_fsdp_managed_module", False)
+        for parameter in () if gathers else module._parameters.values():
             if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
                 return f"the parameters of a {expected.__name__} are not plain tensors"
+    if bn.eps <= 0:  # type: ignore[operator]
+        return f"the batch norm's eps is {bn.eps}"
     if isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
         mode = conv.padding if isinstance(conv.padding, str) else conv.padding_mode
         return f"the convolution pads in mode {mode!r}"
@@ -83,17 +98,17 @@ def conv_bn_act(
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
     # `fuse` traces a forward to find out what it computes; a tracer must see the modules.
-    if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None:
+    if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None or _refuses(conv, x):
         z = bn(x if conv is None else conv(x))
         if residual is not None:
             z = z + residual
         if not relu:
             return z
         return F.relu(z) if act is None else act(z)
-    assert isinstance(bn, nn.BatchNorm2d)
+    assert isinstance(bn, _BATCH_NORMS)
     name: Act = "relu" if relu else None
-    if conv is None:
-        return batch_norm_act(x, bn, residual, name)
+    if conv is None or sync_group(bn) is not None:
+        return batch_norm_act(x if conv is None else _conv(x, conv), bn, residual, name)
     assert isinstance(conv, nn.Conv2d)
     training, momentum = begin_batch_norm(bn)
     running_mean, running_var = running_statistics(bn)
@@ -115,6 +130,25 @@ def conv_bn_act(
         eps=bn.eps,
         act=name,
     )
+
+
+def _refuses(conv: nn.Module | None, x: Tensor) -> bool:
+    """Whether the convolution, or batch norm for want of a batch, will raise: which must happen before either counts
+    the batch."""
+    if not isinstance(conv, nn.Conv2d):
+        return False
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return functional.common.conv_shape(x.shape, conv.weight, geometry) is None  # type: ignore[arg-type]
+
+
+def _conv(x: Tensor, conv: nn.Module) -> Tensor:
+    """A plain convolution alone, on the chosen backend where it has no bias to add behind it."""
+    assert isinstance(conv, nn.Conv2d)
+    if conv.bias is not None:
+        biased: Tensor = conv(x)
+        return biased
+    geometry = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
+    return functional.conv_affine_act(x, conv.weight, **geometry, act=None)  # type: ignore[arg-type]
 
 
 Layers = Sequence[tuple[nn.Module, nn.Module, nn.Module | None]]
@@ -141,7 +175,7 @@ def conv_bn_chain(x: Tensor, layers: Layers, shortcut: tuple[nn.Module, nn.Modul
     if not functional.common.wants_gradient(x, *(p for unit in units for m in unit[:2] for p in m.parameters())):
         return None
     for conv, bn, act in units:
-        if plain(conv, bn, act) is not None or conv.bias is not None:
+        if plain(conv, bn, act) is not None or conv.bias is not None or sync_group(bn) is not None:
             return None
     described = [_describe(conv, bn) for conv, bn, _ in units]  # type: ignore[arg-type]
     branch, projection = described[: len(layers)], described[len(layers) :]
@@ -151,13 +185,13 @@ def conv_bn_chain(x: Tensor, layers: Layers, shortcut: tuple[nn.Module, nn.Modul
     if chain is None:
         return None
     for i, (_, bn, _) in enumerate(units):
-        assert isinstance(bn, nn.BatchNorm2d)
+        assert isinstance(bn, _BATCH_NORMS)
         described[i] = dataclasses.replace(described[i], momentum=begin_batch_norm(bn)[1])
     branch, projection = described[: len(layers)], described[len(layers) :]
     return functional.block.run_chain(chain, x, branch, projection[0] if projection else None)
 
 
-def _describe(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> functional.block.ConvBN:
+def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return functional.block.ConvBN(
         conv.weight,
@@ -185,10 +219,11 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Modu
     """
     # A tracer must see the modules, and not that their mode was asked for.
     traced = isinstance(x, fx.Proxy)
-    if traced or not bn.training or plain_pool(pool) is not None or plain(conv, bn, act) is not None:
+    separate = traced or not bn.training or sync_group(bn) is not None or plain_pool(pool) is not None
+    if separate or plain(conv, bn, act) is not None or _refuses(conv, x):
         pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
         return pooled
-    assert isinstance(bn, nn.BatchNorm2d)
+    assert isinstance(bn, _BATCH_NORMS)
     z = conv(x)
     training, momentum = begin_batch_norm(bn)
     return functional.batch_norm_act_max_pool(
@@ -206,9 +241,21 @@ def plain_pool(pool: nn.Module) -> str | None:
     return "its max pool rounds up or returns indices" if pool.ceil_mode or pool.return_indices else None
 
 
-def batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, act: Act) -> Tensor:
+def sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes whose batches a batch norm's next forward normalises together; None where it is this one alone."""
+    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group: dist.ProcessGroup | None = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def batch_norm_act(x: Tensor, bn: BatchNorm, residual: Tensor | None, act: Act) -> Tensor:
     """act(bn(x) + residual) with the module's own parameters and buffers."""
     bn._check_input_dim(x)
+    group = sync_group(bn)
+    if group is not None:
+        assert isinstance(bn, nn.SyncBatchNorm)
+        return _sync_batch_norm_act(x, bn, residual, act, group)
     training, momentum = begin_batch_norm(bn)
     running_mean, running_var = running_statistics(bn)
     return functional.batch_norm_act(
@@ -225,7 +272,21 @@ def batch_norm_act(x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None, act: 
     )
 
 
-def begin_batch_norm(bn: nn.BatchNorm2d) -> tuple[bool, float]:
+def _sync_batch_norm_act(
+    x: Tensor, bn: nn.SyncBatchNorm, residual: Tensor | None, act: Act, group: dist.ProcessGroup
+) -> Tensor:
+    bn._check_non_zero_input_channels(x)
+    vectors = (*running_statistics(bn), bn.weight, bn.bias)
+    backend = choose_sync(x, vectors)
+    if backend is None:
+        return add_relu(nn.SyncBatchNorm.forward(bn, x), residual, act == "relu")
+    _, momentum = begin_batch_norm(bn)
+    return sync_batch_norm_act(
+        x, *vectors, residual, process_group=group, backend=backend, momentum=momentum, eps=bn.eps, act=act
+    )
+
+
+def begin_batch_norm(bn: BatchNorm) -> tuple[bool, float]:
     """What `nn.BatchNorm2d.forward` does before it normalises.
 
     Returns:
@@ -242,7 +303,7 @@ def begin_batch_norm(bn: nn.BatchNorm2d) -> tuple[bool, float]:
     return bn.training or (bn.running_mean is None and bn.running_var is None), momentum
 
 
-def running_statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
+def running_statistics(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
     """The running statistics where this forward reads or updates them."""
     if bn.training and not bn.track_running_stats:
         return None, None

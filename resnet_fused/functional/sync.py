@@ -1,0 +1,171 @@
+"""Batch norm with residual add and ReLU over the batches of all processes, as one autograd function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from resnet_fused import ops, plan
+from resnet_fused.functional.common import Act, add_relu, check_act, choose, common_reason, dense, in_layout_of, pixels
+from resnet_fused.functional.statistics import finalize
+
+_op = torch.ops.resnet_fused
+
+
+def choose_sync(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    """The backend of `sync_batch_norm_act`; None where PyTorch's own is to run: `nn.SyncBatchNorm` has one for a GPU.
+
+    Raises:
+        RuntimeError: a forced backend has the kernels, and cannot run them on these tensors.
+    """
+    backend = choose("bn_apply", "sync_batch_norm_act", x, (), vectors)
+    if backend != "aten":
+        return backend
+    fits = x.dim() == 4 and all(v is None or v.shape == x.shape[1:2] for v in vectors)
+    if x.device.type != "cpu" or not fits or common_reason(x, vectors) or ops.refusal("reference", "bn_apply", x):
+        return None
+    return "reference"
+
+
+def sync_batch_norm_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    process_group: dist.ProcessGroup,
+    backend: str,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: Act = "relu",
+) -> Tensor:
+    """`batch_norm_act` in training, with the statistics of the batches of all ranks of `process_group` together.
+
+    Each rank sends one row - pixels, mean, sum of squared deviations - and merges the rows of all in the order of the
+    ranks, so that all get the same bits. Batches may differ in size, and some may be empty.
+
+    Args:
+        x, running_mean, running_var, weight, bias, residual, momentum, eps, act: as in `batch_norm_act`.
+        process_group: every rank of it must call, in forward and in backward.
+        backend: from `choose_sync`.
+
+    Returns:
+        `[N, C, H, W]` in the dtype and memory format of `x`. The gradients of `weight` and `bias` are this rank's own,
+        as `DistributedDataParallel` expects them.
+
+    Mutates:
+        `running_mean` and `running_var`.
+
+    Raises:
+        ValueError: fewer than two values per channel in all batches together; on every rank.
+
+    Source:
+        The merging of the rows: Chan, Golub, LeVeque, Updating Formulae and a Pairwise Algorithm, 1979.
+    """
+    relu = check_act(act, "sync_batch_norm_act")
+    x = dense(x)
+    with torch.no_grad():
+        rows = _gather(_statistics(x, backend), process_group)
+        count, mean, m2 = (part.contiguous() for part in rows.split((1, x.shape[1], x.shape[1]), dim=1))
+        count = count.squeeze(1)
+        # Only where this batch says next to nothing of the others is it worth waiting for the device to ask.
+        total = int(count.sum()) if pixels(x) < 2 else 2
+        if total == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        if total > 0:
+            layer = (running_mean, running_var, weight, bias, momentum, eps, backend)
+            affine = finalize((mean, m2, count), *layer)
+    if total == 0:  # nothing anywhere
+        return add_relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), residual, relu)
+    joins = residual is not None and ops.refusal(backend, "bn_apply", x, residual) is None
+    static = (relu and (residual is None or joins), process_group, backend)
+    y: Tensor = _SyncBatchNormAct.apply(x, residual if joins else None, weight, bias, *affine, count.sum(), *static)
+    return y if residual is None or joins else add_relu(y, residual, relu)
+
+
+def _statistics(x: Tensor, backend: str) -> Tensor:
+    """`[1 + 2C]`: pixels, mean and sum of squared deviations of this rank's batch; zeros where it is empty."""
+    if x.numel() == 0:
+        return x.new_zeros(1 + 2 * x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    mean, m2, count = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
+    # In float64, as a mean far from zero would lose the digits that its deviations are made of.
+    n = count.double().unsqueeze(1)
+    merged = (mean.double() * n).sum(0) / n.sum()
+    deviations = (m2 + n * (mean - merged).square()).sum(0)
+    return torch.cat([n.sum(0), merged, deviations]).to(mean.dtype)
+
+
+def _gather(row: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks, `[ranks, len(row)]`, in the order of the ranks."""
+    rows = row.new_empty(dist.get_world_size(group), len(row))
+    dist.all_gather_into_tensor(rows, row.unsqueeze(0), group=group)
+    return rows
+
+
+class _SyncBatchNormAct(torch.autograd.Function):
+    """`bn_apply` forward; backward is `bn_backward_reduce`, a sum over all ranks, `bn_backward_apply`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        total: Tensor,
+        relu: bool,
+        group: dist.ProcessGroup,
+        backend: str,
+    ) -> Tensor:
+        with_mask = relu and residual is not None and any(ctx.needs_input_grad)
+        addend = None if residual is None else in_layout_of(residual, x)
+        if x.numel() == 0:
+            y, mask = torch.empty_like(x), None
+        else:
+            y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
+        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, total)
+        ctx.relu, ctx.group, ctx.backend = relu, group, backend
+        ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, scale, shift, mean, invstd, total = ctx.saved_tensors
+        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        dy = in_layout_of(dy, x)
+        operands = (dy, x, mask, scale, shift, mean, invstd)
+        empty = x.numel() == 0
+        own = [torch.zeros_like(mean), torch.zeros_like(mean)]
+        if (needs_weight or needs_bias or needs_x) and not empty:
+            rows = plan.partial_rows(pixels(x), x.shape[1])
+            own = list(_op.bn_backward_reduce(*operands, ctx.relu, rows, backend=ctx.backend))
+        dresidual = dy if needs_residual else None
+        dx = None
+        sums: tuple[Tensor | None, Tensor | None] = (None, None)
+        if needs_x:
+            shared = torch.stack(own)
+            dist.all_reduce(shared, group=ctx.group)
+            # Divided here, on the device, and not by the op, which takes the number of pixels from the host.
+            sums = tuple((shared / total).unbind())  # type: ignore[assignment]
+        if empty:
+            dx = torch.zeros_like(x) if needs_x else None
+        elif needs_x or (needs_residual and ctx.relu):
+            with_residual = needs_residual and ctx.relu
+            dx, dz = _op.bn_backward_apply(*operands, *sums, 1.0, ctx.relu, with_residual, backend=ctx.backend)
+            dresidual = dz if with_residual else dresidual
+        weight_dtype, bias_dtype = ctx.vector_dtypes
+        dweight = own[1].to(weight_dtype) if needs_weight else None
+        dbias = own[0].to(bias_dtype) if needs_bias else None
+        return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 8
