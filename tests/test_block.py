@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fused import functional, fuse, ops, plan, use_backend
-from resnet_fused.functional import block_autograd
+from resnet_fused.functional import block, block_autograd
 from resnet_fused.functional.block import ConvBN, choose_chain
 from resnet_fused.plan import Fusion
 
@@ -52,7 +52,7 @@ BLOCKS = {
     "dilated": (lambda: Bottleneck(24, 6, dilation=2), (1, 24, 7, 7)),
     "one pixel": (lambda: BasicBlock(16, 16), (12, 16, 1, 1)),
 }
-blocks = pytest.mark.parametrize("name", BLOCKS)
+every_block = pytest.mark.parametrize("name", BLOCKS)
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def _assert_same_step(plain: nn.Module, x: torch.Tensor, backend: str, dtype: to
 
 @backends
 @dtypes
-@blocks
+@every_block
 def test_a_training_step(backend, dtype, name, chains):
     plain, x = _made(name)
     _assert_same_step(plain.train(), x, backend, dtype)
@@ -171,6 +171,17 @@ def test_every_way_to_fuse_is_right(name, fusion, monkeypatch, chains):
     plain, x = _made(name)
     _assert_same_step(plain.train(), x, "reference", torch.float32)
     assert [layer.fusion for layer in chains[0].branch[1:]] == [fusion] * 2
+
+
+@pytest.mark.parametrize("conv_backends", itertools.product(("reference", "aten"), repeat=3), ids="-".join)
+@pytest.mark.parametrize("fusion", [FUSIONS[0], FUSIONS[-1]], ids=["all", "none"])
+def test_the_plan_may_mix_backends(conv_backends, fusion, monkeypatch, chains):
+    monkeypatch.setattr(plan, "training", lambda *args: fusion)
+    monkeypatch.setattr(block, "_conv_backends", lambda *args: conv_backends)
+    for name in ("bottleneck, strided", "bottleneck"):
+        plain, x = _made(name)
+        _assert_same_step(plain.train(), x, "reference", torch.float32)
+    assert chains[0].branch[1][2:5] == conv_backends
 
 
 @pytest.mark.skipif(not ops.available("triton", DEVICE), reason="not available here")
