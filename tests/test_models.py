@@ -1,4 +1,4 @@
-"""The paper's networks: multiply-adds, parameters, torchvision's keys and initial weights, shortcuts, fused and frozen."""
+"""The paper's networks: multiply-adds, parameters, torchvision's keys and first weights, shortcuts, fused, frozen."""
 
 from __future__ import annotations
 
