@@ -146,8 +146,8 @@ def _conv_wgrad_kernel(
         s = tap - r * S
         column = group * group_inputs + c
         top, left = r * dilation_h - pad_h, s * dilation_w - pad_w
-        if PADDED:
-            # A tap that no pixel sees is zero whatever the operands hold.
+        if PADDED and x_scale is not None:
+            # A tap that no pixel sees stays zero, also where the shift is NaN.
             lowest = tl.maximum(tl.cdiv(-top, stride_h), 0)
             leftmost = tl.maximum(tl.cdiv(-left, stride_w), 0)
             reached = (lowest < P) & (lowest * stride_h + top < H) & (leftmost < Q) & (leftmost * stride_w + left < W)
@@ -169,7 +169,7 @@ def _conv_wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N) if X_AXIS == 0 else (BLOCK_N, BLOCK_M), tl.float32)
     for start in range(first, end, BLOCK_K):
         m = start + tl.arange(0, BLOCK_K)
-        seen = _below(m, M, EVEN_M)
+        in_range = _below(m, M, EVEN_M)
         if DENSE:
             x_pixel = m.to(INDEX) * C
         else:
@@ -179,26 +179,26 @@ def _conv_wgrad_kernel(
             h = p * stride_h + top
             w = (rest - p * Q) * stride_w + left
             x_pixel = ((image.to(INDEX) * H + h) * W + w) * C
+        seen = in_range
         if PADDED and FLAT_INPUTS == 0:
-            seen = seen & _inside(h, H) & _inside(w, W)
+            seen = in_range & _inside(h, H) & _inside(w, W)
         x_mask = tl.expand_dims(seen, X_AXIS) & row_exists
         if PADDED and FLAT_INPUTS > 0:
             x_mask &= _inside(tl.expand_dims(h, X_AXIS) + row_h, H) & _inside(tl.expand_dims(w, X_AXIS) + row_w, W)
         a = tl.load(x + (tl.expand_dims(column, 1 - X_AXIS) + tl.expand_dims(x_pixel, X_AXIS)), mask=x_mask, other=0.0)
         g_place = tl.expand_dims(k, X_AXIS) + tl.expand_dims(m.to(INDEX) * K, 1 - X_AXIS)
-        g_mask = tl.expand_dims(seen, 1 - X_AXIS) & k_exists
-        g = tl.load(dy + g_place, mask=g_mask, other=0.0)
-        # A pixel that does not count must stay zero in one operand; a prologue turns the zero of its own into another
-        # value.
+        # A pixel that does not count must stay zero in one operand; a prologue makes something else of its zero.
+        g_seen = tl.expand_dims(in_range if x_scale is None else seen, 1 - X_AXIS)
+        g = tl.load(dy + g_place, mask=g_seen & k_exists, other=0.0)
         if x_scale is not None:
             a = round_to(relu_affine(a, scale, shift), x.dtype.element_ty)
             if FLAT_INPUTS > 0 and PADDED:
                 a = tl.where(x_mask, a, 0.0)
         if dy_x is not None:
-            raw = tl.load(dy_x + g_place, mask=g_mask, other=0.0)
+            raw = tl.load(dy_x + g_place, mask=g_seen & k_exists, other=0.0)
             g = round_to(bn_gradient(g, raw, dy_a, dy_b, dy_c), dy.dtype.element_ty)
             if x_scale is not None and (PADDED or not EVEN_M):
-                g = tl.where(tl.expand_dims(seen, 1 - X_AXIS), g, 0.0)
+                g = tl.where(g_seen, g, 0.0)
         if X_AXIS == 0:
             acc = tl.dot(a.to(DOT_DTYPE), g.to(DOT_DTYPE), acc, input_precision=PRECISION)
         else:
@@ -290,7 +290,8 @@ def conv_wgrad(
     dy_coefficients[2]). a = x, or the activation round(relu(x*x_scale + x_shift)), zero outside the image. The pixels
     are split into ranges whose partial sums are added in a fixed order: bit-identical run to run. Grouped convolutions
     run group by group: right for every group size, efficient from 16 channels a group on. A NaN or inf in x or dy
-    reaches what it reaches in PyTorch; an infinite x_shift gives NaN.
+    reaches what it reaches in PyTorch, but that with x_scale a padded pixel is skipped, not zero times dy. An infinite
+    x_shift gives NaN.
 
     Args:
         dy: [N, K, P, Q] in NHWC order; fp32, fp16 or bf16.
