@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class UsageError(ValueError):
     """A choice the command cannot honour; the message is one line that names the value and the choices."""
+
+
+class Unavailable(RuntimeError):
+    """A contestant cannot run here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +76,15 @@ def positive_integers(text: str, what: str) -> tuple[int, ...]:
     if not values or min(values) < 1:
         raise UsageError(f"{what} {text!r} is not a comma list of integers > 0, like 1,8")
     return tuple(dict.fromkeys(values))
+
+
+def seconds(text: str, what: str) -> float:
+    """A duration > 0: `90`, `90s`, `5m`, `1h`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    value = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if value <= 0:
+        raise UsageError(f"{what} {text!r} is not a duration > 0, like 90s or 5m")
+    return value
 
 
 def resolve_device(text: str | None) -> torch.device:

@@ -2,13 +2,16 @@
 
 Inference is one forward in `inference_mode` with model and input in the case's dtype. Training is one full step -
 forward, cross-entropy, backward, SGD with momentum - with fp32 parameters, under autocast when the case's dtype is not
-fp32, and with a gradient scaler for fp16.
+fp32, and with a gradient scaler for fp16. On a GPU every contestant's training step is captured in a CUDA graph, unless
+it cannot be (a gradient scaler waits for the GPU): then it runs kernel by kernel, and `graphed` says so.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +57,8 @@ class Runner:
         if training:
             self._optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
             self._scaler = torch.amp.GradScaler(device.type, enabled=case.dtype == "fp16")
+        self._replay: Callable[[], object] | None = None
+        self.graphed: bool | None = None  # None: not tried yet
 
     def infer(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of images on the CPU, in the case's dtype on the device."""
@@ -80,6 +85,12 @@ class Runner:
         if self.case.mode == "infer":
             with torch.inference_mode():
                 return self.forward(self._images)
+        if self.graphed is None:
+            self._replay = self._captured() if device_captures(self.case) else None
+            self.graphed = self._replay is not None
+        return self._train() if self._replay is None else self._replay()
+
+    def _train(self) -> object:
         _, loss = self.loss(None)
         self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
@@ -87,12 +98,39 @@ class Runner:
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
+    def _captured(self) -> Callable[[], object] | None:
+        """The training step as a CUDA graph; None where capture fails."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # cuDNN's choices, the optimiser's buffers, compilation: all outside the capture
+                self._train()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                loss = self._train()
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of this training step: {error}", stacklevel=2)
+            return None
+
+        def replay() -> object:
+            graph.replay()
+            return loss
+
+        return replay
+
     def loss(self, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and loss of the first `limit` images, with autograd's graph behind them."""
         kind, dtype = self._images.device.type, self.case.torch_dtype
         with torch.autocast(kind, dtype, enabled=self.case.dtype != "fp32"):
             logits = self.forward(self._images[:limit])
             return logits, F.cross_entropy(logits.float(), self._labels[:limit])
+
+
+def device_captures(case: Case) -> bool:
+    """Whether a training step of this case can be a CUDA graph."""
+    return torch.device(case.device).type == "cuda" and case.dtype != "fp16"
 
 
 def reference(model: nn.Module, case: Case, images: torch.Tensor, labels: torch.Tensor) -> Outcome:

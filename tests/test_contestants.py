@@ -1,0 +1,111 @@
+"""Contestants that a machine may lack, and the CUDA graph of a training step as far as one without a GPU goes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+import pytest
+import torch
+import torchvision
+
+from resnet_fused.bench import other_runtimes
+from resnet_fused.bench.cases import Case, Unavailable
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+from resnet_fused.bench.runner import Runner, device_captures
+
+INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
+TRAIN = Case("resnet18", "train", 2, "fp32", "cpu", 32)
+
+
+def _runner(name: str, case: Case) -> Runner:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    return Runner(CONTESTANTS[name], model, case, torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "torch-tensorrt"])
+def test_a_runtime_that_is_not_installed_says_what_it_needs(name, monkeypatch):
+    def missing(package, *args):
+        raise ModuleNotFoundError(f"No module named {package!r}")
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(Unavailable, match=rf"cannot be imported \(No module named.*it needs {name.replace('-', '_')}"):
+        _runner(name, INFER)
+
+
+def test_a_runtime_without_a_provider_for_the_device_says_so(monkeypatch):
+    class Runtime:
+        @staticmethod
+        def get_available_providers():
+            return ["TensorrtExecutionProvider"]
+
+    monkeypatch.setattr(other_runtimes, "_imported", lambda name: Runtime)
+    with pytest.raises(Unavailable, match="no CPUExecutionProvider, only TensorrtExecutionProvider"):
+        _runner("onnxruntime", INFER)
+
+
+def test_onnxruntime_where_it_is_installed():
+    try:
+        runner = _runner("onnxruntime", INFER)
+    except Unavailable as reason:
+        assert "onnx" in str(reason)
+        return
+    plain = _runner("eager", INFER)
+    torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)
+
+
+def test_max_autotune_is_for_gpus():
+    for case in (INFER, TRAIN):
+        with pytest.raises(Unavailable, match="on a GPU only"):
+            _runner("compile-max-autotune", case)
+
+
+def test_training_on_a_cpu_is_not_captured():
+    runner = _runner(BASELINE, TRAIN)
+    runner.step()
+    assert runner.graphed is False
+
+
+def test_which_training_steps_can_be_captured():
+    assert device_captures(Case("resnet18", "train", 2, "bf16", "cuda", 32))
+    assert not device_captures(Case("resnet18", "train", 2, "fp16", "cuda", 32))
+    assert not device_captures(TRAIN)
+
+
+@pytest.mark.parametrize("capture_fails", [False, True])
+def test_a_captured_step_is_replayed_and_a_failed_capture_is_not(monkeypatch, capture_fails):
+    """The bookkeeping of the capture, with CUDA's part played by a fake."""
+    log = []
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def graph(g):
+        log.append("capture")
+        if capture_fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    fakes = {"Stream": Stream, "CUDAGraph": Graph, "graph": graph, "stream": lambda s: contextlib.nullcontext()}
+    for name, fake in (fakes | {"current_stream": Stream}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("resnet_fused.bench.runner.device_captures", lambda case: True)
+    runner = _runner(BASELINE, TRAIN)
+    monkeypatch.setattr(runner, "_train", lambda: log.append("train"))
+    if capture_fails:
+        with pytest.warns(UserWarning, match="no CUDA graph of this training step: operation not permitted"):
+            runner.step()
+    else:
+        runner.step()
+    runner.step()
+    assert log == ["train"] * 3 + (
+        ["capture", "train", "train"] if capture_fails else ["capture", "train", "replay", "replay"]
+    )
+    assert runner.graphed is not capture_fails
