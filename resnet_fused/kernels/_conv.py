@@ -1,4 +1,4 @@
-"""What the convolution kernels share: which taps see the image, prologues, precision, and the checks of the operands."""
+"""What the convolution kernels share: taps inside the image, prologues, precision, and the checks of operands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from torch import Tensor
 
 from resnet_fused.kernels._launch import INTERPRETED, is_nhwc, name_of, refuse_activations
 from resnet_fused.kernels._tile import affine, to_fp32
-from resnet_fused.plan.conv import ConvShape, tf32_allowed
+from resnet_fused.plan.conv import ConvShape
+from resnet_fused.plan.conv import tf32_allowed as tf32_allowed  # for the kernels' files
+
+# As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
+MAX_REGISTERS = 255
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._conv import (
+    MAX_REGISTERS,
     bn_gradient,
     conv_shape,
     dot_dtype,
@@ -21,10 +22,11 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     tf32_allowed,
 )
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._launch import compute_capability, index_type, launch, name_of
 from resnet_fused.kernels._tile import channel_unit, passes_relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
-from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_dgrad_heuristic, dgrad_refusal
+from resnet_fused.plan import conv_config
+from resnet_fused.plan.conv import ConvConfig, dgrad_refusal
 
 
 @triton.jit
@@ -218,10 +220,8 @@ def refuse(
     if reason is None and tuple(dy.shape) != out:
         reason = f"a convolution of an image {tuple(size)} gives {out}, dy is {tuple(dy.shape)}"
     reason = reason or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients) or refuse_like(dy, out, dy_x=dy_x)
-    if reason is None and dy_coefficients is not None and tuple(dy_coefficients.shape) != (3, problem.k):
-        reason = f"dy_coefficients must be [3, {problem.k}], got {list(dy_coefficients.shape)}"
     if reason is None and dy_coefficients is not None:
-        reason = refuse_vectors(dy.device, 3 * problem.k, dy_coefficients=dy_coefficients.view(-1))
+        reason = _refuse_coefficients(dy_coefficients, problem.k, dy.device)
     if reason is None and residual is not None and x is not None:
         reason = "residual and x exclude each other, got both"
     if reason is None and residual_mask is not None:
@@ -232,6 +232,18 @@ def refuse(
         or refuse_like(dy, image, residual=residual, x=x)
         or refuse_vectors(dy.device, problem.c, scale=scale, shift=shift, mean=mean, invstd=invstd)
     )
+
+
+def _refuse_coefficients(coefficients: Tensor, outputs: int, device: torch.device) -> str | None:
+    if (
+        tuple(coefficients.shape) != (3, outputs)
+        or coefficients.dtype != torch.float32
+        or not coefficients.is_contiguous()
+        or coefficients.device != device
+    ):
+        got = f"{name_of(coefficients.dtype)} {list(coefficients.shape)} with strides {list(coefficients.stride())}"
+        return f"dy_coefficients must be contiguous float32 [3, {outputs}] on {device}, got {got}"
+    return None
 
 
 def _refuse_mask(mask: Tensor, residual: Tensor | None) -> str | None:
@@ -288,13 +300,14 @@ def conv_dgrad(
 
     Returns:
         dx: [N, C, *size] in NHWC order, in the dtype of dy.
-        sum_dx, sum_dx_xhat: with x [C] fp32, sum(dx) and sum(dx * (x - mean) * invstd) of dx as it was rounded, added in
-            a fixed order; else empty.
+        sum_dx, sum_dx_xhat: with x [C] fp32, sum(dx) and sum(dx * (x - mean) * invstd) of dx as it was rounded, added
+            in a fixed order; else empty.
     """
     shape = conv_shape((dy.shape[0], weight.shape[1] * groups, *size), weight, stride, padding, dilation, groups)
     tf32 = dy.dtype == torch.float32 and tf32_allowed()
     if config is None:
-        config = conv_dgrad_heuristic(shape, dy.dtype, compute_capability(dy.device), tf32, prologue=dy_x is not None)
+        flags = () if dy_x is None else ("prologue",)
+        config = conv_config("conv_dgrad", shape, dy.dtype, compute_capability(dy.device), tf32, flags)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     dx = torch.empty(
         (shape.n, shape.c, shape.h, shape.w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
@@ -348,6 +361,7 @@ def conv_dgrad(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
     )
     sums = reduce_pair(*partials) if partials is not None else (dx.new_empty(0, dtype=torch.float32),) * 2
     # NCHW and NHWC at once: as a convolution's result would be ordered.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.kernels._conv import (
+    MAX_REGISTERS,
     conv_shape,
     dot_dtype,
     refuse_groups,
@@ -25,7 +26,8 @@ from resnet_fused.kernels._conv import (
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
-from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
+from resnet_fused.plan import conv_config
+from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_refusal
 
 
 @triton.jit
@@ -276,7 +278,7 @@ def conv_fprop(
     """
     shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
     if config is None:
-        config = conv_fprop_heuristic(shape, x.dtype, compute_capability(x.device), _tf32(x))
+        config = conv_config("conv_fprop", shape, x.dtype, compute_capability(x.device), _tf32(x))
     krsc = weight.contiguous(memory_format=torch.channels_last)
     if config.kernel != "pointer":
         from resnet_fused.kernels import experimental
@@ -305,13 +307,13 @@ def conv_fprop_stats(
 
     Args:
         x: [N, C, H, W] in NHWC order; fp32, fp16 or bf16.
-        weight: as in `conv_fprop`; so are stride, padding, dilation and groups.
+        weight: as in `conv_fprop`; so are stride, dilation and groups.
         x_scale: [C] fp32, or None; x_shift likewise, both or neither.
         x_shift: see x_scale.
-        stride: see weight.
+        stride: of the filter.
         padding: zeros around the activation, not around x.
-        dilation: see weight.
-        groups: see weight.
+        dilation: see stride.
+        groups: see stride.
         rows: how many rows of statistics to return.
         config: the launch configuration; None takes the plan's.
 
@@ -325,17 +327,15 @@ def conv_fprop_stats(
     """
     shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
     if config is None:
-        config = conv_fprop_heuristic(
-            shape, x.dtype, compute_capability(x.device), _tf32(x), prologue=x_scale is not None, statistics=True
-        )
+        flags = () if x_scale is None else ("prologue",)
+        config = conv_config("conv_fprop_stats", shape, x.dtype, compute_capability(x.device), _tf32(x), flags)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     y = _output(x, shape)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
     # A row for each tile where they suffice: what is left over is zero from the start.
     new = x.new_zeros if tiles <= rows else x.new_empty
-    mean, m2, count = (
-        new(size, dtype=torch.float32) for size in ((max(tiles, rows), shape.k),) * 2 + ((max(tiles, rows),),)
-    )
+    mean, m2 = (new((max(tiles, rows), shape.k), dtype=torch.float32) for _ in range(2))
+    count = new(max(tiles, rows), dtype=torch.float32)
     _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, False, config)
     if tiles > rows:
         mean, m2, count = merge_statistics(mean, m2, count, rows)
@@ -352,7 +352,7 @@ def _output(x: Tensor, shape: ConvShape) -> Tensor:
 
 
 def _in_pytorchs_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y, in NCHW order where x is NCHW and NHWC at once and PyTorch's rule, which then looks at the strides, says so."""
+    """y, in NCHW order where x is NCHW and NHWC at once and PyTorch's rule, which looks at the strides, says so."""
     ambiguous = x.is_contiguous()
     if ambiguous and torch.contiguous_format == suggest_memory_format(x) == suggest_memory_format(weight):
         return y.contiguous()
@@ -409,4 +409,5 @@ def _launch(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
     )

@@ -75,7 +75,7 @@ def conv_refusal(shape: ConvShape) -> str | None:
 
 
 def dgrad_refusal(shape: ConvShape) -> str | None:
-    """Why `conv_dgrad` cannot run a geometry, or None: its parity sub-problems assume that a strided filter is dense."""
+    """Why `conv_dgrad` cannot run a geometry, or None: its parity classes assume that a strided filter is dense."""
     reason = conv_refusal(shape)
     if reason is None and any(s > 1 and d > 1 for s, d in zip(shape.stride, shape.dilation, strict=True)):
         return (
@@ -110,12 +110,14 @@ def _cdiv(a: int, b: int) -> int:
 Tile = tuple[int, int, int]  # block_m, block_n, num_warps
 
 
-def _tiles(dtype: torch.dtype, tf32: bool) -> list[Tile]:
-    """From the most efficient to the one that makes the most programs."""
+def _tiles(dtype: torch.dtype, tf32: bool, prologue: bool = False) -> list[Tile]:
+    """From the most efficient to the one that makes the most programs. A prologue holds a tile of activations in
+    registers too: more warps to share them.
+    """
     if dtype == torch.float32 and not tf32:
         # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
         return [(128, 64, 8), (64, 32, 4), (32, 32, 4)]
-    return [(128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
+    return [(128, 128, 8), (128, 64, 8 if prologue else 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
 
 
 def _choose(tiles: list[Tile], pixels: int, outputs: int, groups: int, arch: int) -> Tile:
@@ -129,7 +131,7 @@ def _choose(tiles: list[Tile], pixels: int, outputs: int, groups: int, arch: int
 def _configure(
     tile: Tile, channels: int, dtype: torch.dtype, arch: int, tf32: bool, flat: bool = False, operands: int = 1
 ) -> ConvConfig:
-    """Depth of the reduction's tile and of the pipeline; `operands` tiles of activations are read for one of weights."""
+    """A tile with the depth of its reduction and of its pipeline; `operands` activations are read for one weight."""
     block_m, block_n, num_warps = tile
     tensor_cores = dtype != torch.float32 or tf32
     widest = (64 if dtype != torch.float32 else 32) if tensor_cores else 16

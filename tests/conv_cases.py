@@ -1,0 +1,96 @@
+"""What the tests of the Triton convolutions share: problems, tensors, and the sums' contract."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from resnet_fused.kernels._launch import INTERPRETED
+from resnet_fused.plan.conv import ConvShape
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NHWC = torch.channels_last
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and triton was imported without TRITON_INTERPRET=1"
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@pytest.fixture
+def exact_fp32():
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def problem(n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> ConvShape:
+    return ConvShape(n, c, h, w, k, r, s, stride, padding, dilation, groups)
+
+
+SHAPES = {
+    "1x1": problem(2, 32, 5, 7, 48, 1, 1),
+    "1x1 stride 2, odd image": problem(2, 32, 7, 9, 40, 1, 1, stride=(2, 2)),
+    "1x1 padded": problem(1, 16, 4, 5, 24, 1, 1, padding=(1, 1)),
+    "3x3": problem(2, 64, 6, 6, 32, 3, 3, padding=(1, 1)),
+    "3x3 stride 2, odd image": problem(2, 32, 9, 7, 40, 3, 3, stride=(2, 2), padding=(1, 1)),
+    "3x3 stride 2, even image": problem(1, 32, 8, 6, 24, 3, 3, stride=(2, 2), padding=(1, 1)),
+    "3x3 dilation 2": problem(1, 16, 7, 6, 20, 3, 3, padding=(2, 2), dilation=(2, 2)),
+    "7x7 stem": problem(1, 3, 19, 17, 24, 7, 7, stride=(2, 2), padding=(3, 3)),
+    "one input channel": problem(2, 1, 6, 5, 17, 3, 3, padding=(1, 1)),
+    "channels divide no tile": problem(2, 35, 5, 5, 65, 3, 3, padding=(1, 1)),
+    "more channels than one tile, ragged": problem(1, 100, 4, 4, 10, 1, 1),
+    "7x7 image": problem(1, 24, 7, 7, 136, 3, 3, padding=(1, 1)),
+    "1x1 image": problem(3, 64, 1, 1, 96, 1, 1),
+    "1x1 image under 3x3": problem(1, 16, 1, 1, 16, 3, 3, padding=(1, 1)),
+    "1x1 image under 3x3, stride 2": problem(2, 16, 1, 1, 16, 3, 3, stride=(2, 2), padding=(1, 1)),
+    "image smaller than the filter": problem(2, 20, 2, 3, 16, 5, 5, padding=(2, 2)),
+    "more pixels than one tile": problem(1, 8, 15, 13, 16, 3, 3, padding=(1, 1)),
+    "stride larger than the filter": problem(1, 16, 8, 7, 20, 2, 1, stride=(3, 2)),
+    "rows that no tap reaches": problem(1, 16, 10, 9, 20, 3, 3, stride=(3, 4)),
+    "nothing square": problem(1, 18, 8, 5, 12, 1, 3, stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+    "4 groups of 8": problem(2, 32, 6, 6, 32, 3, 3, padding=(1, 1), groups=4),
+    "2 groups of 20": problem(1, 40, 5, 5, 12, 3, 3, stride=(2, 2), padding=(1, 1), groups=2),
+    "depthwise": problem(1, 6, 5, 5, 12, 3, 3, padding=(1, 1), groups=6),
+    "empty batch": problem(0, 16, 5, 5, 16, 3, 3, padding=(1, 1)),
+}
+every_shape = pytest.mark.parametrize("name", SHAPES)
+
+
+def activation(n: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n, channels, height, width).to(DEVICE, dtype).contiguous(memory_format=NHWC)
+
+
+def image(shape: ConvShape, dtype: torch.dtype) -> Tensor:
+    return activation(shape.n, shape.c, shape.h, shape.w, dtype)
+
+
+def output(shape: ConvShape, dtype: torch.dtype) -> Tensor:
+    return activation(shape.n, shape.k, shape.p, shape.q, dtype)
+
+
+def filters(shape: ConvShape, dtype: torch.dtype) -> Tensor:
+    """A weight under which the magnitudes stay."""
+    fan_in = max(1, shape.c // shape.groups * shape.r * shape.s)
+    weight = torch.randn(shape.k, shape.c // shape.groups, shape.r, shape.s) / fan_in**0.5
+    return weight.to(DEVICE, dtype).contiguous(memory_format=NHWC)
+
+
+def affine(channels: int) -> tuple[Tensor, Tensor]:
+    """Scale, some of it negative, and shift."""
+    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
+    scale[::3] *= -1
+    return scale.to(DEVICE), shift.to(DEVICE)
+
+
+def geometry(shape: ConvShape) -> tuple[list[int], list[int], list[int], int]:
+    return list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
+
+
+def in_double(arguments):
+    """The same arguments in float64, whose results are the truth."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
