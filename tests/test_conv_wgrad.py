@@ -192,6 +192,7 @@ def test_padding_contributes_nothing_behind_the_prologue(name, prologue):
     assert torch.equal(conv_wgrad(*arguments), expected.to(DEVICE).expand(shape.k, shape.c, 3, 3))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, under the interpreter
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize(
     "name", ["1x3, more channels than a tile", "1x1 stride 2, odd image", "7x7 stem", "2 groups of 20"]
@@ -205,6 +206,7 @@ def test_nan_and_inf_in_the_image_reach_exactly_the_weights_that_see_them(value,
     _assert_special_values_agree(arguments)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of numpy, under the interpreter
 @pytest.mark.parametrize("prologue", ["none", "dy"])
 @pytest.mark.parametrize(
     "name", ["1x3, more channels than a tile", "1x1 stride 2, odd image", "7x7 stem", "2 groups of 20"]
