@@ -204,6 +204,18 @@ def test_a_projection_of_stride_one_and_blocks_between_other_modules(ops_run):
     assert "conv_join" in ops_run and "conv_chain" in ops_run
 
 
+@pytest.mark.parametrize("backend", ["reference", "aten"])
+def test_a_block_that_a_stage_runs_twice_and_an_input_that_stays_as_it_is(backend):
+    """Between its two runs a block's result goes to itself, not to the block whose head its chain makes."""
+    _, block, last = _bottlenecks()
+    model, x = nn.Sequential(block, block, last).eval(), torch.randn(2, 32, 6, 6)
+    kept = x.clone()
+    frozen = _check(model, x, backend)
+    assert torch.equal(x, kept)
+    if backend == "reference":
+        assert frozen.network[0].chain.head is frozen.network[2].head
+
+
 def test_a_join_whose_folded_weight_would_overflow_is_none():
     model = _bottlenecks()
     model[0].bn3.weight.data.fill_(3e4)
