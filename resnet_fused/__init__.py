@@ -1,9 +1,18 @@
 """Fused convolution, batch norm, ReLU and residual add for ResNets, in training and inference."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from resnet_fused import evaluate, functional, models, nn
 from resnet_fused.fusion import FusionReport, freeze, fuse, report, unfuse
 from resnet_fused.info import info
 from resnet_fused.plan import use_backend
+
+if TYPE_CHECKING:
+    from resnet_fused.bench.tune import tune
+    from resnet_fused.bench.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +25,15 @@ __all__ = [
     "models",
     "nn",
     "report",
+    "tune",
     "unfuse",
     "use_backend",
+    "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`tune` and `verify` come from the bench, which needs the packages of `resnet_fused[bench]`."""
+    if name not in ("tune", "verify"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"resnet_fused.bench.{name}"), name)

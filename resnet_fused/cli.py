@@ -7,9 +7,9 @@ import logging
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from resnet_fused.evaluate import command as evaluate
 
@@ -59,7 +59,39 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     bench.set_defaults(function=_bench)
     evaluate.register(commands)
+    _add_tune(commands.add_parser("tune", help="measure every kernel and configuration; write this GPU's plan table"))
+    _add_verify(commands.add_parser("verify", help="compare every kernel with float64 on this GPU"))
     return root
+
+
+def _add_problems(parser: argparse.ArgumentParser) -> None:
+    """What tune and verify share."""
+    add = parser.add_argument
+    add("--model", help="torchvision ResNets, or timm:<name>, as a comma list (default: resnet50,resnet18)")
+    add("--mode", default="infer,train", help="infer, train, as a comma list (default: both)")
+    add("--image-size", default="224", help="side of the square input (default: %(default)s)")
+    add("--rehearse", action="store_true", help="every step on a CPU, on a tiny network; proves nothing about a GPU")
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    _add_problems(parser)
+    add = parser.add_argument
+    add("--batch", default="256", help="images; the table also speaks for half and twice as many (default: 256)")
+    add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default: %(default)s)")
+    add("--budget", help="stop after so long, like 90s or 5m; calling again goes on from there (default: no limit)")
+    add("--again", action="store_true", help="measure also what the table knows already")
+    add("--out", type=Path, metavar="FILE", help="the table (default: in the cache folder, where the plan finds it)")
+    parser.set_defaults(function=_tune)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    _add_problems(parser)
+    add = parser.add_argument
+    add("--batch", default="16", help="images (default: %(default)s)")
+    add("--dtype", default="bf16,fp16,fp32", help="comma list (default: %(default)s)")
+    add("--every-configuration", action="store_true", help="all that tune would try, not only those used by default")
+    add("--json", type=Path, metavar="FILE", help="write the result and its provenance here")
+    parser.set_defaults(function=_verify)
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -133,6 +165,65 @@ def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], 
     batches = cases.positive_integers(arguments.batch or "1,8", "--batch")
     dtypes = cases.choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
     return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from resnet_fused.bench import cases, tune
+
+    def run(reporter: Any, common: dict[str, Any]) -> int:
+        dtype = cases.choose(arguments.dtype, cases.DTYPES, "dtype")
+        budget = cases.seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
+        _check_writable("--out", arguments.out)
+        done = tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common)
+        print(done)
+        return 0
+
+    return _on_problems(arguments, run)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from resnet_fused.bench import cases, results, verify
+
+    def run(reporter: Any, common: dict[str, Any]) -> int:
+        dtypes = cases.choose_many(arguments.dtype, cases.DTYPES, "dtype")
+        _check_writable("--json", arguments.json)
+        found = verify.verify(dtypes=dtypes, every_configuration=arguments.every_configuration, **common)
+        print(found)
+        if arguments.json:
+            results.write_json(found.to_json(), arguments.json)
+            print(f"wrote {arguments.json}")
+        return 0 if found.passed else 1
+
+    return _on_problems(arguments, run)
+
+
+def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any]], int]) -> int:
+    """Check what tune and verify share, and run one of them with progress on stderr."""
+    from rich.console import Console
+
+    from resnet_fused.bench import cases, models
+    from resnet_fused.bench.progress import Reporter
+
+    try:
+        names = [name.strip() for name in (arguments.model or "resnet50,resnet18").split(",") if name.strip()]
+        for name in names:
+            models.check(name)
+        with Reporter(Console(stderr=True), None) as reporter:
+            common = {
+                "model": names,
+                "modes": cases.choose_many(arguments.mode, cases.MODES, "mode"),
+                "batch": cases.positive_integers(arguments.batch, "--batch")[0],
+                "image_size": cases.positive_integers(arguments.image_size, "--image-size")[0],
+                "rehearse": arguments.rehearse,
+                "command": shlex.join([PROGRAM, *arguments.argv]),
+                "reporter": reporter,
+            }
+            return run(reporter, common)
+    except cases.UsageError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]

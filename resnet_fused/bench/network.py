@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 
 from resnet_fused.plan.conv import ConvShape
 
+from . import models
 from .cases import UsageError
 
 _BRANCH = ("conv1", "conv2", "conv3")
@@ -132,3 +136,41 @@ def describe(model: nn.Module, image_size: int = 224) -> Network:
     linear = [name for name in order if isinstance(watched[name], nn.Linear)]
     pooled = shapes[pools[0]][1].numel() if pools else None
     return Network(layer(convolutions[0]), pooled, tuple(blocks), shapes[linear[-1]][1].numel() if linear else 0)
+
+
+def build(name: str) -> nn.Module:
+    """The model of this name without memory behind it: torchvision's, timm's as `timm:<name>`, or ours."""
+    ours = importlib.util.find_spec("resnet_fused.models") and importlib.import_module("resnet_fused.models")
+    with torch.device("meta"):
+        if name.startswith("timm:") or name in models.names() or not ours:
+            models.check(name)
+            if name.startswith("timm:"):
+                model: nn.Module = importlib.import_module("timm").create_model(name.removeprefix("timm:"))
+                return model
+            return importlib.import_module("torchvision.models").get_model(name, weights=None)
+        try:
+            return ours.create(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+
+
+def networks(model: str | nn.Module | Iterable[str], image_size: int, rehearse: bool = False) -> list[Network]:
+    """Of a model, a name or several names; for a rehearsal one tiny network instead."""
+    if rehearse:
+        return [tiny_network()]
+    if isinstance(model, nn.Module):
+        return [describe(model, image_size)]
+    return [describe(build(name), image_size) for name in ([model] if isinstance(model, str) else model)]
+
+
+def tiny_network() -> Network:
+    """Every kind of layer a ResNet has, on images of 16x16 and a few channels: for rehearsals."""
+
+    def layer(name: str, c: int, size: int, k: int, filter: int, stride: int = 1) -> Layer:
+        padding = (filter // 2, filter // 2)
+        return Layer(name, ConvShape(1, c, size, size, k, filter, filter, (stride, stride), padding))
+
+    first = (layer("a.conv1", 16, 4, 16, 1), layer("a.conv2", 16, 4, 16, 3, 2), layer("a.conv3", 16, 2, 32, 1))
+    second = (layer("b.conv1", 32, 2, 16, 1), layer("b.conv2", 16, 2, 16, 3), layer("b.conv3", 16, 2, 32, 1))
+    blocks = (Block("a", first, layer("a.downsample", 16, 4, 32, 1, 2)), Block("b", second, None))
+    return Network(layer("stem", 3, 16, 16, 7, 2), 16 * 4 * 4, blocks, 10)

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Reporter:
-    """`start(text)` begins the next of `total` steps; `detail(text)` says what is too short for a line of its own."""
+    """`start(text)` begins the next of `total` steps (None: unknown); `detail(text)` says what is too short for it."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int | None) -> None:
         self._console, self._total, self._done = console, total, 0
         self._start = time.monotonic()
         columns = (BarColumn(bar_width=30), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -38,10 +38,21 @@ class Reporter:
             self._bar.update(self._task, completed=self._done, description=text, refresh=True)
         else:
             seconds = time.monotonic() - self._start
-            line = f"[{seconds:5.0f} s] {self._done + 1}/{self._total} {text}"
+            of = f"/{self._total}" if self._total else ""
+            line = f"[{seconds:5.0f} s] {self._done + 1}{of} {text}"
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._done += 1
 
     def detail(self, text: str) -> None:
         if self._bar and self._task is not None:
             self._bar.update(self._task, description=f"{self._text}: {text}", refresh=True)
+
+
+class Silent:
+    """A reporter for callers that want no progress."""
+
+    def start(self, text: str) -> None:
+        pass
+
+    def detail(self, text: str) -> None:
+        pass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,14 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from resnet_fused.plan.conv import ConvShape
 
-from . import cost, models
-from .cases import DTYPES, UsageError
+from . import cost
+from .cases import DTYPES
 from .cost import Cost
-from .network import Network, describe
+from .network import Network, networks
 
 # (bytes/s, 16 bit floating-point operations/s) that good kernels reach: HBM's specified rate, and dense matrix products
 # at the clock the power limit leaves.
@@ -75,7 +72,7 @@ def rooflines(model: str, cases: Iterable[tuple[str, int, str]], image_size: int
     Raises:
         UsageError: no such model, or one that is no ResNet.
     """
-    network = describe(_build(model), image_size)
+    (network,) = networks(model, image_size)
     found = []
     for mode, batch, dtype in cases:
         if mode == "infer":
@@ -84,22 +81,6 @@ def rooflines(model: str, cases: Iterable[tuple[str, int, str]], image_size: int
             costs = {n: cost.training(network, s, batch, DTYPES[dtype]) for n, s in cost.TRAINING.items()}
         found.append(Roofline(model, mode, batch, dtype, network, costs))
     return found
-
-
-def _build(name: str) -> nn.Module:
-    """The model of this name without memory behind it: torchvision's, timm's as `timm:<name>`, or ours."""
-    ours = importlib.util.find_spec("resnet_fused.models") and importlib.import_module("resnet_fused.models")
-    with torch.device("meta"):
-        if name.startswith("timm:") or name in models.names() or not ours:
-            models.check(name)
-            if name.startswith("timm:"):
-                model: nn.Module = importlib.import_module("timm").create_model(name.removeprefix("timm:"))
-                return model
-            return importlib.import_module("torchvision.models").get_model(name, weights=None)
-        try:
-            return ours.create(name)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
 
 
 def render(roofline: Roofline, console: Console) -> None:

@@ -1,0 +1,275 @@
+"""Verification and tuning, rehearsed on a CPU: what is wrong is found and never timed, what was measured is kept."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import resnet_fused
+from resnet_fused import cli, ops, plan
+from resnet_fused.bench import checks, tune
+from resnet_fused.bench.candidates import candidates, configurations
+from resnet_fused.bench.cases import UsageError, seconds
+from resnet_fused.bench.network import tiny_network
+from resnet_fused.bench.problems import Operands, jobs
+from resnet_fused.plan import choice as plans
+from resnet_fused.plan import table as tables
+from resnet_fused.plan.table import Choice
+
+CPU = torch.device("cpu")
+REFERENCE = Choice("reference")
+needs_kernels = pytest.mark.skipif(
+    not any(ops.available(name, "cpu") for name in ("triton", "cuda")), reason="no kernel runs on this CPU"
+)
+
+
+def tiny_jobs(dtype=torch.float32, arch=80):
+    return jobs(tiny_network(), ("infer", "train"), 2, dtype, arch, False)
+
+
+def job_of(op, **rest):
+    return next(
+        job for job in tiny_jobs() if job.problem.op == op and all(getattr(job, k) == v for k, v in rest.items())
+    )
+
+
+def test_the_problems_of_a_network():
+    found = tiny_jobs()
+    assert {job.problem.op for job in found} == {
+        "conv_fprop",
+        "conv_fprop_stats",
+        "conv_dgrad",
+        "conv_wgrad",
+        "conv_chain",
+        "conv_join",
+        "bn_apply",
+        "bn_act_max_pool",
+    }
+    convolutions = sum(job.weight for job in found if job.problem.op == "conv_wgrad")
+    assert convolutions == len(tiny_network().layers)
+    assert not any(job.residual and job.epilogue for job in found if job.problem.op == "conv_dgrad")
+    assert {job.problem.flags for job in found if job.problem.op == "conv_fprop_stats"} == {(), ("prologue",)}
+    assert {job.problem.flags for job in tiny_jobs(arch=100) if job.problem.op == "conv_fprop_stats"} == {()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_plain_pytorch_keeps_the_contract_everywhere(dtype):
+    for job in tiny_jobs(dtype):
+        assert {why for why in checks.check_all(job, REFERENCE, CPU).values() if why} == set(), job.problem
+
+
+def break_it(monkeypatch, break_result):
+    """Every op's results pass through `break_result(results, operands)`."""
+    real = checks.caller
+
+    def caller(op, choice):
+        call = real(op, choice)
+        return lambda *operands: break_result(call(*operands), operands)
+
+    monkeypatch.setattr(checks, "caller", caller)
+
+
+def _wrong(y, operands):
+    y[0, 0, 0, 0] += 0.01
+    return y
+
+
+def _unwritten(y, operands):
+    return torch.cat([y[:1], torch.empty_like(y[1:])])
+
+
+def _transposed(y, operands):
+    return y[:, :, :1]
+
+
+def _writes_into_an_operand(y, operands):
+    operands[0][0, 0, 0, 0] = 7
+    return y
+
+
+def _writes_beside_an_operand(y, operands):
+    x = operands[0].permute(0, 2, 3, 1)
+    torch.as_strided(x, (1,), (1,), x.storage_offset() + x.numel()).fill_(7)
+    return y
+
+
+def _differs(y, operands, count=[0]):  # noqa: B006
+    count[0] += 1
+    return y if count[0] % 2 else y.nextafter(torch.tensor(9.0))
+
+
+def _raises(y, operands):
+    raise RuntimeError("no such instruction\nand more")
+
+
+@pytest.mark.parametrize(
+    "broken,why",
+    [
+        (_wrong, "errs by"),
+        (_unwritten, "NaN"),
+        (_transposed, "expected"),
+        (_writes_into_an_operand, "changed an operand"),
+        (_writes_beside_an_operand, "beside an operand"),
+        (_differs, "two runs differ"),
+        (_raises, "RuntimeError: no such instruction"),
+    ],
+)
+def test_what_is_wrong_is_found(monkeypatch, broken, why):
+    job = job_of("conv_fprop")
+    assert checks.check_all(job, REFERENCE, CPU) == {"conv_fprop": None}
+    break_it(monkeypatch, broken)
+    assert why in checks.check_all(job, REFERENCE, CPU)["conv_fprop"]
+
+
+@pytest.mark.parametrize(
+    "op,index", [("conv_fprop_stats", 1), ("conv_fprop_stats", 2), ("conv_dgrad", 2), ("conv_wgrad", 0)]
+)
+def test_a_wrong_sum_is_found(monkeypatch, op, index):
+    job = job_of(op, epilogue=True) if op == "conv_dgrad" else job_of(op)
+
+    def broken(results, operands):
+        results = [results] if isinstance(results, torch.Tensor) else list(results)
+        results[index] = results[index] * (1 + 1e-4)
+        return results
+
+    break_it(monkeypatch, broken)
+    assert "errs by" in checks.check_all(job, REFERENCE, CPU)[op]
+
+
+def test_guards_surround_every_operand():
+    make = Operands(CPU, torch.bfloat16)
+    x = make.activation(2, 3, 4, 5)
+    assert x.shape == (2, 3, 4, 5) and x.is_contiguous(memory_format=torch.channels_last) and x.isfinite().all()
+    assert x.data_ptr() % 16 == 0 and make.damage() is None
+    flat = x.permute(0, 2, 3, 1)
+    for place in (-1, x.numel()):
+        assert torch.as_strided(flat, (1,), (1,), flat.storage_offset() + place).isnan().all()
+
+
+def test_configurations_begin_with_the_heuristic_and_fit_the_problem():
+    for job in tiny_jobs(torch.bfloat16, 90):
+        if job.problem.op not in plans.CONVOLUTIONS:
+            continue
+        found = configurations(job.problem, 90)
+        first = plans.heuristic(job.problem, 90)
+        assert found[0] == first and len(set(found)) == len(found) > 1
+        assert all(c.flat == first.flat and c.block_k == first.block_k for c in found if c.kernel == "pointer")
+
+
+@needs_kernels
+def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
+    plans.forget()
+    count = len({job.problem for job in tiny_jobs(torch.bfloat16)})
+    nothing = resnet_fused.tune(dtype="bf16", rehearse=True, budget_s=-1)
+    assert (nothing.measured, nothing.known, nothing.left) == (0, 0, count) and nothing.path.exists()
+    kept = [job for job in tiny_jobs(torch.bfloat16) if job.problem.op in ("conv_wgrad", "bn_apply", "conv_join")]
+    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
+    first = resnet_fused.tune(dtype="bf16", rehearse=True)
+    assert (first.measured, first.known, first.left) == (len(kept), 0, 0) and not first.refuted
+    assert first.path == tmp_path / "rehearsal" / "cpu.json"
+    table = tables.read(first.path)
+    assert table == first.table and table.arch == 0 and table.gpu == tune.REHEARSAL
+    assert {job.problem for job in kept} == set(table.entries)
+    kernels = [name for name in ("triton", "cuda") if ops.available(name, "cpu")]
+    assert {("bn_stats", name) for name in kernels} <= table.verified
+    for job in kept:
+        rivals = [c for c in candidates(job, CPU, 80, quick=True)]
+        assert [choice for choice, _ in table.entries[job.problem].measured] == rivals
+    again = resnet_fused.tune(dtype="bf16", rehearse=True)
+    assert (again.measured, again.known, again.changes) == (0, len(kept), [])
+    assert tables.known_tables() == () and plan.choose(kept[0].problem, 80) == Choice("aten")
+
+
+@needs_kernels
+def test_a_kernel_that_errs_is_never_timed_nor_verified_again(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    kept = [job for job in tiny_jobs() if job.problem.op == "add_act" or job.problem.flags == ("residual",)]
+    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
+    right = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
+    backends = {backend for _, backend in right.table.verified}
+    assert backends
+    monkeypatch.setattr(tune, "check_all", lambda job, choice, device: {job.problem.op: "errs by 1"})
+    wrong = resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
+    assert {(op, backend) for op, backend, _ in wrong.refuted} == {("bn_apply", backend) for backend in backends}
+    assert not any(pair[0] == "bn_apply" for pair in wrong.table.verified)
+    assert all(choice == Choice("aten") for e in wrong.table.entries.values() for choice, _ in e.measured)
+    monkeypatch.undo()
+    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
+    later = resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
+    assert later.refuted == wrong.refuted and "never chosen: bn_apply" in str(later)
+
+
+@needs_kernels
+def test_a_formulation_that_hung_is_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    job = job_of("conv_wgrad")
+    monkeypatch.setattr(tune, "jobs", lambda *_: [job])
+    first = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
+    stuck = dataclasses.replace(plans.heuristic(job.problem, 80), kernel="tma_gemm")
+    tried = []
+    rivals = [Choice("aten"), Choice("triton", stuck)]
+    monkeypatch.setattr(tune, "candidates", lambda *_, **__: rivals)
+    monkeypatch.setattr(tune, "check_all", lambda job, choice, device: tried.append(choice) or {"conv_wgrad": "wrong"})
+    resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
+    assert tried == [rivals[1]]
+    text = json.loads(path.read_text())
+    text["provenance"]["attempt"] = "tma_gemm"  # as a process leaves it that was killed
+    path.write_text(json.dumps(text))
+    resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
+    assert len(tried) == 1 and json.loads(path.read_text())["provenance"]["hung"] == ["tma_gemm"]
+    assert first.table.gpu == tune.REHEARSAL
+
+
+def test_a_table_of_other_versions_is_begun_anew(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    resnet_fused.tune(rehearse=True, path=path, budget_s=-1) if any(
+        ops.available(name, "cpu") for name in ("triton", "cuda")
+    ) else pytest.skip("no kernel runs on this CPU")
+    text = json.loads(path.read_text())
+    facts = dict(text["provenance"])
+    table = tables.from_json(text)
+    assert tune._Work._continues(table, facts, tune.REHEARSAL)
+    assert not tune._Work._continues(table, {**facts, "torch": "1.0"}, tune.REHEARSAL)
+    assert not tune._Work._continues(table, facts, "another GPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["tune"], ["tune", "--rehearse", "--budget", "soon"], ["tune", "--dtype", "fp8"]])
+def test_nothing_to_tune_and_bad_choices_are_one_line(command, capsys):
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and ("--rehearse" in err or "soon" in err or "fp8" in err)
+
+
+def test_no_kernel_to_verify_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(ops, "available", lambda name, kind: False)
+    for command in (["verify", "--rehearse"], ["tune", "--rehearse"]):
+        assert cli.main(command) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and "triton" in err
+
+
+@needs_kernels
+def test_the_verify_command(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "v.json"
+    command = ["verify", "--rehearse", "--dtype", "fp32", "--mode", "infer", "--json", str(path)]
+    assert cli.main(command) == 0
+    assert "all right" in capsys.readouterr().out
+    text = json.loads(path.read_text())
+    assert text["passed"] and text["checks"]
+    assert all(c["reason"] is None or c["op"] == "conv_chain" and "refused" in c["reason"] for c in text["checks"])
+    monkeypatch.setattr("resnet_fused.bench.verify.check_all", lambda job, *_: {job.problem.op: "errs by 1"})
+    assert cli.main(command) == 1 and "wrong: conv_fprop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text,expected", [("90", 90), ("90s", 90), ("5m", 300), ("1.5h", 5400)])
+def test_durations(text, expected):
+    assert seconds(text, "--budget") == expected
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "0s", "5 x"])
+def test_no_durations(text):
+    with pytest.raises(UsageError, match="--budget"):
+        seconds(text, "--budget")
