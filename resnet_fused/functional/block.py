@@ -19,8 +19,8 @@ from resnet_fused import ops, plan
 from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
 from resnet_fused.functional.common import (
     Geometry,
+    channels_last,
     common_reason,
-    conv_operands,
     conv_shape,
     dense,
     pixels,
@@ -192,9 +192,8 @@ def run_chain(
     residual = None if chain.identity else residual
     x = dense(x.to(_dtype_under_autocast(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
-    # Triton's convolutions read channels_last.
-    reads_nhwc = "triton" if any("triton" in layer[2:5] for layer in chain.layers) else chain.branch[0].fprop
-    x, _, residual = conv_operands(reads_nhwc, x, x, residual)
+    if any("triton" in layer[2:5] for layer in chain.layers):  # whose convolutions read channels_last
+        x, residual = channels_last(x), None if residual is None else channels_last(residual)
     with torch.no_grad():
         made = []
         value, affine = x, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from torch import Tensor
 from resnet_fused import ops, plan
 
 Act = Literal["relu"] | None
-Pair = int | tuple[int, int]
+Pair = int | tuple[int, ...]
+Padding = Pair | Literal["same", "valid"]
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 
@@ -24,8 +25,17 @@ def check_act(act: Act, function: str) -> bool:
     return act == "relu"
 
 
-def pair(value: Pair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def pair(value: Padding) -> tuple[int, int] | None:
+    """(vertical, horizontal) of one value or two; None where it is anything else, and PyTorch's to pad or to raise."""
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[-1]) if isinstance(value, (tuple, list)) and len(value) in (1, 2) else None
+
+
+def geometry_of(stride: Pair, padding: Padding, dilation: Pair, groups: int) -> Geometry | None:
+    """What the kernels are told of a convolution; None where only PyTorch's own can be."""
+    pairs = pair(stride), pair(padding), pair(dilation)
+    return None if None in pairs else (*pairs, groups)  # type: ignore[return-value]
 
 
 def pixels(x: Tensor) -> int:
@@ -193,3 +203,18 @@ def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
     t = t.contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
     # Where dimensions of size 1 make the order ambiguous, equal memory may still carry other strides.
     return t if t.stride() == x.stride() else t.as_strided(x.shape, x.stride())
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` in channels_last order, differentiable; the gradient has the order of `x`, which `Tensor.contiguous` forgets."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else _ChannelsLast.apply(x)
+
+
+class _ChannelsLast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy.contiguous()

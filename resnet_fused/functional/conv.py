@@ -7,24 +7,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
 from resnet_fused.functional.block import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.common import (
     Act,
     Geometry,
+    Padding,
     Pair,
     add_relu,
     autocast,
     check_act,
     choose_conv,
     conv_operands,
-    pair,
+    geometry_of,
+    refused,
     runs_plain,
     wants_gradient,
 )
 from resnet_fused.functional.norm import batch_norm_act
 from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.plan import forced_backend
+from resnet_fused.plan.conv import ConvShape, training_refusal
 from resnet_fused.reference import compute_dtype
 
 _op = torch.ops.resnet_fused
@@ -41,7 +46,7 @@ def conv_bn_act(
     *,
     bias: Tensor | None = None,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Padding = 0,
     dilation: Pair = 1,
     groups: int = 1,
     training: bool = False,
@@ -60,7 +65,8 @@ def conv_bn_act(
         running_mean, running_var, bn_weight, bn_bias: `[K]`, as `batch_norm_act` takes them.
         residual: of the result's shape, or None.
         bias: the convolution's own, `[K]`, or None.
-        stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels.
+        stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels; padding `"same"` or `"valid"` is
+            PyTorch's own and not fused.
         groups: as in `torch.nn.functional.conv2d`.
         training, momentum, eps, act: as in `batch_norm_act`.
 
@@ -78,28 +84,21 @@ def conv_bn_act(
             Networks, 2018, section 3.2.
     """
     relu = check_act(act, "conv_bn_act")
+    geometry = geometry_of(stride, padding, dilation, groups)
+    if eps <= 0 or (bias is not None and bias.dtype != weight.dtype):
+        geometry = None  # PyTorch's to raise
     if (
         training
         or running_mean is None
         or running_var is None
         or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
     ):
-        layer = ConvBN(
-            weight,
-            running_mean,
-            running_var,
-            bn_weight,
-            bn_bias,
-            (pair(stride), pair(padding), pair(dilation), groups),
-            training,
-            momentum,
-            eps,
-        )
-        chain = None
-        if bias is None:
+        if bias is None and geometry is not None:
+            vectors = (running_mean, running_var, bn_weight, bn_bias)
+            layer = ConvBN(weight, *vectors, geometry, training, momentum, eps)
             chain = choose_chain("conv_bn_act", x, [layer], residual=residual, relu=relu)
-        if chain is not None:
-            return run_chain(chain, x, [layer], residual=residual)
+            if chain is not None:
+                return run_chain(chain, x, [layer], residual=residual)
         z = _conv(x, weight, bias, stride, padding, dilation, groups)
         return batch_norm_act(
             z,
@@ -113,11 +112,12 @@ def conv_bn_act(
             eps=eps,
             act=act,
         )
-    vectors = (bn_weight, bn_bias, running_mean, running_var, bias)
     x, weight = autocast(x, weight)
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
-    backend = choose_conv("conv_bn_act", x, weight, residual, geometry, vectors)
-    if backend is None:
+    backend = None
+    if geometry is not None:
+        constants = (bn_weight, bn_bias, running_mean, running_var, bias)
+        backend = choose_conv("conv_bn_act", x, weight, residual, geometry, constants)
+    if geometry is None or backend is None:
         z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         return add_relu(
             F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps), residual, relu
@@ -136,7 +136,7 @@ def conv_affine_act(
     residual: Tensor | None = None,
     *,
     stride: Pair = 1,
-    padding: Pair = 0,
+    padding: Padding = 0,
     dilation: Pair = 1,
     groups: int = 1,
     act: Act = "relu",
@@ -150,7 +150,8 @@ def conv_affine_act(
         weight: `[K, C / groups, R, S]`.
         scale, shift: `[K]`, or None for 1 and 0.
         residual: of the result's shape, or None.
-        stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels.
+        stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels; padding `"same"` or `"valid"` is
+            PyTorch's own and not fused.
         groups: as in `torch.nn.functional.conv2d`.
         act: `"relu"` or None.
 
@@ -163,11 +164,11 @@ def conv_affine_act(
     """
     relu = check_act(act, "conv_affine_act")
     x, weight = autocast(x, weight)
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
+    geometry = geometry_of(stride, padding, dilation, groups)
     backend = None
-    if not wants_gradient(x, weight, scale, shift, residual):
+    if geometry is not None and not wants_gradient(x, weight, scale, shift, residual):
         backend = choose_conv("conv_affine_act", x, weight, residual, geometry, (scale, shift))
-    if backend is None:
+    if geometry is None or backend is None:
         y = _conv(x, weight, None, stride, padding, dilation, groups)
         if scale is not None:
             y = y * scale.to(y.dtype).view(-1, 1, 1)
@@ -210,32 +211,43 @@ class _Conv(torch.autograd.Function):
         groups: int,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # As the kernels read them: what forward copies, backward need not copy again.
+        operands = conv_operands(backend, x, weight, None)[:2]
+        ctx.save_for_backward(*operands)
         ctx.geometry, ctx.backend = (stride, padding, dilation, groups), backend
-        return _fprop(x, weight, None, None, None, ctx.geometry, False, backend)
+        ctx.formats = [suggest_memory_format(t) for t in (x, weight)]
+        y = _fprop(*operands, None, None, None, ctx.geometry, False, backend)
+        return y if torch.channels_last in ctx.formats else y.contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        dy = conv_operands(ctx.backend, dy, weight, None)[0]
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             dx, _, _ = _op.conv_dgrad(dy, weight, *(None,) * 9, x.shape[2:], *ctx.geometry, backend=ctx.backend)
+            dx = dx.contiguous(memory_format=ctx.formats[0])
         if ctx.needs_input_grad[1]:
             dweight = _op.conv_wgrad(dy, x, *(None,) * 4, weight.shape[2:], *ctx.geometry, backend=ctx.backend)
-            dweight = dweight.to(weight.dtype)
+            dweight = dweight.to(weight.dtype).contiguous(memory_format=ctx.formats[1])
         return dx, dweight, None, None, None, None, None
 
 
 def _conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Padding, dilation: Pair, groups: int
 ) -> Tensor:
     """A raw convolution, on the chosen backend, differentiable."""
-    if runs_plain("conv_fprop", x.device.type):
+    geometry = geometry_of(stride, padding, dilation, groups)
+    if geometry is None or runs_plain("conv_fprop", x.device.type):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     cast_x, cast_weight = autocast(x, weight)
-    geometry = (pair(stride), pair(padding), pair(dilation), groups)
     backend = choose_conv("conv", cast_x, cast_weight, None, geometry, ())
+    if backend == "triton":
+        problem = ConvShape(*cast_x.shape, weight.shape[0], *weight.shape[2:], *geometry)  # type: ignore[call-arg, arg-type]
+        reason = training_refusal(problem, cast_x.dtype)
+        if reason is not None:
+            backend = refused(forced_backend(), "conv", reason)
     if backend is None or backend == "aten":
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     z = _Conv.apply(cast_x, cast_weight, *geometry, backend)

@@ -65,7 +65,7 @@ def batch_norm_act(
     batch_statistics = training or running_mean is None or running_var is None
     vectors = (weight, bias, running_mean, running_var)
     backend = choose("bn_apply", "batch_norm_act", x, (residual,), vectors)
-    if backend == "aten" or x.numel() == 0:
+    if backend == "aten" or x.numel() == 0 or eps <= 0:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
         return add_relu(y, residual, relu)
     x = dense(x)

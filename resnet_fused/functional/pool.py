@@ -50,7 +50,7 @@ def batch_norm_act_max_pool(
     batch_statistics = training or running_mean is None or running_var is None
     vectors = (weight, bias, running_mean, running_var)
     backend = choose("bn_act_max_pool", "batch_norm_act_max_pool", x, (), vectors)
-    if backend == "aten" or x.numel() == 0:
+    if backend == "aten" or x.numel() == 0 or eps <= 0:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps).relu()
         return F.max_pool2d(y, 3, 2, 1)
     x = dense(x)
