@@ -80,8 +80,6 @@ def test_statistics_are_those_of_all_batches(ranks, backend, dtype, layout, case
         return full, [part.contiguous(memory_format=layout) for part in full.split(batches)]
 
     (x, xs), (dy, dys) = activation(), activation()
-    xs = [part + 3 for part in xs]  # a mean far from zero
-    x = x + 3
     residual, residuals = activation() if case == "residual" else (None, None)
     vectors = [torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 0.5]
     act = None if case == "plain" else "relu"
@@ -96,6 +94,19 @@ def test_statistics_are_those_of_all_batches(ranks, backend, dtype, layout, case
         else:  # parameters' gradients are each rank's own; DDP adds them up
             joined = first + second if name in ("dweight", "dbias") else torch.cat([first, second])
             assert_within_contract(joined, p, t, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@sizes
+def test_a_mean_far_from_zero_costs_no_digits_of_the_variance(ranks, backend, batches):
+    x = 100 + torch.randn(sum(batches), 6, 5, 3)
+    vectors = [torch.ones(6), torch.zeros(6), torch.zeros(6), torch.ones(6)]
+    parts = (x.split(batches), None, torch.zeros_like(x).split(batches))
+    results = ranks.run(_sync_step, parts, vectors, {"backend": backend, "act": None})
+    plain, truth = (_plain_step(x, None, torch.zeros_like(x), vectors, None, d) for d in (None, torch.float64))
+    for *_, mean, var in results:
+        assert_within_contract(mean, plain[-2], truth[-2], "mean")
+        assert_within_contract(var, plain[-1], truth[-1], "var")
 
 
 def _raises(rank, batches, shape):
