@@ -48,7 +48,7 @@ class Source:
 
     layer: str
     conv: nn.Conv2d
-    bn: nn.BatchNorm2d
+    bn: nn.BatchNorm2d | nn.SyncBatchNorm
     relu: bool
     with_residual: bool
     example: Example

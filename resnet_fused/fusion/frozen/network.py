@@ -151,7 +151,7 @@ class _Freezer:
             return reason
         if conv is None:
             return "no convolution"
-        if not isinstance(bn, nn.BatchNorm2d) or bn.running_mean is None:
+        if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm) or bn.running_mean is None:
             return "its batch norm has no running statistics"
         return None
 
