@@ -177,6 +177,17 @@ def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(value, place, name):
         assert truth.isfinite().any()
 
 
+def test_an_infinite_pixel_meets_no_channel_that_only_a_tile_has():
+    """Positive weights, so that infinity stays infinity: a padded channel would make it zero times infinity."""
+    arguments = list(_chain_arguments("channels divide no tile", torch.bfloat16))
+    for place in (1, 2, 4, 5, 8, 9):
+        arguments[place] = arguments[place].abs()
+    arguments[0][0, 1, 0, 0] = INF
+    y, following = conv_chain(*arguments)
+    assert y[0, :, 0, 0].isposinf().all() and following[0, :, 0, 0].isposinf().all()
+    assert not y.isnan().any() and not following.isnan().any()
+
+
 def test_relu_of_zero_is_zero_and_the_chain_repeats_bit_for_bit():
     arguments = _chain_arguments("3x3", torch.bfloat16)
     for a, b in zip(conv_chain(*arguments), conv_chain(*arguments), strict=True):

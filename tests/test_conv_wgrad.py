@@ -152,10 +152,11 @@ def test_every_tile(config: ConvConfig, prologue):
 
 
 @pytest.mark.parametrize("prologue", ["none", "both"])
-@pytest.mark.parametrize("splits", [1, 2, 3, 100])
-def test_every_number_of_splits(splits, prologue):
+@pytest.mark.parametrize("width", [7, 16], ids=["ragged pixels", "whole tiles of pixels"])
+@pytest.mark.parametrize("splits", [1, 2, 5, 100])
+def test_every_number_of_splits(splits, width, prologue):
     """Ranges of pixels that run out early, or hold none at all, add nothing."""
-    shape = _problem(3, 16, 9, 7, 24, 1, 1)
+    shape = _problem(1, 16, 9, width, 24, 1, 1)
     config = ConvConfig(64, 32, 16, 4, 2, True, splits)
     _check(_arguments(shape, torch.float32, prologue), config=config)
 

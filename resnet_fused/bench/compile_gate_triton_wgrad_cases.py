@@ -4,7 +4,6 @@ that the plan can choose.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resnet_fused.bench.compile_gate_triton_cases import TYPES, Case, Expect
+from resnet_fused.bench.compile_gate_triton_expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
 from resnet_fused.plan.conv import ConvConfig
 from resnet_fused.plan.conv_chain import conv_chain_configurations, conv_join_configurations
 from resnet_fused.plan.conv_wgrad import conv_wgrad_configurations
@@ -42,7 +41,7 @@ def wgrad_cases(arch: int, quick: bool) -> Iterator[Case]:
         if dtype == torch.bfloat16 and aligned:
             yield case(configs[0], aligned, size=56, batch=4096)
     if not quick or arch == 80:
-        yield "channels 256", Expect(), lambda: _op("bn_backward_finalize", *(_vector(256),) * 5, 2.0)
+        yield "channels 256", Expect(), lambda: op("bn_backward_finalize", *(vector(256),) * 5, 2.0)
 
 
 def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
@@ -62,28 +61,8 @@ def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
                 yield _join(dtype, tf32, config, 72, 40)
 
 
-def _op(name: str, *args: object) -> object:
-    from importlib import import_module
-
-    return getattr(import_module(f"resnet_fused.kernels.{name}"), name)(*args)
-
-
-def _activation(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=torch.channels_last)
-
-
-def _vector(*shape: int) -> Tensor:
-    return torch.empty(shape, device="meta")
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
+def _nhwc(dtype: torch.dtype, *shape: int) -> Tensor:
+    return activation(shape, dtype, True)
 
 
 def _label(dtype: torch.dtype, tf32: bool, config: ConvConfig, *more: str) -> str:
@@ -110,7 +89,7 @@ def _wgrad(
     outputs = 256 if aligned else 61
     filter_size, stride = (7, 2) if config.flat and not aligned else (1 if pointwise else 3, 1)
     out = (size - 1) // stride + 1
-    x, dy = _activation(dtype, batch, channels, size, size), _activation(dtype, batch, outputs, out, out)
+    x, dy = _nhwc(dtype, batch, channels, size, size), _nhwc(dtype, batch, outputs, out, out)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
@@ -120,14 +99,14 @@ def _wgrad(
     )
     args = (
         *(dy, x),
-        *((dy, _vector(3, outputs)) if dy_prologue else (None, None)),
-        *((_vector(channels),) * 2 if x_prologue else (None, None)),
+        *((dy, vector(3, outputs)) if dy_prologue else (None, None)),
+        *((vector(channels),) * 2 if x_prologue else (None, None)),
         *([filter_size] * 2, [stride] * 2, [filter_size // 2] * 2, [1, 1], 1),
     )
 
     def run() -> object:
-        with _tf32(tf32):
-            return _op("conv_wgrad", *args, config)
+        with tf32_switch(tf32):
+            return op("conv_wgrad", *args, config)
 
     geometry = f"c{channels} {filter_size}x{filter_size}"
     prologues = "+".join(name for name, on in (("x", x_prologue), ("dy", dy_prologue)) if on)
@@ -139,27 +118,27 @@ def _chain(
     dtype: torch.dtype, config: ConvConfig, inner: int, outputs: int, following: int | None, batch: int = 64
 ) -> Case:
     pixels = (batch, 56, 56)
-    x, residual = (_activation(dtype, batch, channels, *pixels[1:]) for channels in (inner, outputs))
-    weight2, weight3 = _activation(dtype, inner, inner, 3, 3), _activation(dtype, outputs, inner, 1, 1)
+    x, residual = (_nhwc(dtype, batch, channels, *pixels[1:]) for channels in (inner, outputs))
+    weight2, weight3 = _nhwc(dtype, inner, inner, 3, 3), _nhwc(dtype, outputs, inner, 1, 1)
     head: tuple[Tensor | None, ...] = (None, None, None)
     if following is not None:
-        head = (_activation(dtype, following, outputs, 1, 1), _vector(following), _vector(following))
-    tail = (weight2, *(_vector(inner),) * 2, weight3, *(_vector(outputs),) * 2, residual)
+        head = (_nhwc(dtype, following, outputs, 1, 1), vector(following), vector(following))
+    tail = (weight2, *(vector(inner),) * 2, weight3, *(vector(outputs),) * 2, residual)
     wide = residual.numel() > 2**31
     label = _label(dtype, False, config, f"c{inner} {outputs} {following or '-'}", "wide" * wide)
     expect = Expect(matrix=True, copies=True, wide_stores=True, index64=wide)
-    return label, expect, functools.partial(_op, "conv_chain", x, *tail, *head, [1, 1], [1, 1], [1, 1], config)
+    return label, expect, functools.partial(op, "conv_chain", x, *tail, *head, [1, 1], [1, 1], [1, 1], config)
 
 
 def _join(dtype: torch.dtype, tf32: bool, config: ConvConfig, channels: int, shortcut_channels: int) -> Case:
-    x, shortcut = _activation(dtype, 64, channels, 28, 28), _activation(dtype, 64, shortcut_channels, 56, 56)
-    weights = (_activation(dtype, 512, inputs, 1, 1) for inputs in (channels, shortcut_channels))
+    x, shortcut = _nhwc(dtype, 64, channels, 28, 28), _nhwc(dtype, 64, shortcut_channels, 56, 56)
+    weights = (_nhwc(dtype, 512, inputs, 1, 1) for inputs in (channels, shortcut_channels))
     weight, shortcut_weight = weights
     tensor_cores = dtype != torch.float32 or tf32
 
     def run() -> object:
-        with _tf32(tf32):
-            return _op("conv_join", x, weight, shortcut, shortcut_weight, _vector(512), [2, 2], True, config)
+        with tf32_switch(tf32):
+            return op("conv_join", x, weight, shortcut, shortcut_weight, vector(512), [2, 2], True, config)
 
     label = _label(dtype, tf32, config, f"c{channels}+{shortcut_channels}")
     return label, Expect(matrix=tensor_cores, copies=tensor_cores, wide_stores=True), run

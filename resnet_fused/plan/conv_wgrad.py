@@ -52,8 +52,9 @@ def _configure(
     # Without vectors every element has an address of its own, and half the pixels keep them in registers.
     block_k = (64 if aligned else 32) * 2 // dtype.itemsize if tensor_cores else 16
     stage = (block_m + (2 if dy_prologue else 1) * block_n) * block_k * dtype.itemsize
-    budget = (160 if arch in (80, 90, 100) else 80) * 1024
-    num_stages = max(2, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2
+    # Half of the shared memory, for two programs a multiprocessor; but where there is much, no fewer than three stages.
+    budget, fewest = (112 * 1024, 3) if arch in (80, 90, 100) else (80 * 1024, 2)
+    num_stages = max(fewest, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2
     return ConvConfig(block_m, block_n, block_k, num_warps, num_stages, flat)
 
 
