@@ -213,9 +213,10 @@ def test_refusals_name_the_value(changes, message):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype, tf32", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
-def test_the_heuristic_returns_only_listed_configurations(arch, dtype, tf32):
+@pytest.mark.parametrize("prologue", [False, True])
+def test_the_heuristic_returns_only_listed_configurations(prologue, dtype, tf32, arch):
     """What the compile gate compiles is what can be launched."""
-    listed = conv_fprop_configurations(dtype, arch, tf32)
+    listed = conv_fprop_configurations(dtype, arch, tf32, prologue=prologue)
     problems = [*SHAPES.values()]
     problems += [
         problem(n, c, size, size, k, r, r, padding=(r // 2, r // 2))
@@ -224,7 +225,7 @@ def test_the_heuristic_returns_only_listed_configurations(arch, dtype, tf32):
         for r in (1, 3)
     ]
     for each in problems:
-        assert conv_fprop_heuristic(each, dtype, arch, tf32) in listed
+        assert conv_fprop_heuristic(each, dtype, arch, tf32, prologue=prologue) in listed
 
 
 def test_the_heuristic_fills_the_gpu_before_it_widens_the_tile():

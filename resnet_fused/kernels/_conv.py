@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from resnet_fused.kernels._launch import INTERPRETED, is_nhwc, name_of, refuse_activations
 from resnet_fused.kernels._tile import affine, to_fp32
@@ -14,6 +15,11 @@ from resnet_fused.plan.conv import tf32_allowed as tf32_allowed  # for the kerne
 
 # As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
 MAX_REGISTERS = 255
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether operands of this dtype are rounded to TF32 where they are multiplied."""
+    return dtype == torch.float32 and tf32_allowed()
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -66,6 +72,19 @@ def conv_shape(
     return ConvShape(
         n, c, h, w, k, r, s, (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
     )
+
+
+def empty_nhwc(like: Tensor, *size: int) -> Tensor:
+    """An activation of this size in NHWC order, of the dtype and on the device of `like`."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def in_pytorchs_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y, in NCHW order where x is NCHW and NHWC at once and PyTorch's rule, which looks at the strides, says so."""
+    ambiguous = x.is_contiguous()
+    if ambiguous and torch.contiguous_format == suggest_memory_format(x) == suggest_memory_format(weight):
+        return y.contiguous()
+    return y
 
 
 def refuse_operands(x: Tensor, weight: Tensor) -> str | None:

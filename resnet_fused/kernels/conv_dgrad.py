@@ -14,13 +14,14 @@ from resnet_fused.kernels._conv import (
     bn_gradient,
     conv_shape,
     dot_dtype,
+    empty_nhwc,
     refuse_groups,
     refuse_half,
     refuse_like,
     refuse_operands,
     refuse_vectors,
     taps_inside,
-    tf32_allowed,
+    uses_tf32,
 )
 from resnet_fused.kernels._launch import compute_capability, index_type, launch, name_of
 from resnet_fused.kernels._tile import channel_unit, passes_relu, round_to, sum_lanes, to_fp32
@@ -304,14 +305,12 @@ def conv_dgrad(
             in a fixed order; else empty.
     """
     shape = conv_shape((dy.shape[0], weight.shape[1] * groups, *size), weight, stride, padding, dilation, groups)
-    tf32 = dy.dtype == torch.float32 and tf32_allowed()
+    tf32 = uses_tf32(dy.dtype)
     if config is None:
         flags = () if dy_x is None else ("prologue",)
         config = conv_config("conv_dgrad", shape, dy.dtype, compute_capability(dy.device), tf32, flags)
     krsc = weight.contiguous(memory_format=torch.channels_last)
-    dx = torch.empty(
-        (shape.n, shape.c, shape.h, shape.w), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
-    )
+    dx = empty_nhwc(dy, shape.n, shape.c, shape.h, shape.w)
     classes = shape.stride[0] * shape.stride[1]
     pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
     tiles = triton.cdiv(pixels, config.block_m) * classes

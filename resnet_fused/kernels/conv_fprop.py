@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     conv_shape,
     dot_dtype,
+    empty_nhwc,
+    in_pytorchs_order,
     refuse_groups,
     refuse_half,
     refuse_like,
@@ -21,7 +22,7 @@ from resnet_fused.kernels._conv import (
     refuse_vectors,
     relu_affine,
     taps_inside,
-    tf32_allowed,
+    uses_tf32,
 )
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, sum_lanes, to_fp32
@@ -278,16 +279,16 @@ def conv_fprop(
     """
     shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
     if config is None:
-        config = conv_config("conv_fprop", shape, x.dtype, compute_capability(x.device), _tf32(x))
+        config = conv_config("conv_fprop", shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype))
     krsc = weight.contiguous(memory_format=torch.channels_last)
     if config.kernel != "pointer":
         from resnet_fused.kernels import experimental
 
         y = experimental.conv_fprop(x, krsc, scale, shift, residual, shape, relu, config)
     else:
-        y = _output(x, shape)
+        y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
         _launch(x, krsc, (scale, shift, residual, None, None), y, (None, None, None), shape, relu, config)
-    return _in_pytorchs_order(y, x, weight)
+    return in_pytorchs_order(y, x, weight)
 
 
 def conv_fprop_stats(
@@ -328,9 +329,11 @@ def conv_fprop_stats(
     shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
     if config is None:
         flags = () if x_scale is None else ("prologue",)
-        config = conv_config("conv_fprop_stats", shape, x.dtype, compute_capability(x.device), _tf32(x), flags)
+        config = conv_config(
+            "conv_fprop_stats", shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype), flags
+        )
     krsc = weight.contiguous(memory_format=torch.channels_last)
-    y = _output(x, shape)
+    y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
     # A row for each tile where they suffice: what is left over is zero from the start.
     new = x.new_zeros if tiles <= rows else x.new_empty
@@ -339,24 +342,7 @@ def conv_fprop_stats(
     _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, False, config)
     if tiles > rows:
         mean, m2, count = merge_statistics(mean, m2, count, rows)
-    return _in_pytorchs_order(y, x, weight), mean, m2, count
-
-
-def _tf32(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and tf32_allowed()
-
-
-def _output(x: Tensor, shape: ConvShape) -> Tensor:
-    size = (shape.n, shape.k, shape.p, shape.q)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-def _in_pytorchs_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y, in NCHW order where x is NCHW and NHWC at once and PyTorch's rule, which looks at the strides, says so."""
-    ambiguous = x.is_contiguous()
-    if ambiguous and torch.contiguous_format == suggest_memory_format(x) == suggest_memory_format(weight):
-        return y.contiguous()
-    return y
+    return in_pytorchs_order(y, x, weight), mean, m2, count
 
 
 def _launch(
@@ -401,7 +387,7 @@ def _launch(
         PADDED=shape.padding != (0, 0),
         EVEN_K=reduction % config.block_k == 0,
         ACTIVATE=relu,
-        PRECISION="tf32" if _tf32(x) else "ieee",
+        PRECISION="tf32" if uses_tf32(x.dtype) else "ieee",
         DOT_DTYPE=dot_dtype(x.dtype),
         INDEX=index_type(x.numel(), y.numel()),
         BLOCK_M=config.block_m,

@@ -166,7 +166,9 @@ def conv_fprop_heuristic(
         prologue: x is a raw convolution output behind an affine map and ReLU.
         statistics: of the output, in the epilogue.
     """
-    tile = _choose(_tiles(dtype, tf32), shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch)
+    tile = _choose(
+        _tiles(dtype, tf32, prologue), shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch
+    )
     return _fprop(tile, shape.c // shape.groups, dtype, arch, tf32)
 
 
@@ -174,7 +176,8 @@ def conv_fprop_configurations(
     dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False, statistics: bool = False
 ) -> list[ConvConfig]:
     """Every configuration that `conv_fprop_heuristic` can return."""
-    found = [_fprop(tile, channels, dtype, arch, tf32) for tile in _tiles(dtype, tf32) for channels in (3, 32, 64)]
+    tiles = _tiles(dtype, tf32, prologue)
+    found = [_fprop(tile, channels, dtype, arch, tf32) for tile in tiles for channels in (3, 32, 64)]
     return list(dict.fromkeys(found))
 
 
@@ -194,7 +197,9 @@ def conv_dgrad_heuristic(
         tf32: whether fp32 operands may be rounded to TF32.
         prologue: dy is behind the backward of a batch norm.
     """
-    tile = _choose(_tiles(dtype, tf32), shape.n * shape.h * shape.w, shape.c // shape.groups, shape.groups, arch)
+    tile = _choose(
+        _tiles(dtype, tf32, prologue), shape.n * shape.h * shape.w, shape.c // shape.groups, shape.groups, arch
+    )
     return _dgrad(tile, shape.k // shape.groups, dtype, arch, tf32, prologue)
 
 
@@ -202,6 +207,6 @@ def conv_dgrad_configurations(
     dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
 ) -> list[ConvConfig]:
     """Every configuration that `conv_dgrad_heuristic` can return."""
-    tiles = _tiles(dtype, tf32)
+    tiles = _tiles(dtype, tf32, prologue)
     found = [_dgrad(tile, channels, dtype, arch, tf32, prologue) for tile in tiles for channels in (16, 32, 64)]
     return list(dict.fromkeys(found))
