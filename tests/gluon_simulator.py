@@ -319,6 +319,10 @@ class Machine:
             values = np.where(mask, pointer.values[np.where(mask, pointer.at, 0)], other)
             return _tensor(values)
 
+        def store(pointer, value, mask=True):
+            at, value, mask = np.broadcast_arrays(pointer.at, value, mask)
+            pointer.values[at[mask]] = value[mask]
+
         gl = SimpleNamespace(
             float32="fp32",
             int64="int64",
@@ -331,6 +335,9 @@ class Machine:
             zeros=lambda shape, dtype, layout: _tensor(np.zeros(shape)),
             arange=lambda start, end, layout: np.arange(start, end),
             load=load,
+            store=store,
+            minimum=min,
+            sum=lambda value, axis: value.sum(axis),
             static_range=range,
             allocate_shared_memory=self.allocate,
             warp_specialize=lambda roles, warps, registers: self.run_roles(roles),
@@ -372,7 +379,7 @@ def run(modules, kernel, programs, arguments, constants, seed=0):
         constants: keyword arguments.
         seed: of the schedule.
     """
-    arguments = [Pointer(a.float().numpy()) if hasattr(a, "numpy") else a for a in arguments]
+    arguments = [Pointer(a.float().numpy().reshape(-1)) if hasattr(a, "numpy") else a for a in arguments]
     before = [(module, dict(vars(module))) for module in modules]
     try:
         for program in range(programs):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from box_statistics import assert_statistics_of_boxes
 from contract import assert_within_contract
 
 pytest.importorskip("triton")
@@ -140,6 +141,17 @@ def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(kernel, name, value,
     truth = _plain(shape, x.double(), weight.double(), None, None, residual.double(), relu)
     assert torch.equal(y.double().nan_to_num(7.0, 8.0, 9.0), truth.nan_to_num(7.0, 8.0, 9.0))
     assert not y.isfinite().all() or (relu and value == -float("inf"))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel, name, shape", CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_statistics_are_those_of_every_box_as_it_was_rounded(kernel, name, shape, dtype):
+    x, weight, *_ = _tensors(shape, dtype)
+    config = _config(kernel)
+    y, *statistics = experimental.conv_fprop_stats(x, weight, shape, config)
+    assert torch.equal(y, experimental.conv_fprop(x, weight, None, None, None, shape, False, config))
+    assert_statistics_of_boxes(shape, config, y, *statistics)
 
 
 @interpreted

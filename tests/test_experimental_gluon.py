@@ -12,7 +12,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 import gluon_simulator as simulator
+from box_statistics import assert_statistics_of_boxes
 
+from resnet_fused.kernels import experimental
 from resnet_fused.kernels.experimental import _gluon, tcgen05, wgmma
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 
@@ -33,6 +35,16 @@ def _integers(*size):
     return torch.randint(-2, 3, size).float().contiguous(memory_format=torch.channels_last)
 
 
+def _simulate(monkeypatch, module, name, seed):
+    """Launches go to the simulator, three programs each."""
+
+    def launch(kernel, x, tiles, *arguments, num_warps, **constants):
+        simulator.run([_gluon, module], name, min(3, tiles), arguments, constants, seed)
+
+    monkeypatch.setattr(_gluon, "launch", launch)
+    monkeypatch.setattr(_gluon, "_descriptor", simulator.Descriptor)
+
+
 def _run(monkeypatch, module, name, shape, seed=0, residual=True, relu=True, slots=3, poke=None):
     x = _integers(shape.n, shape.c, shape.h, shape.w)
     weight = _integers(shape.k, shape.c, shape.r, shape.s)
@@ -41,13 +53,10 @@ def _run(monkeypatch, module, name, shape, seed=0, residual=True, relu=True, slo
     if poke is not None:
         x[0, 0, 0, 0] = poke
 
-    def launch(kernel, x, tiles, *arguments, num_warps, **constants):
-        simulator.run([_gluon, module], name, min(3, tiles), arguments, constants, seed)
-
-    monkeypatch.setattr(_gluon, "launch", launch)
-    monkeypatch.setattr(_gluon, "_descriptor", simulator.Descriptor)
+    _simulate(monkeypatch, module, name, seed)
     config = ConvConfig(16, 8, 16, 4, slots, kernel="wgmma_conv")
-    y = _gluon.launch_conv(None, x, weight, scale, shift, addend, shape, relu, config)
+    y = torch.full_like(addend, 99.0) if residual else _integers(shape.n, shape.k, shape.p, shape.q) + 99
+    _gluon.run_conv(None, x, weight, scale, shift, addend, y, (None, None, None), shape, relu, config)
     truth = F.conv2d(x, weight, None, shape.stride, shape.padding, shape.dilation)
     truth = truth * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1) + (0 if addend is None else addend)
     return y, (truth.relu() if relu else truth)
@@ -74,6 +83,20 @@ def test_nan_passes_relu(kernel, monkeypatch):
     y, truth = _run(monkeypatch, *KERNELS[kernel], SHAPES["3x3 stride 2"], poke=float("nan"))
     assert 0 < truth.isnan().sum() < truth.numel()
     assert torch.equal(y.nan_to_num(99.0), truth.nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("name", ["3x3, boxes overhang, K too", "3x3 stride 2", "1x1"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_statistics_are_those_of_every_box(kernel, name, monkeypatch):
+    module, kernel_name = KERNELS[kernel]
+    shape, config = SHAPES[name], ConvConfig(16, 8, 16, 4, 3, kernel=kernel)
+    x = _integers(shape.n, shape.c, shape.h, shape.w)
+    weight = _integers(shape.k, shape.c, shape.r, shape.s)
+    for seed in range(3):
+        _simulate(monkeypatch, module, kernel_name, seed)
+        found = experimental.conv_fprop_stats(x, weight, shape, config)
+        assert torch.equal(found[0], F.conv2d(x, weight, None, shape.stride, shape.padding, shape.dilation))
+        assert_statistics_of_boxes(shape, config, *found)
 
 
 # What is broken, and the text that is replaced: the simulator must not let it pass.

@@ -4,6 +4,8 @@ clean environment.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+
+from resnet_fused.bench import machine_code
 
 GATE = [sys.executable, "-m", "resnet_fused.bench.compile_gate_triton"]
 # The gate itself must see to it that the compiler, not the interpreter, gets the kernels.
@@ -30,7 +34,13 @@ def test_it_passes_the_kernels_as_they_are():
 
 @pytest.mark.parametrize(
     "expected, problem",
-    [("matrix=True", "wgmma"), ("copies=True", "no asynchronous copies"), ("index64=True", "32-bit offsets")],
+    [
+        ("matrix=True", "wgmma"),
+        ("copies=True", "no asynchronous copies"),
+        ("tma=True", "no copies by the tensor memory accelerator"),
+        ("specialized=True", "warps not specialised"),
+        ("index64=True", "32-bit offsets"),
+    ],
 )
 def test_a_kernel_that_is_not_what_it_should_be_fails(expected, problem):
     """add_act has no matrix product, so whoever expects one must hear about it."""
@@ -44,6 +54,54 @@ print(gate.compile_job(dataclasses.replace(job, expect=gate.Expect({expected})))
     done = _run(sys.executable, "-c", script)
     assert done.returncode == 0, done.stderr
     assert problem in done.stdout
+
+
+@pytest.mark.parametrize("kernel, arch", [("tma_gemm", "90"), ("wgmma_conv", "90"), ("tcgen05_conv", "100")])
+def test_the_experimental_kernels_are_what_they_should_be(kernel, arch, tmp_path):
+    """And the rows that the documentation is made of say so."""
+    file = tmp_path / "rows.json"
+    done = _run(*GATE, "--quick", "--arch", arch, "--kernel", kernel, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())
+    assert found["quick"] and found["triton"] and found["rows"]
+    for row in found["rows"]:
+        assert row["kernel"] == kernel and row["arch"] == int(arch)
+        assert row["spills"] == 0 and row["problems"] == [] and row["tma"] > 0
+        assert row["matrix"] == {"90": "wgmma", "100": "tcgen05"}[arch]
+        assert 0 < row["issue/MMA"] < 2
+        assert row["specialized"] == (kernel != "tma_gemm")
+
+
+SASS = """
+.L_x_0:
+        /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+.L_x_1:
+        /*0010*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+        /*0040*/                   STG.E.128 [R2], R8 ;
+        /*0050*/              @P1  BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_issue_over_mma_counts_the_innermost_loop_with_matrix_instructions():
+    assert [len(body) for body in machine_code.loops(SASS)] == [3, 6]
+    # 3 instructions x 4 warps / 4 schedulers, over 2 x 4096 FLOP x 4 warps / 2048 FLOP a cycle.
+    assert machine_code._issue_per_mma(SASS, "", 80, 4, False) == pytest.approx(3 / 16)
+    assert machine_code._issue_per_mma(SASS, "wgmma tf32", 80, 4, False) == pytest.approx(3 / 32)
+    assert machine_code._issue_per_mma(SASS.replace("HMMA", "IMAD"), "", 80, 4, False) is None
+    wgmma = SASS.replace("HMMA.16816", "HGMMA.64x128x16")
+    assert machine_code._issue_per_mma(wgmma, "", 90, 8, False) == pytest.approx((3 * 2) / (2 * 2 * 2**18 / 4096))
+
+
+def test_the_shape_of_tcgen05_comes_from_its_instruction_descriptor():
+    ptx = """
+    mov.b32 %r7, 136315024;
+    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd2, %rd3, %r7, %p4;
+    """
+    assert machine_code._tcgen05_flop(ptx) == 2 * 128 * 128 * 16
+    assert math.isnan(machine_code._tcgen05_flop(ptx.replace("mov", "add")))
 
 
 def test_spills_and_too_much_shared_memory_fail():

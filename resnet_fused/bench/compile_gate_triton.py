@@ -30,13 +30,17 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_fused.bench.compile_gate_triton_cases import TYPES, Expect, batch_norm_cases, conv_cases
+from resnet_fused.bench.compile_gate_triton_cases import batch_norm_cases
+from resnet_fused.bench.compile_gate_triton_conv_cases import conv_cases
+from resnet_fused.bench.compile_gate_triton_expect import TYPES, Expect
 from resnet_fused.bench.compile_gate_triton_experimental_cases import experimental_cases
+from resnet_fused.bench.compile_gate_triton_wgrad_cases import chain_cases, wgrad_cases
 from resnet_fused.bench.machine_code import MachineCode, read
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 MATRIX_INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, beside the kernel's own arguments
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,9 @@ def job(
     """
     from triton.runtime.jit import mangle_type
 
-    launch = {key: options[key] for key in options if key in ("num_warps", "num_stages")}
+    launch = {"num_warps": 4} | {key: options[key] for key in options if key in OPTIONS and options[key] is not None}
     bound = dict(zip(kernel.arg_names, args, strict=False)) | {
-        key: value for key, value in options.items() if key not in launch
+        key: value for key, value in options.items() if key not in OPTIONS
     }
     constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature, constants, aligned = [], [], []
@@ -146,8 +150,8 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
     """Every distinct launch of every case, for every architecture."""
     found: dict[Any, Job] = {}
     for arch in architectures:
-        families = (conv_cases(arch, quick), batch_norm_cases(arch, quick), experimental_cases(arch, quick))
-        for label, expect, run in itertools.chain(*families):
+        families = (conv_cases, wgrad_cases, chain_cases, batch_norm_cases, experimental_cases)
+        for label, expect, run in itertools.chain(*(family(arch, quick) for family in families)):
             with recording() as launches:
                 run()
             for kernel, name, args, options in launches:

@@ -137,7 +137,9 @@ def refuse_shape(shape: ConvShape, dtype: torch.dtype, arch: int, config: ConvCo
 
 
 def configurations(arch: int) -> list[ConvConfig]:
-    """Every candidate configuration of an architecture: what `tune` measures and the compile gate compiles."""
+    """Every candidate configuration of an architecture, with or without statistics: what `tune` measures and the
+    compile gate compiles.
+    """
     # (block_m, block_n, block_k, num_warps, num_stages)
     small = (64, 64, 64, 4, 4)
     hopper = [(128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), small]

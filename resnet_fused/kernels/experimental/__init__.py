@@ -10,11 +10,12 @@ import functools
 import importlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resnet_fused.kernels._launch import INTERPRETED, compute_capability, refuse_device
 from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.experimental import KERNELS, refuse_shape
+from resnet_fused.plan.experimental import KERNELS, refuse_shape, tiling
 
 _MODULES = {
     "tma_gemm": "tma",
@@ -88,8 +89,38 @@ def conv_fprop(
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
     """
-    y: Tensor = _module(config.kernel).conv_fprop(x, krsc, scale, shift, residual, shape, relu, config)
+    y = _output(x, shape)
+    nothing = (None, None, None)
+    _module(config.kernel).run(x, krsc, scale, shift, residual, y, nothing, shape, relu, config)
     return y
 
 
-__all__ = ["KERNELS", "available", "conv_fprop", "refuse"]
+def conv_fprop_stats(
+    x: Tensor, krsc: Tensor, shape: ConvShape, config: ConvConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = round(conv(x, weight)) and the statistics of y as it was rounded, by the formulation `config.kernel`.
+
+    Args:
+        x: [N, C, H, W] in NHWC order; fp16 or bf16.
+        krsc: the weight, [K, C, R, S] in NHWC order.
+        shape: the problem.
+        config: the launch configuration; `refuse` must have returned None for it.
+
+    Returns:
+        y: [N, K, P, Q] in NHWC order, in the dtype of x.
+        mean, m2, count: [boxes, K], [boxes, K], [boxes] fp32: of the boxes that `plan.experimental.tiling` cuts the
+            output into (a partition of its pixels), as in `conv_fprop_stats`.
+    """
+    y, boxes = _output(x, shape), tiling(shape, config).tiles
+    mean, m2 = (torch.empty((boxes, shape.k), dtype=torch.float32, device=x.device) for _ in range(2))
+    count = torch.empty(boxes, dtype=torch.float32, device=x.device)
+    _module(config.kernel).run(x, krsc, None, None, None, y, (mean, m2, count), shape, False, config)
+    return y, mean, m2, count
+
+
+def _output(x: Tensor, shape: ConvShape) -> Tensor:
+    size = (shape.n, shape.k, shape.p, shape.q)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+__all__ = ["KERNELS", "available", "conv_fprop", "conv_fprop_stats", "refuse"]

@@ -70,6 +70,38 @@ def affine(acc, scale, shift, n, K):
 
 
 @gluon.jit
+def store_statistics(
+    value,
+    mean,
+    m2,
+    count,
+    row,
+    n0,
+    p0,
+    q0,
+    k,
+    N,
+    P,
+    Q,
+    K,
+    BOX_N: gl.constexpr,
+    BOX_P: gl.constexpr,
+    BOX_Q: gl.constexpr,
+):
+    """Row `row` of the statistics: of the pixels of a box that are inside the output, the mean and the sum of squared
+    deviations from it, two steps that stay exact where |mean| >> std.
+    """
+    m = gl.arange(0, BOX_N * BOX_P * BOX_Q, layout=gl.SliceLayout(1, value.type.layout))
+    inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
+    pixels = gl.minimum(N - n0, BOX_N) * gl.minimum(P - p0, BOX_P) * gl.minimum(Q - q0, BOX_Q) * 1.0
+    tile_mean = gl.sum(gl.where(inside[:, None], value, 0.0), axis=0) / pixels
+    deviation = gl.where(inside[:, None], value - tile_mean[None, :], 0.0)
+    gl.store(mean + (row * K + k), tile_mean, mask=k < K)
+    gl.store(m2 + (row * K + k), gl.sum(deviation * deviation, axis=0), mask=k < K)
+    gl.store(count + row, pixels)  # by the tiles of all channels alike
+
+
+@gluon.jit
 def produce(
     x,
     weight,
@@ -122,21 +154,20 @@ def produce(
             slot, phase = advance(slot, phase, SLOTS)
 
 
-def launch_conv(
+def run_conv(
     kernel: Any,
     x: Tensor,
     krsc: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
+    y: Tensor,
+    statistics: tuple[Tensor | None, ...],
     shape: ConvShape,
     relu: bool,
     config: ConvConfig,
-) -> Tensor:
-    """`experimental.conv_fprop` by one of the Gluon kernels, which take the same arguments."""
-    y = torch.empty(
-        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+) -> None:
+    """Write y, and statistics = (mean, m2, count) if they are not None, by a Gluon kernel; all take these arguments."""
     boxes = tiling(shape, config)
     tiles = boxes.tiles * triton.cdiv(shape.k, config.block_n)
     launch(
@@ -149,8 +180,8 @@ def launch_conv(
         shift,
         None if residual is None else _descriptor(residual, boxes.y),
         _descriptor(y, boxes.y),
-        boxes.grid[1],
-        boxes.grid[2],
+        *statistics,
+        *boxes.grid,
         shape.c,
         shape.k,
         tiles,
@@ -168,4 +199,3 @@ def launch_conv(
         SLOTS=config.num_stages,
         num_warps=config.num_warps,
     )
-    return y

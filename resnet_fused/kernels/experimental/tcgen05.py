@@ -7,7 +7,8 @@ adversarial schedules; that the warps of one role join where they must was read 
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import blackwell
@@ -21,11 +22,19 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     tma,
 )
 
-from resnet_fused.kernels.experimental._gluon import advance, affine, copy_in, copy_out, launch_conv, place, produce
-from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.kernels.experimental._gluon import (
+    advance,
+    affine,
+    copy_in,
+    copy_out,
+    place,
+    produce,
+    run_conv,
+    store_statistics,
+)
 
 # How registers hold what is loaded from tensor memory; newer Tritons choose it by themselves.
-get_tmem_reg_layout = getattr(blackwell, "get_tmem_reg_layout", None)
+get_tmem_reg_layout: Any = getattr(blackwell, "get_tmem_reg_layout", None)
 _CHOOSE_LAYOUT = gl.constexpr(get_tmem_reg_layout is not None)
 ACCUMULATORS = gl.constexpr(2)  # one to multiply into while the other is finished
 
@@ -70,10 +79,14 @@ def _finish(
     shift,
     residual,
     y,
+    mean,
+    m2,
+    count,
     accumulators,
     free,
     done,
     arrived,
+    N,
     P,
     Q,
     K,
@@ -107,16 +120,23 @@ def _finish(
         mbarrier.arrive(free.index(which), count=1)
         which, phase = advance(which, phase, ACCUMULATORS)
         layout: gl.constexpr = acc.type.layout
-        acc = affine(acc, scale, shift, k0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)), K)
+        k = k0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+        acc = affine(acc, scale, shift, k, K)
         if residual is not None:
             mbarrier.wait(arrived, residual_phase)
             residual_phase = residual_phase ^ 1
             acc = acc + staged.reshape([BLOCK_M, BLOCK_N]).load(layout).to(gl.float32)
         if ACTIVATE:
             acc = gl.where(acc <= 0.0, 0.0, acc)  # a NaN stays
-        staged.reshape([BLOCK_M, BLOCK_N]).store(acc.to(y.dtype))
+        rounded = acc.to(y.dtype)
+        staged.reshape([BLOCK_M, BLOCK_N]).store(rounded)
         fence_async_shared()  # what the warps wrote, before the copy engine reads it
         copy_out(y, [n0, p0, q0, k0], staged)
+        if mean is not None:
+            row = tile // gl.cdiv(K, BLOCK_N)
+            store_statistics(
+                rounded.to(gl.float32), mean, m2, count, row, n0, p0, q0, k, N, P, Q, K, BOX_N, BOX_P, BOX_Q
+            )
     tma.store_wait(pendings=0)
 
 
@@ -128,6 +148,10 @@ def _tcgen05_conv_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N], or None
     y,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N]
+    mean,  # [boxes, K] or None
+    m2,  # [boxes, K] or None
+    count,  # [boxes] or None
+    N,
     P,
     Q,
     C,
@@ -178,8 +202,8 @@ def _tcgen05_conv_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_finish, (scale, shift, residual, y, accumulators, free, done, arrived, P, Q, K, tiles,
-                       ACTIVATE, BOX_N, BOX_P, BOX_Q, BLOCK_N)),
+            (_finish, (scale, shift, residual, y, mean, m2, count, accumulators, free, done, arrived,
+                       N, P, Q, K, tiles, ACTIVATE, BOX_N, BOX_P, BOX_Q, BLOCK_N)),
             (_multiply, (a_slots, b_slots, empty, full, accumulators, free, done, tiles, steps,
                          BLOCK_M, BLOCK_K, SLOTS)),
             (produce, (x, weight, a_slots, b_slots, empty, full, P, Q, C, K, tiles, pad_h, pad_w,
@@ -191,15 +215,6 @@ def _tcgen05_conv_kernel(
     # fmt: on
 
 
-def conv_fprop(
-    x: Tensor,
-    krsc: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    shape: ConvShape,
-    relu: bool,
-    config: ConvConfig,
-) -> Tensor:
-    """`experimental.conv_fprop` by `tcgen05_conv`."""
-    return launch_conv(_tcgen05_conv_kernel, x, krsc, scale, shift, residual, shape, relu, config)
+def run(*arguments: Any) -> None:
+    """Of `run_conv`, by `tcgen05_conv`."""
+    run_conv(_tcgen05_conv_kernel, *arguments)

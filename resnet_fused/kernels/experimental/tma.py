@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._tile import relu, round_to, to_fp32
+from resnet_fused.kernels._tile import relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.experimental._grid import launch
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.experimental import View, tiling
@@ -29,6 +29,18 @@ def _affine(acc, scale, shift, n, K):
 
 
 @triton.jit
+def _store_statistics(value, inside, pixels, mean, m2, count, row, n, K, first):
+    """Row `row` of the statistics: of the `pixels` rows of a tile that are inside, the mean and the sum of squared
+    deviations from it, two steps that stay exact where |mean| >> std.
+    """
+    tile_mean = sum_lanes(tl.where(inside[:, None], value, 0.0)) / pixels.to(tl.float32)
+    deviation = tl.where(inside[:, None], value - tile_mean[None, :], 0.0)
+    tl.store(mean + row * K + n, tile_mean, mask=n < K)
+    tl.store(m2 + row * K + n, sum_lanes(deviation * deviation), mask=n < K)
+    tl.store(count + row, pixels.to(tl.float32), mask=first)
+
+
+@triton.jit
 def _tma_gemm_kernel(
     x,  # descriptor of [M, C], boxes [BLOCK_M, BLOCK_K]
     weight,  # descriptor of [K, C], boxes [BLOCK_N, BLOCK_K]
@@ -36,6 +48,9 @@ def _tma_gemm_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [M, K], boxes [BLOCK_M, BLOCK_N], or None
     y,  # descriptor of [M, K], boxes [BLOCK_M, BLOCK_N]
+    mean,  # [tiles of M, K] or None
+    m2,  # [tiles of M, K] or None
+    count,  # [tiles of M] or None
     M,
     C,
     K,
@@ -67,7 +82,13 @@ def _tma_gemm_kernel(
             acc = acc + to_fp32(residual.load([m0, n0]))
         if ACTIVATE:
             acc = relu(acc)
-        y.store([m0, n0], round_to(acc, y.dtype))
+        rounded = round_to(acc, y.dtype)
+        y.store([m0, n0], rounded)
+        if mean is not None:
+            inside = m0 + tl.arange(0, BLOCK_M) < M
+            pixels = tl.minimum(M - m0, BLOCK_M)
+            n = n0 + tl.arange(0, BLOCK_N)
+            _store_statistics(to_fp32(rounded), inside, pixels, mean, m2, count, tile // tiles_n, n, K, n0 == 0)
 
 
 @triton.jit
@@ -78,6 +99,9 @@ def _tma_conv_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N], or None
     y,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N]
+    mean,  # [boxes, K] or None
+    m2,  # [boxes, K] or None
+    count,  # [boxes] or None
     N,
     P,
     Q,
@@ -135,27 +159,35 @@ def _tma_conv_kernel(
             acc = acc + to_fp32(residual.load([n0, p0, q0, k0]).reshape(BLOCK_M, BLOCK_N))
         if ACTIVATE:
             acc = relu(acc)
-        y.store([n0, p0, q0, k0], round_to(acc, y.dtype).reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+        rounded = round_to(acc, y.dtype)
+        y.store([n0, p0, q0, k0], rounded.reshape(BOX_N, BOX_P, BOX_Q, BLOCK_N))
+        if mean is not None:
+            m = tl.arange(0, BLOCK_M)
+            inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
+            pixels = tl.minimum(N - n0, BOX_N) * tl.minimum(P - p0, BOX_P) * tl.minimum(Q - q0, BOX_Q)
+            k = k0 + tl.arange(0, BLOCK_N)
+            _store_statistics(to_fp32(rounded), inside, pixels, mean, m2, count, box, k, K, k0 == 0)
 
 
 def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(view.shape), list(view.strides), list(view.box))
 
 
-def conv_fprop(
+def run(
     x: Tensor,
     krsc: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
+    y: Tensor,
+    statistics: tuple[Tensor | None, ...],
     shape: ConvShape,
     relu: bool,
     config: ConvConfig,
-) -> Tensor:
-    """`experimental.conv_fprop` by `tma_gemm`, `tma_conv` or their warp-specialised forms."""
-    y = torch.empty(
-        (shape.n, shape.k, shape.p, shape.q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+) -> None:
+    """Write y, and statistics = (mean, m2, count) if they are not None, by `tma_gemm`, `tma_conv` or their
+    warp-specialised forms.
+    """
     tiles = tiling(shape, config)
     # The interpreter multiplies the bit patterns of bf16; in fp32 the product is the same.
     dot_dtype = {torch.float16: tl.float16, torch.bfloat16: tl.float32 if INTERPRETED else tl.bfloat16}[x.dtype]
@@ -184,13 +216,14 @@ def conv_fprop(
             shift,
             None if residual is None else _descriptor(residual, y_view),
             _descriptor(y, y_view),
+            *statistics,
             pixels,
             shape.c,
             shape.k,
             BLOCK_M=config.block_m,
             **options,
         )
-        return y
+        return
     launch(
         _tma_conv_kernel,
         x,
@@ -201,6 +234,7 @@ def conv_fprop(
         shift,
         None if residual is None else _descriptor(residual, tiles.y),
         _descriptor(y, tiles.y),
+        *statistics,
         *tiles.grid,
         shape.c,
         shape.k,
@@ -214,4 +248,3 @@ def conv_fprop(
         BOX_Q=tiles.box[2],
         **options,
     )
-    return y

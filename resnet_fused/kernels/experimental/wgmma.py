@@ -6,7 +6,8 @@ adversarial schedules; that the warps of one role join where they must was read 
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,8 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from resnet_fused.kernels.experimental._gluon import advance, affine, copy_in, copy_out, launch_conv, place, produce
-from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.kernels.experimental._gluon import (
+    advance,
+    affine,
+    copy_in,
+    copy_out,
+    place,
+    produce,
+    run_conv,
+    store_statistics,
+)
 
 
 @gluon.jit
@@ -27,11 +36,15 @@ def _multiply(
     shift,
     residual,
     y,
+    mean,
+    m2,
+    count,
     a_slots,
     b_slots,
     empty,
     full,
     arrived,
+    N,
     P,
     Q,
     K,
@@ -75,7 +88,8 @@ def _multiply(
             slot, phase = advance(slot, phase, SLOTS)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index(previous), count=1)
-        acc = affine(acc, scale, shift, k0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout)), K)
+        k = k0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+        acc = affine(acc, scale, shift, k, K)
         if residual is not None:
             mbarrier.wait(arrived, residual_phase)
             residual_phase = residual_phase ^ 1
@@ -84,9 +98,15 @@ def _multiply(
             tma.store_wait(pendings=0)
         if ACTIVATE:
             acc = gl.where(acc <= 0.0, 0.0, acc)  # a NaN stays
-        staged.reshape([BLOCK_M, BLOCK_N]).store(acc.to(y.dtype))
+        rounded = acc.to(y.dtype)
+        staged.reshape([BLOCK_M, BLOCK_N]).store(rounded)
         fence_async_shared()  # what the warps wrote, before the copy engine reads it
         copy_out(y, [n0, p0, q0, k0], staged)
+        if mean is not None:
+            row = tile // gl.cdiv(K, BLOCK_N)
+            store_statistics(
+                rounded.to(gl.float32), mean, m2, count, row, n0, p0, q0, k, N, P, Q, K, BOX_N, BOX_P, BOX_Q
+            )
     tma.store_wait(pendings=0)
 
 
@@ -98,6 +118,10 @@ def _wgmma_conv_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N], or None
     y,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N]
+    mean,  # [boxes, K] or None
+    m2,  # [boxes, K] or None
+    count,  # [boxes] or None
+    N,
     P,
     Q,
     C,
@@ -138,8 +162,8 @@ def _wgmma_conv_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_multiply, (scale, shift, residual, y, a_slots, b_slots, empty, full, arrived, P, Q, K, tiles, steps,
-                         ACTIVATE, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
+            (_multiply, (scale, shift, residual, y, mean, m2, count, a_slots, b_slots, empty, full, arrived,
+                         N, P, Q, K, tiles, steps, ACTIVATE, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
             (produce, (x, weight, a_slots, b_slots, empty, full, P, Q, C, K, tiles, pad_h, pad_w,
                        dilation_h, dilation_w, R, S, STRIDE2, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
         ],
@@ -149,15 +173,6 @@ def _wgmma_conv_kernel(
     # fmt: on
 
 
-def conv_fprop(
-    x: Tensor,
-    krsc: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    shape: ConvShape,
-    relu: bool,
-    config: ConvConfig,
-) -> Tensor:
-    """`experimental.conv_fprop` by `wgmma_conv`."""
-    return launch_conv(_wgmma_conv_kernel, x, krsc, scale, shift, residual, shape, relu, config)
+def run(*arguments: Any) -> None:
+    """Of `run_conv`, by `wgmma_conv`."""
+    run_conv(_wgmma_conv_kernel, *arguments)
