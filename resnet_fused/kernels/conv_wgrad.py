@@ -19,8 +19,9 @@ from resnet_fused.kernels._conv import (
 from resnet_fused.kernels._launch import compute_capability, index_type, is_nhwc, launch, refuse_activations
 from resnet_fused.kernels._tile import channel_unit, round_to
 from resnet_fused.kernels.reduce_rows import reduce_rows
+from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.conv_wgrad import conv_wgrad_heuristic, wgrad_refusal
+from resnet_fused.plan.conv_wgrad import wgrad_refusal
 
 
 def _magic(divisor: int) -> tuple[int, int]:
@@ -314,8 +315,8 @@ def conv_wgrad(
     tf32 = x.dtype == torch.float32 and tf32_allowed()
     x_prologue, dy_prologue = x_scale is not None, dy_x is not None
     if config is None:
-        arch = compute_capability(x.device)
-        config = conv_wgrad_heuristic(shape, x.dtype, arch, tf32, x_prologue=x_prologue, dy_prologue=dy_prologue)
+        flags = ("dy_prologue",) * dy_prologue + ("x_prologue",) * x_prologue
+        config = conv_config("conv_wgrad", shape, x.dtype, compute_capability(x.device), tf32, flags)
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     unit = channel_unit(shape.c, shape.k, group_inputs, group_outputs)
     pixels = shape.n * shape.p * shape.q
