@@ -230,6 +230,15 @@ def test_the_command_reads_the_colours(folder, checkpoint, tmp_path, capsys):
     assert len(data["models"][0]["sha256"]) == 64
 
 
+@pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--plain"], ["--backend", "reference"]], ids=" ".join)
+def test_every_way_to_run_reads_the_colours(options, folder, checkpoint, tmp_path):
+    out = tmp_path / "out.json"
+    how = ["--protocol", "single,multi-scale", "--average", "logits", "--flip", "--scales", "32,40", "--batch", 5]
+    assert run("--model", f"cifar_resnet8={checkpoint}", "--data", folder, "--json", out, *how, *options) == 0
+    data = json.loads(out.read_text())
+    assert [r["errors"]["top1"]["wrong"] for r in data["results"]] == [0, 0] and data["settings"]["scales"] == [32, 40]
+
+
 def test_errors_are_those_of_the_model(folder, tmp_path):
     """An untrained network errs; the command must say exactly how often."""
     torch.manual_seed(1)
