@@ -1,4 +1,4 @@
-"""Two processes of a gloo group on this machine, to run functions of the tests on."""
+"""Two processes of a group on this machine - gloo, and NCCL where there are two GPUs - to run functions of tests on."""
 
 from __future__ import annotations
 
@@ -72,7 +72,11 @@ def _unpacked(data: bytes) -> Any:
 def _serve(rank: int, rendezvous: str, pipe: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    backend = "gloo"
+    if torch.cuda.device_count() >= WORLD:
+        torch.cuda.set_device(rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     while True:
         try:
             function, arguments = _unpacked(pipe.recv_bytes())

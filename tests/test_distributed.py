@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import resnet_fused
 from resnet_fused import ops, use_backend
-from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act
+from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
 from resnet_fused.nn import BatchNormAct2d, SyncBatchNormAct2d, units
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
@@ -49,10 +49,13 @@ def _sync_step(rank, parts, vectors, options):
     weight, bias, mean, var = (v.clone() for v in vectors)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual) if t is not None]
     with use_backend(options["backend"]):
-        chosen = choose_sync(x, (weight, bias, mean, var))
-    y = sync_batch_norm_act(
-        x, mean, var, weight, bias, residual, act=options["act"], process_group=dist.group.WORLD, backend=chosen
-    )
+        pools = options["act"] == "pool"
+        chosen = choose_sync("bn_act_max_pool" if pools else "bn_apply", x, (weight, bias, mean, var))
+    shared = {"process_group": dist.group.WORLD, "backend": chosen}
+    if pools:
+        y = sync_batch_norm_act_max_pool(x, mean, var, weight, bias, **shared)
+    else:
+        y = sync_batch_norm_act(x, mean, var, weight, bias, residual, act=options["act"], **shared)
     y.backward(dy)
     return [y.detach(), *(t.grad for t in leaves), mean, var]
 
@@ -65,6 +68,7 @@ def _plain_step(x, residual, dy, vectors, act, dtype):
     y = F.batch_norm(x, mean, var, weight, bias, True)
     y = y if residual is None else y + residual
     y = F.relu(y) if act else y
+    y = F.max_pool2d(y, 3, 2, 1) if act == "pool" else y
     y.backward(dy)
     return [y.detach(), *(t.grad for t in leaves), mean, var]
 
@@ -72,17 +76,17 @@ def _plain_step(x, residual, dy, vectors, act, dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("case", ["relu", "residual", "plain"])
+@pytest.mark.parametrize("case", ["relu", "residual", "plain", "pool"])
 @sizes
 def test_statistics_are_those_of_all_batches(ranks, backend, dtype, layout, case, batches):
-    def activation():
-        full = torch.randn(sum(batches), 6, 5, 3).to(dtype).contiguous(memory_format=layout)
+    def activation(*size):
+        full = torch.randn(sum(batches), 6, *size).to(dtype).contiguous(memory_format=layout)
         return full, [part.contiguous(memory_format=layout) for part in full.split(batches)]
 
-    (x, xs), (dy, dys) = activation(), activation()
-    residual, residuals = activation() if case == "residual" else (None, None)
+    (x, xs), (dy, dys) = activation(5, 3), activation(*((3, 2) if case == "pool" else (5, 3)))
+    residual, residuals = activation(5, 3) if case == "residual" else (None, None)
     vectors = [torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 0.5]
-    act = None if case == "plain" else "relu"
+    act = {"plain": None, "pool": "pool"}.get(case, "relu")
     results = ranks.run(_sync_step, (xs, residuals, dys), vectors, {"backend": backend, "act": act})
     plain = _plain_step(x, residual, dy, vectors, act, None)
     truth = _plain_step(x, residual, dy, vectors, act, torch.float64)
@@ -202,6 +206,15 @@ def test_a_batch_norm_with_a_relu_of_its_own_is_not_taken_for_a_plain_one():
         fused.train()
 
 
+def test_frozen_it_is_folded():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(resnet_fused.fuse(_tiny())).eval()
+    x = torch.randn(1, 3, 33, 33)
+    with torch.no_grad():
+        frozen = resnet_fused.freeze(model, x)
+        torch.testing.assert_close(frozen(x), model(x))
+    assert "left to the model" not in str(frozen.plan)
+
+
 # --- models ---
 
 
@@ -268,6 +281,67 @@ def test_a_fused_model_with_sync_batch_norm(ranks, batches, convert_first, backe
         for name, buffer in plain.named_buffers():
             torch.testing.assert_close(state[name], buffer, **close, msg=name)
         torch.testing.assert_close(evaluated, plain.eval()(xs), **close)
+
+
+def _unit_step(rank, xs, conv, backend):
+    bn, x = nn.SyncBatchNorm(4), xs[rank].requires_grad_()
+    with use_backend(backend):
+        y = units.conv_bn_act(x, conv, bn, None, relu=True, residual=x)
+    (y * y).sum().backward()
+    return [y.detach(), x.grad, conv.weight.grad, bn.running_var]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@sizes
+def test_a_unit_on_every_backend(ranks, backend, batches):
+    x, conv = torch.randn(sum(batches), 4, 6, 5), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    first, second = ranks.run(_unit_step, x.split(batches), conv, backend)
+    expected = []
+    for dtype in (torch.float32, torch.float64):
+        own, bn = copy.deepcopy(conv).to(dtype), nn.BatchNorm2d(4, dtype=dtype)
+        leaf = x.detach().clone().to(dtype).requires_grad_()
+        y = F.relu(bn(own(leaf)) + leaf)
+        (y * y).sum().backward()
+        expected.append([y, leaf.grad, own.weight.grad, bn.running_var])
+    joined = [torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]), first[2] + second[2], first[3]]
+    for name, actual, plain, truth in zip(("y", "dx", "dweight", "var"), joined, *expected, strict=True):
+        assert_within_contract(actual, plain, truth, name)
+
+
+def _beside_pytorchs(rank, xs, residuals, backend):
+    """Our step and that of `nn.SyncBatchNorm`, on this rank's GPU."""
+    x, residual = xs[rank].cuda(rank), residuals[rank].cuda(rank)
+    results = []
+    for ours in (True, False):
+        bn, leaf = SyncBatchNormAct2d(6).cuda(rank), x.clone().requires_grad_()
+        with use_backend(backend):
+            y = bn(leaf, residual) if ours else F.relu(nn.SyncBatchNorm.forward(bn, leaf) + residual)
+        (y * y).sum().backward()
+        results.append([t.cpu() for t in (y.detach(), leaf.grad, bn.weight.grad, bn.bias.grad, bn.running_var)])
+    return results
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
+@sizes
+def test_on_gpus_it_is_pytorchs_own_sync_batch_norm(ranks, backend, batches):
+    if backend != "auto" and not ops.available(backend, "cuda"):
+        pytest.skip(str(ops.unavailable(backend, "cuda")))
+    xs, residuals = (torch.randn(sum(batches), 6, 5, 3).split(batches) for _ in range(2))
+    for ours, theirs in ranks.run(_beside_pytorchs, xs, residuals, backend):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [nn.SyncBatchNorm, SyncBatchNormAct2d])
+def test_where_the_plan_has_pytorchs_own_kernels_its_own_forward_runs(monkeypatch, cls):
+    """As on a GPU under "auto" before any kernel of ours is the default."""
+    called = []
+    monkeypatch.setattr(units, "sync_group", lambda bn: "a group")
+    monkeypatch.setattr(units, "choose_sync", lambda *_: None)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: called.append(self) or x - 1)
+    bn, x, residual = cls(3), torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    assert torch.equal(units.batch_norm_act(x, bn, residual, "relu"), F.relu(x - 1 + residual))
+    assert called == [bn] and bn.num_batches_tracked == 0  # which that forward would count
 
 
 def _groups(rank):

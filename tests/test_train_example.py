@@ -148,6 +148,12 @@ def test_impossible_numbers_are_refused(train, option, value, capsys):
     assert stop.value.code == 2 and f"{option} {value}" in capsys.readouterr().err
 
 
+def test_sync_bn_on_a_cpu_is_refused(train, data, tmp_path):
+    options = train.parse(arguments(data, tmp_path, "--sync-bn"))
+    with pytest.raises(train.Problem, match="--sync-bn needs GPUs"):
+        train.Trainer(options, train.Place(0, 2, torch.device("cpu")))
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
 def test_two_processes_of_torchrun(train, data, tmp_path):
     def torchrun(*more):
@@ -168,5 +174,3 @@ def test_two_processes_of_torchrun(train, data, tmp_path):
     assert second.returncode == 0, second.stderr
     assert second.stdout.count("epoch 2/2") == 1, "one process speaks"
     assert checkpoint(tmp_path)["options"]["world"] == 2
-    third = torchrun("--resume", "--sync-bn")
-    assert third.returncode != 0 and "--sync-bn needs GPUs" in third.stderr

@@ -1,4 +1,4 @@
-"""Batch norm with residual add and ReLU over the batches of all processes, as one autograd function."""
+"""Batch norm over the batches of all processes, with residual add and ReLU or with the stem's ReLU and max pool."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ from resnet_fused.functional.statistics import finalize
 _op = torch.ops.resnet_fused
 
 
-def choose_sync(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
-    """The backend of `sync_batch_norm_act`; None where PyTorch's own is to run: `nn.SyncBatchNorm` has one for a GPU.
+def choose_sync(op: str, x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    """The backend of a function below; None where PyTorch's own is to run: `nn.SyncBatchNorm` has one for a GPU.
+
+    All ranks must choose alike, so nothing here may depend on the size of the batch.
+
+    Args:
+        op: `"bn_apply"` or `"bn_act_max_pool"`.
+        x, vectors: the activation and the per-channel tensors.
 
     Raises:
         RuntimeError: a forced backend has the kernels, and cannot run them on these tensors.
     """
-    backend = choose("bn_apply", "sync_batch_norm_act", x, (), vectors)
+    backend = choose(op, "synchronised batch norm", x, (), vectors)
     if backend != "aten":
         return backend
     fits = x.dim() == 4 and all(v is None or v.shape == x.shape[1:2] for v in vectors)
-    if x.device.type != "cpu" or not fits or common_reason(x, vectors) or ops.refusal("reference", "bn_apply", x):
+    if op != "bn_apply" or x.device.type != "cpu" or not fits or common_reason(x, vectors):
         return None
-    return "reference"
+    return "reference" if ops.refusal("reference", op, x) is None else None
 
 
 def sync_batch_norm_act(
@@ -71,23 +77,63 @@ def sync_batch_norm_act(
     """
     relu = check_act(act, "sync_batch_norm_act")
     x = dense(x)
-    with torch.no_grad():
-        rows = _gather(_statistics(x, backend), process_group)
-        count, mean, m2 = (part.contiguous() for part in rows.split((1, x.shape[1], x.shape[1]), dim=1))
-        count = count.squeeze(1)
-        # Only where this batch says next to nothing of the others is it worth waiting for the device to ask.
-        total = int(count.sum()) if pixels(x) < 2 else 2
-        if total == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        if total > 0:
-            layer = (running_mean, running_var, weight, bias, momentum, eps, backend)
-            affine = finalize((mean, m2, count), *layer)
-    if total == 0:  # nothing anywhere
+    shared = _affine(x, running_mean, running_var, weight, bias, momentum, eps, process_group, backend)
+    if shared is None:
         return add_relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), residual, relu)
     joins = residual is not None and ops.refusal(backend, "bn_apply", x, residual) is None
     static = (relu and (residual is None or joins), process_group, backend)
-    y: Tensor = _SyncBatchNormAct.apply(x, residual if joins else None, weight, bias, *affine, count.sum(), *static)
+    y: Tensor = _SyncBatchNormAct.apply(x, residual if joins else None, weight, bias, *shared, *static)
     return y if residual is None or joins else add_relu(y, residual, relu)
+
+
+def sync_batch_norm_act_max_pool(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    process_group: dist.ProcessGroup,
+    backend: str,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`batch_norm_act_max_pool` in training, with statistics, arguments and errors as in `sync_batch_norm_act`."""
+    x = dense(x)
+    shared = _affine(x, running_mean, running_var, weight, bias, momentum, eps, process_group, backend)
+    if shared is None:
+        return F.max_pool2d(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), 3, 2, 1)
+    y: Tensor = _SyncBatchNormActMaxPool.apply(x, weight, bias, *shared, process_group, backend)
+    return y
+
+
+def _affine(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    group: dist.ProcessGroup,
+    backend: str,
+) -> tuple[Tensor, ...] | None:
+    """`(scale, shift, mean, invstd)` of the batches of all ranks and their pixels; None where all batches are empty.
+
+    Mutates:
+        `running_mean` and `running_var`.
+    """
+    with torch.no_grad():
+        rows = _gather(_statistics(x, backend), group)
+        count, mean, m2 = (part.contiguous() for part in rows.split((1, x.shape[1], x.shape[1]), dim=1))
+        total = count.sum()
+        if pixels(x) < 2:  # only then may all batches together be too small, and is it worth waiting for the device
+            if int(total) == 0:
+                return None
+            if int(total) == 1:
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+        layer = (running_mean, running_var, weight, bias, momentum, eps, backend)
+        return *finalize((mean, m2, count.squeeze(1)), *layer), total
 
 
 def _statistics(x: Tensor, backend: str) -> Tensor:
@@ -107,6 +153,15 @@ def _gather(row: Tensor, group: dist.ProcessGroup) -> Tensor:
     rows = row.new_empty(dist.get_world_size(group), len(row))
     dist.all_gather_into_tensor(rows, row.unsqueeze(0), group=group)
     return rows
+
+
+def _mean_over_ranks(sums: list[Tensor], total: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The sums of all ranks over the pixels of all: divided here, on the device, as the ops take a count from the host,
+    which does not know it."""
+    shared = torch.stack(sums)
+    dist.all_reduce(shared, group=group)
+    first, second = shared / total
+    return first, second
 
 
 class _SyncBatchNormAct(torch.autograd.Function):
@@ -155,10 +210,7 @@ class _SyncBatchNormAct(torch.autograd.Function):
         dx = None
         sums: tuple[Tensor | None, Tensor | None] = (None, None)
         if needs_x:
-            shared = torch.stack(own)
-            dist.all_reduce(shared, group=ctx.group)
-            # Divided here, on the device, and not by the op, which takes the number of pixels from the host.
-            sums = tuple((shared / total).unbind())  # type: ignore[assignment]
+            sums = _mean_over_ranks(own, total, ctx.group)
         if empty:
             dx = torch.zeros_like(x) if needs_x else None
         elif needs_x or (needs_residual and ctx.relu):
@@ -169,3 +221,54 @@ class _SyncBatchNormAct(torch.autograd.Function):
         dweight = own[1].to(weight_dtype) if needs_weight else None
         dbias = own[0].to(bias_dtype) if needs_bias else None
         return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 8
+
+
+class _SyncBatchNormActMaxPool(torch.autograd.Function):
+    """`bn_act_max_pool` and its two backward passes, with a sum over all ranks between them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        total: Tensor,
+        group: dist.ProcessGroup,
+        backend: str,
+    ) -> Tensor:
+        if x.numel() == 0:
+            y = F.max_pool2d(x, 3, 2, 1)
+            index = torch.empty_like(y, dtype=torch.uint8)
+        else:
+            y, index = _op.bn_act_max_pool(x, scale, shift, backend=backend)
+        ctx.save_for_backward(x, index, scale, shift, mean, invstd, total)
+        ctx.group, ctx.backend = group, backend
+        ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, index, scale, shift, mean, invstd, total = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        operands = (in_layout_of(dy, index), index, x, scale, shift, mean, invstd)
+        empty = x.numel() == 0
+        own = [torch.zeros_like(mean), torch.zeros_like(mean)]
+        if not empty:
+            rows = plan.partial_rows(pixels(x), x.shape[1])
+            own = list(_op.bn_act_max_pool_backward_reduce(*operands, rows, backend=ctx.backend))
+        dx = None
+        if needs_x:
+            sums = _mean_over_ranks(own, total, ctx.group)
+            if empty:
+                dx = torch.zeros_like(x)
+            else:
+                dx = _op.bn_act_max_pool_backward_apply(*operands, *sums, 1.0, backend=ctx.backend)
+        weight_dtype, bias_dtype = ctx.vector_dtypes
+        dweight = own[1].to(weight_dtype) if needs_weight else None
+        dbias = own[0].to(bias_dtype) if needs_bias else None
+        return dx, dweight, dbias, *(None,) * 7

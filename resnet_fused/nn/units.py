@@ -16,7 +16,7 @@ from torch.nn.modules import module as nn_module
 
 from resnet_fused import functional
 from resnet_fused.functional.common import Act, add_relu
-from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act
+from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -219,12 +219,23 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Modu
     """
     # A tracer must see the modules, and not that their mode was asked for.
     traced = isinstance(x, fx.Proxy)
-    separate = traced or not bn.training or sync_group(bn) is not None or plain_pool(pool) is not None
+    separate = traced or not bn.training or plain_pool(pool) is not None
     if separate or plain(conv, bn, act) is not None or _refuses(conv, x):
         pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
         return pooled
     assert isinstance(bn, _BATCH_NORMS)
     z = conv(x)
+    group = sync_group(bn)
+    if group is not None:
+        vectors = (*running_statistics(bn), bn.weight, bn.bias)
+        backend = choose_sync("bn_act_max_pool", z, vectors)
+        if backend is None:
+            pooled = pool(batch_norm_act(z, bn, None, "relu"))
+            return pooled
+        _, momentum = begin_batch_norm(bn)
+        return sync_batch_norm_act_max_pool(
+            z, *vectors, process_group=group, backend=backend, momentum=momentum, eps=bn.eps
+        )
     training, momentum = begin_batch_norm(bn)
     return functional.batch_norm_act_max_pool(
         z, *running_statistics(bn), bn.weight, bn.bias, training=training, momentum=momentum, eps=bn.eps
@@ -277,7 +288,7 @@ def _sync_batch_norm_act(
 ) -> Tensor:
     bn._check_non_zero_input_channels(x)
     vectors = (*running_statistics(bn), bn.weight, bn.bias)
-    backend = choose_sync(x, vectors)
+    backend = choose_sync("bn_apply", x, vectors)
     if backend is None:
         return add_relu(nn.SyncBatchNorm.forward(bn, x), residual, act == "relu")
     _, momentum = begin_batch_norm(bn)
