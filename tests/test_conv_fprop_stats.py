@@ -103,7 +103,7 @@ def test_every_tile(config):
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 20])
 def test_any_number_of_rows(rows):
     """Fewer rows than tiles (8 of 32 pixels), as many, and more."""
-    shape = problem(3, 16, 9, 9, 20, 3, 3, padding=(1, 1))
+    shape = problem(3, 16, 9, 9, 12, 1, 1)
     _check(_arguments(shape, torch.bfloat16, False, rows), config=SMALL)
 
 
@@ -172,7 +172,6 @@ def test_relu_of_zero_and_a_rerun_bit_for_bit():
     x, weight, scale, shift, *rest = _arguments(shape, torch.float16, True, rows=2)
     y, mean, m2, _ = conv_fprop_stats(torch.zeros_like(x), weight, scale, -shift.abs(), *rest)
     assert not y.any() and not mean.any() and not m2.any()
-    x, weight = x[:1, :, :5], weight[:24]
     first, second = (conv_fprop_stats(x, weight, scale, shift, *rest, config=SMALL) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
