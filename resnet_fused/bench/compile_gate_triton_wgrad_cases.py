@@ -41,6 +41,7 @@ def wgrad_cases(arch: int, quick: bool) -> Iterator[Case]:
         if dtype == torch.bfloat16 and aligned:
             yield case(configs[0], aligned, size=56, batch=4096)
     if not quick or arch == 80:
+        yield from _wgrad_ones()
         yield "channels 256", Expect(), lambda: op("bn_backward_finalize", *(vector(256),) * 5, 2.0)
 
 
@@ -59,6 +60,8 @@ def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
             yield _join(dtype, tf32, config, 256, 512)
             if not quick:
                 yield _join(dtype, tf32, config, 72, 40)
+    if not quick or arch == 80:
+        yield from _chain_ones()
 
 
 def _nhwc(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -112,6 +115,27 @@ def _wgrad(
     prologues = "+".join(name for name, on in (("x", x_prologue), ("dy", dy_prologue)) if on)
     wide = "wide" if expect.index64 else ""
     return _label(dtype, tf32, config, "flat" * config.flat, geometry, prologues, wide), expect, run
+
+
+def _wgrad_ones() -> Iterator[Case]:
+    """Sizes of 1, which triton turns into constants: of the image, of the channels, of the vectors in them."""
+    for flat, channels, filter_size in ((False, 1, 1), (False, 8, 3), (True, 1, 3)):
+        x, affine = _nhwc(torch.bfloat16, 1, channels, 1, 1), (vector(channels),) * 2
+        geometry = ([filter_size] * 2, [1, 1], [filter_size // 2] * 2, [1, 1], 1)
+        config = ConvConfig(64, 16, 32, 4, 2, flat)
+        args = (x, x, x, vector(3, channels), *affine, *geometry, config)
+        label = f"ones c{channels} {filter_size}x{filter_size}"
+        yield label, Expect(matrix=True), functools.partial(op, "conv_wgrad", *args)
+
+
+def _chain_ones() -> Iterator[Case]:
+    config = ConvConfig(64, 32, 32, 4, 2)
+    x, one, v = _nhwc(torch.bfloat16, 1, 8, 1, 1), _nhwc(torch.bfloat16, 1, 1, 1, 1), vector(8)
+    filters, pointwise = _nhwc(torch.bfloat16, 8, 8, 3, 3), _nhwc(torch.bfloat16, 8, 8, 1, 1)
+    args = (filters, v, v, pointwise, v, v, x, pointwise, v, v)
+    expect = Expect(matrix=True)
+    yield "ones", expect, functools.partial(op, "conv_chain", x, *args, [1, 1], [1, 1], [1, 1], config)
+    yield "ones", expect, functools.partial(op, "conv_join", one, one, one, one, vector(1), [1, 1], True, config)
 
 
 def _chain(

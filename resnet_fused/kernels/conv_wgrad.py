@@ -52,7 +52,7 @@ def _below(index, end, EVEN: tl.constexpr):
 @triton.jit
 def _inside(position, size):
     """0 <= position < size."""
-    return position.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    return position.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)  # a size of 1 is a constant, not a tensor
 
 
 @triton.jit(do_not_specialize=["image_factor", "image_shift", "row_factor", "row_shift"])
