@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 import pytest
+from ranks import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +21,11 @@ def _seeded_and_poisoned():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """Two processes of a group, started once."""
+    both = Ranks(str(tmp_path_factory.mktemp("ranks") / "rendezvous"))
+    yield both
+    both.close()

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 WORLD = 2
+SIZES = {"equal": (2, 2), "unequal": (3, 1), "one empty": (0, 3), "the other empty": (2, 0)}
+sizes = pytest.mark.parametrize("batches", SIZES.values(), ids=SIZES)
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="no gloo")
 PATIENCE = 120.0  # seconds; a rank that waits for one that will not come must not hang the tests
 
 
