@@ -176,7 +176,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         _check_writable("--out", arguments.out)
         done = tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common)
         print(done)
-        return 0
+        return 4 if done.crash else 0  # 4: to be called again
 
     return _on_problems(arguments, run)
 

@@ -183,6 +183,22 @@ def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path,
 
 
 @needs_kernels
+def test_candidates_are_checked_in_processes_and_timed_in_one(tmp_path, monkeypatch):
+    kept = [job_of("bn_apply"), job_of("conv_join")]
+    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
+    here = []
+    monkeypatch.setattr(
+        tune,
+        "time_interleaved",
+        lambda calls, *a, real=tune.time_interleaved, **k: here.append(list(calls)) or real(calls, *a, **k),
+    )
+    done = resnet_fused.tune(dtype="fp32", rehearse=True, path=tmp_path / "t.json", processes=2)
+    assert done.measured == 2 and not done.dropped and len(here) == 2
+    alone = resnet_fused.tune(dtype="fp32", rehearse=True, path=tmp_path / "u.json", processes=1)
+    assert alone.table.verified == done.table.verified and here[:2] == here[2:]
+
+
+@needs_kernels
 def test_a_kernel_that_errs_is_never_timed_nor_verified_again(tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     kept = [job for job in tiny_jobs() if job.problem.op == "add_act" or job.problem.flags == ("residual",)]
@@ -220,6 +236,26 @@ def test_a_formulation_that_hung_is_left_out(tmp_path, monkeypatch):
     resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
     assert len(tried) == 1 and json.loads(path.read_text())["provenance"]["hung"] == ["tma_gemm"]
     assert first.table.gpu == tune.REHEARSAL
+
+
+@needs_kernels
+def test_a_crash_stops_the_call_and_the_next_goes_on_without_it(tmp_path, monkeypatch):
+    path = tmp_path / "t.json"
+    kept = [job_of("bn_apply"), job_of("conv_join")]
+    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
+    real, crashing = tune.check_all, candidates(kept[0], CPU, 80, quick=True)[1]
+
+    def check(job, choice, device):
+        if job == kept[0] and choice == crashing:
+            return {"bn_apply": "AcceleratorError: CUDA error: an illegal memory access was encountered"}
+        return real(job, choice, device)
+
+    monkeypatch.setattr(tune, "check_all", check)
+    first = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
+    assert first.left > 0 and "illegal memory access" in first.crash and "call again" in str(first)
+    second = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
+    assert (second.measured + second.known, second.left, second.crash) == (2, 0, None)
+    assert crashing not in dict(second.table.entries[kept[0].problem].measured)
 
 
 def test_a_table_of_other_versions_is_begun_anew(tmp_path, monkeypatch):

@@ -216,6 +216,13 @@ def _bits(value: Tensor) -> Tensor:
     return value.view(width) if value.numel() else value
 
 
+def crashed(reason: str) -> bool:
+    """Whether the kernel has left the process's CUDA context unusable: nothing it says after that counts."""
+    return any(
+        sign in reason for sign in ("CUDA error", "illegal memory access", "launch failure", "misaligned address")
+    )
+
+
 def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERIFIED_IMAGES) -> dict[str, str | None]:
     """`check` of the job's op, or of every op of its family, by op, for at most so many images."""
     problem = job.problem.with_batch(min(job.problem.batch, images))

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import multiprocessing
+import os
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from resnet_fused.plan.table import Choice, Entry, Problem, Table
 from . import provenance
 from .candidates import backends, candidates, operands_of, timed
 from .cases import DTYPES, UsageError
-from .checks import REFUSED, check_all
+from .checks import REFUSED, check_all, crashed
 from .harness import clock_for, time_interleaved
 from .network import networks
 from .problems import Job, Operands, jobs
@@ -37,6 +40,7 @@ BUILT_IN = ("resnet50", "resnet18")
 ROUNDS_S = 1.0  # at most this long for the timed rounds of a problem
 SAME = ("package", "torch", "triton", "commit")  # what must agree for a table to be continued
 CHANGES_SHOWN = 40
+CHUNK = 24  # problems whose candidates are checked before they are timed
 REHEARSAL = "rehearsal on a CPU"
 
 
@@ -52,6 +56,7 @@ class Tuning:
         left: problems for which no time was left; the next call goes on with them.
         changes: (problem, choice before, choice now), where they differ.
         refuted: (op, backend, why) of kernels that were not right.
+        crash: what left the GPU unusable for this process; the next call leaves it out and goes on.
         dropped: (problem, choice, why) of candidates that were not right in this call.
         before_ms: of all problems as often as they occur, with what was chosen before; after_ms: now; aten_ms: with
             PyTorch's own.
@@ -65,6 +70,7 @@ class Tuning:
     changes: list[tuple[Problem, Choice, Choice]] = field(default_factory=list)
     refuted: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: list[tuple[Problem, Choice, str]] = field(default_factory=list)
+    crash: str | None = None
     before_ms: float = 0.0
     after_ms: float = 0.0
     aten_ms: float = 0.0
@@ -84,6 +90,8 @@ class Tuning:
                 f"predicted: {self.before_ms:.3f} ms as chosen before, {self.after_ms:.3f} ms as chosen now, "
                 f"{self.aten_ms:.3f} ms on PyTorch's own ({self.aten_ms / self.after_ms:.2f}x)"
             )
+        if self.crash:
+            lines.append(f"stopped by a crash, call again to go on without it: {self.crash}")
         return "\n".join([*lines, f"wrote {self.path}"])
 
 
@@ -98,6 +106,7 @@ def tune(
     rehearse: bool = False,
     again: bool = False,
     path: Path | None = None,
+    processes: int | None = None,
     command: str = "resnet_fused.tune()",
     reporter: Any = None,
 ) -> Tuning:
@@ -113,6 +122,7 @@ def tune(
         rehearse: run every step on a CPU, on a tiny network, into a table that no plan reads.
         again: measure also what the table knows already.
         path: the table's file; by default in the cache folder, where the plan finds it.
+        processes: that compile and check candidates, while nothing is timed; by default 8, in a rehearsal 1.
         command: recorded as the origin of the numbers.
         reporter: gets `start(text)` per problem and `detail(text)`.
 
@@ -135,7 +145,9 @@ def tune(
             found.setdefault(job.problem, job)
     facts = provenance.collect(device, command)
     where = path or _default_path(gpu, rehearse)
-    work = _Work(device, arch, gpu, facts, where, again, rehearse, reporter or Silent())
+    if processes is None:
+        processes = 1 if rehearse else min(8, os.cpu_count() or 1)
+    work = _Work(device, arch, gpu, facts, where, again, rehearse, processes, reporter or Silent())
     return work.run(sorted(found.values(), key=_order), budget_s)
 
 
@@ -182,8 +194,12 @@ class _Work:
         path: Path,
         again: bool,
         rehearse: bool,
+        processes: int,
         reporter: Any,
     ) -> None:
+        self.processes = processes
+        self.measured: set[Problem] = set()
+        self.checked: dict[tuple[Problem, Choice], dict[str, str | None]] = {}
         self.device, self.arch, self.path, self.rehearse, self.reporter = device, arch, path, rehearse, reporter
         self.before = tables.read(path)
         old = self.before if self.before is not None and self._continues(self.before, facts, gpu) else None
@@ -192,6 +208,7 @@ class _Work:
         refuted = self.table.provenance.get("refuted", [])
         self.refuted = {(op, backend): why for op, backend, why in refuted}
         self.dropped: list[tuple[Problem, Choice, str]] = []
+        self.crashed: list[list[str]] = self.table.provenance.get("crashed", [])
         self.hung = set(self.table.provenance.get("hung", []))
         if self.table.provenance.get("attempt"):
             self.hung.add(self.table.provenance["attempt"])
@@ -204,19 +221,62 @@ class _Work:
     def run(self, found: list[Job], budget_s: float) -> Tuning:
         deadline = time.monotonic() + budget_s
         todo = [job for job in found if self.again or job.problem not in self.table.entries]
-        done = 0
-        for job in todo:
-            if time.monotonic() > deadline:
-                break
-            self.reporter.start(str(job.problem))
-            self._measure(job, deadline)
-            self._write()
-            done += 1
+        crash = None
+        with self._pool(todo) as pool:
+            try:
+                for begin in range(0, len(todo), CHUNK):
+                    self._measure_some(pool, todo[begin : begin + CHUNK], deadline)
+            except _CrashedError as error:
+                crash = str(error)
+                self._write()
         if not self.path.exists():
             self._write()
         if not self.rehearse:
             plans.forget()
-        return self._summary(found, done, len(found) - len(todo), len(todo) - done)
+        done = sum(job.problem in self.measured for job in todo)
+        summary = self._summary(found, done, len(found) - len(todo), len(todo) - done)
+        return dataclasses.replace(summary, crash=crash)
+
+    def _measure_some(self, pool: ProcessPoolExecutor | None, some: list[Job], deadline: float) -> None:
+        """Checked side by side, which compiles in as many processes; timed alone."""
+        if time.monotonic() > deadline:
+            return
+        self._check_together(pool, some)
+        for job in some:
+            if time.monotonic() > deadline:
+                return
+            self.reporter.start(str(job.problem))
+            self._measure(job, deadline)
+            self._write()
+            self.measured.add(job.problem)
+
+    @contextlib.contextmanager
+    def _pool(self, todo: list[Job]) -> Iterator[ProcessPoolExecutor | None]:
+        if self.processes < 2 or not todo:
+            yield None
+            return
+        pool = ProcessPoolExecutor(min(self.processes, len(todo)), mp_context=multiprocessing.get_context("spawn"))
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _check_together(self, pool: ProcessPoolExecutor | None, some: list[Job]) -> None:
+        """Fill `checked` with what can be checked by processes of a pool."""
+        self.checked.clear()
+        if pool is None or not some:
+            return
+        pairs = [
+            (job, rival)
+            for job in some
+            for rival in candidates(job, self.device, self.arch, quick=self.rehearse)
+            if rival.backend != "aten" and _formulation(rival) == "pointer"
+        ]
+        self.reporter.start(f"{len(pairs)} candidates against float64")
+        with contextlib.suppress(BrokenExecutor):  # a process crashed: what it left is checked one by one
+            futures = {pair: pool.submit(_check_apart, *pair, self.device) for pair in pairs}
+            for (job, rival), future in futures.items():
+                self.checked[(job.problem, rival)] = future.result()
 
     def _measure(self, job: Job, deadline: float) -> None:
         problem, verified = job.problem, set()
@@ -224,16 +284,22 @@ class _Work:
         first = {rival.backend: rival for rival in reversed(rivals)}
         right = []
         for rival in rivals:
-            kernel = rival.config.kernel if rival.config else "pointer"
+            kernel = _formulation(rival)
             if rival.backend == "aten":
                 right.append(rival)
                 continue
-            if kernel in self.hung:
+            if kernel in self.hung or [str(problem), str(rival)] in self.crashed:
                 continue
             self.reporter.detail(f"{rival} against float64")
-            with self._attempt(kernel):
-                results = check_all(job, rival, self.device)
+            results = self.checked.get((problem, rival))
+            if results is None:
+                with self._attempt(kernel):
+                    results = check_all(job, rival, self.device)
             why = next((f"{op}: {why}" for op, why in results.items() if why), None)
+            if why is not None and crashed(why):
+                self.crashed.append([str(problem), str(rival)])
+                self._note(crashed=self.crashed)
+                raise _CrashedError(f"{problem}, {rival}: {why}")
             if why is None:
                 right.append(rival)
                 verified |= {(op, rival.backend) for op in results}
@@ -304,6 +370,21 @@ class _Work:
             aten_ms += job.weight * times.get(plans.ATEN, times[now])
             before_ms += job.weight * times.get(before, times.get(plans.ATEN, times[now]))
         refuted = [(op, backend, why) for (op, backend), why in self.refuted.items()]
-        return Tuning(
-            self.path, self.table, done, known, left, changes, refuted, self.dropped, before_ms, after_ms, aten_ms
-        )
+        times_ms = {"before_ms": before_ms, "after_ms": after_ms, "aten_ms": aten_ms}
+        return Tuning(self.path, self.table, done, known, left, changes, refuted, self.dropped, **times_ms)
+
+
+def _formulation(choice: Choice) -> str:
+    return choice.config.kernel if choice.config else "pointer"
+
+
+class _CrashedError(RuntimeError):
+    """A kernel has left the CUDA context unusable."""
+
+
+def _check_apart(job: Job, choice: Choice, device: torch.device) -> dict[str, str | None]:
+    """`check_all` in a process of a pool, which ends with the CUDA context that a kernel has broken."""
+    results = check_all(job, choice, device)
+    if any(why and crashed(why) for why in results.values()):
+        os._exit(1)
+    return results
