@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._conv import conv_shape, dot_dtype, refuse_like, refuse_operands, refuse_vectors, taps_inside
+from resnet_fused.kernels._conv import (
+    conv_shape,
+    dot_dtype,
+    empty_nhwc,
+    refuse_like,
+    refuse_operands,
+    refuse_vectors,
+    taps_inside,
+)
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 from resnet_fused.plan.conv import ConvConfig
@@ -252,8 +260,8 @@ def conv_chain(
     if config is None:
         config = conv_chain_heuristic(shape, next_channels, x.dtype, compute_capability(x.device))
     pixels = shape.n * shape.p * shape.q
-    y = _nhwc(x, (shape.n, outputs, shape.p, shape.q))
-    following = None if next_channels is None else _nhwc(x, (shape.n, next_channels, shape.p, shape.q))
+    y = empty_nhwc(x, shape.n, outputs, shape.p, shape.q)
+    following = None if next_channels is None else empty_nhwc(x, shape.n, next_channels, shape.p, shape.q)
     launch(
         _conv_chain_kernel,
         triton.cdiv(pixels, config.block_m),
@@ -299,7 +307,3 @@ def conv_chain(
         num_stages=config.num_stages,
     )
     return y, x.new_empty(0) if following is None else following
-
-
-def _nhwc(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

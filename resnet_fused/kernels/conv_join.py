@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._conv import dot_dtype, refuse_like, refuse_operands, refuse_vectors, tf32_allowed
+from resnet_fused.kernels._conv import (
+    dot_dtype,
+    empty_nhwc,
+    in_pytorchs_order,
+    refuse_like,
+    refuse_operands,
+    refuse_vectors,
+    uses_tf32,
+)
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.plan.conv import ConvConfig, ConvShape
@@ -152,11 +159,11 @@ def conv_join(
     """
     batch, channels, height, width = x.shape
     outputs, shortcut_channels = shortcut_weight.shape[:2]
-    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    tf32 = uses_tf32(x.dtype)
     if config is None:
         shape = ConvShape(batch, channels, height, width, outputs, 1, 1)
         config = conv_join_heuristic(shape, shortcut_channels, x.dtype, compute_capability(x.device), tf32)
-    y = torch.empty((batch, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_nhwc(x, batch, outputs, height, width)
     unit = channel_unit(channels, shortcut_channels)
     pixels = batch * height * width
     launch(
@@ -191,4 +198,4 @@ def conv_join(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y
+    return in_pytorchs_order(y, x, weight)

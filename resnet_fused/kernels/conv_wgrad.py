@@ -14,7 +14,7 @@ from resnet_fused.kernels._conv import (
     refuse_like,
     refuse_vectors,
     relu_affine,
-    tf32_allowed,
+    uses_tf32,
 )
 from resnet_fused.kernels._launch import compute_capability, index_type, is_nhwc, launch, refuse_activations
 from resnet_fused.kernels._tile import channel_unit, round_to
@@ -312,7 +312,7 @@ def conv_wgrad(
         dweight: [K, C/groups, R, S] fp32, in KRSC memory order.
     """
     shape = _shape(dy, x, filter, stride, padding, dilation, groups)
-    tf32 = x.dtype == torch.float32 and tf32_allowed()
+    tf32 = uses_tf32(x.dtype)
     x_prologue, dy_prologue = x_scale is not None, dy_x is not None
     if config is None:
         flags = ("dy_prologue",) * dy_prologue + ("x_prologue",) * x_prologue
