@@ -177,8 +177,10 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
 
 
 def run(step: Step, seconds: int, log: Path, environment: dict[str, str]) -> tuple[str, str]:
-    """Run a step, its output going to the log as it comes; its status ("ok", "failed", "stopped", "out of time") and its
-    headline.
+    """Run a step, its output going to the log as it comes.
+
+    Returns:
+        its status ("ok", "failed", "stopped", "out of time") and its headline.
     """
     command = step.command(seconds)
     with log.open("ab") as sink:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from resnet_fused import _library, ops
 from resnet_fused.plan import BACKENDS
+from resnet_fused.plan.table import known_tables
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Info:
         versions: (package, version) of what decides about kernels.
         kernels: one line on the compiled library.
         devices: the devices PyTorch sees.
+        tables: one line on each measured table that the plan reads.
         backends: (backend, device type, None or the reason why it cannot run there).
     """
 
@@ -27,10 +29,12 @@ class Info:
     kernels: str
     devices: list[str]
     backends: list[tuple[str, str, str | None]]
+    tables: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
         rows += [("device", device) for device in self.devices]
+        rows += [("plan table", table) for table in self.tables or ["none: nothing was tuned here, and none shipped"]]
         rows += [(f"{name} on {device}", f"no: {why}" if why else "runs") for name, device, why in self.backends]
         width = max(len(left) for left, _ in rows)
         return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
@@ -52,7 +56,11 @@ def info() -> Info:
             devices.append(f"cuda:{i}: {torch.cuda.get_device_name(i)}, sm_{capability}")
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     backends = [(name, kind, ops.unavailable(name, kind)) for name in BACKENDS if name != "auto" for kind in kinds]
-    return Info(versions, _library.status(), devices, backends)
+    tables = [
+        f"{table.gpu} (sm_{table.arch}): {len(table.entries)} problems, {len(table.verified)} kernels verified"
+        for table in known_tables()
+    ]
+    return Info(versions, _library.status(), devices, backends, tables)
 
 
 def _version(package: str) -> str:

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+import resnet_fused
 from resnet_fused import plan
 from resnet_fused.plan import choice, conv_config
 from resnet_fused.plan import table as table_module
@@ -274,3 +275,10 @@ def test_without_a_gpu_the_default_is_pytorchs_own():
     assert plan.default_backend("conv_fprop", "cpu") == "aten"
     if not torch.cuda.is_available():
         assert plan.default_backend("conv_fprop", "cuda") == "aten"
+
+
+def test_info_names_the_tables_that_the_plan_reads(cache):
+    assert "nothing was tuned here" in str(resnet_fused.info())
+    write(cache, make_table(entry(problem(), aten=1.0, fast=0.5)))
+    choice.forget()
+    assert f"{H100} (sm_90): 1 problems, 1 kernels verified" in str(resnet_fused.info())

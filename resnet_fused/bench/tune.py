@@ -370,8 +370,8 @@ class _Work:
             aten_ms += job.weight * times.get(plans.ATEN, times[now])
             before_ms += job.weight * times.get(before, times.get(plans.ATEN, times[now]))
         refuted = [(op, backend, why) for (op, backend), why in self.refuted.items()]
-        times_ms = {"before_ms": before_ms, "after_ms": after_ms, "aten_ms": aten_ms}
-        return Tuning(self.path, self.table, done, known, left, changes, refuted, self.dropped, **times_ms)
+        totals = (before_ms, after_ms, aten_ms)
+        return Tuning(self.path, self.table, done, known, left, changes, refuted, self.dropped, None, *totals)
 
 
 def _formulation(choice: Choice) -> str:
