@@ -61,7 +61,7 @@ class Data:
     def network(self, family: str, depth: int, **options: Any) -> nn.Module:
         """The net of that family and depth for these pictures."""
         options = {"num_classes": self.classes, "in_channels": self.channels, **options}
-        if depth in (18, 34):
+        if self.imagenet or depth in (18, 34):
             if not self.imagenet:
                 options = {"stem": "small", "widths": (*self.widths, 2 * self.widths[-1]), **options}
             return models.create(f"{'resnet' if family == 'residual' else 'plain'}{depth}", **options)
@@ -89,12 +89,12 @@ def digits() -> Data:
     return Data("handwritten digits", 1, 10, train, test, imagenet=False, widths=(8, 16, 32))
 
 
-def from_disk(where: str, recipe: str, workers: int) -> Data:
+def from_disk(where: str, recipe: str, crop: int | None, workers: int) -> Data:
     """CIFAR-10 or a folder of pictures, prepared as `train_paper.py` does."""
     import train_paper
 
     chosen = train_paper.RECIPES[recipe]
-    batches, test, classes = train_paper.loaders(recipe, where, chosen.crop, chosen.batch, workers)
+    batches, test, classes = train_paper.loaders(recipe, where, crop or chosen.crop, chosen.batch, workers)
 
     def train(seed: int) -> Batches:
         torch.manual_seed(seed)
@@ -211,8 +211,8 @@ def zero_init(study: Study, depth: int, standard: dict) -> dict:
     """Residual branches that start at zero: are the blocks the identity then, and how does the net train?"""
     model = study.network("residual", depth, zero_init_residual=True)
     apart = []
-    x = study.place(torch.randn(8, 1, 8, 8).relu().expand(-1, study.data.widths[0], -1, -1))
-    for block in model.layer1:  # type: ignore[union-attr, operator]
+    x = study.place(torch.randn(8, model.layer1[0].conv1.in_channels, 8, 8).relu())
+    for block in model.layer1:
         with torch.no_grad():
             apart.append((copy.deepcopy(block).train()(x) - x).abs().max().item())
     return {
@@ -312,6 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--data", default="digits", help="digits, torchvision:CIFAR10:<root>, or a folder with train/ and val/")
     add("--recipe", choices=("cifar", "imagenet"), default="cifar", help="of other data than the digits")
+    add("--crop", type=int, help="of other data than the digits (default: 32, 224 for ImageNet)")
     add("--depths", help="comma list (default: 8,20,32,56; 18,34 for ImageNet)")
     add("--epochs", type=int, default=24)
     add("--parts", default=",".join(PARTS), help="comma list (default: all: %(default)s)")
@@ -337,11 +338,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.epochs < 1:
             parser.error(f"--epochs {arguments.epochs}: must be at least 1")
         try:
-            data = (
-                digits()
-                if arguments.data == "digits"
-                else from_disk(arguments.data, arguments.recipe, arguments.workers)
-            )
+            where = (arguments.data, arguments.recipe, arguments.crop, arguments.workers)
+            data = digits() if arguments.data == "digits" else from_disk(*where)
             for depth in depths:
                 data.network("plain", depth, device="meta")
         except (ValueError, FileNotFoundError, RuntimeError) as error:

@@ -103,17 +103,19 @@ def gradients(found: list[dict], recorded: dict) -> Figure:
 
 
 def responses(found: list[dict], recorded: dict) -> Figure:
-    """The paper's figure 7: in order, and sorted by magnitude."""
+    """The paper's figure 7: in order, and sorted by magnitude. Nets that leave the scale say how far."""
     figure, axes = _panels(2, 1, (8.5, 5.2), sharey=True)
+    top = 1.05 * max((v for one in found if (v := max(one["deviations"])) < 2), default=2.0)
     for _, family, records in _by_family(found):
         for one, colour in records:
             style = "--" if family == "plain" else "-"
-            for axis, values in zip(
-                axes[:, 0], (one["deviations"], sorted(one["deviations"], reverse=True)), strict=True
-            ):
+            highest = max(one["deviations"])
+            label = _name(one) + (f" (up to {highest:.1f})" if highest > top else "")
+            in_order, by_size = one["deviations"], sorted(one["deviations"], reverse=True)
+            for axis, values in zip(axes[:, 0], (in_order, by_size), strict=True):
                 layers = range(2, len(values) + 2)
-                axis.plot(layers, values, style, color=colour, linewidth=1.2, label=_name(one))
-    axes[0, 0].set(xlabel="layer", title="in order", ylabel="standard deviation")
+                axis.plot(layers, values, style, color=colour, linewidth=1.2, label=label)
+    axes[0, 0].set(xlabel="layer", title="in order", ylabel="standard deviation", ylim=(0.8, top))
     axes[1, 0].set(xlabel="layer, sorted by magnitude", title="sorted", ylabel="standard deviation")
     axes[0, 0].legend(ncols=2, fontsize=9)
     title = "Responses of the trained layers, behind batch norm and before ReLU and addition"

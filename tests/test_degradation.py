@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import resnet_fused
 from resnet_fused import cli, models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,14 @@ def test_zero_initialised_branches_are_measured_as_the_identity(recorded):
     assert found["gradients"][0] > 0 and max(found["gradients"][1:]) == 0
 
 
+def test_plain_modules_are_called_one_by_one(example, study):
+    plain = example("degradation").Study(study.data, 1, 0, study.device, plain_modules=True)
+    model, fused = plain.network("residual", 8), study.network("residual", 8)
+    with resnet_fused.use_backend("reference"):  # which the hooks keep out of the plain one
+        apart = plain.fit(model, 1)["steps"], study.fit(fused, 1)["steps"]
+    assert apart[0] == study.fit(study.network("residual", 8), 1)["steps"] != apart[1]
+
+
 def test_one_seed_one_batch_order_and_weights(study):
     first, second = (study.network("plain", 8).state_dict() for _ in range(2))
     assert all(torch.equal(v, second[k]) for k, v in first.items())
@@ -134,11 +143,14 @@ def test_one_seed_one_batch_order_and_weights(study):
     assert torch.equal(a, b) and not torch.equal(a, study.batch(4)[0])
 
 
-def test_the_study_on_folders(example, folder, tmp_path):
-    options = ["--depths", "8", "--epochs", "1", "--parts", "curves,gradients", "--workers", "0", "--device", "cpu"]
-    assert example("degradation").main(["--data", str(folder), *options, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("recipe,depths", [("cifar", "8"), ("imagenet", "18")])
+def test_the_study_on_folders(example, recipe, depths, folder, tmp_path):
+    options = ["--depths", depths, "--epochs", "1", "--parts", "curves,gradients,zero_init", "--workers", "0"]
+    options += ["--device", "cpu", "--recipe", recipe, "--crop", "32", "--out", str(tmp_path)]
+    assert example("degradation").main(["--data", str(folder), *options]) == 0
     data = json.loads((tmp_path / "degradation.json").read_text())
-    assert {c["family"] for c in data["curves"]} == {"plain", "residual"} and set(data) >= {"curves", "gradients"}
+    assert {c["family"] for c in data["curves"]} == {"plain", "residual"} and len(data["gradients"]) == 2
+    assert data["zero_init"]["distance_from_identity"] == 0
     assert not (tmp_path / "degradation_drift.png").exists()
 
 
