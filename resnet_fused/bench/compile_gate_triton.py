@@ -23,7 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from resnet_fused.bench.machine_code import MachineCode, read
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 MATRIX_INSTRUCTION = {80: "mma.sync", 86: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+# Launched beside the kernel of a case, on what is small: partial sums, weights. Cases of their own say what is wanted.
+HELPERS = ("_reduce_rows_kernel", "_merge_statistics_kernel", "_pack_weight_kernel")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, beside the kernel's own arguments
 
 
@@ -155,9 +157,7 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
             with recording() as launches:
                 run()
             for kernel, name, args, options in launches:
-                # The second stage of a reduction: its partials are small and may be few, its result is a vector.
-                second_stage = name == "_reduce_rows_kernel" and len(launches) > 1
-                wanted = replace(expect, wide_loads=False, wide_stores=False, index64=False) if second_stage else expect
+                wanted = Expect() if name in HELPERS and len(launches) > 1 else expect
                 one = job(label, wanted, arch, kernel, name, args, options)
                 if only in name:
                     found.setdefault((name, arch, one.signature, str(one.constants), one.aligned, one.options), one)
@@ -172,13 +172,17 @@ def compile_job(job: Job) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     warnings.simplefilter("ignore")
     report = Report(job)
     start = time.monotonic()
     kernel = getattr(import_module(job.module), job.kernel)
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
+    source_type = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_type = GluonASTSource
+    source = source_type(
         fn=kernel,
         signature=dict(job.signature),
         constexprs={(i,): value for i, value in job.constants},
@@ -301,6 +305,8 @@ def main(argv: list[str] | None = None) -> int:
         ).returncode
     import triton
 
+    from resnet_fused.kernels import experimental
+
     todo = jobs(architectures, options.quick, options.kernel)
     if not todo:
         parser.error(f"--kernel {options.kernel}: no kernel has that in its name")
@@ -318,6 +324,8 @@ def main(argv: list[str] | None = None) -> int:
         options.json.write_text(
             json.dumps({"triton": triton.__version__, "quick": options.quick, "rows": rows}, indent=1)
         )
+    for reason in filter(None, map(experimental.available, experimental.KERNELS)):
+        print(f"not compiled: {reason}")
     print(f"{len(rows)} kernels compiled in {time.monotonic() - start:.0f} s, {len(bad)} in violation")
     return 1 if bad else 0
 

@@ -97,6 +97,8 @@ def _issue_per_mma(sass: str, ptx: str, arch: int, num_warps: int, specialized: 
         found = matrix.search(line)
         if found is not None:
             flop += _flop(found[0], num_warps, ptx)
+    if flop == 0:
+        return None
     # A warp-specialised tcgen05 loop is run by the one warp that issues the products.
     warps = 1 if specialized and "tcgen05.mma" in ptx else num_warps
     return (len(body) * warps / SCHEDULERS) / (flop / peak)
@@ -115,13 +117,13 @@ def _flop(instruction: str, num_warps: int, ptx: str) -> float:
 
 def _tcgen05_flop(ptx: str) -> float:
     """One for the whole block: the shape is in the instruction descriptor, a constant of the PTX with N/8 in bits 17-22
-    and M/16 in bits 24-28; K is 32 bytes.
+    and M/16 in bits 24-28; K is 32 bytes. The largest, where there are several; 0 where it is no constant.
     """
-    found = re.findall(r"tcgen05\.mma\S*\s+\[[^\]]*\],\s*%\w+,\s*%\w+,\s*(%r\d+)", ptx)
+    found = re.findall(r"tcgen05\.mma\S*\s+\[[^\]]*\],\s*(?:%\w+|\[[^\]]*\]),\s*%\w+,\s*(%r\d+)", ptx)
     constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (-?\d+);", ptx))
     shapes = {int(constants[register]) for register in found if register in constants}
     if not shapes:
-        return float("nan")
+        return 0.0
     descriptor = max(shapes)
     m, n = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
     return 2.0 * m * n * (8 if "kind::tf32" in ptx else 16)
