@@ -206,7 +206,7 @@ def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` in channels_last order, differentiable; the gradient has the order of `x`, which `Tensor.contiguous` forgets."""
+    """`x` in channels_last order; its gradient has the order of `x`, which `Tensor.contiguous` forgets."""
     return x if x.is_contiguous(memory_format=torch.channels_last) else _ChannelsLast.apply(x)
 
 

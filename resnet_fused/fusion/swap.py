@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
-from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain
+from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
-from .plans import Plan
+from .plans import BlockPlan, Plan
 from .recognise import Recognition, recognise
 from .trace import original_class
 
@@ -30,6 +30,7 @@ class Binding:
         pools: the max pool behind each unit, or None.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
         bypassed: modules that the plan does not call although the plain forward does.
+        reordered: units that the plan runs in another order than the plain forward: a shortcut before the sum's unit.
     """
 
     def __init__(self, owner: nn.Module, recognition: Recognition | None) -> None:
@@ -49,6 +50,7 @@ class Binding:
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
             self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
+        self.reordered = self.units if isinstance(self.plan, BlockPlan) and self.plan.shortcut is not None else []
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
     def __reduce__(self) -> Any:
@@ -73,7 +75,7 @@ class Binding:
                 return False
             if "forward" in module.__dict__:
                 return False
-        return True
+        return all(plain(*unit[:3]) is None for unit in self.reordered)
 
 
 def _containers(owner: nn.Module, paths: list[str]) -> list[nn.Module]:
