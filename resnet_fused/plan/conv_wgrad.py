@@ -35,12 +35,12 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tiles(dtype: torch.dtype, tf32: bool, aligned: bool, prologues: int) -> list[Tile]:
+def _tiles(dtype: torch.dtype, tf32: bool, aligned: bool, prologue: bool) -> list[Tile]:
     """From the most efficient to the narrowest."""
     if dtype == torch.float32 and not tf32:
         return [(64, 64, 8), (64, 32, 8), (64, 16, 8)]
     small = [(64, 64, 4), (64, 32, 4), (64, 16, 4)]
-    warps = 8 if prologues == 2 else 4  # two prologues keep three tiles in registers
+    warps = 8 if prologue else 4  # a prologue keeps its tile in registers
     return [(128, 128, 8), (128, 64, warps), (64, 128, warps), *small] if aligned else small
 
 
@@ -85,7 +85,7 @@ def conv_wgrad_heuristic(
     def padded(tile: Tile) -> int:
         return _cdiv(rows, tile[0]) * tile[0] * _cdiv(outputs, tile[1]) * tile[1]
 
-    tiles = _tiles(dtype, tf32, aligned, x_prologue + dy_prologue)
+    tiles = _tiles(dtype, tf32, aligned, x_prologue or dy_prologue)
     tile = min(tiles, key=padded)  # of those that pad alike the first, which is the largest
     config = _configure(tile, flat, aligned, dtype, arch, tf32, dy_prologue)
     programs = _cdiv(rows, tile[0]) * taps * _cdiv(outputs, tile[1]) * shape.groups
@@ -113,7 +113,7 @@ def conv_wgrad_configurations(
     found = [
         _configure(tile, flat, vectors, dtype, arch, tf32, dy_prologue)
         for vectors in ((True, False) if aligned is None else (aligned,))
-        for tile in _tiles(dtype, tf32, vectors, x_prologue + dy_prologue)
+        for tile in _tiles(dtype, tf32, vectors, x_prologue or dy_prologue)
         for flat in (False, True)
     ]
     return list(dict.fromkeys(found))
