@@ -127,6 +127,7 @@ def steps(out: Path, rehearse: bool) -> list[Step]:
     )
     return found + [
         Step("check", lambda s: [*PYTEST, "-n", workers, *tests], 150, 20, passed),
+        Step("gpu tests", lambda s: [*PYTEST, "-m", "gpu", "tests"], 120, 30, passed),
         Step(
             "verify",
             lambda s: [*CLI, "verify", "--model", "resnet50", "--dtype", "bf16", "--json", f"{out}/verify.json"],

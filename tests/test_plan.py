@@ -141,6 +141,15 @@ def test_a_triton_launcher_takes_the_best_of_triton_even_where_pytorch_wins(cach
     assert conv_config("conv_fprop", SHAPE, torch.float16, 90) == conv_fprop_heuristic(SHAPE, torch.float16, 90)
 
 
+@pytest.mark.parametrize("version,expected", [("as now", True), ("another", False)])
+def test_an_experimental_formulation_is_taken_only_with_the_triton_that_it_was_measured_with(cache, version, expected):
+    boxes = dataclasses.replace(FAST, kernel="tma_conv")
+    table = make_table(Entry(problem(), ((Choice("triton", boxes), 0.1), (Choice("triton", SLOW), 0.2))))
+    write(cache, dataclasses.replace(table, provenance={"triton": choice._triton() if version == "as now" else "0.1"}))
+    heuristic = conv_fprop_heuristic(SHAPE, torch.bfloat16, 90)
+    assert conv_config("conv_fprop", SHAPE, torch.bfloat16, 90) == (boxes if expected else heuristic)
+
+
 @pytest.mark.parametrize(
     "op,flags",
     [

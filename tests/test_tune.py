@@ -157,6 +157,32 @@ def test_configurations_begin_with_the_heuristic_and_fit_the_problem():
         assert all(c.flat == first.flat and c.block_k == first.block_k for c in found if c.kernel == "pointer")
 
 
+def test_experimental_formulations_compete_where_they_can_run():
+    pointwise = next(
+        j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.op == "conv_fprop" and j.problem.shape.r == 1
+    )
+    kernels = {config.kernel for config in configurations(pointwise.problem, 90)}
+    assert "tma_gemm" in kernels and "pointer" in kernels
+    assert {config.kernel for config in configurations(pointwise.problem, 80)} == {"pointer"}
+    behind = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.flags == ("prologue",))
+    assert {config.kernel for config in configurations(behind.problem, 90)} == {"pointer"}
+
+
+@pytest.mark.skipif(not ops.available("triton", "cpu"), reason="Triton does not interpret here")
+@pytest.mark.parametrize("op", ["conv_fprop", "conv_fprop_stats"])
+def test_experimental_formulations_are_checked_or_refused(op):
+    wide = dict.fromkeys(("c", "k"), 64)
+    job = next(j for j in tiny_jobs(torch.float16, 90) if j.problem.op == op and j.problem.shape.r == 1)
+    shape = dataclasses.replace(job.problem.shape, **wide, stride=(1, 1))
+    job = dataclasses.replace(job, problem=dataclasses.replace(job.problem, shape=shape, flags=()))
+    reasons = {
+        config.kernel: checks.check_all(job, Choice("triton", config), CPU)[op]
+        for config in configurations(job.problem, 90)
+    }
+    assert reasons["tma_gemm"] is None and reasons["pointer"] is None, reasons
+    assert "refused: " in reasons.get("wgmma_conv", "refused: ")
+
+
 @needs_kernels
 def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))

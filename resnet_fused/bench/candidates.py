@@ -73,7 +73,7 @@ def configurations(problem: Problem, arch: int, quick: bool = False) -> list[Con
     else:
         statistics = problem.op == "conv_fprop_stats"
         every = conv.conv_fprop_configurations(*arguments, statistics=statistics, **flags)
-        if not statistics:
+        if "prologue" not in problem.flags:
             listed = experimental.configurations(arch)
             every += [c for c in listed if experimental.refuse_shape(shape, problem.dtype, arch, c) is None]
     fitting = [c for c in every if c.kernel != "pointer" or (c.flat == first.flat and c.block_k == first.block_k)]

@@ -76,7 +76,7 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
     make = Operands(device, problem.dtype)
     operands = memory_arguments(op, problem, make) if job is None else arguments(job, make)
     try:
-        reason = _refusal(op, choice, operands)
+        reason = _refusal(op, choice, operands, problem.shape)
         if reason is not None:
             return f"{REFUSED}{reason}"
         call = caller(op, choice)
@@ -95,10 +95,15 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
         return first_line(error)
 
 
-def _refusal(op: str, choice: Choice, operands: Sequence[Any]) -> str | None:
+def _refusal(op: str, choice: Choice, operands: Sequence[Any], shape: ConvShape | tuple[int, ...]) -> str | None:
     if choice.backend != "triton":
         return None
     reason: str | None = importlib.import_module("resnet_fused.kernels").refuse(op, *operands)
+    if reason is None and choice.config is not None and choice.config.kernel != "pointer":
+        experimental = importlib.import_module("resnet_fused.kernels.experimental")
+        krsc = operands[1].contiguous(memory_format=torch.channels_last)
+        residual = operands[4] if op == "conv_fprop" else None
+        reason = experimental.refuse(operands[0], krsc, residual, shape, choice.config)
     return reason
 
 

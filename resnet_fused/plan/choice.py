@@ -7,6 +7,7 @@ each answer: nothing is ever measured here.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable, Iterable
 
 import torch
@@ -131,13 +132,24 @@ def conv_config(
         flags: the op's variants in use, sorted: `"prologue"`; of wgrad `"dy_prologue"`, `"x_prologue"`.
     """
     problem = Problem(op, shape, dtype, tf32, flags)
-    found = measured(problem, tables.of_gpu(tables.known_tables(), gpu_name(arch) or ""), "triton")
-    if found is not None and found.config is not None:
-        return found.config
+    table = tables.of_gpu(tables.known_tables(), gpu_name(arch) or "")
+    found = measured(problem, table, "triton")
+    if table is not None and found is not None and found.config is not None:
+        # Another Triton may lack an experimental formulation, or compile it into something else.
+        if found.config.kernel == "pointer" or table.provenance.get("triton") == _triton():
+            return found.config
     config = heuristic(problem, arch)
     if config is None:
         raise ValueError(f"{op} takes no launch configuration; choose one of {', '.join(CONVOLUTIONS)}")
     return config
+
+
+@functools.cache
+def _triton() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
