@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,24 @@ def test_statistics_where_the_mean_is_large_beside_the_deviations(dtype, rows):
     exact = pixels(y).double().var(0, correction=0)
     torch.testing.assert_close(invstd.double() ** -2, exact, rtol=4e-6, atol=0)
     torch.testing.assert_close(merged.double(), pixels(y).double().mean(0), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_another_formulation_answers_in_the_same_rows(rows):
+    """A configuration names its formulation; its boxes of pixels are another partition than the tiles."""
+    shape = problem(2, 16, 9, 9, 24, 3, 3, padding=(1, 1))
+    x, weight, *maps, steps, padding, dilation, groups, _ = _arguments(shape, torch.float16, False)
+    arguments = (x, weight, *maps, steps, padding, dilation, groups, rows)
+    config = replace(SMALL, kernel="tma_conv")
+    y, mean, m2, count = conv_fprop_stats(*arguments, config=config)
+    assert_within_contract(y, _plain(*arguments), _plain(*in_double(arguments)), "y")
+    expected = conv_fprop(x, weight, None, None, None, steps, padding, dilation, groups, False, config=config)
+    assert torch.equal(y, expected)
+    merged = merge_statistics(mean, m2, count, 1)
+    _check_statistics(y, *merged, 1)
+    assert mean.shape == (rows, 24)
+    with pytest.raises(ValueError, match="tma_conv.*no prologue"):
+        conv_fprop_stats(x, weight, *affine(16), *arguments[4:], config=config)
 
 
 def test_merging_keeps_the_variance_between_the_tiles():

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.kernels._launch import INTERPRETED, is_nhwc, name_of, refuse_activations
-from resnet_fused.kernels._tile import affine, to_fp32
+from resnet_fused.kernels._tile import affine, round_to, to_fp32
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.conv import tf32_allowed as tf32_allowed  # for the kernels' files
 
@@ -50,6 +50,19 @@ def taps_inside(h0, w0, H, W, step_h, step_w, R: tl.constexpr, S: tl.constexpr, 
 def relu_affine(x, scale, shift):
     """The prologue of fprop and wgrad: relu(x * scale + shift) in fp32; a NaN stays."""
     return tl.maximum(affine(x, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def activation_tile(x, scale, shift, exists, valid, PADDED: tl.constexpr):
+    """The tile round(relu(x * scale + shift)): zero in the padding, and past the last channel, where scale and shift
+    are.
+    """
+    channel_scale = to_fp32(tl.load(scale, mask=exists, other=0.0))[None, :]
+    channel_shift = to_fp32(tl.load(shift, mask=exists, other=0.0))[None, :]
+    value = relu_affine(x, channel_scale, channel_shift)
+    if PADDED:  # without padding no mask on the tile, which on sm_90 would cost it a way through shared memory
+        value = tl.where(valid, value, 0.0)
+    return round_to(value, x.dtype)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
+    activation_tile,
     conv_shape,
     dot_dtype,
     empty_nhwc,
@@ -20,7 +21,6 @@ from resnet_fused.kernels._conv import (
     refuse_like,
     refuse_operands,
     refuse_vectors,
-    relu_affine,
     taps_inside,
     uses_tf32,
 )
@@ -29,19 +29,6 @@ from resnet_fused.kernels._tile import channel_unit, relu, round_to, sum_lanes, 
 from resnet_fused.kernels.merge_statistics import merge_statistics
 from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_refusal
-
-
-@triton.jit
-def _activation(x, scale, shift, exists, valid, PADDED: tl.constexpr):
-    """The tile round(relu(x * scale + shift)): zero in the padding, and past the last channel, where scale and shift
-    are.
-    """
-    channel_scale = to_fp32(tl.load(scale, mask=exists, other=0.0))[None, :]
-    channel_shift = to_fp32(tl.load(shift, mask=exists, other=0.0))[None, :]
-    value = relu_affine(x, channel_scale, channel_shift)
-    if PADDED:  # without padding no mask on the tile, which on sm_90 would cost it a way through shared memory
-        value = tl.where(valid, value, 0.0)
-    return round_to(value, x.dtype)
 
 
 @triton.jit
@@ -136,7 +123,7 @@ def _conv_fprop_kernel(
             a = tl.load(x_tile, mask=valid, other=0.0)
             if x_scale is not None:
                 c = group * FLAT_INPUTS + rsc - tap * FLAT_INPUTS
-                a = _activation(a, x_scale + c, x_shift + c, within, valid, PADDED)
+                a = activation_tile(a, x_scale + c, x_shift + c, within, valid, PADDED)
             b = tl.load(weight + (w_column[None, :] + rsc[:, None]), mask=within[:, None], other=0.0)
             acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
     else:
@@ -159,7 +146,7 @@ def _conv_fprop_kernel(
                 a = tl.load(x_tile)
             if x_scale is not None:
                 first = group * group_inputs
-                a = _activation(a, x_scale + (first + c), x_shift + (first + c), c < group_inputs, valid, PADDED)
+                a = activation_tile(a, x_scale + (first + c), x_shift + (first + c), c < group_inputs, valid, PADDED)
             if EVEN_K:
                 b = tl.load(w_tile)
             else:
@@ -333,6 +320,14 @@ def conv_fprop_stats(
             "conv_fprop_stats", shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype), flags
         )
     krsc = weight.contiguous(memory_format=torch.channels_last)
+    if config.kernel != "pointer":
+        from resnet_fused.kernels import experimental
+
+        if x_scale is not None:
+            raise ValueError(f"conv_fprop_stats: the formulation {config.kernel!r} has no prologue; choose 'pointer'")
+        y, *partials = experimental.conv_fprop_stats(x, krsc, shape, config)
+        mean, m2, count = merge_statistics(*partials, rows)
+        return in_pytorchs_order(y, x, weight), mean, m2, count
     y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
     # A row for each tile where they suffice: what is left over is zero from the start.

@@ -116,7 +116,7 @@ def _tiles(dtype: torch.dtype, tf32: bool, prologue: bool = False) -> list[Tile]
     """
     if dtype == torch.float32 and not tf32:
         # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
-        return [(128, 64, 8), (64, 32, 4), (32, 32, 4)]
+        return [(64 if prologue else 128, 64, 8), (64, 32, 4), (32, 32, 4)]
     return [(128, 128, 8), (128, 64, 8 if prologue else 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
 
 
