@@ -124,12 +124,29 @@ def for_ever(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Trainer:
-    """One network on its way through a recipe."""
+    """One network on its way through a recipe.
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    Attributes:
+        iteration: steps taken.
+        warming_up: whether the rate is still the first, small one.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, warm_up: bool = False) -> None:
         self.model = model.to(device, memory_format=torch.channels_last)
         self.device, self.dtype = device, dtype
-        self.optimizer = sgd(self.model)
+        self.optimizer = sgd(self.model, WARM_UP_RATE if warm_up else 0.1)
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer, factor=0.1, patience=4)
+        self.iteration, self.warming_up = 0, warm_up
+
+    def state(self) -> dict[str, Any]:
+        """All that `resume` needs to go on."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "plateau")}
+        return {**parts, "iteration": self.iteration, "warming_up": self.warming_up}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        for name in ("model", "optimizer", "plateau"):
+            getattr(self, name).load_state_dict(state[name])
+        self.iteration, self.warming_up = state["iteration"], state["warming_up"]
 
     def logits(self, pictures: Tensor) -> Tensor:
         pictures = pictures.to(self.device, memory_format=torch.channels_last, non_blocking=True)
@@ -162,28 +179,27 @@ class Trainer:
         update_bn(itertools.islice(for_ever(loader), min(BN_BATCHES, len(loader))), self.model, self.device)
 
 
-def train(trainer: Trainer, recipe: Recipe, iterations: int, warm_up: bool, batches: DataLoader, test: DataLoader):
-    """Run the recipe; yields (iteration, rate, training loss and error since the last, validation error)."""
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(trainer.optimizer, factor=0.1, patience=4)
+def train(trainer: Trainer, recipe: Recipe, iterations: int, batches: DataLoader, test: DataLoader):
+    """Run the recipe on; yields (rate, training loss and error since the last, validation error) after every epoch."""
     milestones = [round(share * iterations) for share in recipe.milestones or ()]
-    if warm_up:
-        trainer.rate(WARM_UP_RATE)
     seen: list[tuple[float, float]] = []
     per_epoch = max(1, len(batches))
-    for iteration, (pictures, targets) in enumerate(itertools.islice(for_ever(batches), iterations), 1):
+    for pictures, targets in itertools.islice(for_ever(batches), max(0, iterations - trainer.iteration)):
         seen.append(trainer.step(pictures, targets))
-        if iteration in milestones:
-            trainer.rate(0.1 ** (2 + milestones.index(iteration)))
-        if iteration % per_epoch and iteration != iterations:
+        trainer.iteration += 1
+        if trainer.iteration in milestones:
+            trainer.rate(0.1 ** (2 + milestones.index(trainer.iteration)))
+        if trainer.iteration % per_epoch and trainer.iteration != iterations:
             continue
         loss, wrong = (sum(column) / len(seen) for column in zip(*seen, strict=True))
-        if warm_up and wrong < WARM_UP_UNTIL:
-            warm_up = False
-            trainer.rate(0.1 ** (1 + sum(iteration >= m for m in milestones)))
+        if trainer.warming_up and wrong < WARM_UP_UNTIL:
+            trainer.warming_up = False
+            trainer.rate(0.1 ** (1 + sum(trainer.iteration >= m for m in milestones)))
         error = trainer.error(test)
-        yield iteration, trainer.optimizer.param_groups[0]["lr"], loss, wrong, error
+        rate = trainer.optimizer.param_groups[0]["lr"]
         if recipe.milestones is None:
-            plateau.step(error)
+            trainer.plateau.step(error)
+        yield rate, loss, wrong, error
         seen = []
 
 
@@ -195,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", required=True, help="a folder with train/ and val/, or torchvision:CIFAR10:<root>")
     add("--out", type=Path, required=True, help="the checkpoint to write")
     add("--shortcut", choices=("A", "B", "C"), help="the paper's option (default: B, A for CIFAR nets)")
+    add("--resume", action="store_true", help="go on from what an interrupted run left beside --out")
     add("--iterations", type=int, help="(default: 600000 and 64000)")
     add("--batch", type=int, help="(default: 256 and 128)")
     add("--crop", type=int, help="(default: 224 and 32)")
@@ -215,13 +232,17 @@ def main(argv: list[str] | None = None) -> int:
     except (FileNotFoundError, RuntimeError, ValueError, AttributeError) as error:
         parser.error(str(error))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.dtype]
-    trainer = Trainer(model, torch.device(arguments.device), dtype)
     warm_up = arguments.model in ("cifar_resnet110", "cifar_resnet1202")
+    trainer = Trainer(model, torch.device(arguments.device), dtype, warm_up)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    if arguments.resume and partial.exists():
+        trainer.resume(torch.load(partial, map_location=arguments.device, weights_only=True))
     with resnet_fused.use_backend(arguments.backend):
-        for iteration, rate, loss, wrong, error in train(trainer, recipe, iterations, warm_up, batches, test):
+        for rate, loss, wrong, error in train(trainer, recipe, iterations, batches, test):
+            torch.save(trainer.state(), partial)
             print(
-                f"{iteration:>7}/{iterations}  rate {rate:g}  training loss {loss:.4f}, error {wrong:.2%}  "
+                f"{trainer.iteration:>7}/{iterations}  rate {rate:g}  training loss {loss:.4f}, error {wrong:.2%}  "
                 f"validation error {error:.2%}",
                 flush=True,
             )
@@ -229,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         error = trainer.error(test)
     saved = {"name": arguments.model, "options": options, "iterations": iterations, "error": error}
     torch.save({**saved, "state_dict": model.state_dict()}, arguments.out)
+    partial.unlink(missing_ok=True)
     print(f"validation error {error:.2%} with averaged statistics; wrote {arguments.out}")
     return 0
 

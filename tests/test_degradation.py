@@ -176,14 +176,12 @@ def test_the_schedules_are_the_papers(example):
     """CIFAR: a tenth at a half and three quarters, 0.01 first for 110 layers. ImageNet: when the error stands still."""
     train_paper = example("train_paper")
 
-    class Still:
-        """A trainer that learns nothing."""
+    class Still(train_paper.Trainer):
+        """Learns nothing."""
 
-        def __init__(self, error):
-            self.optimizer = train_paper.sgd(torch.nn.Linear(1, 1))
-            self.wrong, self.rates = error, []
-
-        rate = train_paper.Trainer.rate
+        def __init__(self, warm_up, wrong):
+            super().__init__(torch.nn.Conv2d(1, 1, 1), torch.device("cpu"), torch.float32, warm_up)
+            self.wrong, self.rates = wrong, []
 
         def step(self, *_):
             self.rates.append(self.optimizer.param_groups[0]["lr"])
@@ -195,8 +193,8 @@ def test_the_schedules_are_the_papers(example):
     batches = [(None, None)] * 4
 
     def rates(recipe, iterations, warm_up=False, error=0.5):
-        trainer = Still(error)
-        list(train_paper.train(trainer, train_paper.RECIPES[recipe], iterations, warm_up, batches, None))
+        trainer = Still(warm_up, error)
+        list(train_paper.train(trainer, train_paper.RECIPES[recipe], iterations, batches, None))
         return trainer.rates
 
     assert rates("cifar", 16) == pytest.approx([0.1] * 8 + [0.01] * 4 + [0.001] * 4)
@@ -206,6 +204,31 @@ def test_the_schedules_are_the_papers(example):
     assert still[0] == 0.1 and still[-1] < 0.02 and len(set(np.round(still, 9))) >= 2
     group = train_paper.sgd(torch.nn.Linear(1, 1)).param_groups[0]
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+
+
+def test_an_interrupted_training_goes_on(example, folder, tmp_path, monkeypatch, capsys):
+    train_paper, out = example("train_paper"), tmp_path / "trained.pth"
+    options = ["--batch", "8", "--workers", "0", "--device", "cpu", "--data", str(folder), "--out", str(out)]
+    line = ["--recipe", "cifar", "--model", "cifar_resnet8", "--iterations", "9", *options]
+    step = train_paper.Trainer.step
+
+    def interrupted(self, *batch):
+        if self.iteration == 7:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    monkeypatch.setattr(train_paper.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_paper.main(line)
+    assert not out.exists()
+    left = torch.load(f"{out}.partial", weights_only=True)
+    assert left["iteration"] == 6 and left["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01)
+    monkeypatch.setattr(train_paper.Trainer, "step", step)
+    capsys.readouterr()
+    assert train_paper.main([*line, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "9/9" in said and "3/9" not in said and "6/9" not in said
+    assert out.exists() and [path.name for path in tmp_path.iterdir()] == ["trained.pth"]
 
 
 def test_final_statistics_are_means_over_training_batches(example):
