@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.evaluate import run as runner
     except ImportError as error:
         return _complain(f"evaluate needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+    import torch
+
     import resnet_fused
 
     try:
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         for one in loaded:
             if not arguments.plain:
                 resnet_fused.fuse(one.model)
-            contestants.append((one.name, one.model.to(device)))
+            contestants.append((one.name, one.model.to(device, memory_format=torch.channels_last)))
         with resnet_fused.use_backend(arguments.backend):
             evaluation = runner.evaluate(contestants, source, chosen, settings, _Progress())
     except ValueError as error:  # UsageError, and what the protocols and `use_backend` refuse

@@ -102,7 +102,7 @@ def evaluate(
         UsageError: no picture could be read, or one of a class that a model does not have.
     """
     rows: list[Row] = []
-    unreadable: dict[Unreadable, None] = {}
+    unreadable: dict[str, Unreadable] = {}  # by name: every protocol meets them again
     indices = spread(len(source), settings.limit)
     if not indices:
         raise UsageError("--data: no picture in it")
@@ -116,16 +116,12 @@ def evaluate(
         data = Pictures(source, _Views(protocol, settings), indices)
         loader = DataLoader(data, settings.batch, num_workers=settings.workers, collate_fn=as_list)
         for items in loader:
-            unreadable.update(dict.fromkeys(item for item in items if isinstance(item, Unreadable)))
+            unreadable.update((item.name, item) for item in items if isinstance(item, Unreadable))
             for group in _same_shapes(items):
                 scores = [_score(protocol, m, group, settings, w) for (_, m), w in zip(models, windows, strict=True)]
                 targets = torch.tensor([picture.target for picture in group])
                 classes = scores[0].shape[1]
-                for (name, _), one in zip(models, scores, strict=True):
-                    if int(targets.max()) >= one.shape[1]:
-                        raise UsageError(
-                            f"{name} has {one.shape[1]} classes, but a picture is of class {targets.max()}"
-                        )
+                _check_classes([name for name, _ in models], scores, targets)
                 if len(models) > 1:
                     scores.append(protocols.ensemble(scores))
                 for collected, one in zip(places, scores, strict=True):
@@ -133,16 +129,21 @@ def evaluate(
             done += len(items)
             progress(protocol, done, len(indices))
         if not places[0]:
-            raise UsageError(
-                f"none of the {len(indices)} pictures can be read; the first: {next(iter(unreadable)).reason}"
-            )
+            first = next(iter(unreadable.values()))
+            raise UsageError(f"none of the {len(indices)} pictures can be read; the first: {first.reason}")
         names = [name for name, _ in models] + [f"ensemble of {len(models)}"]
         for name, collected in zip(names, places, strict=False):
             found = torch.cat(collected)
             read = len(found)
             ks = [k for k in (1, 5) if k < classes]
             rows.append(Row(name, protocol, {k: ErrorRate(int((found >= k).sum()), read) for k in ks}))
-    return Evaluation(tuple(rows), tuple(unreadable), read)
+    return Evaluation(tuple(rows), tuple(unreadable.values()), read)
+
+
+def _check_classes(names: Sequence[str], scores: Sequence[Tensor], targets: Tensor) -> None:
+    for name, one in zip(names, scores, strict=True):
+        if int(targets.max()) >= one.shape[1]:
+            raise UsageError(f"{name} has {one.shape[1]} classes, but a picture is of class {targets.max()}")
 
 
 def _same_shapes(items: Sequence[Picture | Unreadable]) -> Iterator[list[Picture]]:
@@ -162,6 +163,7 @@ def _score(protocol: str, model: nn.Module, pictures: Sequence[Picture], setting
     half = s.dtype != torch.float32
     with torch.autocast(s.device.type, s.dtype) if half else nullcontext():
         if protocol == "multi-scale":
+            views = [view.to(memory_format=torch.channels_last) for view in views]
             per_scale = [protocols.dense_scores(model, view, window, s.average, s.flip, None) for view in views]
             return protocols.finish(torch.stack(per_scale).mean(0), s.average)
         (view,) = views
