@@ -21,6 +21,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,8 @@ class Trainer:
         self.optimizer = torch.optim.SGD(groups, lr=options.lr, momentum=0.9, nesterov=True)
         self.schedule = LambdaLR(self.optimizer, learning_rate(options, len(self.loaders.train)))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.amp == "fp16")
+        if self.scaler.is_enabled():  # the schedule counts the steps that the scaler skips, the first one too
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
         self.epoch = 0  # finished ones
 
     def autocast(self) -> torch.autocast:
@@ -232,7 +235,7 @@ class Trainer:
         self.loaders.begin(self.epoch)
         self.parallel.train()
         total = torch.zeros(2, dtype=torch.float64, device=self.place.device)
-        quiet = self.options.quiet or not self.place.leads
+        quiet = self.options.quiet or not self.place.leads or not sys.stdout.isatty()
         for batch in track(self.loaders.train, f"epoch {self.epoch + 1}", transient=True, disable=quiet):
             pictures, labels = self.move(*batch)
             with self.autocast():
