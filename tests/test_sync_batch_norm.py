@@ -223,6 +223,20 @@ def test_a_converter_that_would_lose_the_activation_is_refused():
         convert(nn.Sequential(BatchNormAct2d(4)))
 
 
+def test_a_converter_of_pytorchs_that_hides_what_it_makes_is_refused(monkeypatch):
+    """Should a later PyTorch write it in another way, this says so, and the tests above."""
+
+    def convert(cls, module, process_group=None):
+        made = nn.SyncBatchNorm(module.num_features)
+        for name, child in module.named_children():
+            made.add_module(name, child)
+        return made
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "convert_sync_batchnorm", classmethod(convert))
+    with pytest.raises(RuntimeError, match="would lose the activation of BatchNormAct2d"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(BatchNormAct2d(4))
+
+
 def test_children_are_listed_as_ever():
     bn = BatchNormAct2d(4)
     module_output = bn  # a converter that leaves it alone
