@@ -94,8 +94,16 @@ def test_every_convolution_and_its_operations_are_found():
 
 
 def test_what_is_no_resnet_is_refused_by_name():
-    with pytest.raises(UsageError, match="features.0|no residual block"):
+    with pytest.raises(UsageError, match="features.3 is in no residual block"):
         network.describe(torchvision.models.vgg11())
+    with pytest.raises(UsageError, match="layer1.0.conv1 is in no residual block"):
+        network.networks("plain18", 224)
+
+
+def test_our_own_networks_by_name():
+    (net,) = network.networks("cifar_resnet20", 32)
+    assert len(net.layers) == 19 and net.pooled is None and net.classes == 10
+    assert all(block.shortcut is None and len(block.branch) == 2 for block in net.blocks)
 
 
 def test_the_command_prints_and_writes_it(tmp_path, capsys):

@@ -118,9 +118,9 @@ def describe(model: nn.Module, image_size: int = 224) -> Network:
     if len(set(order)) < len(order) or not convolutions:
         raise UsageError("the cost model knows ResNets, in which every layer runs once")
     blocks, known = [], {convolutions[0]}
-    for name, _ in module.named_modules():
+    for name, inner in module.named_modules():
         branch = [f"{name}.{part}" for part in _BRANCH if f"{name}.{part}" in shapes]
-        if not name or len(branch) < 2:
+        if not hasattr(inner, "downsample") or len(branch) < 2:  # None in a block whose shortcut is the identity
             continue
         own = [conv for conv in convolutions if conv.startswith(f"{name}.")]
         projection = [conv for conv in own if conv not in branch]
