@@ -122,7 +122,8 @@ def tune(
         rehearse: run every step on a CPU, on a tiny network, into a table that no plan reads.
         again: measure also what the table knows already.
         path: the table's file; by default in the cache folder, where the plan finds it.
-        processes: that compile and check candidates, while nothing is timed; by default 8, in a rehearsal 1.
+        processes: that compile and check candidates, while nothing is timed; by default 8, in a rehearsal 1. A script
+            that calls this with more than 1 does so under `if __name__ == "__main__"`.
         command: recorded as the origin of the numbers.
         reporter: gets `start(text)` per problem and `detail(text)`.
 
