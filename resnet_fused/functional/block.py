@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import ops, plan
+from resnet_fused._compiling import constant
 from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
 from resnet_fused.functional.common import (
     Geometry,
@@ -172,7 +173,7 @@ def _conv_backends(
     return fprop.backend, dgrad.backend, wgrad.backend
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _arch(device: torch.device) -> int:
     """80 for sm_80 and so on; without a GPU, the smallest."""
     if device.type != "cuda":

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused._compiling import constant
+
 # Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +52,7 @@ def _count(steps):
         pass
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _interpreter_problem() -> str | None:
     """Why Triton's interpreter cannot run a loop here, or None: that of Triton 3.6 fails with numpy 2.4 and newer."""
     return _try_a_loop()

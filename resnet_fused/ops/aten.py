@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from resnet_fused import reference
+from resnet_fused._compiling import constant
 from resnet_fused.reference import compute_dtype, unpack_bits
 
 bn_backward_finalize = reference.bn_backward_finalize
@@ -32,7 +33,7 @@ def onednn_runs(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _onednn_bfloat16())
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _onednn_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

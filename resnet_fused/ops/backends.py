@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import _library, reference
+from resnet_fused._compiling import constant
 from resnet_fused.ops import aten
 
 CUDA_NAMESPACE = "resnet_fused_cuda"
@@ -46,7 +47,7 @@ def implements(backend: str, op: str) -> bool:
     return op in _MEMORY_OPS or op in _CONV_OPS
 
 
-@torch.compiler.assume_constant_result
+@constant
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run anything on `device_type` here, or None if it can."""
     return _unavailable(backend, device_type)

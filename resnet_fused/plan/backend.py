@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from resnet_fused._compiling import constant
 from resnet_fused.plan import choice
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
@@ -45,7 +46,7 @@ def forced_backend() -> str | None:
     return None if _forced == "auto" else _forced
 
 
-@torch.compiler.assume_constant_result
+@constant
 def default_backend(op: str, device_type: str) -> str:
     """The backend of `op` where none is forced: on a GPU what the measured tables say, elsewhere PyTorch's own.
 
