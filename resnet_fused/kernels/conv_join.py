@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._conv import (
+    MAX_REGISTERS,
     dot_dtype,
     empty_nhwc,
     in_pytorchs_order,
@@ -197,5 +198,6 @@ def conv_join(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=MAX_REGISTERS,
     )
     return in_pytorchs_order(y, x, weight)
