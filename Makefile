@@ -18,12 +18,13 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # objects are kept per kind of build; the library is linked anew, so that one kind never stands in for another
 LIBRARY = rm -f resnet_fused/_C.so && $(PY) setup.py --quiet build_ext --inplace
 
-.PHONY: help bench test lint types digits gate install library-test clean
+.PHONY: help bench bench-check docs test lint types digits gate install library-test clean
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '3,7p' Makefile | cut -c3-
-	@echo "also: make lint | types | digits | gate (compile every kernel for every architecture) | clean"
+	@echo "also: make lint | types | digits | gate (compile every kernel for every architecture) | clean |"
+	@echo "  bench-check (against the last recorded result of this device) | docs (pages and charts from the results)"
 
 # torch by name and newest; setuptools and ninja beside it, because the build runs in this environment
 $(VENV)/.torch:
@@ -45,6 +46,14 @@ bench: install
 	@export RESNET_FUSED_BUILD=$(BUILD); $(LIBRARY)
 	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
 	@$(VENV)/bin/resnet-fused bench --json out/bench.json --chart out/bench.png $(ARGS)
+
+# the cases of this device's last recorded result again: exit code 1 where we lost more than the spread
+bench-check: install
+	@export RESNET_FUSED_BUILD=$(BUILD); $(LIBRARY)
+	@$(VENV)/bin/resnet-fused bench --check $(ARGS)
+
+docs: install
+	@$(PY) -m resnet_fused.bench.docs
 
 library-test: install
 	@export RESNET_FUSED_BUILD=host; $(LIBRARY)

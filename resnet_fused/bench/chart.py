@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 from . import provenance
@@ -36,7 +39,23 @@ def save(report: Report, path: Path) -> None:
         f"{report.model} on {provenance.device_name(facts)}\ntorch {facts['torch']}, {facts['date_utc'][:10]}{where}"
     )
     figure.suptitle(title, fontsize=11)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    facts = {"Source": digest(report)}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png", metadata=facts))
+
+
+def digest(report: Report) -> str:
+    """Of everything in a report: what its chart carries as its source."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(report), sort_keys=True).encode()).hexdigest()
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest of the report that a chart was drawn from; None where there is no chart, or it does not say."""
+    from PIL import Image
+
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get("Source")
 
 
 def _panel(axis, case: CaseReport, baseline: str) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,42 @@
+"""Recorded results of no machine: reports with chosen times, for the tests of what is made from results."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from resnet_fused.bench import provenance
+from resnet_fused.bench.cases import Case
+from resnet_fused.bench.correctness import Errors
+from resnet_fused.bench.harness import Timing
+from resnet_fused.bench.results import CaseReport, Report, Result
+from resnet_fused.bench.roof import Roof
+
+BASELINE = "eager-channels-last"
+
+
+def result(name: str, *samples: float, **changes: Any) -> Result:
+    """A contestant with these milliseconds; without any it failed."""
+    if not samples:
+        return dataclasses.replace(Result(name, "failed", "it is wrong", Errors(float("inf"))), **changes)
+    return dataclasses.replace(Result(name, "ok", None, Errors(1e-6), 0.5, Timing(samples), 2**20), **changes)
+
+
+def case(*results: Result, mode: str = "infer", batch: int = 4, dtype: str = "fp32") -> CaseReport:
+    rounds = max((len(one.timing.samples_ms) for one in results if one.timing), default=0)
+    return CaseReport(Case("resnet18", mode, batch, dtype, "cpu"), 10**9, rounds, results, Roof(1e11, 2e11))
+
+
+def report(*cases: CaseReport, **facts: Any) -> Report:
+    """One measured here, with changes to its provenance."""
+    found = provenance.collect(torch.device("cpu"), "resnet-fused bench") | facts
+    return Report("resnet18", BASELINE, found, cases)
+
+
+def usual(factor: float = 1.0, **facts: Any) -> Report:
+    """Two cases in which `fused` is 1.25 times as fast as the baseline, all times `factor`."""
+    base, fused = [10 * factor, 10.2 * factor, 9.9 * factor], [8 * factor, 8.1 * factor, 7.9 * factor]
+    both = (result(BASELINE, *base), result("fused", *fused))
+    return report(case(*both), case(*both, result("broken"), mode="train"), **facts)

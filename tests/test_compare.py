@@ -1,0 +1,170 @@
+"""Two results side by side; the schema of results; today's run beside the last recorded one."""
+
+import dataclasses
+import json
+
+import pytest
+import recorded
+from recorded import BASELINE, case, report, result, usual
+from rich.console import Console
+
+from resnet_fused.bench import compare, schema
+from resnet_fused.bench.cases import UsageError
+from resnet_fused.bench.harness import Timing
+from resnet_fused.bench.results import write_json
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(name, value):
+        write_json(value.to_json() if hasattr(value, "to_json") else value, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def rendered(comparison):
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    compare.render(comparison, ("a.json", "b.json"), console)
+    return console.export_text()
+
+
+# schema
+
+
+def test_a_result_is_read_as_it_was_written(written):
+    before = usual()
+    assert schema.load(written("a.json", before)).to_json() == before.to_json()
+
+
+def _set(value, *path):
+    """A change of the JSON: `path` to the place."""
+
+    def change(data):
+        for key in path[:-1]:
+            data = data[key]
+        data[path[-1]] = value
+
+    return change
+
+
+_FUSED = ("cases", 0, "results", 1)
+BROKEN = {
+    "schema": (_set(7, "schema"), "its schema is 7, this version reads 1"),
+    "no schema": (lambda data: data.pop("schema"), "'schema'"),
+    "no provenance": (lambda data: data.pop("provenance"), "'provenance'"),
+    "commit": (lambda data: data["provenance"].update(commit={"sha": "abc"}), "dirty"),
+    "mode": (_set("predict", "cases", 0, "mode"), "predict"),
+    "dtype": (_set("fp8", "cases", 0, "dtype"), "fp8"),
+    "batch": (_set("4", "cases", 0, "batch"), "batch"),
+    "no cases": (_set([], "cases"), "no cases"),
+    "status": (_set("great", *_FUSED, "status"), "great"),
+    "speed of a failed one": (_set("failed", *_FUSED, "status"), "fused in infer"),
+    "typed median": (_set(7.0, *_FUSED, "ms", "p50"), "p50 of fused in infer, batch 4, fp32 is 7.0, its samples say 8"),
+    "typed rate": (_set(600.0, *_FUSED, "images_per_s"), "images_per_s of fused in infer, batch 4, fp32 is 600.0"),
+    "typed speed-up": (_set(1.5, *_FUSED, "speedup"), "its samples say 1.25"),
+    "samples lost": (_set([8.0, 8.0], *_FUSED, "samples_ms"), "fused"),
+    "sample": (_set(["8"] * 3, *_FUSED, "samples_ms"), "samples_ms"),
+    "twice": (_set(BASELINE, *_FUSED, "contestant"), "twice"),
+    "true for a number": (_set(True, "cases", 0, "rounds"), "rounds"),
+}
+
+
+@pytest.mark.parametrize(("change", "hint"), BROKEN.values(), ids=BROKEN.keys())
+def test_what_is_no_result_is_said_in_one_line(change, hint, written):
+    data = json.loads(json.dumps(usual().to_json()))
+    change(data)
+    with pytest.raises(UsageError) as error:
+        schema.load(written("broken.json", data))
+    assert hint in str(error.value) and "broken.json" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("content", "hint"), [(None, "No such file"), ("{", "no JSON"), ("[]", "no object")])
+def test_what_is_no_file_or_no_json(content, hint, tmp_path):
+    if content:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UsageError, match=hint):
+        schema.load(tmp_path / "a.json")
+
+
+def test_results_are_appended_never_replaced(tmp_path):
+    first = schema.record(usual(), tmp_path)
+    text = first.read_text()
+    second = schema.record(usual(2.0), tmp_path)
+    assert first != second and first.parent == second.parent and first.read_text() == text
+    assert first.parent.name.startswith("cpu-") and list(schema.recorded(tmp_path)) == [first, second]
+
+
+def test_the_last_result_is_that_of_this_device(tmp_path):
+    facts = usual().provenance
+    assert schema.last(tmp_path, facts) is None
+    older = schema.record(usual(date_utc="2026-01-01T00:00:00+00:00"), tmp_path)
+    schema.record(usual(date_utc="2026-01-09T00:00:00+00:00", gpu={"name": "NVIDIA H100"}), tmp_path)
+    assert schema.last(tmp_path, facts)[0] == older
+    newer = schema.record(usual(date_utc="2026-01-02T00:00:00+00:00"), tmp_path)
+    assert schema.last(tmp_path, facts)[0] == newer
+
+
+# comparison
+
+
+def test_ratios_and_their_spreads():
+    slow, fast = Timing((10.0, 20.0, 30.0)), Timing((5.0, 10.0, 15.0))
+    assert compare.paired(slow, fast) == compare.Ratio(2, 2, 2)  # what slows a round down cancels out
+    wide = compare.unpaired(slow, fast)
+    assert wide.p50 == 2 and wide.p20 == pytest.approx(14 / 13) and wide.p80 == pytest.approx(26 / 7)
+    assert wide.verdict == "faster" and compare.unpaired(fast, slow).verdict == "slower"
+    assert compare.Ratio(0.9, 1.0, 1.1).verdict == "same"
+
+
+def test_two_results_side_by_side():
+    extra = case(result(BASELINE, 5.0), batch=1)
+    after = usual(0.5, torch="9.9", commit={"sha": "0" * 40, "dirty": True})
+    after = dataclasses.replace(after, cases=(*after.cases, extra))
+    found = compare.compare(usual(), after)
+    fused = next(row for row in found.rows if row.contestant == "fused")
+    assert fused.ratio.p50 == pytest.approx(2) and fused.ratio.p20 < 2 < fused.ratio.p80
+    assert [ratio.p50 for ratio in fused.relative] == pytest.approx([1.25, 1.25], rel=0.02)
+    assert found.only == ("only in the second: resnet18, infer, batch 1, fp32",)
+    assert ("torch", usual().provenance["torch"], "9.9") in found.provenance and found.same_device
+    text = rendered(found)
+    for word in ("2.00x", "failed", "differs: torch", "-> 9.9", "only in the second", "commit", "1.25x"):
+        assert word in text, word
+
+
+def test_other_devices_are_said():
+    found = compare.compare(usual(), usual(gpu={"name": "NVIDIA H100"}))
+    assert not found.same_device and "different devices" in rendered(found)
+
+
+def test_nothing_in_common():
+    with pytest.raises(UsageError, match="no case in common: the first has .*batch 4, .*; the second has .*batch 2"):
+        compare.compare(report(case(result(BASELINE, 1.0))), report(case(result(BASELINE, 1.0), batch=2)))
+
+
+# regression
+
+
+def now(*fused, baseline=(10.0, 10.2, 9.9)):
+    return report(case(result(BASELINE, *baseline), result("fused", *fused)))
+
+
+def test_a_loss_beyond_the_spread_is_found_and_a_slower_machine_is_none():
+    assert compare.losses(usual(), usual()) == []
+    assert compare.losses(usual(), usual(3.0)) == []  # everything three times slower: the ratio is the same
+    assert compare.losses(usual(), now(8.05, 8.15, 8.0)) == []  # within the spread
+    assert compare.losses(usual(), now(4.0, 4.0, 4.0)) == []  # a gain
+    (loss,) = compare.losses(usual(), now(9.0, 9.1, 8.9))
+    assert "fused was 1.25x" in loss and "now 1.1" in loss and "infer, batch 4, fp32" in loss
+
+
+def test_one_who_fails_now_has_lost_and_one_who_failed_then_has_not():
+    (loss,) = compare.losses(usual(), now())
+    assert "now failed: it is wrong" in loss
+    assert compare.losses(now(), usual()) == []
+
+
+def test_only_ours_are_guarded():
+    then = report(case(result(BASELINE, 10.0), result("compile", 5.0)))
+    assert compare.losses(then, report(case(result(BASELINE, 10.0), result("compile", 9.0)))) == []
+    assert recorded.BASELINE == BASELINE
