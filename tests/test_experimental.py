@@ -303,3 +303,20 @@ def test_what_cannot_run_here_or_is_not_aligned_is_refused():
     odd = torch.cat([residual.flatten()[:1], residual.permute(0, 2, 3, 1).flatten()])[1:]
     odd = odd.view(2, 5, 7, 48).permute(0, 3, 1, 2)
     assert "residual starts at" in experimental.refuse(x, weight, odd, shape, _config("tma_conv"))
+
+
+def test_a_planned_formulation_that_these_operands_refuse_falls_back(monkeypatch):
+    """A measured winner of the plan, and an x that starts off a multiple of 16 bytes: the pointer kernel runs."""
+    from resnet_fused.kernels import conv_fprop as launcher
+
+    module = sys.modules[launcher.__module__]
+    config = next(c for c in configurations(90) if c.kernel == "tma_gemm")
+    monkeypatch.setattr(module, "conv_config", lambda *args: config)
+    ran = []
+    monkeypatch.setattr(experimental, "conv_fprop", lambda *args: ran.append("experimental"))
+    storage = torch.randn(2 * 4 * 4 * 64 + 1).half()
+    x = storage[1:].view(2, 4, 4, 64).permute(0, 3, 1, 2)
+    weight = torch.randn(64, 64, 1, 1).half()
+    y = launcher(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, False)
+    torch.testing.assert_close(y.float(), F.conv2d(x.float(), weight.float()), rtol=1e-2, atol=1e-1)
+    assert ran == []

@@ -71,7 +71,7 @@ def test_torchvision_resnets_are_fused_wholly(name):
     found = [plan for plan in plans(model) if isinstance(plan, BlockPlan)]
     assert (len(found), sum(plan.shortcut is not None for plan in found)) == (blocks, shortcuts)
     assert {plan.kind for plan in found} == {"BasicBlock" if name in ("resnet18", "resnet34") else "Bottleneck"}
-    assert result.skipped == [] and result.fused[0] == ("", "conv1-bn1-relu")
+    assert result.skipped == [] and result.fused[0] == ("", "conv1-bn1-relu-maxpool")
     units = sum(len(plan.all_units) for plan in plans(model))
     assert units == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     assert list(model.state_dict()) == keys and [n for n, _ in model.named_modules()] == names

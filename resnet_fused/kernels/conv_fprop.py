@@ -28,7 +28,7 @@ from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
 from resnet_fused.plan import conv_config
-from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_refusal
+from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
 
 
 @triton.jit
@@ -265,9 +265,9 @@ def conv_fprop(
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
     """
     shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
-    if config is None:
-        config = conv_config("conv_fprop", shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype))
     krsc = weight.contiguous(memory_format=torch.channels_last)
+    if config is None:
+        config = _planned("conv_fprop", x, krsc, residual, shape)
     if config.kernel != "pointer":
         from resnet_fused.kernels import experimental
 
@@ -314,12 +314,9 @@ def conv_fprop_stats(
         variances, 1979.
     """
     shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
-    if config is None:
-        flags = () if x_scale is None else ("prologue",)
-        config = conv_config(
-            "conv_fprop_stats", shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype), flags
-        )
     krsc = weight.contiguous(memory_format=torch.channels_last)
+    if config is None:
+        config = _planned("conv_fprop_stats", x, krsc, None, shape, () if x_scale is None else ("prologue",))
     if config.kernel != "pointer":
         from resnet_fused.kernels import experimental
 
@@ -338,6 +335,21 @@ def conv_fprop_stats(
     if tiles > rows:
         mean, m2, count = merge_statistics(mean, m2, count, rows)
     return in_pytorchs_order(y, x, weight), mean, m2, count
+
+
+def _planned(
+    op: str, x: Tensor, krsc: Tensor, residual: Tensor | None, shape: ConvShape, flags: tuple[str, ...] = ()
+) -> ConvConfig:
+    """The plan's configuration; the heuristic's where these operands do not suit the formulation that was measured."""
+    problem = (shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype))
+    config = conv_config(op, *problem, flags)
+    if config.kernel == "pointer":
+        return config
+    from resnet_fused.kernels import experimental
+
+    if experimental.refuse(x, krsc, residual, shape, config) is None:
+        return config
+    return conv_fprop_heuristic(*problem, prologue=bool(flags), statistics=op == "conv_fprop_stats")
 
 
 def _launch(
