@@ -193,23 +193,26 @@ def run_chain(
     residual = None if chain.identity else residual
     x = dense(x.to(_dtype_under_autocast(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
-    if any("triton" in layer[2:5] for layer in chain.layers):  # whose convolutions read channels_last
+    nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
+    if nhwc:
         x, residual = channels_last(x), None if residual is None else channels_last(residual)
     with torch.no_grad():
         made = []
         value, affine = x, None
         for layer, static in zip(branch, chain.branch, strict=True):
-            made.append(_layer(value, affine, layer, static, chain.backend))
+            made.append(_layer(value, affine, layer, static, chain.backend, nhwc))
             value, affine = made[-1].z, (made[-1].scale, made[-1].shift)
         if shortcut is not None and chain.shortcut is not None:
-            made.append(_layer(x, None, shortcut, chain.shortcut, chain.backend))
+            made.append(_layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc))
     layers = [*branch, *([] if shortcut is None else [shortcut])]
     parameters = [p for layer in layers for p in (layer.weight, layer.bn_weight, layer.bn_bias)]
     y: Tensor = ConvChain.apply(chain, x, residual, *parameters, *(t for one in made for t in one))
     return y.contiguous() if nchw else y
 
 
-def _layer(x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str) -> Made:
+def _layer(
+    x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str, nhwc: bool
+) -> Made:
     """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
     weight = layer.weight.to(x.dtype)
     fused = static.fprop != "aten" and static.batch_statistics and static.fusion.statistics
@@ -228,6 +231,8 @@ def _layer(x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, stati
         z = dense(z)
         if static.batch_statistics:
             statistics = _op.bn_stats(z, plan.partial_rows(pixels(z), z.shape[1]), backend=backend)
+    if nhwc:  # of an image of one channel or one pixel the convolution's result may be NCHW
+        z = z.contiguous(memory_format=torch.channels_last)
     if static.batch_statistics:
         vectors = finalize(
             statistics,
