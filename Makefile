@@ -62,6 +62,10 @@ library-test: install
 test: library-test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
+# many random cases, others each time; EXAMPLES per test
+properties: library-test
+	OMP_NUM_THREADS=1 RESNET_FUSED_EXAMPLES=$(or $(EXAMPLES),2000) $(PY) -m pytest -n $(JOBS) tests/test_properties.py $(ARGS)
+
 lint: install
 	$(PY) -m ruff check .
 
