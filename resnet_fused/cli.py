@@ -17,6 +17,7 @@ PROGRAM = "resnet-fused"
 DEFAULT_MODEL = "resnet50"
 DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
 DEFAULT_BUDGET_S = 240.0
+RESULTS = Path("benchmarks/results")
 ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
@@ -56,6 +57,17 @@ def parser() -> argparse.ArgumentParser:
     budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
     add("--budget", type=float, metavar="SECONDS", help=budget)
     add("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
+    add("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
+    add(
+        "--check",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="DIR",
+        help="the cases of this device's last recorded "
+        "result again: exit code 1 where fused or frozen lost against the baseline, beyond the spread",
+    )
     add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
     bench.set_defaults(function=_bench)
     evaluate.register(commands)
@@ -105,7 +117,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     try:
         from rich.console import Console
 
-        from resnet_fused.bench import chart, results, run, table
+        from resnet_fused.bench import actions, chart, results, run, schema, table
         from resnet_fused.bench.progress import Reporter
     except ImportError as error:
         return _complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
@@ -117,10 +129,18 @@ def _bench(arguments: argparse.Namespace) -> int:
     out = Console(width=None if sys.stdout.isatty() else 150)
     if arguments.roofline:
         return _roofline(arguments, out)
-    try:
-        options = _options(arguments)
+
+    def measure(options: run.Options) -> results.Report:
         with Reporter(Console(stderr=True), options.steps()) as reporter, use_backend(options.backend):
-            report = run.run(options, reporter)
+            return run.run(options, reporter)
+
+    try:
+        if arguments.compare:
+            return actions.compare_files(*arguments.compare, out)
+        options = _options(arguments)
+        if arguments.check:
+            return actions.check(options, arguments.check, measure, out)
+        report = measure(options)
     except UsageError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
@@ -131,7 +151,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         results.write_json(report.to_json(), arguments.json)
     if arguments.chart:
         chart.save(report, arguments.chart)
-    for path in filter(None, (arguments.json, arguments.chart)):
+    recorded = schema.record(report, arguments.record) if arguments.record else None
+    for path in filter(None, (arguments.json, arguments.chart, recorded)):
         out.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 
@@ -240,11 +261,13 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
     rounds = cases.positive_integers(arguments.rounds, "--rounds")[0] if arguments.rounds else None
     chosen = _chosen_cases(arguments)
-    budget = arguments.budget if arguments.budget is not None else None if chosen else DEFAULT_BUDGET_S
+    wanted = bool(chosen or arguments.check)  # then all of it is measured
+    budget = arguments.budget if arguments.budget is not None else None if wanted else DEFAULT_BUDGET_S
     chosen = chosen or DEFAULT_CASES
     if budget is not None and not budget > 0:
         raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
-    for option, path in (("--json", arguments.json), ("--chart", arguments.chart)):
+    entry = arguments.record and arguments.record / "new.json"
+    for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
         _check_writable(option, path)
     return run.Options(
         model=arguments.model,

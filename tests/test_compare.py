@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
-import recorded
+import torch
 from recorded import BASELINE, case, report, result, usual
 from rich.console import Console
 
-from resnet_fused.bench import compare, schema
+from resnet_fused import cli
+from resnet_fused.bench import clocks, compare, schema
 from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.harness import Timing
 from resnet_fused.bench.results import write_json
@@ -167,4 +169,90 @@ def test_one_who_fails_now_has_lost_and_one_who_failed_then_has_not():
 def test_only_ours_are_guarded():
     then = report(case(result(BASELINE, 10.0), result("compile", 5.0)))
     assert compare.losses(then, report(case(result(BASELINE, 10.0), result("compile", 9.0)))) == []
-    assert recorded.BASELINE == BASELINE
+
+
+TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu", "--rounds", "3"]
+
+
+def test_bench_records_compares_and_checks(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def measured(outcome):
+        monkeypatch.setattr("resnet_fused.bench.run.run", lambda options, _: asked.append(options) or outcome)
+
+    monkeypatch.chdir(tmp_path)
+    check = ["bench", "--check", "kept", "--device", "cpu", "--rounds", "3"]
+    measured(usual())
+    assert cli.main(check) == 0 and not asked
+    assert "no recorded result for" in (text := capsys.readouterr().out) and "--record" in text
+    assert cli.main([*TINY, "--record", "kept"]) == 0
+    (path,) = (tmp_path / "kept").glob("*/*.json")
+    assert path.name in capsys.readouterr().out
+    assert cli.main(["bench", "--compare", str(path), str(path)]) == 0
+    assert "1.00x" in capsys.readouterr().out
+    measured(usual(3.0))  # the machine is slower, we are not
+    assert cli.main(check) == 0 and "nothing lost since" in capsys.readouterr().out
+    options = asked[-1]
+    assert options.contestants == (BASELINE, "fused") and options.rounds == 3 and options.budget_s is None
+    assert options.cases == tuple(case.case for case in usual().cases)
+    measured(now(9.0, 9.1, 8.9))
+    assert cli.main(check) == 1 and "lost resnet18, infer, batch 4, fp32: fused was 1.25x" in capsys.readouterr().out
+    measured(dataclasses.replace(usual(), left_out=("train: no time",)))
+    assert cli.main(check) == 1 and "not measured: train: no time" in capsys.readouterr().out
+
+
+BAD = {
+    "no file": (["--compare", "a.json", "b.json"], "a.json: No such file"),
+    "no result": (["--compare", "c.json", "c.json"], "c.json: no result"),
+    "record into a file": ([*TINY[1:], "--record", "c.json"], "--record c.json"),
+    "broken record": (["--check", "kept", "--device", "cpu"], "broken.json"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "hint"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("c.json", "kept/x/broken.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert cli.main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert hint in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ""
+
+
+# clocks
+
+
+def test_clocks_and_throttling_as_nvidia_smi_prints_them():
+    output = "1980, 2619, 61, 650.21, 0x0000000000000004\n1755, 2619, 64, [N/A], 0x0000000000000001\n1980, 26"
+    seen = clocks.summary(output)
+    assert seen["samples"] == 2 and seen["sm_mhz"] == {"min": 1755, "median": 1867.5, "max": 1980}
+    assert seen["power_w"]["max"] == 650.21 and seen["throttled"] == {"software power cap": 0.5}
+    text = clocks.line(seen)
+    assert text.startswith("1755-1980 MHz, 2619 MHz memory, 61-64 C, 650 W;") and "power cap 50% of the time" in text
+    assert "not throttled" in clocks.line(clocks.summary("1980, 2619, 61, 650.21, 0x0"))
+    assert clocks.summary("") is None and clocks.summary("No devices were found") is None and clocks.line(None) is None
+
+
+@pytest.mark.parametrize("driver", ["old", "new", "none"])
+def test_the_watch_samples_while_it_lasts(driver, tmp_path, monkeypatch):
+    unknown = {"old": "clocks_event_reasons", "new": "nothing", "none": "query-gpu"}[driver]
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        f"""#!/bin/sh
+case "$*" in *{unknown}*) exit 2;; esac
+echo "1980, 2619, 61, 650.21, 0x4"
+case "$*" in *loop-ms*) sleep 60 >/dev/null & wait;; esac
+"""
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(clocks.torch.cuda, "get_device_properties", lambda device: object())
+    with clocks.Watch(torch.device("cuda", 0)) as watch:
+        time.sleep(0.5)
+    seen = watch.seen()
+    assert (seen is None) == (driver == "none")
+    assert driver == "none" or (seen["samples"] == 1 and seen["throttled"] == {"software power cap": 1.0})
+    with clocks.Watch(torch.device("cpu")) as watch:
+        pass
+    assert watch.seen() is None

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import chart, provenance, schema
+from . import chart, clocks, provenance, schema
 from .cases import UsageError
 from .compare import against_baseline
 from .memory import EXPLANATION
@@ -129,6 +129,8 @@ def _chapter(path: Path, report: Report) -> Iterator[str]:
         for result in case.results:
             yield f"| {result.contestant} | {' | '.join(_cells(report, case, result))} |"
         yield ""
+        if case.conditions:
+            yield f"GPU: {clocks.line(case.conditions)}.\n"
         for result in case.results:
             if result.status != "ok":
                 yield f"{result.contestant} is {result.status}: {result.reason}\n"

@@ -42,6 +42,7 @@ class CaseReport:
     rounds: int
     results: tuple[Result, ...]
     roof: Roof | None = None
+    conditions: dict[str, Any] | None = None  # clocks and throttling while it was timed, where a GPU tells
 
     def speedup(self, result: Result, baseline: str) -> float | None:
         """Median time of the baseline over that of `result`; None where one of them has no speed."""
@@ -70,6 +71,7 @@ class Report:
     cases: tuple[CaseReport, ...]
     left_out: tuple[str, ...] = ()
     pictures: dict[str, Any] | None = None
+    loader: tuple[dict[str, Any], ...] = ()  # training fed by a real input pipeline
 
     def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
         """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
@@ -101,6 +103,7 @@ class Report:
                 for mode in self.modes()
             },
             "pictures": self.pictures,
+            "loader": list(self.loader),
         }
 
     def _case_json(self, report: CaseReport) -> dict[str, Any]:
@@ -110,6 +113,7 @@ class Report:
             "rounds": report.rounds,
             "flops_per_step": report.flops,
             "roof_flops_per_s": {"gemm": roof.gemm, "conv": roof.conv} if roof else None,
+            "conditions": report.conditions,
             "results": [self._result_json(report, result) for result in report.results],
         }
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import images, models, provenance, roof
 from .cases import Case, UsageError
+from .clocks import Watch
 from .contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from .correctness import Errors, breach, errors_of
 from .harness import Call, clock_for, first_line, time_interleaved
@@ -122,19 +123,21 @@ class _Race:
         self.setup_s = max(self.setup_s, setup / (TRAINING_SETUP if case.mode == "train" else 1.0))
 
         self.reporter.start(f"{case.label}: timing {', '.join(calls) or 'nobody'}")
-        measured = time_interleaved(
-            calls,
-            clock_for(torch.device(case.device)),
-            rounds=self.options.rounds,
-            budget_s=budget,
-            on_round=lambda done: self.reporter.detail(f"round {done}"),
-        )
+        with Watch(torch.device(case.device)) as watch:
+            measured = time_interleaved(
+                calls,
+                clock_for(torch.device(case.device)),
+                rounds=self.options.rounds,
+                budget_s=budget,
+                on_round=lambda done: self.reporter.detail(f"round {done}"),
+            )
         for name, timing in measured.timings.items():
             results[name] = dataclasses.replace(results[name], timing=timing)
         for name, reason in measured.failures.items():
             results[name] = dataclasses.replace(results[name], status="failed", reason=reason)
         self.measure_roof(case.dtype)
-        return CaseReport(case, roof.flops(self.model, case), measured.rounds, tuple(results.values()))
+        flops = roof.flops(self.model, case)
+        return CaseReport(case, flops, measured.rounds, tuple(results.values()), conditions=watch.seen())
 
     def _seconds_for(self, case: Case) -> float | None:
         """Seconds of timed rounds for this case; None when not even its set-up fits into what is left."""

@@ -79,7 +79,8 @@ def _report(data: Any) -> Report:
         _need(isinstance(commit.get("dirty"), bool), "provenance.commit has no 'dirty'")
     cases = tuple(_case(case, data) for case in data["cases"])
     _need(bool(cases), "it has no cases")
-    return Report(data["model"], data["baseline"], facts, cases, tuple(data["left_out"]), data.get("pictures"))
+    left_out, loader = tuple(data["left_out"]), tuple(data.get("loader") or ())
+    return Report(data["model"], data["baseline"], facts, cases, left_out, data.get("pictures"), loader)
 
 
 def _case(data: Any, file: dict[str, Any]) -> CaseReport:
@@ -100,6 +101,7 @@ def _case(data: Any, file: dict[str, Any]) -> CaseReport:
         data["rounds"],
         results,
         Roof(roof["gemm"], roof["conv"]) if roof else None,
+        data.get("conditions"),
     )
     for result, written in zip(results, data["results"], strict=True):
         taken = len(result.timing.samples_ms) if result.timing else data["rounds"]

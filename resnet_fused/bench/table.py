@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import provenance
+from . import clocks, provenance
 from .memory import EXPLANATION
 from .results import CaseReport, Report, Result
 from .saved import EXPLANATION as SAVED
@@ -91,6 +91,9 @@ def notes(report: Report) -> Iterator[str]:
     if roofs:
         parts = [f"{dtype} {r.gemm / 1e9:.0f} GEMM, {r.conv / 1e9:.0f} 3x3 convolution" for dtype, r in roofs.items()]
         yield f"roof of this machine, best GFLOP/s measured: {'; '.join(parts)}"
+    for case in report.cases:
+        if case.conditions:
+            yield escape(f"GPU in {case.case.label}: {clocks.line(case.conditions)}")
     yield from picture_lines(report)
     facts = report.provenance
     load = facts["cpu"]["load_average_1min"]

@@ -1,0 +1,76 @@
+"""What `resnet-fused bench` does with results that exist: compare two of them, hold today's run against the last."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from . import compare, provenance, schema
+from .cases import Case
+from .contestants import BASELINE
+from .results import Report
+from .run import Options
+
+
+def compare_files(first: Path, second: Path, out: Console) -> int:
+    """Print two result files side by side.
+
+    Raises:
+        UsageError: one of them is no result, or they have no case in common.
+    """
+    comparison = compare.compare(schema.load(first), schema.load(second))
+    compare.render(comparison, (str(first), str(second)), out)
+    return 0
+
+
+def check(options: Options, folder: Path, run: Callable[[Options], Report], out: Console) -> int:
+    """Run the cases of this device's last recorded result again; 1 where we lost beyond the spread or one was not measured.
+
+    Args:
+        options: the request; its model, cases and contestants are replaced by the recorded ones.
+        folder: of the recorded results.
+        run: measures a request.
+
+    Raises:
+        UsageError: a recorded result cannot be read.
+    """
+    facts = provenance.collect(options.device, options.command)
+    found = schema.last(folder, facts)
+    device = provenance.device_name(facts)
+    if found is None:
+        out.print(
+            f"[yellow]no recorded result for {escape(device)} below {escape(str(folder))}[/yellow]: nothing checked; "
+            f"`resnet-fused bench --record {escape(str(folder))}` makes one",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return 0
+    path, then = found
+    names = {result.contestant for case in then.cases for result in case.results}
+    ours = tuple(name for name in (BASELINE, *compare.OURS) if name in names)
+    cases = tuple(_on(case.case, options) for case in then.cases)
+    now = run(dataclasses.replace(options, model=then.model, cases=cases, contestants=ours))
+    compare.render(compare.compare(_only(then, ours), now), (str(path), "now"), out)
+    lost = [f"lost {line}" for line in compare.losses(then, now)] + [f"not measured: {x}" for x in now.left_out]
+    for line in lost:
+        out.print(f"[red]{escape(line)}[/red]", soft_wrap=True, highlight=False)
+    if not lost:
+        out.print(f"nothing lost since {escape(str(path))}", soft_wrap=True, highlight=False)
+    return 1 if lost else 0
+
+
+def _on(case: Case, options: Options) -> Case:
+    return dataclasses.replace(case, device=str(options.device))
+
+
+def _only(report: Report, names: tuple[str, ...]) -> Report:
+    """A report with these contestants alone."""
+    cases = tuple(
+        dataclasses.replace(case, results=tuple(r for r in case.results if r.contestant in names))
+        for case in report.cases
+    )
+    return dataclasses.replace(report, cases=cases)
