@@ -218,10 +218,16 @@ def test_dtensor_parameters_take_the_plain_path(one_process):
     from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 
     mesh = init_device_mesh("cpu", (1,))
-    plain = small_resnet()
+    plain = small_resnet().layer1
     fused = distribute_module(fuse(copy.deepcopy(plain)), mesh)
     assert report(fused).fused == [] and all("not plain tensors" in why for _, why in report(fused).skipped)
-    x = pictures()
+    x = torch.randn(2, 8, 6, 6)
+    try:
+        distribute_module(copy.deepcopy(plain), mesh)(distribute_tensor(x, mesh, [Replicate()])).sum().backward()
+    except (NotImplementedError, RuntimeError) as error:  # what PyTorch cannot do, fused cannot: torch 2.11
+        with pytest.raises(type(error)):
+            fused(distribute_tensor(x, mesh, [Replicate()])).sum().backward()
+        return
     expected = plain(x)
     actual = fused(distribute_tensor(x, mesh, [Replicate()])).full_tensor()
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
