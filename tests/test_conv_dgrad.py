@@ -255,6 +255,7 @@ def test_what_the_training_family_refuses():
     assert "float64" in training_refusal(fits, torch.float64)
     assert "15x15" in training_refusal(problem(1, 8, 32, 32, 8, 17, 1), torch.float16)
     assert "padded image" in training_refusal(problem(1, 8, 2, 2, 8, 3, 3), torch.float16)
+    assert "pixels" in training_refusal(problem(2**20, 1, 64, 64, 1, 1, 1), torch.float16)
     strided = problem(1, 8, 9, 9, 8, 3, 3, stride=(2, 2), padding=(2, 2), dilation=(2, 2))
     assert "stride (2, 2) with dilation (2, 2)" in training_refusal(strided, torch.float16)
     assert "channels" in training_refusal(problem(1, 0, 9, 9, 8, 1, 1), torch.float16)

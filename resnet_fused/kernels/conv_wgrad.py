@@ -20,8 +20,7 @@ from resnet_fused.kernels._launch import compute_capability, index_type, is_nhwc
 from resnet_fused.kernels._tile import channel_unit, round_to
 from resnet_fused.kernels.reduce_rows import reduce_rows
 from resnet_fused.plan import conv_config
-from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.conv_wgrad import wgrad_refusal
+from resnet_fused.plan.conv import ConvConfig, ConvShape, wgrad_refusal
 
 
 def _magic(divisor: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 188}
 # Below this many channels a group, one tap of the filter cannot fill a tile of the reduction: the tile runs over
 # (r, s, c) together.
 MIN_CHANNELS_PER_TAP = 32
+MAX_WGRAD_PIXELS = 2**31 - 2**20
 # A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
 MAX_FILTER = 15
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -85,12 +86,20 @@ def dgrad_refusal(shape: ConvShape) -> str | None:
     return reason
 
 
+def wgrad_refusal(shape: ConvShape) -> str | None:
+    """Why the Triton `conv_wgrad` cannot run a geometry, or None. It counts pixels in 32 bits, offsets in 64."""
+    reason = conv_refusal(shape)
+    if reason is None and shape.n * shape.p * shape.q > MAX_WGRAD_PIXELS:
+        return f"the output has at most {MAX_WGRAD_PIXELS} pixels, got {shape.n * shape.p * shape.q}"
+    return reason
+
+
 def training_refusal(shape: ConvShape, dtype: torch.dtype) -> str | None:
     """Why the Triton training family (conv_fprop_stats, conv_dgrad, conv_wgrad) cannot run a geometry, or None."""
     if dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         return f"the kernels take {names}, got {str(dtype).removeprefix('torch.')}"
-    return dgrad_refusal(shape)
+    return dgrad_refusal(shape) or wgrad_refusal(shape)
 
 
 def tf32_allowed() -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from resnet_fused.plan.conv import MULTIPROCESSORS, ConvConfig, ConvShape, conv_refusal
+from resnet_fused.plan.conv import MULTIPROCESSORS, ConvConfig, ConvShape
 
 # With fewer input channels a group, one filter tap cannot fill the 64 rows that wgmma and tcgen05 want: the tile runs
 # over (r, s, c) together.
@@ -17,18 +17,8 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 MIN_TILES_PER_SPLIT = 8
 # Of fp32 partial sums: what is written and read again.
 MAX_PARTIAL_BYTES = 64 * 2**20
-# Offsets are 64-bit where they must be, the number of a pixel never is.
-MAX_PIXELS = 2**31 - 2**20
 
 Tile = tuple[int, int, int]  # input channels (or rows of (r, s, c)), output channels, warps
-
-
-def wgrad_refusal(shape: ConvShape) -> str | None:
-    """Why the Triton `conv_wgrad` cannot run a geometry, or None."""
-    reason = conv_refusal(shape)
-    if reason is None and shape.n * shape.p * shape.q > MAX_PIXELS:
-        return f"the output has at most {MAX_PIXELS} pixels, got {shape.n * shape.p * shape.q}"
-    return reason
 
 
 def _cdiv(a: int, b: int) -> int:
