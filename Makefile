@@ -24,7 +24,8 @@ LIBRARY = rm -f resnet_fused/_C.so && $(PY) setup.py --quiet build_ext --inplace
 help:
 	@sed -n '3,7p' Makefile | cut -c3-
 	@echo "also: make lint | types | digits | gate (compile every kernel for every architecture) | clean |"
-	@echo "  bench-check (against the last recorded result of this device) | docs (pages and charts from the results)"
+	@echo "  bench-check (against the last recorded result of this device) | docs (pages and charts from the results) |"
+	@echo "  properties (a longer search by hypothesis)"
 
 # torch by name and newest; setuptools and ninja beside it, because the build runs in this environment
 $(VENV)/.torch:

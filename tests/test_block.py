@@ -173,7 +173,7 @@ def test_every_way_to_fuse_is_right(name, fusion, monkeypatch, chains):
     assert [layer.fusion for layer in chains[0].branch[1:]] == [fusion] * 2
 
 
-@pytest.mark.parametrize("conv_backends", itertools.product(("reference", "aten"), repeat=3), ids="-".join)
+@pytest.mark.parametrize("conv_backends", list(itertools.product(("reference", "aten"), repeat=3)), ids="-".join)
 @pytest.mark.parametrize("fusion", [FUSIONS[0], FUSIONS[-1]], ids=["all", "none"])
 def test_the_plan_may_mix_backends(conv_backends, fusion, monkeypatch, chains):
     monkeypatch.setattr(plan, "training", lambda *args: fusion)

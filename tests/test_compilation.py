@@ -125,11 +125,8 @@ def _conv_samples() -> dict[str, tuple]:
 
 @pytest.mark.parametrize("backend", [name for name in ("reference", "aten", "triton") if ops.available(name, DEVICE)])
 @pytest.mark.parametrize("op", _conv_samples())
-def test_opcheck_of_the_convolution_ops(backend, op, request):
+def test_opcheck_of_the_convolution_ops(backend, op):
     """Schema, fake kernel and strides, autograd registration; the other ops' are in test_ops.py."""
-    if (op, backend) == ("conv_dgrad", "triton"):
-        reason = "the launcher returns one empty tensor twice where there are no sums"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     torch.library.opcheck(getattr(OPS, op).default, _conv_samples()[op], {"backend": backend})
 
 

@@ -362,6 +362,8 @@ def conv_dgrad(
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,
     )
-    sums = reduce_pair(*partials) if partials is not None else (dx.new_empty(0, dtype=torch.float32),) * 2
     # NCHW and NHWC at once: as a convolution's result would be ordered.
-    return dx.contiguous() if dy.is_contiguous() else dx, *sums
+    dx = dx.contiguous() if dy.is_contiguous() else dx
+    if partials is None:
+        return dx, dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
+    return dx, *reduce_pair(*partials)

@@ -322,8 +322,8 @@ def conv_fprop_stats(
 
         if x_scale is not None:
             raise ValueError(f"conv_fprop_stats: the formulation {config.kernel!r} has no prologue; choose 'pointer'")
-        y, *partials = experimental.conv_fprop_stats(x, krsc, shape, config)
-        mean, m2, count = merge_statistics(*partials, rows)
+        y, mean, m2, count = experimental.conv_fprop_stats(x, krsc, shape, config)
+        mean, m2, count = merge_statistics(mean, m2, count, rows)
         return in_pytorchs_order(y, x, weight), mean, m2, count
     y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
