@@ -57,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
     budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
     add("--budget", type=float, metavar="SECONDS", help=budget)
     add("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
+    profile = "instead of racing: where a step goes, layer by layer, against measured roofs (--chart, --json)"
+    add("--profile", action="store_true", help=profile)
     add("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
     add(
@@ -140,6 +142,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         options = _options(arguments)
         if arguments.check:
             return actions.check(options, arguments.check, measure, out)
+        if arguments.profile:
+            with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
+                actions.profile_cases(options, arguments.json, arguments.chart, out, reporter)
+            return _wrote(out, arguments.json, arguments.chart)
         report = measure(options)
     except UsageError as error:
         return _complain(str(error))
@@ -152,7 +158,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.chart:
         chart.save(report, arguments.chart)
     recorded = schema.record(report, arguments.record) if arguments.record else None
-    for path in filter(None, (arguments.json, arguments.chart, recorded)):
+    return _wrote(out, arguments.json, arguments.chart, recorded)
+
+
+def _wrote(out: Any, *paths: Path | None) -> int:
+    for path in filter(None, paths):
         out.print(f"wrote {path}", soft_wrap=True, highlight=False)
     return 0
 

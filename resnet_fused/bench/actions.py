@@ -1,4 +1,4 @@
-"""What `resnet-fused bench` does with results that exist: compare two of them, hold today's run against the last."""
+"""What `resnet-fused bench` does besides measuring: compare two results, hold a run against the last, profile."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from . import compare, provenance, schema
+from . import compare, models, network, profile, profile_view, provenance, schema
 from .cases import Case
 from .contestants import BASELINE
-from .results import Report
+from .progress import Reporter
+from .results import Report, write_json
 from .run import Options
+
+PROFILED = (BASELINE, "fused")  # the others are the same ops, or replace the modules that a profile is about
 
 
 def compare_files(first: Path, second: Path, out: Console) -> int:
@@ -28,7 +31,7 @@ def compare_files(first: Path, second: Path, out: Console) -> int:
 
 
 def check(options: Options, folder: Path, run: Callable[[Options], Report], out: Console) -> int:
-    """Run the cases of this device's last recorded result again; 1 where we lost beyond the spread or one was not measured.
+    """Run the cases of this device's last recorded result again; 1 where we lost beyond the spread, or had no time.
 
     Args:
         options: the request; its model, cases and contestants are replaced by the recorded ones.
@@ -74,3 +77,29 @@ def _only(report: Report, names: tuple[str, ...]) -> Report:
         for case in report.cases
     )
     return dataclasses.replace(report, cases=cases)
+
+
+def profile_cases(options: Options, json: Path | None, picture: Path | None, out: Console, reporter: Reporter) -> int:
+    """Print, and write where asked, where the steps of these cases go.
+
+    Raises:
+        UsageError: the model is no ResNet that the cost model knows.
+    """
+    names = dict.fromkeys(name for name in (BASELINE, *options.contestants) if name in PROFILED)
+    facts = provenance.collect(options.device, options.command)
+    model = models.create(options.model, options.seed)
+    networks = {size: network.describe(model, size) for size in {case.image_size for case in options.cases}}
+    found = []
+    known: dict[str, tuple[float, float]] = {}
+    for case in options.cases:
+        if case.dtype not in known:
+            reporter.start(f"measuring the roofs of {options.device} in {case.dtype}")
+            known[case.dtype] = profile.roofs(case)
+        reporter.start(f"{case.label}: profiling {', '.join(names)}")
+        found.append(profile.measure(model, networks[case.image_size], case, names, *known[case.dtype]))
+    profile_view.render(found, facts, out)
+    if json:
+        write_json({"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}, json)
+    if picture:
+        profile_view.save(found, facts, picture)
+    return 0

@@ -90,6 +90,15 @@ class Runner:
             self.graphed = self._replay is not None
         return self._train() if self._replay is None else self._replay()
 
+    def feed(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        """Copy another batch to where the step reads it; a CUDA graph reads the same place."""
+        self._images.copy_(images, non_blocking=True)
+        self._labels.copy_(labels, non_blocking=True)
+
+    def step_by_step(self) -> object:
+        """The same step, never as a CUDA graph: for a profiler, which must see its ops."""
+        return self.step() if self.case.mode == "infer" else self._train()
+
     def _train(self) -> object:
         _, loss = self.loss(None)
         self._scaler.scale(loss).backward()
