@@ -18,6 +18,7 @@ DEFAULT_MODEL = "resnet50"
 DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
 DEFAULT_BUDGET_S = 240.0
 RESULTS = Path("benchmarks/results")
+GENERATED = Path("generated JPEGs")
 ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
@@ -57,6 +58,15 @@ def parser() -> argparse.ArgumentParser:
     budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
     add("--budget", type=float, metavar="SECONDS", help=budget)
     add("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
+    add(
+        "--loader",
+        type=Path,
+        nargs="?",
+        const=GENERATED,
+        metavar="DIR",
+        help="also: training on pictures that are loaded as it goes, of this folder (one folder a class), or generated",
+    )
+    add("--workers", help="processes that load for --loader (default: one a core on a GPU; on a CPU none)")
     profile = "instead of racing: where a step goes, layer by layer, against measured roofs (--chart, --json)"
     add("--profile", action="store_true", help=profile)
     add("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
@@ -138,7 +148,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     try:
         if arguments.compare:
-            return actions.compare_files(*arguments.compare, out)
+            return actions.compare_files(arguments.compare, out)
         options = _options(arguments)
         if arguments.check:
             return actions.check(options, arguments.check, measure, out)
@@ -259,7 +269,7 @@ def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, An
 
 def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Check every choice before anything is built; raises UsageError."""
-    from resnet_fused.bench import cases, contestants, models, run
+    from resnet_fused.bench import cases, contestants, loader, models, run
     from resnet_fused.plan import BACKENDS
 
     device = cases.resolve_device(arguments.device)
@@ -279,12 +289,21 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     entry = arguments.record and arguments.record / "new.json"
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
         _check_writable(option, path)
+    source = None
+    if arguments.loader:
+        if all(mode != "train" for mode, *_ in chosen):
+            raise cases.UsageError("--loader measures training, and no case does: add --mode train")
+        workers = cases.positive_integers(arguments.workers, "--workers")[0] if arguments.workers else None
+        source = loader.Source(None if arguments.loader == GENERATED else arguments.loader, workers)
+        if source.folder is not None:
+            loader.check(source.folder)
     return run.Options(
         model=arguments.model,
         cases=tuple(cases.Case(arguments.model, *case, str(device), size) for case in chosen),
         device=device,
         contestants=entrants,
         images=arguments.images,
+        loader=source,
         rounds=rounds,
         budget_s=budget,
         seed=arguments.seed,

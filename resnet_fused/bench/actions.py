@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -19,12 +19,13 @@ from .run import Options
 PROFILED = (BASELINE, "fused")  # the others are the same ops, or replace the modules that a profile is about
 
 
-def compare_files(first: Path, second: Path, out: Console) -> int:
+def compare_files(paths: Sequence[Path], out: Console) -> int:
     """Print two result files side by side.
 
     Raises:
         UsageError: one of them is no result, or they have no case in common.
     """
+    first, second = paths
     comparison = compare.compare(schema.load(first), schema.load(second))
     compare.render(comparison, (str(first), str(second)), out)
     return 0

@@ -7,11 +7,12 @@ result. `--check` writes nothing and exits with 1 where a page is not what the r
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import chart, clocks, provenance, schema
+from . import chart, clocks, loader, provenance, schema
 from .cases import UsageError
 from .compare import against_baseline
 from .memory import EXPLANATION
@@ -79,6 +80,7 @@ def _summary(path: Path, report: Report) -> Iterator[str]:
         yield f"| {_case(case)} | {' | '.join(cells)} |"
     yield ""
     yield from _means(report)
+    yield from (f"{line[0].upper()}{line[1:]}." for line in loader.lines(report.loader))
     yield f"\n![images per second by contestant, with the measured arithmetic roof]({image(path)})\n"
 
 
@@ -134,6 +136,7 @@ def _chapter(path: Path, report: Report) -> Iterator[str]:
         for result in case.results:
             if result.status != "ok":
                 yield f"{result.contestant} is {result.status}: {result.reason}\n"
+    yield from (f"{line[0].upper()}{line[1:]}.\n" for line in loader.lines(report.loader))
     yield from (f"Left out: {line}\n" for line in report.left_out)
     yield from _means(report)
     yield f"\nPeak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}.\n"
@@ -182,8 +185,7 @@ def write(root: Path) -> list[Path]:
     texts, drawn = pages(root), charts(root)
     for name in changed:
         if name in texts:
-            text = texts[name]
-            write_atomically(root / name, lambda temporary, text=text: temporary.write_text(text))
+            write_atomically(root / name, functools.partial(Path.write_text, data=texts[name]))
         elif name in drawn:
             chart.save(drawn[name], root / name)
         else:

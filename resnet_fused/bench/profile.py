@@ -255,6 +255,7 @@ def attribute(events: Iterable[Any], blocks: set[str], alone: set[str], on_gpu: 
         if spent <= 0:
             continue
         node = next((one for one in line if one.name.startswith(BACKWARD)), None)
+        key: tuple[str, str | None, str, bool]
         if any(one.name.startswith("Optimizer.") for one in line):
             key = (OPTIMIZER, None, OPTIMIZER, False)
         elif node is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import images, models, provenance, roof
+from . import images, loader, models, provenance, roof
 from .cases import Case, UsageError
 from .clocks import Watch
 from .contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
@@ -37,6 +38,7 @@ class Options:
     device: torch.device
     contestants: tuple[str, ...]
     images: Path | None = None
+    loader: loader.Source | None = None
     rounds: int | None = None
     budget_s: float | None = None
     seed: int = 0
@@ -45,7 +47,8 @@ class Options:
 
     def steps(self) -> int:
         """How many steps `run` reports."""
-        return 3 + sum(len(self.entrants(case)) + 1 for case in self.cases)
+        loaded = sum(case.mode == "train" for case in self.cases) if self.loader else 0
+        return 3 + loaded + sum(len(self.entrants(case)) + 1 for case in self.cases)
 
     def entrants(self, case: Case) -> list[Contestant]:
         """The contestants of a case; the baseline is always one."""
@@ -74,12 +77,13 @@ def run(options: Options, reporter: Reporter) -> Report:
         for dtype in {case.dtype for case in options.cases}:
             race.measure_roof(dtype)
         reports = [report for report in map(race.run_case, options.cases) if report]
+        loaded = _load_and_train(options, model, reports, reporter)
         reporter.start("real pictures through plain and fused models")
         agreement = _compare_pictures(options, model, pictures) if pictures is not None else None
     finally:
         torch.backends.cudnn.benchmark = benchmark_before
     under_roofs = tuple(dataclasses.replace(report, roof=race.roofs.get(report.case.dtype)) for report in reports)
-    return Report(options.model, BASELINE, facts, under_roofs, tuple(race.left_out), agreement)
+    return Report(options.model, BASELINE, facts, under_roofs, tuple(race.left_out), agreement, tuple(loaded))
 
 
 class _Race:
@@ -183,6 +187,33 @@ class _Race:
                 raise UsageError(f"--backend {self.options.backend}: {first_line(error)}") from None
             return None, Result(contestant.name, "failed", first_line(error))
         return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved)
+
+
+def _load_and_train(
+    options: Options, model: nn.Module, reports: list[CaseReport], reporter: Reporter
+) -> list[dict[str, Any]]:
+    """Training from the loader of every contestant that was right, by case."""
+    rows: list[dict[str, Any]] = []
+    if options.loader is None:
+        return rows
+    with loader.opened(options.loader) as folder:
+        for report in reports:
+            case = report.case
+            if case.mode != "train":
+                continue
+            names = [result.contestant for result in report.results if result.timing]
+            reporter.start(f"{case.label}: from the loader to the loss, {', '.join(names)}")
+            generator = torch.Generator().manual_seed(options.seed)
+            pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
+            labels = torch.zeros(case.batch, dtype=torch.int64)
+            builders = {
+                name: functools.partial(Runner, CONTESTANTS[name], model, case, pixels, labels) for name in names
+            }
+            workers = options.loader.processes(options.device)
+            rows += loader.measure(
+                case, builders, folder, workers, on_round=lambda done: reporter.detail(f"round {done}")
+            )
+    return rows
 
 
 def _saved_bytes(runner: Runner) -> int:

@@ -50,8 +50,9 @@ class Runner:
         parameter_dtype = torch.float32 if training else case.torch_dtype
         module = copy.deepcopy(model).train(training).to(device, parameter_dtype)
         self.module = module.to(memory_format=contestant.memory_format)  # type: ignore[call-overload]
-        self._images = images.to(device, parameter_dtype).contiguous(memory_format=contestant.memory_format)
-        self._labels = labels.to(device)
+        own = images.to(device, parameter_dtype, copy=True)  # `feed` writes into it
+        self._images = own.contiguous(memory_format=contestant.memory_format)
+        self._labels = labels.to(device, copy=True)
         self._memory_format = contestant.memory_format
         self.forward: Forward = contestant.prepare(self.module, self._images, case)
         if training:

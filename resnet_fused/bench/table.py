@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import clocks, provenance
+from . import clocks, loader, provenance
 from .memory import EXPLANATION
 from .results import CaseReport, Report, Result
 from .saved import EXPLANATION as SAVED
@@ -94,6 +94,7 @@ def notes(report: Report) -> Iterator[str]:
     for case in report.cases:
         if case.conditions:
             yield escape(f"GPU in {case.case.label}: {clocks.line(case.conditions)}")
+    yield from map(escape, loader.lines(report.loader))
     yield from picture_lines(report)
     facts = report.provenance
     load = facts["cpu"]["load_average_1min"]

@@ -1,0 +1,211 @@
+"""Loader-to-loss throughput: training on pictures that are read, decoded and augmented as it goes.
+
+Three rates a contestant, in images per second: training on one batch that is there already (what the bench's table
+shows), the input pipeline by itself, and both together: the number that a user gets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .cases import Case, UsageError
+from .harness import round_order
+from .images import MEAN, STD
+from .runner import Runner
+
+GENERATED, CLASSES, SIZE = 64, 4, (256, 320)  # pictures, folders, height and width: about ImageNet's after resizing
+PREFETCH = 2
+MAX_WORKERS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Attributes:
+    folder: of one folder a class, as torchvision's ImageFolder reads it; None: generated JPEGs.
+    workers: processes that decode; by default one a core (at most 16), and none on a CPU, which they would take from.
+    """
+
+    folder: Path | None = None
+    workers: int | None = None
+
+    def processes(self, device: torch.device) -> int:
+        if self.workers is not None:
+            return self.workers
+        return min(MAX_WORKERS, os.cpu_count() or 1) if device.type == "cuda" else 0
+
+
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[Path]:
+    """The folder of pictures, generated ones for as long as this lasts."""
+    if source.folder is not None:
+        check(source.folder)
+        yield source.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="resnet_fused_pictures_") as name:
+        generate(Path(name))
+        yield Path(name)
+
+
+def check(folder: Path) -> None:
+    """Raises:
+    UsageError: it is no folder of folders of pictures.
+    """
+    from torchvision.datasets import ImageFolder
+
+    try:
+        ImageFolder(str(folder))
+    except (OSError, RuntimeError) as error:
+        why = str(error).strip().splitlines()
+        raise UsageError(f"--loader {folder}: not a folder of one folder a class: {why[0] if why else error}") from None
+
+
+def generate(folder: Path, count: int = GENERATED) -> None:
+    """Write JPEGs of smooth noise, about as long as photographs of their size, into `CLASSES` folders."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for index in range(count):
+        home = folder / f"class{index % CLASSES}"
+        home.mkdir(exist_ok=True)
+        coarse = Image.fromarray(random.integers(0, 256, (SIZE[0] // 8, SIZE[1] // 8, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((SIZE[1], SIZE[0]), Image.Resampling.BICUBIC), dtype=np.int16)
+        picture = np.clip(smooth + random.integers(-8, 9, smooth.shape, dtype=np.int16), 0, 255).astype(np.uint8)
+        Image.fromarray(picture).save(home / f"{index:04d}.jpg", quality=90)
+
+
+def batches(folder: Path, case: Case, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches as a training run makes them: random crop, flip, normalised; pinned for a GPU."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    steps = [
+        v2.RandomResizedCrop(case.image_size, antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ]
+    data = ImageFolder(str(folder), v2.Compose(steps))
+    # As many draws as batches will ever be asked for: an epoch that ends would empty the pipeline.
+    endless = torch.utils.data.RandomSampler(data, replacement=True, num_samples=case.batch * 2**20)
+    gpu = torch.device(case.device).type == "cuda"
+    yield from DataLoader(
+        data,
+        case.batch,
+        sampler=endless,
+        num_workers=workers,
+        pin_memory=gpu,
+        prefetch_factor=PREFETCH if workers else None,
+        drop_last=True,
+    )
+
+
+def measure(
+    case: Case,
+    runners: Mapping[str, Callable[[], Runner]],
+    folder: Path,
+    workers: int,
+    *,
+    rounds: int = 3,
+    steps: int = 8,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """The three rates of every contestant on a training case.
+
+    Each round gives every contestant a window of training on loaded batches and one on its own batch, and the pipeline
+    one by itself, in a changing order. Before each window of loaded batches as many are used up, untimed, as the
+    pipeline holds ready, so that none lives on what was loaded while others were timed.
+
+    Returns:
+        A row a contestant: medians over the rounds of the images per second, with the samples.
+    """
+    device = torch.device(case.device)
+    built = {name: build() for name, build in runners.items()}
+    for runner in built.values():
+        runner.step()
+        runner.step()
+    stream = batches(folder, case, workers)
+    held = workers * PREFETCH
+
+    def rate(count: int, work: Callable[[], object]) -> float:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        _wait(device)
+        return case.batch * count / (time.perf_counter() - start)
+
+    def load() -> None:
+        next(stream)
+
+    def trained(runner: Runner) -> Callable[[], object]:
+        def work() -> object:
+            runner.feed(*next(stream))
+            return runner.step()
+
+        return work
+
+    alone: list[float] = []
+    fed: dict[str, list[float]] = {name: [] for name in built}
+    resident: dict[str, list[float]] = {name: [] for name in built}
+    try:
+        for index in range(rounds):
+            for name in round_order(list(built), index):
+                resident[name].append(rate(steps, built[name].step))
+                work = trained(built[name])
+                for _ in range(held + 1):
+                    work()
+                fed[name].append(rate(steps, work))
+            for _ in range(held):
+                load()
+            alone.append(rate(steps, load))
+            on_round(index + 1)
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+    return [
+        {
+            "contestant": name,
+            "case": case.label,
+            "batch": case.batch,
+            "dtype": case.dtype,
+            "workers": workers,
+            "resident": _summary(resident[name]),
+            "loader": _summary(alone),
+            "loader_to_loss": _summary(fed[name]),
+        }
+        for name in built
+    ]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(rates: list[float]) -> dict[str, Any]:
+    p20, p50, p80 = (float(np.percentile(rates, percent)) for percent in (20, 50, 80))
+    return {"images_per_s": p50, "p20": p20, "p80": p80, "samples": [round(rate, 4) for rate in rates]}
+
+
+def lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """A line a contestant."""
+    for row in rows:
+        resident, loader, both = (row[name] for name in ("resident", "loader", "loader_to_loss"))
+        bound = "input pipeline" if loader["images_per_s"] < resident["images_per_s"] else "model"
+        yield (
+            f"loader to loss, {row['case']}, {row['contestant']}: {both['images_per_s']:.1f} images/s "
+            f"({both['p20']:.1f} - {both['p80']:.1f}); on a resident batch {resident['images_per_s']:.1f}, the input "
+            f"pipeline alone {loader['images_per_s']:.1f} ({row['workers']} worker processes): the {bound} bounds it"
+        )
