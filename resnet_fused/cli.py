@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", help="timed rounds per case (default: as many as fit)")
     budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
     add("--budget", type=float, metavar="SECONDS", help=budget)
-    add("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
+    only = bench.add_mutually_exclusive_group().add_argument
+    only("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
     add(
         "--loader",
         type=Path,
@@ -68,10 +69,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--workers", help="processes that load for --loader (default: one a core on a GPU; on a CPU none)")
     profile = "instead of racing: where a step goes, layer by layer, against measured roofs (--chart, --json)"
-    add("--profile", action="store_true", help=profile)
-    add("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
-    add(
+    only("--profile", action="store_true", help=profile)
+    only("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
+    only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
+    only(
         "--check",
         type=Path,
         nargs="?",
@@ -290,7 +291,11 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
         _check_writable(option, path)
     source = None
+    if arguments.workers and not arguments.loader:
+        raise cases.UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
     if arguments.loader:
+        if arguments.profile or arguments.check:
+            raise cases.UsageError("--loader goes with a race, not with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
             raise cases.UsageError("--loader measures training, and no case does: add --mode train")
         workers = cases.positive_integers(arguments.workers, "--workers")[0] if arguments.workers else None

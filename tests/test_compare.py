@@ -65,6 +65,8 @@ BROKEN = {
     "typed median": (_set(7.0, *_FUSED, "ms", "p50"), "p50 of fused in infer, batch 4, fp32 is 7.0, its samples say 8"),
     "typed rate": (_set(600.0, *_FUSED, "images_per_s"), "images_per_s of fused in infer, batch 4, fp32 is 600.0"),
     "typed speed-up": (_set(1.5, *_FUSED, "speedup"), "its samples say 1.25"),
+    "an error nobody knows": (_set(1.0, *_FUSED, "errors", "luck"), "errors of fused"),
+    "saved": (_set({}, *_FUSED, "saved"), "'bytes'"),
     "samples lost": (_set([8.0, 8.0], *_FUSED, "samples_ms"), "fused"),
     "sample": (_set(["8"] * 3, *_FUSED, "samples_ms"), "samples_ms"),
     "twice": (_set(BASELINE, *_FUSED, "contestant"), "twice"),

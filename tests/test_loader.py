@@ -129,6 +129,8 @@ def test_the_table_and_the_json_carry_it(folder, tmp_path, capsys, monkeypatch):
         (["--mode", "train", "--loader", "."], "one folder a class"),
         (["--mode", "infer", "--loader"], "--mode train"),
         (["--mode", "train", "--loader", "--workers", "0"], "--workers"),
+        (["--mode", "train", "--workers", "2"], "--loader"),
+        (["--mode", "train", "--loader", "--profile"], "--profile"),
     ],
 )
 def test_bad_input_is_one_line(arguments, hint, tmp_path, capsys, monkeypatch):

@@ -184,7 +184,7 @@ def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profi
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _scopes(runner.module, blocks | alone):
         runner.step_by_step()
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:
             for _ in range(STEPS):
                 with record_function(STEP):
                     runner.step_by_step()

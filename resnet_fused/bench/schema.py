@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -129,9 +130,12 @@ def _result(data: Any, case: Case) -> Result:
             _same(data["ms"].get(name), getattr(timing, name), f"{name} of {where}")
     errors = data.get("errors")
     if errors is not None:
-        _need(isinstance(errors, dict) and "logits" in errors, f"errors of {where}")
+        names = {field.name for field in dataclasses.fields(Errors)}
+        _need(isinstance(errors, dict) and {"logits"} <= set(errors) <= names, f"errors of {where}")
         errors = Errors(**{name: math.inf if value == "inf" else value for name, value in errors.items()})
     saved = data.get("saved")
+    if saved is not None:
+        _fields(saved, {"bytes": int}, f"saved of {where}")
     return Result(
         data["contestant"],
         data["status"],
