@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map_only
 from resnet_fused import functional, fuse, use_backend
 from resnet_fused.nn import BatchNormAct2d
 
-# PyTorch's test suite forbids itself to set these flags outside a context manager; whoever runs in this process next may.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+# PyTorch's test suite forbids itself to set flags outside a context manager; whoever runs next in this process may.
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 OPS = {op.name: op for op in op_db if op.variant_test_name == ""}
 MODULES = {info.module_cls: info for info in module_db}
