@@ -136,3 +136,21 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     done = _run(*GATE, *arguments, "--quick")
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_what_the_plan_launches_for_a_network(tmp_path):
+    """Once for each distinct launch, with the configurations of the architecture that was asked for."""
+    file = tmp_path / "rows.json"
+    done = _run(*GATE, "--model", "resnet50", "--arch", "90", "--kernel", "bn_apply", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [row["case"] for row in json.loads(file.read_text())["rows"]]
+    assert len(cases) >= 8 and all(case.startswith("bf16 ") for case in cases)
+    script = """
+import os
+del os.environ["TRITON_INTERPRET"]
+from resnet_fused.bench import compile_gate_triton as gate
+found = [{job.options for job in gate.jobs((arch,), False, "conv_dgrad", "resnet18")} for arch in (80, 90)]
+print(found[0] != found[1])
+"""
+    done = _run(sys.executable, "-c", script)
+    assert done.stdout.strip() == "True", done.stderr

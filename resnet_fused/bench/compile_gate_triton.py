@@ -1,6 +1,6 @@
 """Compile every Triton kernel configuration for every supported architecture, without a GPU, and check what came out.
 
-    python -m resnet_fused.bench.compile_gate_triton [--quick] [--arch 80,90] [--kernel conv] [--jobs 2] [--json FILE]
+    python -m resnet_fused.bench.compile_gate_triton [--quick|--model NAME] [--arch 80,90] [--kernel conv] [--json FILE]
 
 The launchers run on meta tensors and are recorded instead of launched, so what is compiled is what would be launched.
 Checked: it compiles, fits the architecture's shared memory, does not spill, uses the matrix instruction (and the
@@ -34,6 +34,7 @@ from resnet_fused.bench.compile_gate_triton_cases import batch_norm_cases
 from resnet_fused.bench.compile_gate_triton_conv_cases import conv_cases
 from resnet_fused.bench.compile_gate_triton_expect import TYPES, Expect
 from resnet_fused.bench.compile_gate_triton_experimental_cases import experimental_cases
+from resnet_fused.bench.compile_gate_triton_network_cases import network_cases
 from resnet_fused.bench.compile_gate_triton_wgrad_cases import chain_cases, wgrad_cases
 from resnet_fused.bench.machine_code import MachineCode, read
 
@@ -148,12 +149,13 @@ def job(
     )
 
 
-def jobs(architectures: tuple[int, ...], quick: bool, only: str) -> list[Job]:
-    """Every distinct launch of every case, for every architecture."""
+def jobs(architectures: tuple[int, ...], quick: bool, only: str, model: str | None = None) -> list[Job]:
+    """Every distinct launch of every case, for every architecture; with a model only what the plan launches for it."""
     found: dict[Any, Job] = {}
     for arch in architectures:
         families = (conv_cases, wgrad_cases, chain_cases, batch_norm_cases, experimental_cases)
-        for label, expect, run in itertools.chain(*(family(arch, quick) for family in families)):
+        every = itertools.chain(*(family(arch, quick) for family in families))
+        for label, expect, run in every if model is None else network_cases(model, arch):
             with recording() as launches:
                 run()
             for kernel, name, args, options in launches:
@@ -285,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one configuration of every kernel for every architecture")
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, of %(default)s")
+    parser.add_argument("--model", help="only what the plan launches for this network, e.g. resnet50, in bf16")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
@@ -307,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from resnet_fused.kernels import experimental
 
-    todo = jobs(architectures, options.quick, options.kernel)
+    todo = jobs(architectures, options.quick, options.kernel, options.model)
     if not todo:
         parser.error(f"--kernel {options.kernel}: no kernel has that in its name")
     start = time.monotonic()
