@@ -1,0 +1,88 @@
+"""The launches of whole networks, as the plan chooses them, for the Triton compile gate."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from resnet_fused.plan.conv import ConvShape
+
+from .compile_gate_triton_expect import TYPES, Case, Expect, activation, op
+from .network import networks
+from .problems import FAMILIES, Job, Operands, arguments, jobs, memory_arguments
+
+BATCHES = (1, 32, 256)
+DTYPES = (torch.bfloat16,)
+
+
+class _Shapes(Operands):
+    """Operands without values."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device("meta"), dtype
+
+    def activation(self, *shape: int) -> Tensor:
+        return activation(shape, self.dtype, True)
+
+    def weight(self, k: int, c: int, r: int, s: int) -> Tensor:
+        return activation((k, c, r, s), self.dtype, True)
+
+    def vector(self, channels: int, positive: bool = False) -> Tensor:
+        return torch.empty(channels, device="meta")
+
+    def bits(self, elements: int) -> Tensor:
+        return torch.empty((elements + 7) // 8, dtype=torch.uint8, device="meta")
+
+
+def network_cases(model: str, arch: int, batches: Iterable[int] = BATCHES) -> Iterator[Case]:
+    """Every op of inference and training at 224 x 224, with the configuration that the plan gives it on `arch`.
+
+    Args:
+        model: as `resnet-fused tune --model` takes it.
+        arch: compute capability times ten.
+        batches: sizes of the batch.
+    """
+    for network in networks(model, 224):
+        for batch in batches:
+            for dtype in DTYPES:
+                for job in jobs(network, ("infer", "train"), batch, dtype, arch, False):
+                    yield from _cases(job, dtype, arch)
+
+
+def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
+    problem, make = job.problem, _Shapes(dtype)
+    if isinstance(problem.shape, ConvShape):
+        s = problem.shape
+        what = f"n{s.n} {s.c}->{s.k} {s.r}x{s.s}/{s.stride[0]} {s.h}x{s.w}"
+        label = " ".join([TYPES[dtype], what, *problem.flags])
+        call = functools.partial(_launch, arch, problem.op, arguments(job, make))
+        yield label, Expect(matrix=True), call
+        return
+    label = f"{TYPES[dtype]} {'x'.join(map(str, problem.shape))}"
+    for name in FAMILIES[problem.op]:
+        yield label, Expect(), functools.partial(_launch, arch, name, memory_arguments(name, problem, make))
+
+
+def _launch(arch: int, name: str, args: tuple[object, ...]) -> object:
+    with _as_if_on(arch):
+        return op(name, *args)
+
+
+@contextlib.contextmanager
+def _as_if_on(arch: int) -> Iterator[None]:
+    """Launchers ask for configurations of `arch`."""
+    asked = "compute_capability"
+    modules = [m for n, m in sys.modules.items() if n.startswith("resnet_fused.kernels.") and hasattr(m, asked)]
+    before = [getattr(module, asked) for module in modules]
+    for module in modules:
+        setattr(module, asked, lambda device: arch)
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            setattr(module, asked, function)
