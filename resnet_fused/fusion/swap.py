@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx._symbolic_trace import is_fx_tracing
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
@@ -203,7 +203,7 @@ def current(module: nn.Module) -> Binding | None:
     binding = module._fusion
     if isinstance(binding, Binding) and binding.holds():
         return binding
-    if torch.compiler.is_compiling() or is_fx_tracing():  # not for a compiler's eyes; the plain forward is always right
+    if torch.compiler.is_compiling() or is_fx_symbolic_tracing():  # not for a compiler's eyes; the plain forward is always right
         return None
     return bind(module, recognise(module))
 
