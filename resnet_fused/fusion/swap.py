@@ -203,7 +203,8 @@ def current(module: nn.Module) -> Binding | None:
     binding = module._fusion
     if isinstance(binding, Binding) and binding.holds():
         return binding
-    if torch.compiler.is_compiling() or is_fx_symbolic_tracing():  # not for a compiler's eyes; the plain forward is always right
+    # Not for a compiler's eyes; the plain forward is always right.
+    if torch.compiler.is_compiling() or is_fx_symbolic_tracing():
         return None
     return bind(module, recognise(module))
 
