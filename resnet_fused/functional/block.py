@@ -28,7 +28,7 @@ from resnet_fused.functional.common import (
     refused,
 )
 from resnet_fused.functional.statistics import constant_affine, finalize
-from resnet_fused.plan.conv import ConvShape, tf32_allowed, training_refusal
+from resnet_fused.plan.conv import ConvShape, training_refusal, uses_tf32
 
 _op = torch.ops.resnet_fused
 
@@ -163,7 +163,7 @@ def _conv_backends(
         return forced, forced, forced
     if torch.compiler.is_compiling():  # which cannot see through the tables
         return tuple(plan.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
-    tf32 = dtype == torch.float32 and tf32_allowed()
+    tf32 = uses_tf32(dtype)
     prologue = ("prologue",) if fusion.prologue else ()
     gradient = fusion.dgrad_prologue
     fprop = plan.choose(plan.Problem("conv_fprop_stats", problem, dtype, tf32, prologue), arch)

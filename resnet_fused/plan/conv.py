@@ -108,11 +108,16 @@ def tf32_allowed() -> bool:
     return precision == "tf32"
 
 
-def _next_power_of_2(value: int) -> int:
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether operands of this dtype are rounded to TF32 where they are multiplied."""
+    return dtype == torch.float32 and tf32_allowed()
+
+
+def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
@@ -131,9 +136,9 @@ def _tiles(dtype: torch.dtype, tf32: bool, prologue: bool = False) -> list[Tile]
 
 def _choose(tiles: list[Tile], pixels: int, outputs: int, groups: int, arch: int) -> Tile:
     """The largest tile, no wider than the output, that still gives every multiprocessor a program."""
-    narrow = [tile for tile in tiles if tile[1] <= _next_power_of_2(outputs)] or tiles[-1:]
+    narrow = [tile for tile in tiles if tile[1] <= next_power_of_2(outputs)] or tiles[-1:]
     multiprocessors = MULTIPROCESSORS.get(arch, 128)
-    fill = (tile for tile in narrow if _cdiv(pixels, tile[0]) * _cdiv(outputs, tile[1]) * groups >= multiprocessors)
+    fill = (tile for tile in narrow if cdiv(pixels, tile[0]) * cdiv(outputs, tile[1]) * groups >= multiprocessors)
     return next(fill, narrow[-1])
 
 
@@ -144,7 +149,7 @@ def _configure(
     block_m, block_n, num_warps = tile
     tensor_cores = dtype != torch.float32 or tf32
     widest = (64 if dtype != torch.float32 else 32) if tensor_cores else 16
-    block_k = min(widest, 32) if flat else min(widest, max(16, _next_power_of_2(channels)))
+    block_k = min(widest, 32) if flat else min(widest, max(16, next_power_of_2(channels)))
     stage = (operands * block_m + block_n) * block_k * dtype.itemsize
     budget = (160 if arch in (80, 90, 100) else 96) * 1024
     num_stages = max(2, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2

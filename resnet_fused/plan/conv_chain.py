@@ -13,16 +13,13 @@ from resnet_fused.plan.conv import (
     conv_fprop_configurations,
     conv_fprop_heuristic,
     conv_refusal,
+    next_power_of_2,
 )
 
 # The activation between conv2 and conv3, and the accumulator of the next conv1, stay in registers whole.
 MAX_CHAIN_CHANNELS = 128
 _DTYPES = (torch.float16, torch.bfloat16)
 _MIN_CHANNELS_PER_TAP = 32
-
-
-def _next_power_of_2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
 
 
 def chain_refusal(shape: ConvShape, outputs: int, next_channels: int | None, dtype: torch.dtype) -> str | None:
@@ -50,7 +47,7 @@ def chain_refusal(shape: ConvShape, outputs: int, next_channels: int | None, dty
 
 def chain_tile(channels: int) -> int:
     """The width of the tile that holds all of these channels."""
-    return max(16, _next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))
 
 
 def _chain(block_m: int, inner: int, following: int, dtype: torch.dtype, arch: int) -> ConvConfig:

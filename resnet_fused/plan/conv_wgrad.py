@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from resnet_fused.plan.conv import MULTIPROCESSORS, ConvConfig, ConvShape
+from resnet_fused.plan.conv import MULTIPROCESSORS, ConvConfig, ConvShape, cdiv
 
 # With fewer input channels a group, one filter tap cannot fill the 64 rows that wgmma and tcgen05 want: the tile runs
 # over (r, s, c) together.
@@ -19,10 +19,6 @@ MIN_TILES_PER_SPLIT = 8
 MAX_PARTIAL_BYTES = 64 * 2**20
 
 Tile = tuple[int, int, int]  # input channels (or rows of (r, s, c)), output channels, warps
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _tiles(dtype: torch.dtype, tf32: bool, aligned: bool, prologue: bool) -> list[Tile]:
@@ -73,13 +69,13 @@ def conv_wgrad_heuristic(
     rows, taps = (shape.r * shape.s * inputs, 1) if flat else (inputs, shape.r * shape.s)
 
     def padded(tile: Tile) -> int:
-        return _cdiv(rows, tile[0]) * tile[0] * _cdiv(outputs, tile[1]) * tile[1]
+        return cdiv(rows, tile[0]) * tile[0] * cdiv(outputs, tile[1]) * tile[1]
 
     tiles = _tiles(dtype, tf32, aligned, x_prologue or dy_prologue)
     tile = min(tiles, key=padded)  # of those that pad alike the first, which is the largest
     config = _configure(tile, flat, aligned, dtype, arch, tf32, dy_prologue)
-    programs = _cdiv(rows, tile[0]) * taps * _cdiv(outputs, tile[1]) * shape.groups
-    wanted = _cdiv(PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS.get(arch, 128), programs)
+    programs = cdiv(rows, tile[0]) * taps * cdiv(outputs, tile[1]) * shape.groups
+    wanted = cdiv(PROGRAMS_PER_MULTIPROCESSOR * MULTIPROCESSORS.get(arch, 128), programs)
     longest = shape.n * shape.p * shape.q // (MIN_TILES_PER_SPLIT * config.block_k)
     weight_bytes = 4 * shape.k * inputs * shape.r * shape.s
     return replace(config, splits=max(1, min(wanted, longest, MAX_PARTIAL_BYTES // weight_bytes)))

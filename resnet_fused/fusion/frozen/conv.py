@@ -15,7 +15,7 @@ from resnet_fused import ops, plan
 from resnet_fused.functional.common import conv_operands
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.ops import aten
-from resnet_fused.plan.conv import ConvShape, tf32_allowed
+from resnet_fused.plan.conv import ConvShape, uses_tf32
 
 from .plan import PlannedConv
 
@@ -71,7 +71,7 @@ class Source:
         (n, c, h, w), (k, _, r, s) = x.shape, conv.weight.shape
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         shape = ConvShape(n, c, h, w, k, r, s, *geometry)  # type: ignore[arg-type]
-        tf32 = x.dtype == torch.float32 and tf32_allowed()
+        tf32 = uses_tf32(x.dtype)
         major, minor = torch.cuda.get_device_capability(x.device)
         return plan.choose(plan.Problem("conv_fprop", shape, x.dtype, tf32), 10 * major + minor).backend
 
