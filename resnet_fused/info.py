@@ -42,8 +42,10 @@ class Info:
 
 def info() -> Info:
     """The versions, the compiled kernels, the devices, and for each backend whether it runs here or why not."""
+    from resnet_fused import __version__  # the package imports this module
+
     versions = [
-        ("resnet_fused", _version("resnet_fused")),
+        ("resnet_fused", __version__),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
         ("triton", _version("triton")),

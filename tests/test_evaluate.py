@@ -319,7 +319,8 @@ BAD = {
     "absent checkpoint": (["--model", "resnet18=absent.pth"], "absent.pth"),
     "unknown model": (["--model", "resnet19={c}"], "resnet18"),
     "unknown library": (["--model", "keras:resnet18={c}"], "torchvision or timm"),
-    "unknown torchvision model": (["--model", "torchvision:resnet19={c}"], "resnet19"),
+    "unknown torchvision model": (["--model", "torchvision:resnet19={c}"], "did you mean resnet"),
+    "unknown timm model": (["--model", "timm:resnet19={c}"], "did you mean"),
     "ours pretrained": (["--model", "resnet18=pretrained"], "name a file"),
     "another network": (["--model", "cifar_resnet14={c}"], "of another network"),
     "folder": (["--data", "absent"], "absent: not a folder"),
@@ -332,6 +333,7 @@ BAD = {
     "batch": (["--batch", "0"], "--batch 0"),
     "device": (["--device", "tpu"], "cpu"),
     "backend": (["--backend", "cudnn"], "aten"),
+    "json in a file": (["--json", "{c}/out.json"], "Not a directory"),
     "json": (["--json", "{empty}"], "folder"),
     "average": (["--average", "max"], "softmax"),
     "window too large": (["--protocol", "multi-scale", "--window", "64"], "smaller than the window"),
@@ -352,6 +354,23 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, folder, checkpoi
         status = stop.code
     error = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and hint in error[-1] and len(error) <= 1 + ("multi-scale" in line), error
+
+
+def test_a_backend_that_cannot_run_here_stops_the_run_before_anything_is_read(capsys, monkeypatch):
+    monkeypatch.setattr("resnet_fused.ops.unavailable", lambda backend, device: f"no {backend} on {device}")
+    assert run("--model", "resnet18=absent.pth", "--data", "absent", "--backend", "cuda") == 2
+    assert capsys.readouterr().err == "resnet-fused: error: --backend cuda: no cuda on cpu\n"
+
+
+def test_a_full_disk_is_one_line_after_the_table(folder, checkpoint, tmp_path, capsys, monkeypatch):
+    def full(value, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("resnet_fused._command.write_json", full)
+    assert run("--model", f"cifar_resnet8={checkpoint}", "--data", folder, "--json", tmp_path / "a.json") == 2
+    said = capsys.readouterr()
+    assert "error on 12 pictures" in said.out and "wrote" not in said.out
+    assert said.err.splitlines()[-1].endswith("a.json: No space left on device; nothing written")
 
 
 def test_a_class_that_the_model_lacks_is_refused(folder, tmp_path, capsys):

@@ -38,6 +38,9 @@ def create(name: str, seed: int = 0) -> nn.Module:
 
     Freshly initialised batch norms (mean 0, variance 1, gamma 1, beta 0) hide folding mistakes, so gamma and beta are
     drawn at random and the running statistics are those of a few seeded batches.
+
+    Raises:
+        UsageError: there is no such model, or it takes no pictures of 128 x 128.
     """
     check(name)
     with torch.random.fork_rng(devices=[]):
@@ -51,8 +54,15 @@ def create(name: str, seed: int = 0) -> nn.Module:
 
             model = models.get_model(name, weights=None)
         randomise_batch_norms(model)
-        calibrate(model, [torch.randn(4, 3, 128, 128) for _ in range(2)])
+        try:
+            calibrate(model, [torch.randn(4, 3, 128, 128) for _ in range(2)])
+        except Exception as error:  # timm has models of every kind, each with its own way to refuse
+            raise UsageError(f"model {name!r} is none for pictures of 128 x 128: {_one_line(error)}") from None
     return model.eval()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

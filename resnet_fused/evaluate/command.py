@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from resnet_fused import _command
+from resnet_fused._command import UsageError
 
 PROGRAM = "resnet-fused"
 DTYPES = ("fp32", "bf16", "fp16")
@@ -19,7 +21,7 @@ def register(commands: Any) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="top-1 and top-5 error: single crop, 10-crop, multi-scale, ensembles",
-        description="Top-1 and top-5 error with 95 %% confidence intervals under the protocols of the ResNet paper. "
+        description="Top-1 and top-5 error with 95 % confidence intervals under the protocols of the ResNet paper. "
         "Several --model make an ensemble, beside each of them alone.",
     )
     add = evaluate.add_argument
@@ -65,9 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     import resnet_fused
 
     try:
-        chosen = _protocols(arguments.protocol)
-        device = _device(arguments.device)
+        chosen = _command.choose_many(arguments.protocol, runner.PROTOCOLS, "protocol")
+        device = _command.resolve_device(arguments.device)
         _check(arguments)
+        _check_backend(arguments.backend, device)
         source = pictures.open_data(arguments.data)
         loaded = _load(arguments)
         settings = _settings(arguments, loaded[0].crop, device)
@@ -87,7 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
     report.render(evaluation, out)
     if arguments.json:
         command = shlex.join([PROGRAM, *arguments.argv])
-        report.write_json(report.to_json(evaluation, loaded, arguments.data, settings, command), arguments.json)
+        try:
+            _command.write_json(report.to_json(evaluation, loaded, arguments.data, settings, command), arguments.json)
+        except OSError as error:  # a disk that has filled up meanwhile
+            return _complain(f"--json {arguments.json}: {error.strerror}; nothing written")
         out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
     return 0
 
@@ -102,7 +108,6 @@ def _settings(arguments: argparse.Namespace, trained_on: int, device: Any):  # t
     import torch
 
     from resnet_fused.evaluate import protocols
-    from resnet_fused.evaluate.pictures import UsageError
     from resnet_fused.evaluate.run import Settings
 
     crop = arguments.crop or trained_on
@@ -134,44 +139,20 @@ def _settings(arguments: argparse.Namespace, trained_on: int, device: Any):  # t
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from resnet_fused.evaluate.pictures import UsageError
-
     for option, least in (("shorter_side", 1), ("crop", 1), ("window", 1), ("batch", 1), ("limit", 1), ("workers", 0)):
         value = getattr(arguments, option)
         if value is not None and value < least:
             raise UsageError(f"--{option.replace('_', '-')} {value}: must be at least {least}")
-    if arguments.json:  # before an hour's work, not after it
-        try:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=arguments.json.parent).close()
-        except OSError as error:
-            raise UsageError(f"--json {arguments.json}: cannot write there: {error.strerror}") from None
-        if arguments.json.is_dir():
-            raise UsageError(f"--json {arguments.json}: this is a folder; name a file")
+    _command.check_writable("--json", arguments.json)  # before an hour's work, not after it
 
 
-def _protocols(text: str) -> tuple[str, ...]:
-    from resnet_fused.evaluate.pictures import UsageError
-    from resnet_fused.evaluate.run import PROTOCOLS
+def _check_backend(name: str, device: Any) -> None:
+    from resnet_fused import ops
+    from resnet_fused.plan import BACKENDS
 
-    chosen = tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
-    unknown = [one for one in chosen if one not in PROTOCOLS]
-    if unknown or not chosen:
-        raise UsageError(f"--protocol {(unknown or [text])[0]!r}: choose of {', '.join(PROTOCOLS)}")
-    return chosen
-
-
-def _device(text: str | None):  # type: ignore[no-untyped-def]
-    import torch
-
-    from resnet_fused.evaluate.pictures import UsageError
-
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    choices = ["cpu", *(["cuda"] if available else []), *(f"cuda:{i}" for i in range(available))]
-    text = text or ("cuda" if available else "cpu")
-    if text not in choices:
-        raise UsageError(f"--device {text!r}: choose of {', '.join(choices)}")
-    return torch.device(text)
+    _command.choose(name, BACKENDS, "backend")
+    if name != "auto" and (reason := ops.unavailable(name, device.type)):
+        raise UsageError(f"--backend {name}: {reason}")
 
 
 class _Progress:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused.evaluate.pictures import UsageError
+from resnet_fused._command import UsageError, choose
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -98,10 +98,12 @@ def _create(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
         if library == "torchvision":
             from torchvision import models as torchvision_models
 
+            choose(short.lower(), torchvision_models.list_models(module=torchvision_models), "torchvision model")
             return torchvision_models.get_model(short, weights="DEFAULT" if pretrained else None, **options)
         if library == "timm":
             import timm
 
+            choose(short.partition(".")[0], timm.list_models(), "timm model")  # behind the dot: which weights
             return timm.create_model(short, pretrained=pretrained, **options)
         if library:
             raise UsageError(

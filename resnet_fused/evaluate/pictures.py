@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-class UsageError(ValueError):
-    """A choice the command cannot honour; the message is one line that names the value and the choices."""
+from resnet_fused._command import UsageError, choose
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,7 @@ class Pictures(torch.utils.data.Dataset):
         try:
             picture, target = self.source[index]
             pixels = functional.pil_to_tensor(picture.convert("RGB"))
-        except (
-            Exception
-        ) as error:  # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError, struct.error...
+        except Exception as error:  # of PIL's decoders: OSError, SyntaxError, ValueError, struct.error...
             samples = getattr(self.source, "samples", None)
             name = str(samples[index][0]) if samples else f"picture {index}"
             return Unreadable(name, f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}")
@@ -99,7 +95,7 @@ def open_data(text: str) -> Any:
         )
     try:
         return ImageFolder(text)
-    except (FileNotFoundError, OSError) as error:
+    except OSError as error:
         raise UsageError(f"--data {text}: {str(error).splitlines()[0]}") from None
 
 
@@ -107,11 +103,7 @@ def _torchvision(text: str) -> Any:
     from torchvision import datasets
 
     name, _, root = text.removeprefix("torchvision:").partition(":")
-    if name not in datasets.__all__:
-        import difflib
-
-        close = difflib.get_close_matches(name, datasets.__all__, cutoff=0.4) or ["CIFAR10", "ImageNet"]
-        raise UsageError(f"--data {text}: torchvision has no dataset {name!r}; did you mean {', '.join(close)}?")
+    choose(name, datasets.__all__, "torchvision dataset")
     cls = getattr(datasets, name)
     takes = inspect.signature(cls).parameters
     options: dict[str, Any] = {"root": os.path.expanduser(root) or "data"} if "root" in takes else {}

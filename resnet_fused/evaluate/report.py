@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,12 +69,3 @@ def to_json(
 
 def _error(error: ErrorRate) -> dict[str, Any]:
     return {"rate": error.rate, "wrong": error.wrong, "total": error.total, "interval_95": list(error.interval())}
-
-
-def write_json(data: dict[str, Any], path: Path) -> None:
-    """Write all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(data, file, indent=1)
-        file.write("\n")
-    os.replace(file.name, path)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from resnet_fused._command import UsageError
 from resnet_fused.evaluate import protocols
 from resnet_fused.evaluate.error_rate import ErrorRate, ranks
-from resnet_fused.evaluate.pictures import Picture, Pictures, Unreadable, UsageError, as_list, spread
+from resnet_fused.evaluate.pictures import Picture, Pictures, Unreadable, as_list, spread
 
 PROTOCOLS = ("single", "ten-crop", "multi-scale")
 Progress = Callable[[str, int, int], None]

@@ -1,0 +1,92 @@
+"""What the commands share: a file is written whole or not at all, and one that cannot be written is said beforehand."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from resnet_fused import __version__, _command, info
+
+
+def test_a_file_is_whole_and_for_everyone_to_read(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    _command.write_json({"a": 1}, path)
+    assert path.read_text() == '{\n "a": 1\n}\n' and stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def fail(file):
+        file.write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        _command.write_atomically(path, fail)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        _command.write_json(float("nan"), path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    pipe, heard = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    listener = threading.Thread(target=lambda: heard.append(pipe.read_text()))
+    listener.start()
+    _command.check_writable("--json", pipe)
+    _command.write_json([1], pipe)
+    listener.join(10)
+    assert heard == ["[\n 1\n]\n"] and stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_what_cannot_be_written_is_said_beforehand_and_touches_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a.json", Path("/proc/nowhere/a.json")):
+        with pytest.raises(_command.UsageError, match="--json") as error:
+            _command.check_writable("--json", path)
+        assert "\n" not in str(error.value)
+    _command.check_writable("--json", tmp_path / "new" / "folder" / "a.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "hint"),
+    [
+        ("resnet5", 3, "choices: resnet0, resnet1, resnet2"),
+        ("resnet5x", 30, "did you mean resnet5"),
+        ("vgg", 30, "there are 30, none with a name like it"),
+    ],
+)
+def test_a_choice_that_is_none_names_the_choices_or_those_close_to_it(value, count, hint):
+    with pytest.raises(_command.UsageError, match=f"unknown model '{value}'; {hint}"):
+        _command.choose(value, (f"resnet{i}" for i in range(count)), "model")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1,8", "1.5", "many", ""])
+def test_one_integer_is_one(text):
+    assert _command.positive_integer("8", "--batch") == 8
+    with pytest.raises(_command.UsageError, match=f"--batch '{text}' is not an integer > 0"):
+        _command.positive_integer(text, "--batch")
+
+
+def test_importing_is_silent_and_the_package_runs_as_a_module(tmp_path):
+    """No triton, no compiler, no GPU context, nothing printed: only torch is imported."""
+    root = Path(_command.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    code = "import resnet_fused, sys; sys.exit('triton' in sys.modules or 'torch._dynamo' in sys.modules)"
+    for arguments in (["-c", code], ["-m", "resnet_fused", "info"]):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert bool(done.stdout) == ("info" in arguments)
+
+
+def test_the_version_is_that_of_the_code_that_runs():
+    assert dict(info().versions)["resnet_fused"] == __version__
