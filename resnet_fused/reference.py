@@ -145,6 +145,35 @@ def conv_dgrad(
     return (dx, *_sums(_up(dx), x, mean, invstd))
 
 
+def conv_dgrad_join(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    before = (dy, weight, dy_x, dy_coefficients, residual, residual_mask)
+    dx = conv_dgrad(*before, None, None, None, None, None, size, stride, padding, dilation, groups)[0]
+    dz = _select(unpack_bits(mask, x), _up(dx))
+    sums = _sums(dz, x, mean, invstd)
+    if shortcut is None or shortcut_mean is None or shortcut_invstd is None:
+        return (dx, *sums, sums[0].new_empty(0))
+    return (dx, *sums, _sums(dz, shortcut, shortcut_mean, shortcut_invstd)[1])
+
+
 def _rounded(value: Tensor, like: Tensor) -> Tensor:
     """`value` in the dtype and the memory order of `like`, whose shape may be another."""
     nhwc = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()

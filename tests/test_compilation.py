@@ -113,6 +113,10 @@ def _conv_samples() -> dict[str, tuple]:
         "conv_fprop": (x, weight, vector(), vector(), x.clone(), *geometry, True),
         "conv_fprop_stats": (x, weight, vector(), vector(), *geometry, 3),
         "conv_dgrad": (dy, weight, x, torch.randn(3, 8, device=DEVICE), dy.clone(), mask, *none, [5, 4], *geometry),
+        "conv_dgrad_join": (
+            *(dy, weight, None, None, dy.clone(), mask, x, mask.clone(), vector(), vector()),
+            *(x.clone(), vector(), vector(), [5, 4], *geometry),
+        ),
         "conv_wgrad": (dy, x, None, None, vector(), vector(), [3, 3], *geometry),
         "bn_backward_finalize": (*(vector() for _ in range(5)), 40.0),
         "conv_chain": (

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from resnet_fused import plan
+from resnet_fused.functional import block_border as border
 from resnet_fused.functional.common import Geometry, dense, in_layout_of, pixels
 from resnet_fused.plan import Fusion
 
@@ -101,6 +102,10 @@ class ConvChain(torch.autograd.Function):
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         reads_x = ctx.needs_input_grad[3] or (chain.shortcut is not None and ctx.needs_input_grad[3 * count])
         ctx.save_for_backward(x if reads_x else None, mask if with_mask else None, *parameters[::3], *flat)
+        if with_mask and _reduces_at_the_join(chain, ctx.needs_input_grad):
+            last, projection = made[len(chain.branch) - 1], None if chain.shortcut is None else made[-1]
+            beside = (projection.z, projection.mean, projection.invstd) if projection else (None,) * 3
+            border.offer(ctx, (last.z, mask, last.mean, last.invstd, *beside))
         return y
 
     @staticmethod
@@ -115,7 +120,11 @@ class ConvChain(torch.autograd.Function):
         ]
         needs = ctx.needs_input_grad
         steps = _Backward(chain, x, mask, made, tuple(ctx.size), needs[1], needs[3 : 3 + 3 * count])
-        dx, dresidual = steps.run(dy, needs[2])
+        steps.take(border.take(ctx, dy))
+        node = border.behind(ctx, x) if needs[1] else None
+        dx, dresidual = steps.run(dy, needs[2], None if node is None else node.offer)
+        if node is not None and dx is not None and steps.formed:
+            border.hand_over(node, dx, steps.formed)
         gradients: list[Tensor | None] = []
         for i, gradient in enumerate(steps.gradients):
             if gradient is not None:
@@ -123,6 +132,13 @@ class ConvChain(torch.autograd.Function):
                 gradient = in_layout_of(gradient, dense(rest[i // 3])) if i % 3 == 0 else gradient
             gradients.append(gradient if needs[3 + i] else None)
         return None, dx, dresidual, *gradients, *(None,) * (len(Made._fields) * count)
+
+
+def _reduces_at_the_join(chain: Chain, needs: Sequence[bool]) -> bool:
+    """Whether backward will reduce over the gradient of the chain's result."""
+    if any(layer.batch_statistics for layer in (chain.branch[-1], *chain.layers[len(chain.branch) :])):
+        return True
+    return any(any(needs[3 + 3 * k + 1 : 3 + 3 * k + 3]) for k in range(len(chain.branch) - 1, len(chain.layers)))
 
 
 def _unflatten(flat: Sequence[Any]) -> list[Made]:
@@ -154,9 +170,19 @@ class _Backward:
         self.chain, self.x, self.mask, self.made, self.size, self.needs_x = chain, x, mask, made, size, needs_x
         self.needs = needs
         self.gradients: list[Tensor | None] = [None] * (3 * len(chain.layers))
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, at the join, where they came with the gradient
+        self.formed: list[Tensor] = []  # the sums of the chain before
 
-    def run(self, dy: Tensor, needs_residual: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and of the residual."""
+    def take(self, sums: tuple[Tensor, ...] | None) -> None:
+        """These are the sums at the join, as `conv_dgrad_join` gives them."""
+        if sums is not None:
+            last = len(self.chain.branch) - 1
+            self.sums[last] = (sums[0], sums[1])
+            if self.chain.shortcut is not None:
+                self.sums[last + 1] = (sums[0].clone(), sums[2])  # the gradients of two biases, one each
+
+    def run(self, dy: Tensor, needs_residual: bool, offer: border.Offer | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the residual; `offer` is of the chain that made x."""
         chain, last = self.chain, len(self.chain.branch) - 1
         dy = in_layout_of(dy, self.made[last].z)
         # The gradient of the sum, dy behind the ReLU's mask: the mask is applied wherever dy is read, and dy written
@@ -181,7 +207,7 @@ class _Backward:
             if k > deepest:
                 gradient = self.through(k, gradient)
             elif k == 0 and self.needs_x:
-                dx = self.data_gradient(k, gradient, addend, addend_mask)
+                dx = self.data_gradient(k, gradient, addend, addend_mask, offer)
         return dx, masked if needs_residual else None
 
     def deepest(self) -> int:
@@ -209,9 +235,10 @@ class _Backward:
         layer, made, chain = self.chain.layers[k], self.made[k], self.chain
         dy = in_layout_of(dy, made.z)
         args = (dy, made.z, self.mask, made.scale, made.shift, made.mean, made.invstd)
-        sums = None
-        if self.wants_sums(k) or (with_gradient and layer.batch_statistics):
+        sums = self.sums.get(k)
+        if sums is None and (self.wants_sums(k) or (with_gradient and layer.batch_statistics)):
             sums = _op.bn_backward_reduce(*args, chain.relu, _rows(made.z), backend=chain.backend)
+        if sums is not None:
             self.keep_sums(k, sums)
         if not (with_gradient or with_sum):
             return None, None
@@ -251,9 +278,24 @@ class _Backward:
         )
         return _Gradient(dz)
 
-    def data_gradient(self, k: int, gradient: _Gradient, addend: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The gradient of x through layer k, with what reaches x on other ways added."""
-        layer = self.chain.layers[k]
+    def data_gradient(
+        self, k: int, gradient: _Gradient, addend: Tensor | None, mask: Tensor | None, offer: border.Offer | None = None
+    ) -> Tensor:
+        """The gradient of x through layer k, with what reaches x on other ways added; it is the whole of it where there
+        is an `offer`, whose sums it forms if it can.
+        """
+        layer, dy = self.chain.layers[k], gradient.dy
+        if offer is not None and layer.dgrad != "aten" and layer.fusion.dgrad_epilogue:
+            weight = self.made[k].weight
+            assert weight is not None
+            shape = (dy.shape[0], weight.shape[1] * layer.geometry[3], *self.size)
+            before = offer.operands(dy, shape, nhwc=layer.dgrad == "triton")
+            if before is not None:
+                written: Tensor
+                written, *self.formed = _op.conv_dgrad_join(
+                    *self.operands(k, gradient), addend, mask, *before, self.size, *layer.geometry, backend=layer.dgrad
+                )
+                return written
         dx: Tensor = _op.conv_dgrad(
             *self.operands(k, gradient), addend, mask, *(None,) * 5, self.size, *layer.geometry, backend=layer.dgrad
         )[0]

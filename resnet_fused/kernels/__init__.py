@@ -23,6 +23,7 @@ from resnet_fused.kernels.bn_finalize import bn_finalize
 from resnet_fused.kernels.bn_stats import bn_stats
 from resnet_fused.kernels.conv_chain import conv_chain
 from resnet_fused.kernels.conv_dgrad import conv_dgrad
+from resnet_fused.kernels.conv_dgrad_join import conv_dgrad_join
 from resnet_fused.kernels.conv_fprop import conv_fprop, conv_fprop_stats
 from resnet_fused.kernels.conv_join import conv_join
 from resnet_fused.kernels.conv_wgrad import conv_wgrad
@@ -35,6 +36,7 @@ OPS = {
         conv_fprop,
         conv_fprop_stats,
         conv_dgrad,
+        conv_dgrad_join,
         conv_wgrad,
         conv_chain,
         conv_join,
@@ -79,6 +81,7 @@ __all__ = [
     "bn_stats",
     "conv_chain",
     "conv_dgrad",
+    "conv_dgrad_join",
     "conv_fprop",
     "conv_fprop_stats",
     "conv_join",

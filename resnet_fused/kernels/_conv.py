@@ -148,3 +148,24 @@ def refuse_half(**pair: Tensor | None) -> str | None:
     if given and len(given) < len(pair):
         return f"{', '.join(pair)} come together or not at all, got only {', '.join(given)}"
     return None
+
+
+def refuse_coefficients(coefficients: Tensor, outputs: int, device: torch.device) -> str | None:
+    """Why these are not the coefficients of a batch norm's backward over so many channels, or None."""
+    if (
+        tuple(coefficients.shape) != (3, outputs)
+        or coefficients.dtype != torch.float32
+        or not coefficients.is_contiguous()
+        or coefficients.device != device
+    ):
+        got = f"{name_of(coefficients.dtype)} {list(coefficients.shape)} with strides {list(coefficients.stride())}"
+        return f"dy_coefficients must be contiguous float32 [3, {outputs}] on {device}, got {got}"
+    return None
+
+
+def refuse_bits(name: str, mask: Tensor, like: Tensor) -> str | None:
+    """Why a bit mask is not one of the elements of `like`, or None."""
+    size = (like.numel() + 7) // 8
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (size,) or mask.device != like.device:
+        return f"{name} must be uint8 [{size}], got {mask.dtype} {list(mask.shape)} on {mask.device}"
+    return None

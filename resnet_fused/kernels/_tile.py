@@ -75,6 +75,13 @@ def passes_relu(x, scale, shift):
 
 
 @triton.jit
+def passes_bit(mask, offset, valid):
+    """The ReLU mask as `bn_apply` has stored it, one bit an element; nothing passes where not `valid`."""
+    bits = tl.load(mask + offset // 8, mask=valid, other=0).to(tl.int32)
+    return ((bits >> (offset % 8).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
 def input_gradient(dz, x, scale, mean, invstd, mean_dy, mean_dy_xhat):
     """scale * (dz - mean(dz) - xhat * mean(dz * xhat)), the gradient of a batch norm that normalises by the batch's own
     statistics.

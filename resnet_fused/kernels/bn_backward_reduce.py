@@ -9,6 +9,7 @@ from torch import Tensor
 from resnet_fused.kernels._launch import index_type, launch, refuse_activations
 from resnet_fused.kernels._tile import (
     partials_like,
+    passes_bit,
     passes_relu,
     pixel_offset,
     reduction_of,
@@ -61,8 +62,7 @@ def _bn_backward_reduce_kernel(
         dz = to_fp32(tl.load(dy + offset, mask=valid, other=0.0))
         if ACTIVATE:
             if mask is not None:
-                bits = tl.load(mask + offset // 8, mask=valid, other=0).to(tl.int32)
-                keep = ((bits >> (offset % 8).to(tl.int32)) & 1) != 0
+                keep = passes_bit(mask, offset, valid)
             else:
                 keep = passes_relu(value, channel_scale, channel_shift)
             dz = tl.where(keep, dz, 0.0)

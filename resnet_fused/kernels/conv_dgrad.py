@@ -1,5 +1,5 @@
 """The data gradient of a convolution as an implicit matrix product, with the backward of the batch norm behind the
-convolution in front, and that of the one before it behind.
+convolution in front, and behind it that of the one before: of the same block, or of the block before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from resnet_fused.kernels._conv import (
     conv_shape,
     dot_dtype,
     empty_nhwc,
+    refuse_bits,
+    refuse_coefficients,
     refuse_groups,
     refuse_half,
     refuse_like,
@@ -23,8 +25,8 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._launch import compute_capability, index_type, launch, name_of
-from resnet_fused.kernels._tile import channel_unit, passes_relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
 from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig, dgrad_refusal
@@ -43,9 +45,14 @@ def _conv_dgrad_kernel(
     shift,
     mean,
     invstd,
+    mask,  # one bit an element of x, or None: dx is masked with the ReLU recomputed from x; else the sums alone are
+    shortcut,  # [N, H, W, C], the input of a second batch norm behind the same mask, or None; so are its vectors, [C]
+    shortcut_mean,
+    shortcut_invstd,
     dx,  # [N, H, W, C]
-    sum_dx,  # [tiles of pixels, C] or None
-    sum_dx_xhat,  # [tiles of pixels, C] or None
+    sum_dx,  # [tiles of pixels, C] or None; so are the others
+    sum_dx_xhat,
+    sum_dx_shortcut,
     N,
     H,
     W,
@@ -168,10 +175,9 @@ def _conv_dgrad_kernel(
     if residual is not None:
         addend = to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
         if residual_mask is not None:
-            bits = tl.load(residual_mask + out // 8, mask=out_mask, other=0).to(tl.int32)
-            addend = tl.where(((bits >> (out % 8).to(tl.int32)) & 1) != 0, addend, 0.0)
+            addend = tl.where(passes_bit(residual_mask, out, out_mask), addend, 0.0)
         acc += addend
-    if x is not None:
+    if x is not None and mask is None:
         value = tl.load(x + out, mask=out_mask, other=0.0)
         channel_scale = tl.load(scale + channel, mask=stored, other=0.0)[None, :]
         channel_shift = tl.load(shift + channel, mask=stored, other=0.0)[None, :]
@@ -181,12 +187,21 @@ def _conv_dgrad_kernel(
 
     if x is not None:
         dz = to_fp32(rounded)
+        if mask is not None:
+            value = tl.load(x + out, mask=out_mask, other=0.0)
+            dz = tl.where(passes_bit(mask, out, out_mask), dz, 0.0)
         channel_mean = tl.load(mean + channel, mask=stored, other=0.0)
         channel_invstd = tl.load(invstd + channel, mask=stored, other=0.0)
         centred = tl.where(out_mask, to_fp32(value) - channel_mean[None, :], 0.0)
         partial = tile.to(INDEX) * C + channel
         tl.store(sum_dx + partial, sum_lanes(dz), mask=stored)
         tl.store(sum_dx_xhat + partial, sum_lanes(dz * centred) * channel_invstd, mask=stored)
+        if shortcut is not None:
+            channel_mean = tl.load(shortcut_mean + channel, mask=stored, other=0.0)
+            channel_invstd = tl.load(shortcut_invstd + channel, mask=stored, other=0.0)
+            value = tl.load(shortcut + out, mask=out_mask, other=0.0)
+            centred = tl.where(out_mask, to_fp32(value) - channel_mean[None, :], 0.0)
+            tl.store(sum_dx_shortcut + partial, sum_lanes(dz * centred) * channel_invstd, mask=stored)
 
 
 def refuse(
@@ -222,38 +237,21 @@ def refuse(
         reason = f"a convolution of an image {tuple(size)} gives {out}, dy is {tuple(dy.shape)}"
     reason = reason or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients) or refuse_like(dy, out, dy_x=dy_x)
     if reason is None and dy_coefficients is not None:
-        reason = _refuse_coefficients(dy_coefficients, problem.k, dy.device)
+        reason = refuse_coefficients(dy_coefficients, problem.k, dy.device)
     if reason is None and residual is not None and x is not None:
         reason = "residual and x exclude each other, got both"
     if reason is None and residual_mask is not None:
-        reason = _refuse_mask(residual_mask, residual)
+        reason = (
+            "residual_mask comes with a residual, got none"
+            if residual is None
+            else refuse_bits("residual_mask", residual_mask, residual)
+        )
     return (
         reason
         or refuse_half(x=x, scale=scale, shift=shift, mean=mean, invstd=invstd)
         or refuse_like(dy, image, residual=residual, x=x)
         or refuse_vectors(dy.device, problem.c, scale=scale, shift=shift, mean=mean, invstd=invstd)
     )
-
-
-def _refuse_coefficients(coefficients: Tensor, outputs: int, device: torch.device) -> str | None:
-    if (
-        tuple(coefficients.shape) != (3, outputs)
-        or coefficients.dtype != torch.float32
-        or not coefficients.is_contiguous()
-        or coefficients.device != device
-    ):
-        got = f"{name_of(coefficients.dtype)} {list(coefficients.shape)} with strides {list(coefficients.stride())}"
-        return f"dy_coefficients must be contiguous float32 [3, {outputs}] on {device}, got {got}"
-    return None
-
-
-def _refuse_mask(mask: Tensor, residual: Tensor | None) -> str | None:
-    if residual is None:
-        return "residual_mask comes with a residual, got none"
-    size = (residual.numel() + 7) // 8
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != (size,) or mask.device != residual.device:
-        return f"residual_mask must be uint8 [{size}], got {mask.dtype} {list(mask.shape)} on {mask.device}"
-    return None
 
 
 def conv_dgrad(
@@ -304,6 +302,33 @@ def conv_dgrad(
         sum_dx, sum_dx_xhat: with x [C] fp32, sum(dx) and sum(dx * (x - mean) * invstd) of dx as it was rounded, added
             in a fixed order; else empty.
     """
+    operands = (dy_x, dy_coefficients, residual, residual_mask, x, scale, shift, mean, invstd, *(None,) * 4)
+    dx, *sums = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
+    if not sums:
+        return dx, dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
+    return dx, *reduce_pair(*sums)
+
+
+def run(
+    dy: Tensor,
+    weight: Tensor,
+    operands: tuple[Tensor | None, ...],
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    config: ConvConfig | None,
+) -> tuple[Tensor, ...]:
+    """Launch the kernel.
+
+    Args:
+        operands: the kernel's from `dy_x` to `shortcut_invstd`; the rest as in `conv_dgrad`.
+
+    Returns:
+        dx, and with x the sums of every tile of pixels, [tiles, C] each: two, and with `shortcut` a third.
+    """
+    dy_x, x, shortcut = operands[0], operands[4], operands[10]
     shape = conv_shape((dy.shape[0], weight.shape[1] * groups, *size), weight, stride, padding, dilation, groups)
     tf32 = uses_tf32(dy.dtype)
     if config is None:
@@ -315,7 +340,8 @@ def conv_dgrad(
     pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
     tiles = triton.cdiv(pixels, config.block_m) * classes
     # The sums of tiles, to be added in a fixed order.
-    partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(2)] if x is not None else None
+    count = 0 if x is None else 2 if shortcut is None else 3
+    partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(count)]
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     unit = channel_unit(group_inputs, group_outputs)
     launch(
@@ -323,17 +349,10 @@ def conv_dgrad(
         tiles * triton.cdiv(group_inputs, config.block_n) * groups,
         dy,
         krsc,
-        dy_x,
-        dy_coefficients,
-        residual,
-        residual_mask,
-        x,
-        scale,
-        shift,
-        mean,
-        invstd,
+        *operands,
         dx,
-        *(partials or (None, None)),
+        *partials,
+        *(None,) * (3 - count),
         shape.n,
         shape.h,
         shape.w,
@@ -363,7 +382,4 @@ def conv_dgrad(
         maxnreg=MAX_REGISTERS,
     )
     # NCHW and NHWC at once: as a convolution's result would be ordered.
-    dx = dx.contiguous() if dy.is_contiguous() else dx
-    if partials is None:
-        return dx, dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
-    return dx, *reduce_pair(*partials)
+    return dx.contiguous() if dy.is_contiguous() else dx, *partials

@@ -125,8 +125,40 @@ def conv_dgrad(
         return dx, dx.new_empty(0), dx.new_empty(0)
     dx = torch.where(_affine(x, scale, shift).to(x.dtype) <= 0, 0, dx)
     up = dx.to(mean.dtype)
-    xhat = (x - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
-    return dx, up.sum((0, 2, 3)), (up * xhat).sum((0, 2, 3))
+    return dx, up.sum((0, 2, 3)), (up * _normalised(x, mean, invstd)).sum((0, 2, 3))
+
+
+def conv_dgrad_join(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    before = (dy, weight, dy_x, dy_coefficients, residual, residual_mask)
+    dx = conv_dgrad(*before, None, None, None, None, None, size, stride, padding, dilation, groups)[0]
+    dz = torch.where(unpack_bits(mask, x), dx, 0).to(mean.dtype)
+    sums = dz.sum((0, 2, 3)), (dz * _normalised(x, mean, invstd)).sum((0, 2, 3))
+    if shortcut is None or shortcut_mean is None or shortcut_invstd is None:
+        return (dx, *sums, mean.new_empty(0))
+    return (dx, *sums, (dz * _normalised(shortcut, shortcut_mean, shortcut_invstd)).sum((0, 2, 3)))
+
+
+def _normalised(x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    return (x - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1)
 
 
 def conv_wgrad(

@@ -18,7 +18,16 @@ from resnet_fused.ops import aten
 CUDA_NAMESPACE = "resnet_fused_cuda"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONV_OPS = frozenset(
-    {"conv_fprop", "conv_fprop_stats", "conv_dgrad", "conv_wgrad", "bn_backward_finalize", "conv_chain", "conv_join"}
+    {
+        "conv_fprop",
+        "conv_fprop_stats",
+        "conv_dgrad",
+        "conv_dgrad_join",
+        "conv_wgrad",
+        "bn_backward_finalize",
+        "conv_chain",
+        "conv_join",
+    }
 )
 _MEMORY_OPS = frozenset(
     {

@@ -67,6 +67,19 @@ def _(dy, weight, dy_x, coefficients, residual, mask, x, scale, shift, mean, inv
 
 
 @_op(
+    "conv_dgrad_join(Tensor dy, Tensor weight, Tensor? dy_x, Tensor? dy_coefficients, Tensor? residual, "
+    "Tensor? residual_mask, Tensor x, Tensor mask, Tensor mean, Tensor invstd, Tensor? shortcut, "
+    "Tensor? shortcut_mean, Tensor? shortcut_invstd, SymInt[2] size, SymInt[2] stride, SymInt[2] padding, "
+    "SymInt[2] dilation, SymInt groups) -> (Tensor dx, Tensor sum_dz, Tensor sum_dz_xhat, Tensor sum_dz_shortcut)"
+)
+def _(dy, weight, dy_x, coefficients, residual, bits, x, mask, mean, invstd, shortcut, *rest):  # type: ignore[no-untyped-def]
+    _, _, size, *geometry = rest
+    channels = weight.shape[1] * geometry[3]
+    dx = torch.empty((dy.shape[0], channels, *size), dtype=dy.dtype, device=dy.device, memory_format=_memory_format(dy))
+    return dx, _vector(dy, channels), _vector(dy, channels), _vector(dy, 0 if shortcut is None else channels)
+
+
+@_op(
     "conv_wgrad(Tensor dy, Tensor x, Tensor? dy_x, Tensor? dy_coefficients, Tensor? x_scale, Tensor? x_shift, "
     "SymInt[2] filter, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor dweight"
 )

@@ -1,0 +1,104 @@
+"""The data gradient of a block's first convolution, with the sums of the batch norms that end the block before."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from resnet_fused.kernels._conv import refuse_bits, refuse_half, refuse_like, refuse_vectors
+from resnet_fused.kernels.conv_dgrad import refuse as refuse_dgrad
+from resnet_fused.kernels.conv_dgrad import run
+from resnet_fused.kernels.reduce_rows import reduce_pair, reduce_rows
+from resnet_fused.plan.conv import ConvConfig
+
+
+def refuse(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> str | None:
+    """Why `conv_dgrad_join` cannot run on these arguments, or None."""
+    before = (dy, weight, dy_x, dy_coefficients, residual, residual_mask)
+    reason = refuse_dgrad(*before, *(None,) * 5, size, stride, padding, dilation, groups)
+    if reason is not None:
+        return reason
+    channels = weight.shape[1] * groups
+    means = {"mean": mean, "invstd": invstd, "shortcut_mean": shortcut_mean, "shortcut_invstd": shortcut_invstd}
+    return (
+        refuse_half(shortcut=shortcut, shortcut_mean=shortcut_mean, shortcut_invstd=shortcut_invstd)
+        or refuse_like(dy, (dy.shape[0], channels, *size), x=x, shortcut=shortcut)
+        or refuse_vectors(dy.device, channels, **means)
+        or refuse_bits("mask", mask, x)
+    )
+
+
+def conv_dgrad_join(
+    dy: Tensor,
+    weight: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    residual: Tensor | None,
+    residual_mask: Tensor | None,
+    x: Tensor,
+    mask: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_invstd: Tensor | None,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    config: ConvConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx of `conv_dgrad`, residual and all, as it is; and over dz = mask ? dx : 0 (a select) what `bn_backward_reduce`
+    would find in it: sum(dz) and sum(dz * (x - mean) * invstd), the latter for `shortcut` too.
+
+    Args:
+        dy: as in `conv_dgrad`; so are weight, dy_x, dy_coefficients, residual and residual_mask.
+        weight: see dy.
+        dy_x: see dy.
+        dy_coefficients: see dy.
+        residual: see dy.
+        residual_mask: see dy.
+        x: [N, C, *size] in NHWC order: what the batch norm normalised whose sum with a shortcut, rectified, was the
+            convolution's input.
+        mask: bits of that ReLU, from `bn_apply`.
+        mean: [C] fp32; so is invstd.
+        invstd: see mean.
+        shortcut: like x, what the batch norm of a projection normalised, or None; with shortcut_mean and
+            shortcut_invstd, [C] fp32, or without.
+        shortcut_mean: see shortcut.
+        shortcut_invstd: see shortcut.
+        size: (H, W) of the image.
+        stride: as in `conv_dgrad`; so are padding, dilation, groups and config.
+        padding: see stride.
+        dilation: see stride.
+        groups: see stride.
+        config: see stride.
+
+    Returns:
+        dx: [N, C, *size] in NHWC order, in the dtype of dy.
+        sum_dz, sum_dz_xhat, sum_dz_shortcut: [C] fp32, of dx as it was rounded, added in a fixed order; the last is
+            empty without shortcut.
+    """
+    before = (dy_x, dy_coefficients, residual, residual_mask)
+    operands = (*before, x, None, None, mean, invstd, mask, shortcut, shortcut_mean, shortcut_invstd)
+    dx, first, second, *third = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
+    return dx, *reduce_pair(first, second), reduce_rows(third[0]) if third else first.new_empty(0)
