@@ -228,6 +228,11 @@ def crashed(reason: str) -> bool:
     )
 
 
+def unusable(results: dict[str, str | None]) -> bool:
+    """Whether one of the results of `check_all` says that its process is of no more use."""
+    return any(why is not None and crashed(why) for why in results.values())
+
+
 def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERIFIED_IMAGES) -> dict[str, str | None]:
     """`check` of the job's op, or of every op of its family, by op, for at most so many images."""
     problem = job.problem.with_batch(min(job.problem.batch, images))

@@ -6,8 +6,9 @@ it times anything.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from resnet_fused.plan.conv import tf32_allowed
 from resnet_fused.plan.table import Choice, Problem
 
 from . import provenance
+from .apart import Lost, run_apart
 from .candidates import backends, candidates
 from .cases import DTYPES, UsageError
-from .checks import REFUSED, VERIFIED_IMAGES, check_all
+from .checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
 from .network import networks
 from .problems import Job, jobs
 from .progress import Silent
@@ -93,6 +95,7 @@ def verify(
     image_size: int = 224,
     every_configuration: bool = False,
     rehearse: bool = False,
+    processes: int | None = None,
     command: str = "resnet_fused.verify()",
     reporter: Any = None,
 ) -> Verification:
@@ -110,6 +113,9 @@ def verify(
         image_size: side of the square input.
         every_configuration: all launch configurations that `tune` would try, not only those used without a table.
         rehearse: a tiny network instead, for a CPU (Triton's interpreter, host-executed CUDA kernels).
+        processes: that compile and check side by side; a kernel that crashes or hangs takes only its own with it. By
+            default 8, in a rehearsal 1: this one. A script that calls this with more than 1 does so under
+            `if __name__ == "__main__"`.
         command: recorded as the origin of the result.
         reporter: gets `start(text)` per problem and `detail(text)`.
 
@@ -134,14 +140,33 @@ def verify(
             tf32 = dtype == "fp32" and tf32_allowed()
             for job in jobs(network, modes, 2 if rehearse else batch, DTYPES[dtype], arch, tf32):
                 found.setdefault(job.problem, job)
-    reporter, checks = reporter or Silent(), []
-    for job in found.values():
-        reporter.start(str(job.problem))
-        for choice in candidates(job, device, arch, quick=not every_configuration):
-            if choice.backend == "aten":
-                continue
-            reporter.detail(str(choice))
-            for op, reason in check_all(job, choice, device, batch).items():
-                checks.append(Check(job.problem, op, choice, reason))
+    if processes is None:
+        processes = 1 if rehearse else min(8, os.cpu_count() or 1)
+    quick = not every_configuration
+    pairs = [
+        (job, choice)
+        for job in found.values()
+        for choice in candidates(job, device, arch, quick=quick)
+        if choice.backend != "aten"
+    ]
+    checks = tuple(_checks(pairs, device, batch, processes, reporter or Silent()))
     facts = provenance.collect(device, command)
-    return Verification(provenance.device_name(facts), tuple(checks), facts)
+    return Verification(provenance.device_name(facts), checks, facts)
+
+
+def _checks(
+    pairs: list[tuple[Job, Choice]], device: torch.device, images: int, processes: int, reporter: Any
+) -> Iterator[Check]:
+    """In the order of `pairs`."""
+    tasks = [(job, choice, device, images) for job, choice in pairs]
+    if processes > 1:
+        results: Iterable[tuple[int, Any]] = run_apart(check_all, tasks, processes, last=unusable)
+    else:
+        results = ((index, check_all(*task)) for index, task in enumerate(tasks))
+    found: dict[int, dict[str, str | None]] = {}
+    for index, result in results:
+        job, choice = pairs[index]
+        reporter.start(f"{job.problem}: {choice}")
+        found[index] = {job.problem.op: result.reason} if isinstance(result, Lost) else result
+    for index, (job, choice) in enumerate(pairs):
+        yield from (Check(job.problem, op, choice, reason) for op, reason in found[index].items())
