@@ -112,17 +112,43 @@ def test_what_differs_in_anything_but_the_batch_is_another_problem():
     assert [choice.measured(other, table) for other in others] == [None] * len(others)
 
 
-def test_verified_on_the_architecture_but_not_timed_on_this_gpu_is_the_heuristic():
-    table = make_table(entry(problem(), aten=1.0, fast=0.5))
-    found = choice.plan(problem(), 90, [table], "NVIDIA H100 PCIe")
-    assert found == Choice("triton", conv_fprop_heuristic(SHAPE, torch.bfloat16, 90))
-    assert choice.default("conv_fprop", 90, [table], "NVIDIA H100 PCIe") == "triton"
+@pytest.mark.parametrize(
+    "gpu,arch,needed",
+    [
+        (H100, 90, 1.0),
+        ("NVIDIA H100 PCIe", 90, table_module.SAME_MODEL),
+        ("NVIDIA H200", 90, table_module.SAME_ARCHITECTURE),
+        ("NVIDIA B200", 100, None),
+    ],
+)
+def test_a_table_speaks_for_other_gpus_of_its_architecture_with_a_margin(gpu, arch, needed):
+    for won in (1.05, 1.2, 1.3):
+        table = make_table(entry(problem(), aten=won, fast=1.0, slow=2.0))
+        expected = needed is not None and won >= needed
+        assert choice.plan(problem(), arch, [table], gpu) == (Choice("triton", FAST) if expected else Choice("aten"))
+        assert choice.default("conv_fprop", arch, [table], gpu) == ("triton" if expected else "aten")
 
 
-def test_verified_on_another_architecture_is_no_default():
+def test_a_gpus_own_table_goes_before_that_of_its_model_before_that_of_its_architecture():
+    tables = [make_table(gpu=gpu) for gpu in ("NVIDIA GH200 480GB", "NVIDIA H100 PCIe", H100)]
+    asked = [(table.gpu, table.gpu) for table in tables]
+    asked += [("NVIDIA H100 NVL", "NVIDIA H100 PCIe"), ("NVIDIA H200", "NVIDIA GH200 480GB")]
+    for gpu, expected in asked:
+        table, margin = table_module.speaking_for(tables, gpu, 90)
+        assert table.gpu == expected and (margin == 1.0) == (gpu == expected)
+
+
+def test_what_was_verified_but_not_timed_is_no_default():
+    table = make_table(verified={("conv_fprop", "triton")})
+    assert choice.plan(problem(), 90, [table], H100) == Choice("aten")
+
+
+def test_what_was_not_timed_runs_what_won_over_the_ops_other_problems():
     table = make_table(entry(problem(), aten=1.0, fast=0.5))
-    assert choice.plan(problem(), 100, [table], "NVIDIA B200") == Choice("aten")
-    assert choice.default("conv_fprop", 100, [table], "NVIDIA B200") == "aten"
+    other = problem(shape=dataclasses.replace(SHAPE, k=128))
+    config = conv_fprop_heuristic(other.shape, torch.bfloat16, 90)
+    assert choice.plan(other, 90, [table], H100) == Choice("triton", config)
+    assert choice.plan(dataclasses.replace(other, dtype=torch.float16), 90, [table], H100) == Choice("aten")
 
 
 def test_the_default_of_an_op_is_what_takes_least_time_over_all_its_problems():

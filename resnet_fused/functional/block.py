@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import ops, plan
@@ -20,6 +21,7 @@ from resnet_fused._compiling import constant
 from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
 from resnet_fused.functional.common import (
     Geometry,
+    add_relu,
     channels_last,
     common_reason,
     conv_shape,
@@ -73,7 +75,8 @@ def choose_chain(
     residual: Tensor | None = None,
     relu: bool = True,
 ) -> Chain | None:
-    """How to run these layers as one chain, or None where they are to be run one by one (or PyTorch to raise).
+    """How to run these layers as one chain, or None where they are to be run one by one (or PyTorch to raise). A chain
+    that was measured to be slower than PyTorch's own layers is one of no layers: `run_chain` runs those.
 
     Raises:
         RuntimeError: a forced backend has the kernels, and cannot run them on these tensors.
@@ -81,23 +84,27 @@ def choose_chain(
     if residual is x:
         identity, residual = True, None
     forced = plan.forced_backend()
-    backend = forced or plan.default_backend("bn_apply", x.device.type)
+    dtype = _dtype_under_autocast(x)
+    measured = None if forced else _measured(x, dtype, branch, shortcut, identity)
+    if measured == "aten":
+        return Chain((), None, identity, relu, "aten")
+    backend = forced or measured or plan.default_backend("bn_apply", x.device.type)
     if backend == "aten" or x.dim() != 4 or x.numel() == 0:
         return None
-    dtype = _dtype_under_autocast(x)
     if identity and dtype != x.dtype:
         return None  # the sum is of two dtypes
     layers: list[Layer] = []
     shape: tuple[int, ...] | None = tuple(x.shape)
     for layer in branch:
         assert shape is not None
-        chosen, shape = _choose_layer(function, x, dtype, shape, layer, layer is branch[0], forced)
+        first = layer is branch[0]
+        chosen, shape = _choose_layer(function, x, dtype, shape, layer, first, first and identity, forced)
         if chosen is None:
             return None
         layers.append(chosen)
     projection = None
     if shortcut is not None:
-        projection, projected = _choose_layer(function, x, dtype, tuple(x.shape), shortcut, True, forced)
+        projection, projected = _choose_layer(function, x, dtype, tuple(x.shape), shortcut, True, False, forced)
         if projection is None or projected != shape:
             return None
     if (identity and tuple(x.shape) != shape) or (residual is not None and tuple(residual.shape) != shape):
@@ -120,8 +127,42 @@ def _dtype_under_autocast(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _measured(
+    x: Tensor, dtype: torch.dtype, branch: Sequence[ConvBN], shortcut: ConvBN | None, identity: bool
+) -> str | None:
+    """What was fastest of a chain of this shape, or None where none was measured (or PyTorch is to raise)."""
+    if x.device.type != "cuda" or x.dim() != 4 or torch.compiler.is_compiling():  # which cannot see through the tables
+        return None
+    shapes: list[ConvShape] = []
+    out: tuple[int, ...] | None = tuple(x.shape)
+    for layer in branch:
+        shape = out
+        out = None if shape is None else conv_shape(shape, layer.weight, layer.geometry)
+        if shape is None or out is None or not layer.batch_statistics:
+            return None
+        shapes.append(_problem(shape, layer))
+    projection = None
+    if shortcut is not None:
+        if conv_shape(tuple(x.shape), shortcut.weight, shortcut.geometry) != out or not shortcut.batch_statistics:
+            return None
+        projection = _problem(tuple(x.shape), shortcut)
+    block = plan.BlockShape(tuple(shapes), projection, identity)
+    return plan.block(block, dtype, _arch(x.device), uses_tf32(dtype))
+
+
+def _problem(shape: tuple[int, ...], layer: ConvBN) -> ConvShape:
+    return ConvShape(*shape, layer.weight.shape[0], *layer.weight.shape[2:], *layer.geometry)  # type: ignore[call-arg, arg-type]
+
+
 def _choose_layer(
-    function: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...], layer: ConvBN, first: bool, forced: str | None
+    function: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    layer: ConvBN,
+    first: bool,
+    residual: bool,
+    forced: str | None,
 ) -> tuple[Layer | None, tuple[int, ...] | None]:
     """How to run one layer on an input of `shape`, and the shape of its result."""
     weight = layer.weight
@@ -133,24 +174,21 @@ def _choose_layer(
     cast = torch.is_autocast_enabled(x.device.type) if x.device.type in ("cpu", "cuda") else False
     if weight.device != x.device or not (weight.dtype == dtype or (cast and weight.dtype != torch.float64)):
         return None, None
-    problem = ConvShape(*shape, weight.shape[0], *weight.shape[2:], *layer.geometry)  # type: ignore[call-arg, arg-type]
-    arch = _arch(x.device)
-    fusion = plan.training(problem, dtype, arch)
-    fusion = replace(fusion, prologue=fusion.prologue and not first)
-    backends = _conv_backends(function, problem, dtype, x.device, arch, fusion, forced)
-    return Layer(layer.geometry, layer.batch_statistics, *backends, fusion), out
+    problem, arch = _problem(shape, layer), _arch(x.device)
+    plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None
+    if plans and training_refusal(problem, dtype) is None:
+        chosen = plan.layer(problem, dtype, arch, uses_tf32(dtype), first, residual)
+    else:
+        fusion = plan.training(problem, dtype, arch)
+        fusion = replace(fusion, prologue=fusion.prologue and not first)
+        chosen = plan.LayerPlan(*_conv_backends(function, problem, dtype, x.device, forced), fusion)
+    return Layer(layer.geometry, layer.batch_statistics, chosen.fprop, chosen.dgrad, chosen.wgrad, chosen.fusion), out
 
 
 def _conv_backends(
-    function: str,
-    problem: ConvShape,
-    dtype: torch.dtype,
-    device: torch.device,
-    arch: int,
-    fusion: plan.Fusion,
-    forced: str | None,
+    function: str, problem: ConvShape, dtype: torch.dtype, device: torch.device, forced: str | None
 ) -> tuple[str, str, str]:
-    """The backends of fprop, dgrad and wgrad."""
+    """The backends of fprop, dgrad and wgrad where the plan's tables cannot tell."""
     if forced is not None and not ops.implements(forced, "conv_fprop_stats"):
         return "aten", "aten", "aten"
     if forced is not None and forced != "triton":
@@ -161,16 +199,7 @@ def _conv_backends(
         return "aten", "aten", "aten"
     if forced is not None:
         return forced, forced, forced
-    if torch.compiler.is_compiling():  # which cannot see through the tables
-        return tuple(plan.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
-    tf32 = uses_tf32(dtype)
-    prologue = ("prologue",) if fusion.prologue else ()
-    gradient = fusion.dgrad_prologue
-    fprop = plan.choose(plan.Problem("conv_fprop_stats", problem, dtype, tf32, prologue), arch)
-    dgrad = plan.choose(plan.Problem("conv_dgrad", problem, dtype, tf32, ("prologue",) if gradient else ()), arch)
-    flags = ("dy_prologue",) * gradient + ("x_prologue",) * fusion.prologue
-    wgrad = plan.choose(plan.Problem("conv_wgrad", problem, dtype, tf32, flags), arch)
-    return fprop.backend, dgrad.backend, wgrad.backend
+    return tuple(plan.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
 
 
 @constant
@@ -190,6 +219,8 @@ def run_chain(
     Mutates:
         The running statistics of the layers that train.
     """
+    if not chain.branch:
+        return _plain(chain, x, branch, shortcut, residual)
     residual = None if chain.identity else residual
     x = dense(x.to(_dtype_under_autocast(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
@@ -208,6 +239,22 @@ def run_chain(
     parameters = [p for layer in layers for p in (layer.weight, layer.bn_weight, layer.bn_bias)]
     y: Tensor = ConvChain.apply(chain, x, residual, *parameters, *(t for one in made for t in one))
     return y.contiguous() if nchw else y
+
+
+def _plain(
+    chain: Chain, x: Tensor, branch: Sequence[ConvBN], shortcut: ConvBN | None, residual: Tensor | None
+) -> Tensor:
+    """The same on PyTorch's own layers."""
+
+    def normalised(value: Tensor, layer: ConvBN) -> Tensor:
+        z = F.conv2d(value, layer.weight, None, *layer.geometry)
+        return F.batch_norm(z, *layer.vectors, layer.batch_statistics, layer.momentum, layer.eps)
+
+    value = x
+    for layer in branch[:-1]:
+        value = F.relu(normalised(value, layer), inplace=True)
+    added = normalised(x, shortcut) if shortcut is not None else x if chain.identity else residual
+    return add_relu(normalised(value, branch[-1]), added, chain.relu)
 
 
 def _layer(

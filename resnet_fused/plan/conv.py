@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +43,29 @@ class ConvShape:
     def q(self) -> int:
         """Columns of the output."""
         return (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A chain of convolutions, each behind the batch norm and ReLU of the one before, and what is added at its end.
+
+    Attributes:
+        branch: in order.
+        shortcut: the projection of the input that is added, or None.
+        identity: the input itself is added.
+    """
+
+    branch: tuple[ConvShape, ...]
+    shortcut: ConvShape | None = None
+    identity: bool = False
+
+    @property
+    def n(self) -> int:
+        return self.branch[0].n
+
+    def with_batch(self, n: int) -> BlockShape:
+        shortcut = None if self.shortcut is None else replace(self.shortcut, n=n)
+        return replace(self, branch=tuple(replace(conv, n=n) for conv in self.branch), shortcut=shortcut)
 
 
 @dataclass(frozen=True)

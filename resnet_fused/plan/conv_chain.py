@@ -18,6 +18,16 @@ from resnet_fused.plan.conv import (
 
 # The activation between conv2 and conv3, and the accumulator of the next conv1, stay in registers whole.
 MAX_CHAIN_CHANNELS = 128
+# (block_m, block_n, block_k, warps, stages)
+CHAIN_TILES = (
+    (128, 32, 32, 8, 3),
+    (128, 64, 64, 8, 3),
+    (128, 32, 64, 8, 2),
+    (64, 64, 64, 4, 3),
+    (64, 32, 64, 4, 3),
+    (64, 32, 64, 8, 3),
+    (128, 128, 32, 8, 3),
+)
 _DTYPES = (torch.float16, torch.bfloat16)
 _MIN_CHANNELS_PER_TAP = 32
 
@@ -73,6 +83,40 @@ def conv_chain_heuristic(shape: ConvShape, next_channels: int | None, dtype: tor
 def conv_chain_configurations(inner: int, next_channels: int | None, dtype: torch.dtype, arch: int) -> list[ConvConfig]:
     """Every configuration that `conv_chain_heuristic` can return for these numbers of channels."""
     return [_chain(m, chain_tile(inner), chain_tile(next_channels or 1), dtype, arch) for m in (128, 64)]
+
+
+def conv_chain_candidates(inner: int, next_channels: int | None, dtype: torch.dtype, arch: int) -> list[ConvConfig]:
+    """What `tune` tries beside the heuristic: none of these spills on sm_80, sm_90 or sm_100 (Triton 3.6 and 3.9)."""
+    found = conv_chain_configurations(inner, next_channels, dtype, arch)
+    for m, n, k, warps, stages in CHAIN_TILES:
+        if n <= 64 or chain_tile(inner) <= 64:
+            found.append(ConvConfig(m, n, k, warps, stages if arch in (80, 90, 100) else 2))
+    return list(dict.fromkeys(found))
+
+
+def chain_flags(outputs: int, next_channels: int | None) -> tuple[str, ...]:
+    """What a table must know of a chain beside its first convolution: the channels of the other two."""
+    return (f"next {next_channels or 0}", f"outputs {outputs}")
+
+
+def join_flags(shortcut_channels: int, stride: int) -> tuple[str, ...]:
+    """What a table must know of a join beside its first convolution: what the shortcut's reads."""
+    return (f"shortcut {shortcut_channels}", f"stride {stride}")
+
+
+def numbers(flags: tuple[str, ...]) -> dict[str, int]:
+    """The flags that say a number: {"next": 64} of "next 64"."""
+    return {name: int(number) for name, _, number in (flag.partition(" ") for flag in flags) if number}
+
+
+def chain_heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool, flags: tuple[str, ...]) -> ConvConfig:
+    """`conv_chain_heuristic` by the flags of a problem."""
+    return conv_chain_heuristic(shape, numbers(flags)["next"] or None, dtype, arch)
+
+
+def join_heuristic(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool, flags: tuple[str, ...]) -> ConvConfig:
+    """`conv_join_heuristic` by the flags of a problem."""
+    return conv_join_heuristic(shape, numbers(flags)["shortcut"], dtype, arch, tf32)
 
 
 def conv_join_heuristic(

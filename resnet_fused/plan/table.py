@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 
-from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.plan.conv import BlockShape, ConvConfig, ConvShape
 
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
 BACKENDS = ("aten", "triton", "cuda", "reference")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 _Json = dict[str, Any]
+# What another GPU's table must show for a kernel of ours: PyTorch's time over its time.
+SAME_MODEL, SAME_ARCHITECTURE = 1.1, 1.25
 
 
 class TableError(ValueError):
@@ -39,24 +41,27 @@ class Problem:
 
     Attributes:
         op: an op's name.
-        shape: of the convolution; of the activation, `(n, c, h, w)`, for every other op.
+        shape: of the convolution; of a `"residual_block"` all of its convolutions; of the activation, `(n, c, h, w)`,
+            for every other op.
         dtype: of the activations.
         tf32: whether fp32 products may be rounded to TF32.
-        flags: variants of the op that other launch configurations suit, as `"prologue"`; sorted.
+        flags: what else the op does, as `"prologue"`, or is told, as `"outputs 256"`; sorted.
     """
 
     op: str
-    shape: ConvShape | tuple[int, ...]
+    shape: ConvShape | BlockShape | tuple[int, ...]
     dtype: torch.dtype
     tf32: bool = False
     flags: tuple[str, ...] = ()
 
     @property
     def batch(self) -> int:
-        return self.shape.n if isinstance(self.shape, ConvShape) else self.shape[0]
+        return self.shape[0] if isinstance(self.shape, tuple) else self.shape.n
 
     def with_batch(self, n: int) -> Problem:
         shape = self.shape
+        if isinstance(shape, BlockShape):
+            return dataclasses.replace(self, shape=shape.with_batch(n))
         return dataclasses.replace(
             self, shape=dataclasses.replace(shape, n=n) if isinstance(shape, ConvShape) else (n, *shape[1:])
         )
@@ -64,19 +69,35 @@ class Problem:
     def __str__(self) -> str:
         s = self.shape
         if isinstance(s, ConvShape):
-            text = f"{s.n}x{s.c}x{s.h}x{s.w} -> {s.k}, {s.r}x{s.s}"
-            text += f" / {s.stride[0]}" if s.stride != (1, 1) else ""
-            text += f", dilation {s.dilation[0]}" if s.dilation != (1, 1) else ""
-            text += f", {s.groups} groups" if s.groups > 1 else ""
+            text = _convolution(s)
+        elif isinstance(s, BlockShape):
+            text = f"{_convolution(s.branch[0])}" + "".join(f" -> {_kernel(conv)}" for conv in s.branch[1:])
+            text += f" + {_kernel(s.shortcut)}" if s.shortcut else " + x" if s.identity else ""
         else:
             text = "x".join(map(str, s))
         name = {v: k for k, v in _DTYPES.items()}[self.dtype]
         return " ".join([self.op, text, name, *(["tf32"] if self.tf32 else []), *self.flags])
 
 
+def _convolution(s: ConvShape) -> str:
+    return f"{s.n}x{s.c}x{s.h}x{s.w} -> {_kernel(s)}"
+
+
+def _kernel(s: ConvShape) -> str:
+    """Output channels, filter and what is unusual about it."""
+    text = f"{s.k}, {s.r}x{s.s}"
+    text += f" / {s.stride[0]}" if s.stride != (1, 1) else ""
+    text += f", dilation {s.dilation[0]}" if s.dilation != (1, 1) else ""
+    return text + (f", {s.groups} groups" if s.groups > 1 else "")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """A backend and, where it takes one, a launch configuration (None: the launcher's own)."""
+    """A backend and, where it takes one, a launch configuration (None: the launcher's own).
+
+    Of a residual block `"aten"` is PyTorch's own layer by layer, another backend the chain whose passes beside the
+    convolutions run on it.
+    """
 
     backend: str
     config: ConvConfig | None = None
@@ -85,8 +106,8 @@ class Choice:
         if self.config is None:
             return self.backend
         c = self.config
-        splits = f" splits={c.splits}" if c.splits > 1 else ""
-        return f"{self.backend} {c.kernel} {c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}{splits}"
+        more = " flat" * c.flat + (f" splits={c.splits}" if c.splits > 1 else "")
+        return f"{self.backend} {c.kernel} {c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}{more}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,9 @@ class Entry:
     @property
     def winner(self) -> Choice:
         return min(self.measured, key=lambda pair: pair[1])[0]
+
+    def ms(self, choice: Choice) -> float:
+        return next(ms for other, ms in self.measured if other == choice)
 
     def best(self, backend: str) -> tuple[Choice, float] | None:
         """The fastest of one backend's, or None if none of its was measured."""
@@ -170,7 +194,7 @@ def _entry_from_json(value: Any, verified: frozenset[tuple[str, str]]) -> Entry:
     op, dtype, shape = _typed(value, "op", str), _typed(value, "dtype", str), value.get("shape")
     _expect(dtype in _DTYPES, f"dtype is {dtype!r}; choices: {', '.join(_DTYPES)}")
     if isinstance(shape, dict):
-        shape = _dataclass(ConvShape, shape)
+        shape = _block(shape) if "branch" in shape else _dataclass(ConvShape, shape)
     else:
         good = isinstance(shape, list) and len(shape) == 4 and all(isinstance(s, int) and s > 0 for s in shape)
         _expect(good, f"shape is {shape!r}, not [n, c, h, w] nor a convolution's")
@@ -193,6 +217,16 @@ def _entry_from_json(value: Any, verified: frozenset[tuple[str, str]]) -> Entry:
     good = isinstance(winner, int) and 0 <= winner < len(measured) and measured[winner][0] == entry.winner
     _expect(good, f"winner is {winner!r}, not the fastest candidate of {problem}")
     return entry
+
+
+def _block(value: _Json) -> BlockShape:
+    _expect(value.keys() <= {"branch", "shortcut", "identity"}, f"a block has no {', '.join(sorted(value))}")
+    branch, shortcut = _typed(value, "branch", list), value.get("shortcut")
+    _expect(bool(branch), "a block without convolutions")
+    projection = None if shortcut is None else _dataclass(ConvShape, shortcut)
+    return BlockShape(
+        tuple(_dataclass(ConvShape, conv) for conv in branch), projection, _typed(value, "identity", bool)
+    )
 
 
 def _expect(condition: bool, message: str) -> None:
@@ -276,3 +310,25 @@ def merge(old: Table, new: Table) -> Table:
 
 def of_gpu(tables: Iterable[Table], gpu: str) -> Table | None:
     return next((table for table in tables if table.gpu == gpu), None)
+
+
+def speaking_for(tables: Iterable[Table], gpu: str | None, arch: int) -> tuple[Table | None, float]:
+    """The table to ask about a GPU, and by which factor a kernel of ours must have beaten PyTorch's own in it to be
+    chosen: 1 in the GPU's own, more in that of another GPU of its architecture, as clocks, multiprocessors and memory
+    differ. One of the same model (H100 PCIe, H100 SXM) goes before the others.
+    """
+    if gpu is None:
+        return None, 1.0
+    near = [table for table in tables if table.arch == arch]
+    own = of_gpu(near, gpu)
+    if own is not None:
+        return own, 1.0
+    sibling = next((table for table in near if model_of(table.gpu) == model_of(gpu)), None)
+    if sibling is not None:
+        return sibling, SAME_MODEL
+    return (near[0], SAME_ARCHITECTURE) if near else (None, 1.0)
+
+
+def model_of(gpu: str) -> str:
+    """`H100` of "NVIDIA H100 80GB HBM3": the first word with a digit; the whole name where there is none."""
+    return next((word for word in gpu.split() if any(map(str.isdigit, word))), gpu)
