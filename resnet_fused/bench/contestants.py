@@ -16,6 +16,7 @@ import resnet_fused
 
 from . import other_runtimes
 from .cases import MODES, Case, Unavailable
+from .cudnn_graphs_network import cudnn_graphs
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Prepare = Callable[[nn.Module, torch.Tensor, Case], Forward]
@@ -86,6 +87,12 @@ CONTESTANTS: dict[str, Contestant] = {
             "exported to ONNX Runtime, NCHW",
             other_runtimes.onnxruntime,
             memory_format=torch.contiguous_format,
+            modes=("infer",),
+        ),
+        Contestant(
+            "cudnn-graphs",
+            "cuDNN's own graphs of convolution, folded batch norm, add and ReLU (nvidia-cudnn-frontend)",
+            cudnn_graphs,
             modes=("infer",),
         ),
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
