@@ -31,6 +31,7 @@ def assert_within_contract(actual: Tensor, plain: Tensor, truth: Tensor, what: s
     assert torch.equal(a.isinf(), p.isinf()), (
         f"{what}: {int(a.isinf().sum())} inf, plain PyTorch has {int(p.isinf().sum())}"
     )
+    assert torch.equal(a[p.isinf()], p[p.isinf()]), f"{what}: an inf of the other sign than plain PyTorch's"
     finite = p.isfinite() & t.isfinite()
     if not finite.any():
         return

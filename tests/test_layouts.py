@@ -23,7 +23,7 @@ def _unit(channels: int = 4, out: int = 6, kernel: int = 3, stride: int = 1, **o
     return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU()).to(DEVICE)
 
 
-def _agree(plain: nn.Module, x: Tensor, backend: str, tolerance: float = 1e-4) -> None:
+def assert_agreement(plain: nn.Module, x: Tensor, backend: str, tolerance: float = 1e-4) -> None:
     """In training and in evaluation: the same results in the same memory order, or the same error, and state."""
     for training in (True, False):
         models = [copy.deepcopy(plain).train(training), fuse(copy.deepcopy(plain)).train(training)]
@@ -59,8 +59,8 @@ AMBIGUOUS = {
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_strides_that_are_two_layouts_at_once(backend, name):
     x = AMBIGUOUS[name]().to(DEVICE)
-    _agree(_unit(x.shape[1]), x, backend)
-    _agree(_unit(x.shape[1], kernel=1), x, backend)
+    assert_agreement(_unit(x.shape[1]), x, backend)
+    assert_agreement(_unit(x.shape[1], kernel=1), x, backend)
 
 
 NOT_DENSE = {
@@ -80,7 +80,7 @@ NOT_DENSE = {
 @pytest.mark.parametrize("name", NOT_DENSE)
 def test_inputs_that_are_not_dense(backend, name):
     x = NOT_DENSE[name]().to(DEVICE)
-    _agree(_unit(), x, backend)
+    assert_agreement(_unit(), x, backend)
     for function in (functional.batch_norm_act, functional.batch_norm_act_max_pool):
         results = []
         for name in ("auto", backend):
@@ -97,8 +97,8 @@ def test_inputs_that_are_not_dense(backend, name):
 def test_dimensions_of_size_zero(backend, shape):
     x = torch.randn(shape, device=DEVICE)
     if shape[1]:
-        _agree(_unit(), x, backend)
-        _agree(_unit(kernel=1), x, backend)
+        assert_agreement(_unit(), x, backend)
+        assert_agreement(_unit(kernel=1), x, backend)
     for function, plain in (
         (functional.batch_norm_act, lambda x: F.batch_norm(x, None, None, training=True).relu()),
         (lambda x, *_, **__: functional.add_act(x, x), lambda x: (x + x).relu()),
@@ -117,9 +117,9 @@ def test_dimensions_of_size_zero(backend, shape):
 @pytest.mark.parametrize(("size", "kernel", "padding"), [(1, 3, 1), (1, 7, 3), (2, 5, 2), (2, 3, 0), (1, 1, 0)])
 def test_images_of_one_pixel_and_smaller_than_the_kernel(backend, size, kernel, padding):
     x = torch.randn(5, 4, size, size, device=DEVICE)
-    _agree(_unit(kernel=kernel, padding=padding), x, backend, 1e-3)
+    assert_agreement(_unit(kernel=kernel, padding=padding), x, backend, 1e-3)
     if backend != "triton" and kernel == 7:
-        _agree(Stem(4, 6).to(DEVICE), x, backend, 1e-3)
+        assert_agreement(Stem(4, 6).to(DEVICE), x, backend, 1e-3)
 
 
 @backends
@@ -129,10 +129,10 @@ def test_odd_sizes_at_every_stride(backend, stride, kernel):
     sizes = [(7, 9), (8, 5), (5, 6)] if backend != "triton" else [(7, 5)]
     for height, width in sizes:
         x = torch.randn(2, 3, height, width, device=DEVICE)
-        _agree(_unit(3, 5, kernel, stride), x, backend)
+        assert_agreement(_unit(3, 5, kernel, stride), x, backend)
         if backend != "triton":
             x = x.contiguous(memory_format=NHWC)
-            _agree(_unit(3, 5, kernel, stride).to(memory_format=NHWC), x, backend)
+            assert_agreement(_unit(3, 5, kernel, stride).to(memory_format=NHWC), x, backend)
 
 
 @quick_backends
@@ -140,8 +140,8 @@ def test_more_than_65535_images(backend):
     """The grid's second and third dimensions end there."""
     n = 65_543
     x = torch.randn(n, 2, 1, 2, device=DEVICE)
-    _agree(_unit(2, 3, 1), x, backend, 1e-3)
-    _agree(_unit(2, 3, 3), x.contiguous(memory_format=NHWC), backend, 1e-3)
+    assert_agreement(_unit(2, 3, 1), x, backend, 1e-3)
+    assert_agreement(_unit(2, 3, 3), x.contiguous(memory_format=NHWC), backend, 1e-3)
     y, other = torch.randn(2, n, 1, 3, device=DEVICE, requires_grad=True), torch.randn(2, n, 1, 3, device=DEVICE)
     with use_backend(backend):  # and as many channels
         actual = functional.batch_norm_act(y, None, None, residual=other, training=True)
@@ -160,4 +160,4 @@ def test_rectangular_geometry(backend):
         for bias in (True, False):
             if not bias:
                 plain[0].bias = None
-            _agree(plain, torch.randn(2, 4, 9, 11, device=DEVICE), backend)
+            assert_agreement(plain, torch.randn(2, 4, 9, 11, device=DEVICE), backend)
