@@ -82,6 +82,10 @@ def _training_cases(dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> I
                 yield _dgrad(dtype, tf32, config, prologue, "masked residual", odd, 3, 2)
                 yield _dgrad(dtype, tf32, config, prologue, "batch norm", even, 1, 1)
                 yield _dgrad(dtype, tf32, config, prologue, "batch norm", odd, 3, 2)
+                yield _dgrad(dtype, tf32, config, prologue, "join", odd, 3, 2)
+            yield _dgrad(dtype, tf32, config, prologue, "join", even, 1, 1)
+            if not quick:
+                yield _dgrad(dtype, tf32, config, prologue, "join behind a projection", even, 1, 1)
         if not quick:
             yield _dgrad(dtype, tf32, configs[-1], prologue, "batch norm", 64, 3, 1, batch=16384)
 
@@ -136,7 +140,20 @@ def _dgrad(
         "residual": (image, *(None,) * 6),
         "masked residual": (image, mask, *(None,) * 5),
         "batch norm": (None, None, image, *(vector(256) for _ in range(4))),
+        "join": (image, mask, image, mask, vector(256), vector(256), *(None,) * 3),
+        "join behind a projection": (
+            image,
+            mask,
+            image,
+            mask,
+            vector(256),
+            vector(256),
+            image,
+            vector(256),
+            vector(256),
+        ),
     }[epilogue]
+    name = "conv_dgrad_join" if "join" in epilogue else "conv_dgrad"
     args = (dy, weight, *before, *after, [56, 56], [stride] * 2, [pad] * 2, [1, 1], 1, config)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
@@ -146,7 +163,7 @@ def _dgrad(
         wide_stores=True,
         index64=image.numel() > 2**31,
     )
-    return _case("conv_dgrad", args, expect, dtype, tf32, config, outputs, filter_size, stride, prologue, epilogue)
+    return _case(name, args, expect, dtype, tf32, config, outputs, filter_size, stride, prologue, epilogue)
 
 
 def _case(

@@ -25,6 +25,7 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
+from resnet_fused.kernels._dgrad import JOIN_TILE, class_pixel, join_sums
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
@@ -80,6 +81,7 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    JOIN_ROWS: tl.constexpr,  # with a mask: pixels of a step of the reduction
 ):
     """dx[n, h, w, c] = sum over (r, s, k) of g[n, p, q, k] * weight[k, r, s, c] where h + pad = p * stride + r *
     dilation, likewise w; g = dy, or round(a * dy + b * dy_x + c) inside the image and zero outside.
@@ -104,16 +106,15 @@ def _conv_dgrad_kernel(
     class_w = tl.cdiv(W - j, stride_w)
     M = tl.cast(N, INDEX) * class_h * class_w  # none where the image is smaller than the stride
 
-    m = (tile // (stride_h * stride_w)).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = (tile // (stride_h * stride_w)).to(INDEX) * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
     n = (pid_n - group * tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
 
     # Rows past the end repeat the last one, columns the first ones (so that octets stay octets), and neither is
     # stored: no mask on the operands.
     row = tl.minimum(m, tl.maximum(M, 1) - 1)
-    w = row % tl.maximum(class_w, 1)
-    h = (row // tl.maximum(class_w, 1)) % tl.maximum(class_h, 1)
-    image = row // tl.maximum(class_h * class_w, 1)
+    image, h, w = class_pixel(row, class_h, class_w)
     # Tap t of the class is r = r0 + t * stride and meets p = p0 - t * dilation.
     r0 = (i + pad_h) % stride_h
     s0 = (j + pad_w) % stride_w
@@ -185,23 +186,26 @@ def _conv_dgrad_kernel(
     rounded = round_to(acc, dx.dtype.element_ty)
     tl.store(dx + out, rounded, mask=out_mask)
 
-    if x is not None:
+    if x is not None and mask is None:
         dz = to_fp32(rounded)
-        if mask is not None:
-            value = tl.load(x + out, mask=out_mask, other=0.0)
-            dz = tl.where(passes_bit(mask, out, out_mask), dz, 0.0)
         channel_mean = tl.load(mean + channel, mask=stored, other=0.0)
         channel_invstd = tl.load(invstd + channel, mask=stored, other=0.0)
         centred = tl.where(out_mask, to_fp32(value) - channel_mean[None, :], 0.0)
         partial = tile.to(INDEX) * C + channel
         tl.store(sum_dx + partial, sum_lanes(dz), mask=stored)
         tl.store(sum_dx_xhat + partial, sum_lanes(dz * centred) * channel_invstd, mask=stored)
+    if mask is not None:
+        place = (first, M, class_h, class_w, i, j, H, W, stride_h, stride_w, C, channel, stored)
+        total, total_x, total_shortcut = join_sums(
+            dx, x, mask, mean, shortcut, shortcut_mean, *place, BLOCK_M, BLOCK_N, JOIN_ROWS
+        )
+        partial = tile.to(INDEX) * C + channel
+        tl.store(sum_dx + partial, total, mask=stored)
+        channel_invstd = tl.load(invstd + channel, mask=stored, other=0.0)
+        tl.store(sum_dx_xhat + partial, total_x * channel_invstd, mask=stored)
         if shortcut is not None:
-            channel_mean = tl.load(shortcut_mean + channel, mask=stored, other=0.0)
             channel_invstd = tl.load(shortcut_invstd + channel, mask=stored, other=0.0)
-            value = tl.load(shortcut + out, mask=out_mask, other=0.0)
-            centred = tl.where(out_mask, to_fp32(value) - channel_mean[None, :], 0.0)
-            tl.store(sum_dx_shortcut + partial, sum_lanes(dz * centred) * channel_invstd, mask=stored)
+            tl.store(sum_dx_shortcut + partial, total_shortcut * channel_invstd, mask=stored)
 
 
 def refuse(
@@ -377,6 +381,7 @@ def run(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        JOIN_ROWS=min(config.block_m, JOIN_TILE // config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,

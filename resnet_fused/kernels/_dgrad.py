@@ -1,0 +1,79 @@
+"""Device functions of the data gradient: the pixels of a parity class, and the sums of the block before."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from resnet_fused.kernels._tile import passes_bit, sum_lanes, to_fp32
+
+JOIN_TILE = 4096  # elements of a step of `join_sums`: 16 a thread of 256, so that they fit beside three sums
+
+
+@triton.jit
+def class_pixel(row, class_h, class_w):
+    """(image, h, w) of a pixel of a parity class, which may be empty."""
+    w = row % tl.maximum(class_w, 1)
+    h = (row // tl.maximum(class_w, 1)) % tl.maximum(class_h, 1)
+    return row // tl.maximum(class_h * class_w, 1), h, w
+
+
+@triton.jit
+def image_pixel(row, class_h, class_w, i, j, H, W, stride_h, stride_w):
+    """The index in the whole image of a pixel of parity class (i, j)."""
+    image, h, w = class_pixel(row, class_h, class_w)
+    return (image * H + h * stride_h + i) * W + w * stride_w + j
+
+
+@triton.jit
+def join_sums(
+    dx,
+    x,
+    mask,
+    mean,
+    shortcut,
+    shortcut_mean,
+    first,
+    M,
+    class_h,
+    class_w,
+    i,
+    j,
+    H,
+    W,
+    stride_h,
+    stride_w,
+    C,
+    channel,
+    stored,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """sum(dz), sum(dz * (x - mean)) and sum(dz * (shortcut - shortcut_mean)) over a tile of pixels from `first` on, dz
+    = mask ? dx : 0.
+
+    What the program itself has written to dx is read again, out of a cache and a few rows at a time: all operands at
+    once, beside the accumulator, are more than there are registers.
+    """
+    tl.debug_barrier()  # dx was written by other threads
+    channel_mean = tl.load(mean + channel, mask=stored, other=0.0)[None, :]
+    if shortcut is not None:
+        other_mean = tl.load(shortcut_mean + channel, mask=stored, other=0.0)[None, :]
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    total_x = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    total_shortcut = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, BLOCK_M, ROWS):
+        row = first + start + tl.arange(0, ROWS)
+        pixel = image_pixel(row, class_h, class_w, i, j, H, W, stride_h, stride_w)
+        offset = pixel[:, None] * C + channel[None, :]
+        valid = (row < M)[:, None] & stored[None, :]
+        dz = to_fp32(tl.load(dx + offset, mask=valid, other=0.0))
+        dz = tl.where(passes_bit(mask, offset, valid), dz, 0.0)
+        value = to_fp32(tl.load(x + offset, mask=valid, other=0.0))
+        total += dz
+        total_x = tl.fma(dz, tl.where(valid, value - channel_mean, 0.0), total_x)
+        if shortcut is not None:
+            other = to_fp32(tl.load(shortcut + offset, mask=valid, other=0.0))
+            total_shortcut = tl.fma(dz, tl.where(valid, other - other_mean, 0.0), total_shortcut)
+    return sum_lanes(total), sum_lanes(total_x), sum_lanes(total_shortcut)
