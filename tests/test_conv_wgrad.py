@@ -293,6 +293,8 @@ DY = torch.zeros(2, 6, 3, 3).contiguous(memory_format=NHWC)
         ({"dy_x": DY}, "dy_coefficients"),
         ({"dy_coefficients": torch.zeros(3, 6)}, "dy_x"),
         ({"dy_x": DY, "dy_coefficients": torch.zeros(3, 5)}, "[3, 6]"),
+        ({"dy_x": DY, "dy_coefficients": torch.zeros(3, 6).double()}, "float32 [3, 6]"),
+        ({"dy_x": DY, "dy_coefficients": torch.zeros(6, 3).t()}, "contiguous float32 [3, 6]"),
         ({"x_scale": torch.zeros(8)}, "x_shift"),
         ({"x_scale": torch.zeros(8), "x_shift": torch.zeros(7)}, "x_shift"),
         ({"groups": 4}, "groups=4"),

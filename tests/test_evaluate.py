@@ -158,7 +158,11 @@ def test_wilson_interval(wrong, total, low, high):
         (lambda: ensemble([torch.rand(2, 3), torch.rand(2, 4)]), "\\(2, 3\\), \\(2, 4\\)"),
         (lambda: top_k_error(torch.rand(2, 3), torch.tensor([0, 1]), (5,)), "k = 5, but there are 3 classes"),
         (lambda: ranks(torch.rand(2, 3), torch.tensor([0, 3])), "targets from 0 to 3, but 3 classes"),
-        (lambda: ranks(torch.rand(2, 3), torch.tensor([0])), "\\[N, K\\] and \\[N\\]"),
+        (lambda: ranks(torch.rand(2, 3), torch.tensor([0])), "\\[N, K\\] and integers \\[N\\]"),
+        (lambda: top_k_error(torch.tensor(1.0), torch.tensor(0)), "\\[N, K\\] and integers \\[N\\]"),
+        (lambda: top_k_error(torch.rand(2, 3), torch.tensor([0.0, 1.0]), (1,)), "torch.float32 must be"),
+        (lambda: ten_crop(nn.Identity(), torch.rand(1, 3, 8, 8), 0), "the crop of 0 >= 1"),
+        (lambda: classify_windows(nn.Identity(), torch.rand(1, 3, 8, 8), 0), "a window of 0 x 0"),
         (lambda: ErrorRate(0, 0), "0 wrong of 0"),
     ],
 )

@@ -190,6 +190,17 @@ def test_add_act(backend, act):
     )
 
 
+@pytest.mark.parametrize("act", ["relu", None])
+def test_add_act_leaves_its_operands_alone(act):
+    """Also those that it refuses."""
+    x, other = _activation(2, 5, 3, 4), _activation(2, 5, 3, 4)
+    copies = x.clone(), other.clone()
+    functional.add_act(x, other, act=act)
+    with pytest.raises(TypeError, match="NoneType"):
+        functional.add_act(x, None, act=act)
+    assert torch.equal(x, copies[0]) and torch.equal(other, copies[1])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_stays_where_pytorch_keeps_it(backend):
     x = torch.randn(2, 4, 5, 5)

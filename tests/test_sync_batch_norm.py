@@ -17,7 +17,7 @@ from torch import nn
 
 import resnet_fused
 from resnet_fused import ops, use_backend
-from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
+from resnet_fused.functional.sync import _statistics, choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
 from resnet_fused.nn import BatchNormAct2d, SyncBatchNormAct2d, units
 
 pytestmark = needs_gloo
@@ -52,6 +52,18 @@ def _plain_step(x, residual, dy, vectors, act, dtype):
     y = F.max_pool2d(y, 3, 2, 1) if act == "pool" else y
     y.backward(dy)
     return [y.detach(), *(t.grad for t in leaves), mean, var]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_rank_sends_is_of_its_whole_batch_however_many_rows_that_took(backend):
+    """A trend along the pixels, so that the rows of `bn_stats` have means of their own."""
+    x = torch.randn(4, 3, 12, 16) + torch.linspace(-4, 4, 4 * 192).view(4, 1, 12, 16) + 100
+    assert resnet_fused.plan.partial_rows(4 * 192, 3) > 1
+    count, mean, m2 = _statistics(x, backend).split((1, 3, 3))
+    up = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(count, torch.tensor([768.0]))
+    torch.testing.assert_close(mean.double(), up.mean(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2.double(), up.var(1, correction=0) * 768, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -46,11 +46,13 @@ def classify_windows(model: nn.Module, x: Tensor, window: int = 7, pool: str | N
         `[N, h - window + 1, w - window + 1, classes]` where the last activations are `[N, *, h, w]`.
 
     Raises:
-        ValueError: no or several pools; a pool of that name is not called exactly once; activations smaller than the
-            window.
+        ValueError: a window below 1; no or several pools; a pool of that name is not called exactly once; activations
+            smaller than the window.
 
     Source: He et al., 2015, section 4.1; Sermanet et al., "OverFeat", 2014.
     """
+    if window < 1:
+        raise ValueError(f"classify_windows: a window of {window} x {window}; at least 1 x 1")
     modules = dict(model.named_modules())
     name = find_pool(model) if pool is None else pool
     if name not in modules:

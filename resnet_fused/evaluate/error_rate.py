@@ -60,8 +60,11 @@ def ranks(scores: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit, or a target outside the classes.
     """
-    if scores.dim() != 2 or targets.shape != scores.shape[:1]:
-        raise ValueError(f"ranks: scores {list(scores.shape)} and targets {list(targets.shape)} must be [N, K] and [N]")
+    if scores.dim() != 2 or targets.shape != scores.shape[:1] or targets.is_floating_point():
+        raise ValueError(
+            f"ranks: scores {list(scores.shape)} and targets {list(targets.shape)} {targets.dtype} must be [N, K] and "
+            "integers [N]"
+        )
     classes = scores.shape[1]
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
         raise ValueError(f"ranks: targets from {int(targets.min())} to {int(targets.max())}, but {classes} classes")
@@ -82,8 +85,8 @@ def top_k_error(scores: Tensor, targets: Tensor, k: Sequence[int] = (1, 5)) -> d
     Raises:
         ValueError: as `ranks`; a k outside [1, K]; no picture.
     """
-    for one in k:
-        if not 1 <= one <= scores.shape[-1]:
-            raise ValueError(f"top_k_error: k = {one}, but there are {scores.shape[-1]} classes")
     place = ranks(scores, targets)
+    for one in k:
+        if not 1 <= one <= scores.shape[1]:
+            raise ValueError(f"top_k_error: k = {one}, but there are {scores.shape[1]} classes")
     return {one: ErrorRate(int((place >= one).sum()), len(place)) for one in k}

@@ -131,7 +131,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _check_crop(function: str, images: Tensor, crop: int) -> None:
-    if images.dim() != 4 or min(images.shape[-2:]) < crop:
+    if images.dim() != 4 or not 1 <= crop <= min(images.shape[-2:]):
         raise ValueError(
-            f"{function}: images {list(images.shape)} must be [N, C, H, W] with H, W >= the crop of {crop}"
+            f"{function}: images {list(images.shape)} must be [N, C, H, W] with H, W >= the crop of {crop} >= 1"
         )

@@ -154,7 +154,7 @@ def add_act(x: Tensor, other: Tensor, *, act: Act = "relu") -> Tensor:
     relu = check_act(act, "add_act")
     backend = choose("add_act", "add_act", x, (other,), ())
     if backend == "aten" or x.numel() == 0:
-        return add_relu(x, other, relu)
+        return add_relu(x + other, None, relu)
     return _AddAct.apply(dense(x), other, relu, backend)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fused.kernels._conv import (
     bn_gradient,
     dot_dtype,
+    refuse_coefficients,
     refuse_half,
     refuse_like,
     refuse_vectors,
@@ -262,8 +263,10 @@ def refuse(
     reason = wgrad_refusal(problem)
     if reason is not None:
         return reason
-    if dy_coefficients is not None and (tuple(dy_coefficients.shape) != (3, outputs)):
-        return f"dy_coefficients must be [3, {outputs}], got {tuple(dy_coefficients.shape)}"
+    if dy_coefficients is not None:
+        reason = refuse_coefficients(dy_coefficients, outputs, x.device)
+        if reason is not None:
+            return reason
     return refuse_like(x, (problem.n, outputs, problem.p, problem.q), dy=dy, dy_x=dy_x) or refuse_vectors(
         x.device, inputs, x_scale=x_scale, x_shift=x_shift
     )
