@@ -1,13 +1,15 @@
 """The cost model: the totals it is known by, and its invariants."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from resnet_fused import cli
+from resnet_fused import cli, plan
 from resnet_fused.bench import cost, network, roofline
 from resnet_fused.bench.cases import UsageError
 
@@ -41,6 +43,38 @@ def test_totals_to_the_last_digit(resnet50, mode, scheme, expected):
 @pytest.mark.parametrize("scheme,expected", [("pointwise", 367.7), ("statistics", 274.7), ("join", 240.2)])
 def test_totals_of_fused_training_within_a_percent(resnet50, scheme, expected):
     assert megabytes(resnet50, "train", scheme) == pytest.approx(expected, rel=0.01)
+
+
+def test_the_page_says_what_the_model_says(resnet50):
+    page = Path(__file__).parents[1] / "docs" / "cost_model.md"
+    if not page.exists():
+        pytest.skip("no checkout around these tests")
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line
+    ]
+    mode, found = "infer", {}
+    for name, *_, figure in rows[2:]:
+        mode = "train" if name.startswith("training") else mode
+        found[mode, name.split()[-1].strip("`")] = float(figure)
+    expected = {("infer", scheme): megabytes(resnet50, "infer", scheme) for scheme in cost.INFERENCE}
+    expected |= {("train", scheme): megabytes(resnet50, "train", scheme) for scheme in cost.TRAINING}
+    assert found == {key: round(value, 1) for key, value in expected.items()}
+
+
+def test_what_the_sums_from_the_block_behind_save(resnet50, monkeypatch):
+    """A read of every block's gradient but the last one's, and of the mask of those with a projection; no more."""
+    with_it = megabytes(resnet50, "train", "planned")
+    rule = plan.training
+    monkeypatch.setattr(cost._Step, "_forms_the_sums", lambda self, block: False)
+    outputs = [block.branch[-1].outputs for block in resnet50.blocks[:-1]]
+    projected = [block.branch[-1].outputs for block in resnet50.blocks[:-1] if block.shortcut is not None]
+    saved = 2 * (sum(outputs) + (1 + cost.MASK) * sum(projected)) / 1e6
+    assert megabytes(resnet50, "train", "planned") - with_it == pytest.approx(saved)
+    monkeypatch.undo()
+    no_epilogue = {"dgrad_epilogue": False}
+    monkeypatch.setattr(plan, "training", lambda *args: dataclasses.replace(rule(*args), **no_epilogue))
+    without = cost.training(resnet50, cost.TRAINING["planned"], BATCH, torch.bfloat16)
+    assert sum(c.op == "bn_backward_reduce" for c in without) == len(resnet50.layers) - 1
 
 
 @pytest.mark.parametrize("mode,gflop", [("infer", 8.18), ("train", 24.3)])

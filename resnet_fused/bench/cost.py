@@ -63,7 +63,8 @@ class Training:
         fusion: what is fused around every convolution; None is nothing.
         arch: ask `plan.training` for that instead, for this architecture.
         join_epilogue: the dgrad that makes the gradient of a block's output also adds what reaches it on the shortcut,
-            masks it and forms the sums of the batch norms behind it.
+            masks it and forms the sums of the batch norms behind it. With `arch`, where the plan says so, it forms the
+            sums and does not mask: between two autograd functions the gradient is what it is.
         join_prologue: the first convolution of a block computes the output of the block before, and writes it.
         stem: the stem's batch norm, ReLU and max pool are one pass each way.
     """
@@ -306,9 +307,9 @@ class _Step:
             self.add(last, "relu_backward", (1 if scheme.pointwise else 3) * self.sum)
             self.add(self.block.branch[0], "add", 3 * self.block.branch[0].size)
             return
-        # With the epilogue the dgrad behind this block has masked the gradient and formed the sums; see `_backward`.
-        formed = scheme.join_epilogue and self.after is not None
-        bits = 0.0 if formed else self.bits
+        # With the epilogue the dgrad behind this block has formed the sums and masked the gradient; see `_epilogue`.
+        formed = self.after is not None and self._forms_the_sums(self.after)
+        bits = 0.0 if formed and scheme.join_epilogue else self.bits
         for layer in behind:
             if not formed:
                 self.add(layer, "bn_backward_reduce", 2 * self.sum + bits)
@@ -329,6 +330,12 @@ class _Step:
         if not self.fusions[before.name].dgrad_prologue:
             self.add(before, "bn_backward_apply", 3 * z)
 
+    def _forms_the_sums(self, block: Block) -> bool:
+        """Whether the dgrad of a block's first convolution forms the sums at the join of the block before."""
+        if self.scheme.arch is None:
+            return self.scheme.join_epilogue
+        return self.scheme.around(block.branch[0], self.ledger.dtype).dgrad_epilogue
+
     def _epilogue(self, i: int) -> float:
         """What the epilogue of a convolution's dgrad reads."""
         if i > 0:
@@ -338,11 +345,11 @@ class _Step:
         x = self.block.branch[0].size
         # What arrives on the shortcut: the sum's gradient and its mask, or what the projection's dgrad has written.
         addend = x * (1 + (self.ledger.mask if self.block.shortcut is None else 0))
-        if not self.scheme.join_epilogue or self.before is None:
+        if self.before is None or not self._forms_the_sums(self.block):
             return addend
-        # The gradient of the sum arrives masked there, and its own mask and raw outputs are read.
+        # The mask and the raw outputs of the block before; with `join_epilogue` the addend has arrived masked.
         raw = 1 if self.before.shortcut is None else 2
-        return x + x * (raw + self.ledger.mask)
+        return (x if self.scheme.join_epilogue else addend) + x * (raw + self.ledger.mask)
 
     def _backward_of_a_convolution(self, layer: Layer, epilogue: float) -> None:
         fusion = self.fusions[layer.name]

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from resnet_fused.kernels._tile import passes_bit, sum_lanes, to_fp32
 
-JOIN_TILE = 4096  # elements of a step of `join_sums`: 16 a thread of 256, so that they fit beside three sums
+JOIN_TILE = 512  # elements of a step of `join_sums` for each warp: 16 a thread, so that they fit beside three sums
 
 
 @triton.jit

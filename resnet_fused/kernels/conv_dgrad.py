@@ -381,7 +381,7 @@ def run(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        JOIN_ROWS=min(config.block_m, JOIN_TILE // config.block_n),
+        JOIN_ROWS=min(config.block_m, JOIN_TILE * config.num_warps // config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,

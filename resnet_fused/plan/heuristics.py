@@ -17,8 +17,9 @@ class Fusion:
         prologue: the convolution reads the raw output of the one before it and normalises it on the way in (fprop
             and wgrad); else `bn_apply` writes the activation first.
         statistics: its forward forms the batch statistics of its output; else `bn_stats` reads the output again.
-        dgrad_epilogue: its dgrad masks with the ReLU of its input and forms the two sums of the batch norm before it;
-            else `bn_backward_reduce` reads the gradient again.
+        dgrad_epilogue: its dgrad masks with the ReLU of its input and forms the two sums of the batch norm before it
+            (the first of a block: those of the batch norms that end the block before, without masking what it
+            writes); else `bn_backward_reduce` reads the gradient again.
         dgrad_prologue: its dgrad and wgrad apply the backward of the batch norm behind it on the way in; else
             `bn_backward_apply` writes that gradient first.
     """
