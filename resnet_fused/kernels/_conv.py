@@ -9,12 +9,10 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from resnet_fused.kernels._launch import INTERPRETED, is_nhwc, name_of, refuse_activations
+from resnet_fused.kernels._launch import MAX_REGISTERS as MAX_REGISTERS  # for the kernels' files
 from resnet_fused.kernels._tile import affine, round_to, to_fp32
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.conv import uses_tf32 as uses_tf32  # for the kernels' files
-
-# As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
-MAX_REGISTERS = 255
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

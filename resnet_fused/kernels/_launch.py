@@ -17,6 +17,8 @@ from resnet_fused._compiling import constant
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_COMPUTE_CAPABILITY = 80
+# As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
+MAX_REGISTERS = 255
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._launch import MAX_REGISTERS, index_type, launch, refuse_activations
 from resnet_fused.kernels._tile import input_gradient, mask_tile, octet_tile, octets_of, passes_relu, round_to, to_fp32
 
 
@@ -133,5 +133,6 @@ def bn_backward_apply(
         INDEX=index_type(x.numel()),
         BLOCK_ROWS=view.block_rows,
         BLOCK_OCTETS=view.block_octets,
+        maxnreg=MAX_REGISTERS,
     )
     return dx, dresidual
