@@ -8,9 +8,9 @@ import functools
 import importlib
 import json
 import sys
+import warnings
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -20,18 +20,19 @@ from torch import nn
 
 from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network, models
 from resnet_fused.bench.cases import DTYPES, Case, Unavailable
-from resnet_fused.bench.contestants import CONTESTANTS
-from resnet_fused.bench.cudnn_graphs import Convolution, Graph, Spec
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+from resnet_fused.bench.cudnn_graphs import Convolution, Recording, Spec, graph_of, nhwc_strides
 from resnet_fused.bench.cudnn_graphs_network import build
-from resnet_fused.bench.runner import Runner
+from resnet_fused.bench.runner import Runner, reference
 
 INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
 
 
-def _model(name: str, **kwargs) -> nn.Module:
+def _model(name: str) -> nn.Module:
     torch.manual_seed(0)
-    make = timm.create_model if name.startswith("timm:") else torchvision.models.get_model
-    model = make(name.removeprefix("timm:"), num_classes=10, **kwargs)
+    timm = name.startswith("timm:")
+    make = pytest.importorskip("timm").create_model if timm else torchvision.models.get_model
+    model = make(name.removeprefix("timm:"), num_classes=10)
     models.randomise_batch_norms(model)
     models.calibrate(model, [torch.randn(4, 3, 32, 32)])
     return model.eval()
@@ -93,7 +94,7 @@ def _spec(**changes) -> Spec:
 
 def _convolution(library, **changes) -> Convolution:
     spec = _spec(**changes)
-    return Convolution(Graph(library, spec), torch.randn(spec.weight, dtype=spec.dtype), None)
+    return Convolution(graph_of(library, spec), spec, torch.randn(spec.weight, dtype=spec.dtype), None)
 
 
 def test_operands_it_was_not_built_for_are_refused():
@@ -138,7 +139,7 @@ def test_pytorch_flags_choose_the_engines(dtype, allowed, deterministic, monkeyp
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     library = CPULibrary()
-    Graph(library, _spec(dtype=dtype))
+    graph_of(library, _spec(dtype=dtype))
     names = {note.name for note in library.cudnn.pygraph.made[0].deselected}
     tensor_cores = {"TENSOR_CORE", "DOWN_CONVERT_INPUTS"} if dtype == torch.float32 and not allowed else set()
     assert names == tensor_cores | ({"NONDETERMINISTIC"} if deterministic else set())
@@ -148,13 +149,13 @@ def test_what_has_no_engine_says_so():
     library = CPULibrary()
     library.cudnn.pygraph.refuses = staticmethod(lambda graph: True)
     with pytest.raises(Unavailable, match=r"no engine for a float32 convolution of \[2, 8, 6, 6\] by .*: no engine$"):
-        Graph(library, _spec())
+        graph_of(library, _spec())
     library = CPULibrary()
     library.cudnn.pygraph.plans = (False, False)
     with pytest.raises(Unavailable, match=r"no engine that runs a float32 .*: Deselecting execution plan"):
-        Graph(library, _spec())
+        graph_of(library, _spec())
     with pytest.raises(Unavailable, match="fp32, fp16 and bf16, not torch.float64"):
-        Graph(CPULibrary(), _spec(dtype=torch.float64))
+        graph_of(CPULibrary(), _spec(dtype=torch.float64))
 
 
 # name, convolutions with an add, with a ReLU, all. In seresnet18 the projection takes the sum, and the gates have two.
@@ -382,8 +383,60 @@ def test_the_real_library_has_engines_for_every_graph_of_resnet50(dtype, tf32, m
     real = DescribedH100()
     monkeypatch.setattr(cudnn_graphs, "uses_tf32", lambda dtype: tf32)
     for spec in _resnet50(dtype):
-        graph, tensors = cudnn_graphs.record(real, spec)
-        cudnn_graphs.offer(real, graph, dtype)
-        assert list(tensors["y"].get_dim()) == list(spec.y)
-        assert list(tensors["y"].get_stride()) == cudnn_graphs.nhwc_strides(spec.y)
-        assert graph.get_execution_plan_count() > 0, spec
+        _all_but_launched(real, cudnn_graphs.record(real, spec))
+
+
+def _all_but_launched(real: DescribedH100, recording: Recording) -> None:
+    """Validated, planned, the first plan that needs no compiler built, its operands bound."""
+    graph = recording.graph
+    cudnn_graphs.offer(real, graph, recording.dtype)
+    for name, (shape, _) in recording.operands.items():
+        tensor = recording.tensors[name]
+        assert list(tensor.get_dim()) == list(shape) and list(tensor.get_stride()) == nhwc_strides(shape)
+    index = next(k for k in range(graph.get_execution_plan_count()) if _builds(graph, k))
+    workspace = torch.empty(max(1, graph.get_workspace_size_plan_at_index(index)), dtype=torch.uint8)
+    operands = {name: torch.zeros(1, dtype=dtype).expand(shape) for name, (shape, dtype) in recording.operands.items()}
+    pack = {tensor: operands[name] for name, tensor in recording.tensors.items()}
+    with pytest.raises(RuntimeError, match="handle is NULL"):
+        graph.execute_plan_at_index(pack, workspace, index, handle=None)
+
+
+def _builds(graph, index: int) -> bool:
+    """Whether the plan is one of those that PyTorch's flags allow, and needs no compiler."""
+    try:
+        graph.build_plan_at_index(index)
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
+def test_a_convolution_on_a_gpu(dtype, residual):
+    pytest.importorskip("cudnn")
+    x, weight = torch.randn(4, 64, 28, 28).cuda().to(dtype), torch.randn(128, 64, 3, 3).cuda().to(dtype) / 24
+    bias, other = torch.randn(128).cuda().to(dtype), torch.randn(4, 128, 14, 14).cuda().to(dtype)
+    geometry = {"stride": (2, 2), "padding": (1, 1)}
+    convolution = cudnn_graphs.conv_bias_act(x.shape, weight, bias, residual=residual, **geometry)
+
+    def expected(dtype):
+        y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), **geometry)
+        return (y + other.to(dtype) if residual else y).relu()
+
+    y = convolution(x, other if residual else None)
+    assert_within_contract(y, expected(dtype), expected(torch.float64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_contestant_on_a_gpu(dtype):
+    pytest.importorskip("cudnn")
+    model, case = _model("resnet50"), Case("resnet50", "infer", 4, dtype, "cuda", 64)
+    images, labels = torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every layer has an engine, and the network is captured
+        runner = Runner(CONTESTANTS["cudnn-graphs"], model, case, images, labels)
+    plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
+    truth = reference(model, case, images, labels)
+    assert_within_contract(runner.evaluate().logits.cpu(), plain.evaluate().logits.cpu(), truth.logits)

@@ -22,7 +22,7 @@ from resnet_fused.plan.conv import uses_tf32
 from .cases import Unavailable
 
 OLDEST_CUDNN = 90000
-_NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}
+_NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.bool: "BOOLEAN"}
 _REQUIRED = ("pygraph", "create_handle", "set_stream", "data_type", "heur_mode", "numerical_note", "backend_version")
 
 Shape = tuple[int, int, int, int]
@@ -54,6 +54,12 @@ class Spec:
         sizes = zip(self.x[2:], self.weight[2:], self.stride, self.padding, self.dilation, strict=True)
         p, q = ((size + 2 * pad - dilation * (taps - 1) - 1) // step + 1 for size, taps, step, pad, dilation in sizes)
         return self.x[0], self.weight[0], p, q
+
+    @property
+    def geometry(self) -> dict[str, list[int]]:
+        """As keywords of the graph's convolutions."""
+        pads = {"pre_padding": list(self.padding), "post_padding": list(self.padding)}
+        return {**pads, "stride": list(self.stride), "dilation": list(self.dilation)}
 
     def __str__(self) -> str:
         parts = f"{list(self.x)} by {list(self.weight)}, stride {list(self.stride)}, padding {list(self.padding)}"
@@ -121,47 +127,85 @@ def imported() -> Any:
     return cudnn
 
 
+class Recording:
+    """A graph as it is written: tensors dense in NHWC order, arithmetic in fp32.
+
+    Attributes:
+        graph: the package's.
+        tensors: what has memory, by name.
+        operands: its shapes and dtypes.
+    """
+
+    def __init__(self, library: Library, dtype: torch.dtype) -> None:
+        if dtype not in _NAMES:
+            raise Unavailable(f"cudnn-graphs takes fp32, fp16 and bf16, not {dtype}")
+        self.cudnn, self.dtype = library.cudnn, dtype
+        fp32 = self.cudnn.data_type.FLOAT
+        self.graph = self.cudnn.pygraph(
+            io_data_type=self.type(dtype), intermediate_data_type=fp32, compute_data_type=fp32, **library.context()
+        )
+        self.tensors: dict[str, Any] = {}
+        self.operands: dict[str, tuple[Shape, torch.dtype]] = {}
+
+    def type(self, dtype: torch.dtype) -> Any:
+        return getattr(self.cudnn.data_type, _NAMES[dtype])
+
+    def input(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Any:
+        dtype = dtype or self.dtype
+        value = self.graph.tensor(name=name, dim=list(shape), stride=nhwc_strides(shape), data_type=self.type(dtype))
+        self.tensors[name], self.operands[name] = value, (shape, dtype)
+        return value
+
+    def output(self, name: str, value: Any, shape: Shape, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or self.dtype
+        value.set_output(True).set_data_type(self.type(dtype))
+        value.set_dim(list(shape))
+        value.set_stride(nhwc_strides(shape))
+        self.tensors[name], self.operands[name] = value, (shape, dtype)
+
+
 class Graph:
-    """The graph of a spec on a device, and the plan of it that was fastest there.
+    """A recorded graph, and the plan of it that was fastest on a device.
+
+    Args:
+        what: names it in messages.
 
     Attributes:
         index: of that plan among those the heuristics offer.
         workspace_bytes: what it needs.
 
     Raises:
-        Unavailable: cuDNN has no engine for it here, or not for this dtype.
+        Unavailable: cuDNN has no engine for it here.
     """
 
-    def __init__(self, library: Library, spec: Spec) -> None:
-        self.library, self.spec = library, spec
-        if spec.dtype not in _NAMES:
-            raise Unavailable(f"cudnn-graphs takes fp32, fp16 and bf16, not {spec.dtype}")
-        self._graph, self._tensors = record(library, spec)
+    def __init__(self, library: Library, recording: Recording, what: object) -> None:
+        self.library, self.recording, self.what = library, recording, what
+        self._graph = recording.graph
         try:
-            offer(library, self._graph, spec.dtype)
+            offer(library, self._graph, recording.dtype)
             self.index, self.workspace_bytes = self._fastest()
         except Unavailable:
             raise
         except Exception as error:  # cuDNN's "not supported" is an exception of its package's own
-            raise Unavailable(f"cuDNN has no engine for {spec}: {_first_line(error)}") from None
+            raise Unavailable(f"cuDNN has no engine for {what}: {_first_line(error)}") from None
 
     def run(self, operands: dict[str, Tensor], workspace: Tensor) -> None:
         """Launch on the current stream.
 
         Args:
-            operands: `x`, `weight`, `bias`, `residual` where there is one, and `y`, dense in NHWC order.
+            operands: every tensor of the recording, dense in NHWC order.
             workspace: of `workspace_bytes` or more.
         """
         self._run(self.index, operands, workspace)
 
     def _run(self, index: int, operands: dict[str, Tensor], workspace: Tensor) -> None:
-        pack = {tensor: operands[name] for name, tensor in self._tensors.items()}
+        pack = {tensor: operands[name] for name, tensor in self.recording.tensors.items()}
         self._graph.execute_plan_at_index(pack, workspace, index, handle=self.library.on_current_stream())
 
     def _fastest(self) -> tuple[int, int]:
         """Index and workspace of the fastest plan that was timed; without `benchmark`, of the first that runs."""
         limit = torch.backends.cudnn.benchmark_limit if torch.backends.cudnn.benchmark else 1
-        operands = self._some_operands()
+        operands = {name: self._some(name) for name in self.recording.tensors}
         found: list[tuple[float, int, int]] = []
         problem: Exception = RuntimeError("the heuristics offer no plan")
         for index in range(self._graph.get_execution_plan_count()):
@@ -170,13 +214,12 @@ class Graph:
             try:
                 self._graph.build_plan_at_index(index)
                 size = self._graph.get_workspace_size_plan_at_index(index)
-                workspace = self.workspace(size)
-                run = functools.partial(self._run, index, operands, workspace)
+                run = functools.partial(self._run, index, operands, self.workspace(size))
                 found.append((self.library.milliseconds(run), index, size))
             except Exception as error:  # filtered out, cannot be built, wants more memory than there is
                 problem = error
         if not found:
-            raise Unavailable(f"cuDNN has no engine that runs {self.spec}: {_first_line(problem)}")
+            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {_first_line(problem)}")
         _, index, size = min(found)
         return index, size
 
@@ -184,57 +227,33 @@ class Graph:
         size = self.workspace_bytes if size is None else size
         return torch.empty(max(size, 1), dtype=torch.uint8, device=self.library.device)
 
-    def _some_operands(self) -> dict[str, Tensor]:
-        """Random ones: arithmetic on zeros draws less power, and is faster."""
-        shapes = {"x": self.spec.x, "weight": self.spec.weight, "bias": (1, self.spec.weight[0], 1, 1)}
-        shapes |= {"residual": self.spec.y, "y": self.spec.y}
-        operands = {}
-        for name in self._tensors:
-            value = torch.randn(shapes[name], dtype=self.spec.dtype, device=self.library.device)
-            operands[name] = value.contiguous(memory_format=torch.channels_last)
-        return operands
+    def _some(self, name: str) -> Tensor:
+        """A random operand: arithmetic on zeros draws less power, and is faster."""
+        shape, dtype = self.recording.operands[name]
+        return torch.randn(shape, device=self.library.device).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def record(library: Library, spec: Spec) -> tuple[Any, dict[str, Any]]:
-    """The graph and its tensors by name. Groups are what the channels of x and weight say.
+def record(library: Library, spec: Spec) -> Recording:
+    """The graph of `x`, `weight`, `bias` and perhaps `residual` to `y`. Groups are what their channels say.
 
     The residual is added before the bias: that order is the pattern of cuDNN's precompiled engines, and the other is
     left to those that are compiled at run time. The sum is in fp32, rounded once.
     """
-    cudnn = library.cudnn
-    element = getattr(cudnn.data_type, _NAMES[spec.dtype])
-    fp32 = cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(
-        io_data_type=element, intermediate_data_type=fp32, compute_data_type=fp32, **library.context()
-    )
-
-    def tensor(name: str, shape: Shape) -> Any:
-        return graph.tensor(name=name, dim=list(shape), stride=nhwc_strides(shape), data_type=element)
-
-    tensors = {
-        "x": tensor("x", spec.x),
-        "weight": tensor("weight", spec.weight),
-        "bias": tensor("bias", (1, spec.weight[0], 1, 1)),
-    }
-    value = graph.conv_fprop(
-        image=tensors["x"],
-        weight=tensors["weight"],
-        pre_padding=list(spec.padding),
-        post_padding=list(spec.padding),
-        stride=list(spec.stride),
-        dilation=list(spec.dilation),
-    )
+    recording = Recording(library, spec.dtype)
+    graph = recording.graph
+    x, weight = recording.input("x", spec.x), recording.input("weight", spec.weight)
+    value = graph.conv_fprop(image=x, weight=weight, **spec.geometry)
     if spec.residual:
-        tensors["residual"] = tensor("residual", spec.y)
-        value = graph.add(a=value, b=tensors["residual"])
-    value = graph.bias(input=value, bias=tensors["bias"])
+        value = graph.add(a=value, b=recording.input("residual", spec.y))
+    value = graph.bias(input=value, bias=recording.input("bias", (1, spec.weight[0], 1, 1)))
     if spec.relu:
         value = graph.relu(input=value)
-    value.set_output(True).set_data_type(element)
-    value.set_dim(list(spec.y))
-    value.set_stride(nhwc_strides(spec.y))
-    tensors["y"] = value
-    return graph, tensors
+    recording.output("y", value, spec.y)
+    return recording
+
+
+def graph_of(library: Library, spec: Spec) -> Graph:
+    return Graph(library, record(library, spec), spec)
 
 
 def offer(library: Library, graph: Any, dtype: torch.dtype) -> None:
@@ -260,8 +279,8 @@ class Convolution:
         workspace: may be replaced by a larger one, which graphs that run one after the other can share.
     """
 
-    def __init__(self, graph: Graph, weight: Tensor, bias: Tensor | None) -> None:
-        self.graph, self.spec = graph, graph.spec
+    def __init__(self, graph: Graph, spec: Spec, weight: Tensor, bias: Tensor | None) -> None:
+        self.graph, self.spec = graph, spec
         if bias is None:
             bias = weight.new_zeros(weight.shape[0])
         self._weight = weight.detach().contiguous(memory_format=torch.channels_last)
@@ -317,7 +336,7 @@ def conv_bias_act(
     """
     shapes = (tuple(x_shape), tuple(weight.shape))
     spec = Spec(*shapes, tuple(stride), tuple(padding), tuple(dilation), weight.dtype, relu, residual)  # type: ignore[arg-type]
-    return Convolution(Graph(library(weight.device), spec), weight, bias)
+    return Convolution(graph_of(library(weight.device), spec), spec, weight, bias)
 
 
 def nhwc_strides(shape: Shape) -> list[int]:

@@ -22,7 +22,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from resnet_fused.fusion.frozen.graph import capture
 
 from .cases import Case, Unavailable
-from .cudnn_graphs import Convolution, Graph, Library, Spec, library
+from .cudnn_graphs import Convolution, Graph, Library, Spec, graph_of, library
 
 _ADDS = (operator.add, torch.add, "add")
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -144,7 +144,7 @@ class _Builder:
         if isinstance(graph, Unavailable):
             self.problems.append(str(graph))
             return
-        self.convolutions.append(Convolution(graph, conv.weight, conv.bias))
+        self.convolutions.append(Convolution(graph, spec, conv.weight, conv.bias))
         name = f"cudnn_{len(self.convolutions)}"
         self.network.add_submodule(name, _Layer(self.convolutions[-1]))
         first = node if residual is None else chain[1]  # where all it reads is there
@@ -159,7 +159,7 @@ class _Builder:
     def graph(self, spec: Spec) -> Graph | Unavailable:
         if spec not in self._graphs:
             try:
-                self._graphs[spec] = Graph(self.library, spec)
+                self._graphs[spec] = graph_of(self.library, spec)
             except Unavailable as reason:
                 self._graphs[spec] = reason
         return self._graphs[spec]
