@@ -432,6 +432,30 @@ def test_compiled_without_graph_breaks():
         torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-9)
 
 
+def test_compiled_autograd():
+    compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
+    torch._dynamo.reset()
+
+    def run(module, x):
+        loss = _loss(module(x))
+        with compiled_autograd._enable(lambda graph: graph):
+            loss.backward()
+
+    _check(run)
+
+
+def test_a_backward_in_inference_mode(taken):
+    """Its gradients have no version."""
+
+    def run(module, x):
+        loss = _loss(module(x))
+        with torch.inference_mode():
+            loss.backward()
+
+    _check(run)
+    assert taken == [False] * 3
+
+
 def test_nothing_is_kept_alive():
     """Neither a graph without a backward, nor after one; without the collector's help."""
     module, x = _made()
