@@ -1,276 +1,284 @@
-"""Everything that only a GPU can tell, in one command: build, check, verify, tune, measure.
+"""Everything that only a GPU can tell, in one command: build, check, verify, measure, tune, measure again.
 
-    python -m benchmarks.gpu_run --minutes 9 --out out/gpu
+    python -m benchmarks.gpu_run --minutes 9 --out out/gpu      again and again, until nothing is left
+    python -m benchmarks.gpu_run --collect out/gpu              afterwards: results and plan table into the checkout
 
-Steps run in order of value, each in a process of its own with a limit of time, and everything is written as it goes:
-`state.json`, `log.txt`, one file a step. A second call goes on where the first had to stop. Nothing is fetched.
-`--rehearse` runs every step, tiny, on a CPU: it shows that the command works, and says nothing about a GPU.
+Steps run in order of value, each in a process of its own with a limit of time; a failed one stops no other. All that is
+kept is a handful of files in one folder, written as it goes: state.json, summary.txt, log.txt, results.json (what every
+step measured), profile.png, plan/<gpu>.json. Carried to another machine with a GPU of the same kind, the folder is all
+that is needed to go on there. Nothing is fetched. What is recorded stays, also when the code has changed (its commit
+stands beside it); `--again NAME` measures anew. Where the sources have come without git, RESNET_FUSED_COMMIT names
+their commit. `--rehearse` runs every step, tiny, on a CPU: it shows that the command works, and tells nothing of a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from resnet_fused import _library
+from benchmarks import gpu_collect
+from benchmarks.gpu_steps import ROOT, Step, steps
+from resnet_fused.bench import provenance
+from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.results import write_atomically, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-CLI = [sys.executable, "-m", "resnet_fused.cli"]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-OP_TESTS = ("test_*ops.py", "test_conv_*.py", "test_triton_bn.py", "test_experimental*.py")
 CALL_AGAIN = 4  # the exit status of a tune that a crash stopped
-ATTEMPTS = 5
-DONE = ("ok", "failed")  # a step that ran to its end; anything else runs again at the next call
+ATTEMPTS = 5  # of such a one, in a call
+TRIES = 3  # of a step that had all of its time and was not done
+DONE = ("ok", "failed", "absent")
+CUT_SHORT = "cut short"  # its call was over before its limit was: it goes on in its place
+LOGGED = 100_000  # bytes of a step's output in log.txt: the beginning and the end
+SHOWN = 12  # last lines of a step that failed
+LEFT = r"left for the next call"
+REHEARSAL = "rehearsal on a CPU"
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One process.
+@dataclasses.dataclass
+class Sitting:
+    """The folder, and what is recorded in it.
 
     Attributes:
-        name: also of its entry in `state.json`.
-        command: given the seconds it may take.
-        limit_s: it is ended after so long.
-        least_s: it is not begun with less.
-        headline: the last line of its output that matches is shown in the summary.
+        out: the folder.
+        gpu: whose results these are.
+        rehearse: whether the steps are tiny.
+        state: by the step's name: status, seconds, headline, commit, date, tries.
+        results: by the step's name what it measured.
     """
 
-    name: str
-    command: Callable[[int], list[str]]
-    limit_s: int
-    least_s: int
-    headline: str
+    out: Path
+    gpu: str
+    rehearse: bool
+    state: dict[str, dict[str, Any]]
+    results: dict[str, Any]
+
+    @classmethod
+    def opened(cls, out: Path, gpu: str, rehearse: bool) -> Sitting:
+        """Raises:
+        UsageError: the folder holds what another GPU has shown.
+        """
+        found = gpu_collect.read(out / "state.json", {"gpu": gpu, "steps": {}})
+        if gpu and found["gpu"] != gpu:
+            raise UsageError(f"{out} holds results of {found['gpu']}, this is {gpu}: name another --out")
+        return cls(out, gpu, rehearse, found["steps"], gpu_collect.read(out / "results.json", {}))
+
+    def write(self) -> None:
+        write_json({"format": 1, "gpu": self.gpu, "steps": self.state}, self.out / "state.json")
+        text = "\n".join(self.summary()) + "\n"
+        write_atomically(self.out / "summary.txt", lambda temporary: temporary.write_text(text))
+
+    def status(self, step: Step) -> str | None:
+        status: str | None = self.state.get(step.name, {}).get("status")
+        return status
+
+    def todo(self, fresh: bool) -> list[Step]:
+        """Steps to run: those not yet tried, or (not `fresh`) those tried and not done."""
+        found = []
+        for step in steps():
+            entry = self.state.get(step.name, {})
+            status = entry.get("status")
+            if status in DONE or (status is not None and entry["tries"] >= TRIES):
+                continue
+            if (status in (None, CUT_SHORT)) == fresh:
+                found.append(step)
+        return found
+
+    def run(self, step: Step, seconds: int) -> None:
+        """Run a step and record what came of it."""
+        absent = step.absent(self.rehearse)
+        begin = time.monotonic()
+        if absent:
+            status, headline = "absent", absent
+        else:
+            print(f"{step.name}: at most {seconds} s", flush=True)
+            status, headline = self._run(step, seconds)
+        full = seconds >= step.limit_s
+        if status in ("out of time", "unfinished") and not full:
+            status = CUT_SHORT
+        before = self.state.get(step.name, {})
+        commit = provenance.commit()
+        self.state[step.name] = {
+            "status": status,
+            "seconds": round(time.monotonic() - begin, 1),
+            "headline": headline,
+            "commit": commit and commit["sha"][:10] + "+" * commit["dirty"],
+            "date_utc": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+            "tries": before.get("tries", 0) + (status != CUT_SHORT),
+        }
+        self.write()
+        print(f"  {status}: {headline}", flush=True)
+
+    def _run(self, step: Step, seconds: int) -> tuple[str, str]:
+        with tempfile.TemporaryDirectory(prefix="gpu_run_") as folder:
+            work = Path(folder)
+            mine = work / f"{step.slug}.json"
+            if step.name in self.results:  # some go on from what they have
+                write_json(self.results[step.name], mine)
+            status, lines = self._process(step, seconds, work)
+            found = gpu_collect.read(mine, None)
+            if found is not None:
+                self.results[step.name] = found
+                write_json(self.results, self.out / "results.json")
+            for picture in work.glob("*.png"):
+                shutil.copyfile(picture, self.out / picture.name)
+        matching = [line.strip() for line in lines if re.search(step.headline, line)]
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if status == "ok" and any(re.search(LEFT, line) for line in lines):
+            status = "unfinished"
+        if status not in ("ok", "unfinished"):
+            print("\n".join(f"  | {line}" for line in lines[-SHOWN:]), flush=True)
+        return status, (matching or [last])[-1][:200]
+
+    def _process(self, step: Step, seconds: int, work: Path) -> tuple[str, list[str]]:
+        """Its status and its output, which goes to the log as it comes."""
+        command = step.command(seconds, work, self.rehearse)
+        log = self.out / "log.txt"
+        status, deadline = "stopped", time.monotonic() + seconds
+        with log.open("ab") as sink:
+            sink.write(f"\n===== {step.name}: {' '.join(command)}\n".encode())
+            sink.flush()
+            begin = sink.tell()
+            for _ in range(ATTEMPTS):
+                left = max(1.0, deadline - time.monotonic())
+                status = _wait(command, {**self._environment(step, work), **step.environment}, sink, left)
+                if status != "stopped" or time.monotonic() > deadline:
+                    break
+        output = log.read_bytes()[begin:]
+        if len(output) > LOGGED:
+            kept = output[: LOGGED // 4] + b"\n[...]\n" + output[-3 * LOGGED // 4 :]
+            with log.open("r+b") as sink:
+                sink.truncate(begin)
+                sink.seek(begin)
+                sink.write(kept)
+        return status, output.decode(errors="replace").splitlines()
+
+    def _environment(self, step: Step, work: Path) -> dict[str, str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "PYTHONUNBUFFERED": "1",
+            "RESNET_FUSED_CACHE": str(self.out / "plan" if step.uses_plan else work / "no plan"),
+        }
+        if self.rehearse:
+            environment |= {"TRITON_INTERPRET": "1", "RESNET_FUSED_BUILD": "none"}
+        else:  # no time for the other architectures
+            environment.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
+        return environment
+
+    def summary(self) -> Iterator[str]:
+        """A table of what ran and what is left, then what was measured."""
+        rows = [("step", "status", "s", "in a line")]
+        now = (provenance.commit() or {}).get("sha", "")[:10]
+        for step in steps():
+            entry = self.state.get(step.name)
+            if entry is None:
+                rows.append((step.name, "left", "", "run the command again"))
+                continue
+            at = entry["commit"] or ""
+            other = f" (at {at})" if at and now and at.rstrip("+") != now else ""
+            rows.append((step.name, entry["status"], f"{entry['seconds']:.0f}", f"{entry['headline']}{other}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            yield "  ".join([*cells, row[3]]).rstrip()
+        yield from gpu_collect.measured(self.results)
 
 
-def steps(out: Path, rehearse: bool) -> list[Step]:
-    """In order of value."""
-    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    tests = sorted(str(path.relative_to(ROOT)) for pattern in OP_TESTS for path in (ROOT / "tests").glob(pattern))
-    passed, right, wrote = r"\d+ (passed|failed)", r"checks against float64|error:", r"^predicted|^\d+ problems|error:"
-    means = r"geometric mean|error:"
-    if rehearse:
-        tiny = ["--model", "resnet18", "--image-size", "32", "--batch", "2", "--dtype", "fp32", "--rounds", "1"]
-        return [
-            Step("check", lambda s: [*PYTEST, "tests/test_ops.py", "-k", "refusals"], 120, 1, passed),
-            Step(
-                "verify",
-                lambda s: [
-                    *CLI,
-                    "verify",
-                    "--rehearse",
-                    "--mode",
-                    "infer",
-                    "--dtype",
-                    "fp32",
-                    "--json",
-                    f"{out}/verify.json",
-                ],
-                120,
-                1,
-                right,
-            ),
-            Step("tune", lambda s: [*CLI, "tune", "--rehearse", "--budget", "3s"], 120, 1, wrote),
-            Step("ops", lambda s: [*PYTEST, "benchmarks", "-k", "add_act and eager"], 120, 1, passed),
-            Step(
-                "infer",
-                lambda s: [
-                    *CLI,
-                    "bench",
-                    *tiny,
-                    "--mode",
-                    "infer",
-                    "--contestants",
-                    "fused",
-                    "--json",
-                    f"{out}/infer.json",
-                ],
-                120,
-                1,
-                means,
-            ),
-            Step(
-                "train",
-                lambda s: [
-                    *CLI,
-                    "bench",
-                    *tiny,
-                    "--mode",
-                    "train",
-                    "--contestants",
-                    "fused",
-                    "--json",
-                    f"{out}/train.json",
-                ],
-                120,
-                1,
-                means,
-            ),
-        ]
-    workers = str(min(8, os.cpu_count() or 1))
-    bench = [*CLI, "bench", "--model", "resnet50", "--dtype", "bf16"]
-    found = (
-        []
-        if _library.device_type() == "cuda"
-        else [Step("build", lambda s: build, 240, 30, r"cuda sm_|not built|error")]
+def _wait(command: list[str], environment: dict[str, str], sink: Any, seconds: float) -> str:
+    """Run a command in a process group of its own, which ends with it: "ok", "failed", "stopped" or "out of time"."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
     )
-    return found + [
-        Step("check", lambda s: [*PYTEST, "-n", workers, *tests], 150, 20, passed),
-        Step("gpu tests", lambda s: [*PYTEST, "-m", "gpu", "tests"], 120, 30, passed),
-        Step(
-            "verify",
-            lambda s: [*CLI, "verify", "--model", "resnet50", "--dtype", "bf16", "--json", f"{out}/verify.json"],
-            120,
-            20,
-            right,
-        ),
-        Step(
-            "tune", lambda s: [*CLI, "tune", "--model", "resnet50", "--budget", f"{max(10, s - 20)}s"], 300, 40, wrote
-        ),
-        Step(
-            "train",
-            lambda s: [*bench, "--mode", "train", "--batch", "256", "--budget", str(s), "--json", f"{out}/train.json"],
-            240,
-            60,
-            means,
-        ),
-        Step(
-            "infer",
-            lambda s: [
-                *bench,
-                "--mode",
-                "infer",
-                "--batch",
-                "256,1",
-                "--budget",
-                str(s),
-                "--json",
-                f"{out}/infer.json",
-            ],
-            240,
-            60,
-            means,
-        ),
-        Step(
-            "train on triton",
-            lambda s: [
-                *bench,
-                *("--mode", "train", "--batch", "256", "--contestants", "fused", "--backend", "triton"),
-                *("--budget", str(s), "--json", f"{out}/train_triton.json"),
-            ],
-            150,
-            45,
-            means,
-        ),
-        Step("ops", lambda s: [*PYTEST, "benchmarks", f"--benchmark-json={out}/ops.json"], 240, 45, passed),
-    ]
+    try:
+        return {0: "ok", CALL_AGAIN: "stopped"}.get(process.wait(seconds), "failed")
+    except subprocess.TimeoutExpired:
+        return "out of time"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
-def run(step: Step, seconds: int, log: Path, environment: dict[str, str]) -> tuple[str, str]:
-    """Run a step, its output going to the log as it comes.
-
-    Returns:
-        its status ("ok", "failed", "stopped", "out of time") and its headline.
-    """
-    command = step.command(seconds)
-    with log.open("ab") as sink:
-        sink.write(f"\n===== {step.name}: {' '.join(command)}\n".encode())
-        sink.flush()
-        begin = sink.tell()
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = {0: "ok", CALL_AGAIN: "stopped"}.get(process.wait(seconds), "failed")
-        except subprocess.TimeoutExpired:
-            status = "out of time"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    with log.open("rb") as source:
-        source.seek(begin)
-        lines = source.read().decode(errors="replace").splitlines()
-    matching = [line.strip() for line in lines if re.search(step.headline, line)]
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return status, (matching or [last])[-1][:160]
-
-
-def summary(state: dict[str, dict[str, object]], todo: list[Step]) -> str:
-    """A table of what ran and what is left."""
-    rows = [("step", "status", "s", "in a line")]
-    for step in todo:
-        entry = state.get(step.name)
-        rows.append(
-            (step.name, str(entry["status"]), f"{entry['seconds']:.0f}", str(entry["headline"]))
-            if entry
-            else (step.name, "left", "", "run the command again")
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
-        for row in rows
-    )
+def plan(sitting: Sitting, minutes: float) -> Iterator[str]:
+    """What would run, and in which call at the latest."""
+    call, spent = 1, 0.0
+    yield f"{'step':<20}{'limit s':>8}  {'call':>4}  status"
+    for step in steps():
+        status = sitting.status(step) or "left"
+        if status not in DONE or step.each_call:
+            if spent and spent + step.least_s > 60 * minutes:
+                call, spent = call + 1, 0.0
+            spent += min(step.limit_s, 60 * minutes - spent)
+        yield f"{step.name:<20}{step.limit_s:>8}  {'' if status in DONE else call:>4}  {status}"
+        yield f"    {' '.join(step.command(step.limit_s, Path('WORK'), sitting.rehearse))}"
+    yield f"at the latest in {call} calls of {minutes:g} minutes, where every step takes all of its time"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 all ran and passed, 1 something failed, 3 something is left for the next call, 2 bad usage."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="end within this time (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/gpu"), help="folder of the results (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rehearse", action="store_true", help="every step, tiny, on a CPU")
-    parser.add_argument("--again", action="store_true", help="run also what has run already")
+    add = parser.add_argument
+    add("--minutes", type=float, default=9.0, help="end within this time (default: %(default)s)")
+    add("--out", type=Path, default=Path("out/gpu"), help="folder of the results (default: %(default)s)")
+    add("--rehearse", action="store_true", help="every step, tiny, on a CPU")
+    add("--again", action="append", default=[], metavar="NAME", help="run this step also if it has run; all: every one")
+    add("--plan", action="store_true", help="run nothing: the steps, their limits and command lines")
+    add("--collect", type=Path, metavar="OUT", help="run nothing: put what OUT holds where the checkout keeps it")
     options = parser.parse_args(argv)
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes:g} is not a time > 0")
-    if not (options.rehearse or torch.cuda.is_available()):
-        parser.error("no CUDA GPU here; --rehearse runs every step on the CPU")
-    deadline = time.monotonic() + 60 * options.minutes
-    out = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "PYTHONUNBUFFERED": "1",
-        "RESNET_FUSED_CACHE": str(out / "cache"),
-    }
-    if options.rehearse:
-        environment["TRITON_INTERPRET"] = "1"
-    else:  # no time for the other architectures
-        environment.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
-    record = out / "state.json"
-    state = json.loads(record.read_text()) if record.exists() and not options.again else {}
-    todo = steps(out, options.rehearse)
-    for step in todo:
-        status = state.get(step.name, {}).get("status")
-        attempts = 0
-        while status not in DONE and attempts < ATTEMPTS and deadline - time.monotonic() >= step.least_s:
-            seconds = min(step.limit_s, int(deadline - time.monotonic()))
-            print(f"{step.name}: at most {seconds} s", flush=True)
-            start = time.monotonic()
-            status, headline = run(step, seconds, out / "log.txt", environment)
-            state[step.name] = {"status": status, "seconds": time.monotonic() - start, "headline": headline}
-            write_json(state, record)
-            print(f"  {status}: {headline}", flush=True)
-            attempts += 1 if status == "stopped" else ATTEMPTS
-    text = summary(state, todo)
-    write_atomically(out / "summary.txt", lambda temporary: temporary.write_text(text + "\n"))
-    print(f"\n{text}\nresults in {out}")
-    statuses = [state.get(step.name, {}).get("status") for step in todo]
-    return 1 if "failed" in statuses else 0 if set(statuses) == {"ok"} else 3
+    unknown = set(options.again) - {step.name for step in steps()} - {"all"}
+    if unknown:
+        parser.error(f"--again {unknown.pop()!r}; choices: all, {', '.join(step.name for step in steps())}")
+    try:
+        if options.collect:
+            print("\n".join(gpu_collect.collect(options.collect, ROOT)))
+            return 0
+        gpu = REHEARSAL if options.rehearse else torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        if gpu is None and not options.plan:
+            parser.error("no CUDA GPU here; --rehearse runs every step on the CPU")
+        sitting = Sitting.opened(options.out.resolve(), gpu or "", options.rehearse)
+    except UsageError as error:
+        parser.error(str(error))
+    if options.plan:
+        print("\n".join(plan(sitting, options.minutes)))
+        return 0
+    return sit(sitting, time.monotonic() + 60 * options.minutes, options.again)
+
+
+def sit(sitting: Sitting, deadline: float, again: list[str]) -> int:
+    """Run what is left until the deadline; the exit status."""
+    sitting.out.mkdir(parents=True, exist_ok=True)
+    for step in steps():
+        if step.each_call or "all" in again or step.name in again:
+            sitting.state.pop(step.name, None)
+        if "all" in again or step.name in again:
+            sitting.results.pop(step.name, None)
+    for fresh in (True, False):
+        for step in sitting.todo(fresh):
+            left = int(deadline - time.monotonic())
+            if left >= step.least_s:
+                sitting.run(step, min(step.limit_s, left))
+    sitting.write()
+    print("", *sitting.summary(), f"results in {sitting.out}", sep="\n")
+    statuses = {sitting.status(step) for step in steps()}
+    return 1 if "failed" in statuses else 0 if statuses <= {"ok", "absent"} else 3
 
 
 if __name__ == "__main__":

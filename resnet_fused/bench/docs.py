@@ -1,7 +1,8 @@
 """The benchmark pages, generated from the recorded results: `python -m resnet_fused.bench.docs`.
 
-Between the markers of README.md: the newest result of each machine. All of docs/benchmarks.md: every result. A chart a
-result. `--check` writes nothing and exits with 1 where a page is not what the results say.
+Between the markers of README.md: the newest result of each machine. All of docs/benchmarks.md: the goals, every result,
+every sitting at a GPU. A chart a result. `--check` writes nothing and exits with 1 where a page is not what the results
+say.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from . import chart, clocks, loader, provenance, schema
+from . import answers, chart, clocks, goals, loader, provenance, schema, sitting
 from .cases import UsageError
 from .compare import against_baseline
 from .memory import EXPLANATION
@@ -52,8 +53,39 @@ def pages(root: Path) -> dict[Path, str]:
     chapters = "\n".join("\n".join(_chapter(path, report)) for path, report in reversed(found.items()))
     return {
         README: f"{before}{BEGIN}\n{summary}\n{gpu}{END}{after}",
-        PAGE: f"{HEAD}\n{gpu}{chr(10) if gpu else ''}{chapters}",
+        PAGE: "\n".join([HEAD, gpu, *_goals(root, found.values()), chapters, *_sittings(root)]),
     }
+
+
+def _goals(root: Path, reports: Iterable[Report]) -> Iterator[str]:
+    """What was to be reached on a GPU, from every result and everything that a sitting measured."""
+    every = [*reports, *(one for found in sitting.recorded(root / RESULTS).values() for one in found.reports.values())]
+    yield "## Goals on a GPU\n"
+    yield from goals.markdown(every)
+    yield (
+        "\nA measured one says which of the two was met. *Across two runs*: each of them ran beside the baseline, but "
+        "not in one run; the ratio is that of their speed-ups.\n"
+    )
+
+
+def _sittings(root: Path) -> Iterator[str]:
+    """A chapter a sitting at a GPU: what ran, and single kernels beside PyTorch's own."""
+    for folder, found in reversed(sitting.recorded(root / RESULTS).items()):
+        home = Path("..") / folder.relative_to(root)
+        yield f"## Sitting at {found.gpu}, {found.date}\n"
+        yield f"All that was measured: [`{folder.name}`]({home}).\n"
+        yield "| step | | commit | in a line |\n|---|---|---|---|"
+        for name, entry in found.state.items():
+            line = entry["headline"].replace("|", "/")
+            yield f"| {name} | {entry['status']} | {entry.get('commit') or '-'} | {line} |"
+        yield ""
+        if found.answers:
+            yield "### Single kernels\n"
+            yield "Times of the median from a cold L2, PyTorch's own fastest beside ours; above 1x ours is faster.\n"
+            yield from answers.markdown(found.answers)
+            yield ""
+        if (folder / "profile.png").exists():
+            yield f"![where a step goes]({home / 'profile.png'})\n"
 
 
 def charts(root: Path) -> dict[Path, Report]:

@@ -27,6 +27,7 @@ from .runner import Runner
 
 GENERATED, CLASSES, SIZE = 64, 4, (256, 320)  # pictures, folders, height and width: about ImageNet's after resizing
 PREFETCH = 2
+ROUNDS = 3
 MAX_WORKERS = 16
 
 
@@ -118,7 +119,7 @@ def measure(
     folder: Path,
     workers: int,
     *,
-    rounds: int = 3,
+    rounds: int = ROUNDS,
     steps: int = 8,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:

@@ -93,11 +93,15 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of the checkout this package runs from and whether it has uncommitted changes; None outside one."""
+    """The commit of the checkout this package runs from and whether it has uncommitted changes; outside one what
+    RESNET_FUSED_COMMIT says, as `git describe --always --dirty --abbrev=40 --exclude='*'` does, or None.
+    """
     package = Path(resnet_fused.__file__).resolve().parent
     git = ["git", "-C", str(package.parent)]
     if _run([*git, "ls-files", "--error-unmatch", "resnet_fused/__init__.py"]) is None:
-        return None  # installed: a repository around site-packages would not be this project's
+        # Installed: a repository around site-packages would not be this project's. Or copied without its history.
+        said = re.fullmatch(r"([0-9a-f]{7,40})(-dirty)?", os.environ.get("RESNET_FUSED_COMMIT", ""))
+        return {"sha": said[1], "dirty": bool(said[2])} if said else None
     sha = _run([*git, "rev-parse", "HEAD"])
     return {"sha": sha, "dirty": bool(_run([*git, "status", "--porcelain"]))} if sha else None
 

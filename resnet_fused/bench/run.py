@@ -26,6 +26,7 @@ from .saved import saved_bytes
 CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 PICTURE_BATCH = 8
 TIMED_SECONDS = 12.0
+ROOF_REPEATS = 8  # at most: no more than there are rounds
 TRAINING_SETUP = 3.0  # how much longer than inference's a training case's set-up takes, roughly
 
 
@@ -38,6 +39,7 @@ class Options:
     device: torch.device
     contestants: tuple[str, ...]
     images: Path | None = None
+    pictures: bool = True
     loader: loader.Source | None = None
     rounds: int | None = None
     budget_s: float | None = None
@@ -66,7 +68,9 @@ def run(options: Options, reporter: Reporter) -> Report:
     """
     start = time.monotonic()
     facts = provenance.collect(options.device, options.command)  # first: it notes the load others put on the machine
-    pictures = images.load_folder(options.images) if options.images else images.load_samples()
+    pictures = None
+    if options.pictures:
+        pictures = images.load_folder(options.images) if options.images else images.load_samples()
     benchmark_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -101,7 +105,7 @@ class _Race:
     def measure_roof(self, dtype: str) -> None:
         """Measure a dtype's roof, or raise it: the best of all attempts counts, and they are spread over the run."""
         try:
-            found = roof.measure(dtype, self.options.device)
+            found = roof.measure(dtype, self.options.device, min(ROOF_REPEATS, self.options.rounds or ROOF_REPEATS))
         except RuntimeError:  # a dtype without kernels on this device
             return
         before = self.roofs.get(dtype, found)
@@ -211,7 +215,12 @@ def _load_and_train(
             }
             workers = options.loader.processes(options.device)
             rows += loader.measure(
-                case, builders, folder, workers, on_round=lambda done: reporter.detail(f"round {done}")
+                case,
+                builders,
+                folder,
+                workers,
+                rounds=options.rounds or loader.ROUNDS,
+                on_round=lambda done: reporter.detail(f"round {done}"),
             )
     return rows
 

@@ -42,10 +42,15 @@ def load(path: Path) -> Report:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}: no JSON: {error}") from None
+    return parse(data, path)
+
+
+def parse(data: Any, where: object) -> Report:
+    """As `load`, of what such a file holds; `where` is named in the error."""
     try:
         return _report(data)
     except _Misfit as misfit:
-        raise UsageError(f"{path}: no result of `resnet-fused bench --json`: {misfit}") from None
+        raise UsageError(f"{where}: no result of `resnet-fused bench --json`: {misfit}") from None
 
 
 class _Misfit(Exception):
