@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--contestants", help=f"comma list of {everyone} (default: all; the baseline eager-channels-last always runs)")
     add("--backend", default="auto", help="backend that fused and frozen are forced to use (default: auto)")
     add("--images", type=Path, metavar="DIR", help="folder of pictures to compare plain and fused models on")
+    add("--no-images", action="store_true", help="compare them on no pictures")
     add("--image-size", default="224", help="side of the square input that is timed (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the results and their provenance here")
     add("--chart", type=Path, metavar="FILE", help="draw the results to this PNG")
@@ -290,6 +291,8 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     entry = arguments.record and arguments.record / "new.json"
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
         _check_writable(option, path)
+    if arguments.images and arguments.no_images:
+        raise cases.UsageError("--images and --no-images contradict each other")
     source = None
     if arguments.workers and not arguments.loader:
         raise cases.UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
@@ -308,6 +311,7 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         device=device,
         contestants=entrants,
         images=arguments.images,
+        pictures=not arguments.no_images,
         loader=source,
         rounds=rounds,
         budget_s=budget,
