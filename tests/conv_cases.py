@@ -91,6 +91,13 @@ def geometry(shape: ConvShape) -> tuple[list[int], list[int], list[int], int]:
     return list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
 
 
+def placed(value):
+    """A tensor on DEVICE with the strides it has, which `Tensor.to` gives up where they leave gaps."""
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
+
+
 def in_double(arguments):
     """The same arguments in float64, whose results are the truth."""
     return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]

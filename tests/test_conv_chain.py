@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_within_contract
+from conv_cases import placed
 
 pytest.importorskip("triton")
 
@@ -202,7 +203,7 @@ C = {
 
 
 def _on_device(arguments):
-    return [v.to(DEVICE) if isinstance(v, torch.Tensor) else v for v in arguments.values()]
+    return [placed(v) for v in arguments.values()]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from conv_cases import (
     image,
     in_double,
     output,
+    placed,
     problem,
     runs_kernels,
 )
@@ -227,7 +228,7 @@ def test_refusals_name_the_value(changes, message):
     names = "dy weight dy_x dy_coefficients residual residual_mask x scale shift mean invstd".split()
     arguments = dict.fromkeys(names) | {"dy": DY, "weight": W}
     arguments |= {"size": [5, 5], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (arguments | changes).items()}
+    on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_dgrad", *on_device.values())
 
 

@@ -21,6 +21,7 @@ from conv_cases import (
     image,
     in_double,
     output,
+    placed,
     problem,
     runs_kernels,
 )
@@ -176,5 +177,5 @@ def test_refusals_name_the_value(changes, message):
     arguments |= {"dy": DY, "weight": torch.zeros(6, 8, 3, 3), "x": IMAGE, "mean": V, "invstd": V}
     arguments |= {"mask": torch.zeros(50, dtype=torch.uint8)}
     arguments |= {"size": [5, 5], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (arguments | changes).items()}
+    on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_dgrad_join", *on_device.values())

@@ -25,6 +25,7 @@ from conv_cases import (
     image,
     in_double,
     output,
+    placed,
     problem,
     runs_kernels,
 )
@@ -207,7 +208,7 @@ W = torch.zeros(6, 8, 3, 3)
 def test_refusals_name_the_value(changes, message):
     arguments = {"x": X, "weight": W, "scale": None, "shift": None, "residual": None}
     arguments |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "relu": False}
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (arguments | changes).items()}
+    on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_fprop", *on_device.values())
 
 

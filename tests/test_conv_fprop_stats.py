@@ -24,6 +24,7 @@ from conv_cases import (
     geometry,
     image,
     in_double,
+    placed,
     problem,
     runs_kernels,
 )
@@ -217,5 +218,5 @@ V = torch.zeros(8)
 def test_refusals_name_the_value(changes, message):
     arguments = {"x": X, "weight": W, "x_scale": None, "x_shift": None}
     arguments |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "rows": 4}
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (arguments | changes).items()}
+    on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_fprop_stats", *on_device.values())

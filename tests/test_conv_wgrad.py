@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conv_cases import placed
 from op_cases import assert_sum_within_contract
 from torch.nn.grad import conv2d_weight
 
@@ -305,7 +306,7 @@ DY = torch.zeros(2, 6, 3, 3).contiguous(memory_format=NHWC)
 def test_refusals_name_the_value(changes, message):
     arguments = {"dy": DY, "x": X, "dy_x": None, "dy_coefficients": None, "x_scale": None, "x_shift": None}
     arguments |= {"filter": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in (arguments | changes).items()}
+    on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_wgrad", *on_device.values())
 
 

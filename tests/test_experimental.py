@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from box_statistics import assert_statistics_of_boxes
 from contract import assert_within_contract
+from conv_cases import DEVICE
 
 pytest.importorskip("triton")
 
@@ -314,9 +315,9 @@ def test_a_planned_formulation_that_these_operands_refuse_falls_back(monkeypatch
     monkeypatch.setattr(module, "conv_config", lambda *args: config)
     ran = []
     monkeypatch.setattr(experimental, "conv_fprop", lambda *args: ran.append("experimental"))
-    storage = torch.randn(2 * 4 * 4 * 64 + 1).half()
+    storage = torch.randn(2 * 4 * 4 * 64 + 1).half().to(DEVICE)
     x = storage[1:].view(2, 4, 4, 64).permute(0, 3, 1, 2)
-    weight = torch.randn(64, 64, 1, 1).half()
+    weight = torch.randn(64, 64, 1, 1).half().to(DEVICE)
     y = launcher(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, False)
     torch.testing.assert_close(y.float(), F.conv2d(x.float(), weight.float()), rtol=1e-2, atol=1e-1)
     assert ran == []

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from contract import assert_within_contract
 from networks import AVAILABLE, DEVICE
 from torch import Tensor, nn
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused import functional, fuse, use_backend
 from resnet_fused.nn import BatchNormAct2d
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+from torch.testing._internal.common_modules import module_db  # noqa: E402
 
 # PyTorch's test suite forbids itself to set flags outside a context manager; whoever runs next in this process may.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
