@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 import resnet_fused
 from resnet_fused import cli, evaluate, models
 from resnet_fused.evaluate import ErrorRate, classify_windows, ensemble, multi_scale, ranks, ten_crop, top_k_error
+from resnet_fused.evaluate.pictures import spread
 
 CLASSES = ("blue", "green", "red")
 
@@ -255,6 +256,11 @@ def test_errors_are_those_of_the_model(folder, tmp_path):
     assert json.loads(out.read_text())["results"][0]["errors"]["top1"]["wrong"] == wrong
     assert run("--model", f"cifar_resnet8={tmp_path / 'a.pth'}", "--data", folder, "--json", out, "--limit", 3) == 0
     assert json.loads(out.read_text())["pictures"] == 3
+
+
+def test_a_limit_takes_pictures_of_every_class():
+    assert spread(12, 3) == [0, 4, 8] and spread(7, 4) == [0, 1, 3, 5]
+    assert spread(5, None) == spread(5, 9) == [0, 1, 2, 3, 4]
 
 
 def test_unreadable_pictures_are_counted_and_named(folder, checkpoint, tmp_path, capsys):

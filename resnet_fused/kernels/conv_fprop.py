@@ -251,12 +251,9 @@ def conv_fprop(
     Args:
         x: [N, C, H, W] in NHWC order; fp32, fp16 or bf16.
         weight: [K, C/groups, R, S], any strides (NHWC order is read in place, any other copied); the dtype of x.
-        scale: [K], or None for 1.
-        shift: [K], or None for 0.
+        scale, shift: [K], or None for 1 and 0.
         residual: [N, K, P, Q] in NHWC order, the dtype of x, or None.
-        stride: of the filter, (h, w); so are padding (zeros) and dilation.
-        padding: zeros around the image.
-        dilation: distance of the filter's taps.
+        stride, padding, dilation: of the filter, (h, w); the padding is zero.
         groups: of channels that see each other.
         relu: whether act is ReLU, which keeps NaN; else the identity.
         config: the launch configuration; None takes the plan's.
@@ -295,13 +292,9 @@ def conv_fprop_stats(
 
     Args:
         x: [N, C, H, W] in NHWC order; fp32, fp16 or bf16.
-        weight: as in `conv_fprop`; so are stride, dilation and groups.
-        x_scale: [C] fp32, or None; x_shift likewise, both or neither.
-        x_shift: see x_scale.
-        stride: of the filter.
+        weight, stride, dilation, groups: as in `conv_fprop`.
+        x_scale, x_shift: [C] fp32, or None; both or neither.
         padding: zeros around the activation, not around x.
-        dilation: see stride.
-        groups: see stride.
         rows: how many rows of statistics to return.
         config: the launch configuration; None takes the plan's.
 
