@@ -27,9 +27,13 @@ from conv_cases import (
 )
 
 from resnet_fused import reference
+from resnet_fused.bench import checks
+from resnet_fused.bench.network import tiny_network
+from resnet_fused.bench.problems import jobs
 from resnet_fused.kernels import conv_dgrad, conv_dgrad_join, refuse
 from resnet_fused.ops import aten
 from resnet_fused.plan.conv import ConvConfig, conv_dgrad_configurations
+from resnet_fused.plan.table import Choice
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
 SMALL = ConvConfig(32, 16, 16, 4, 2)  # many tiles of a small image
@@ -179,3 +183,27 @@ def test_refusals_name_the_value(changes, message):
     arguments |= {"size": [5, 5], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
     on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_dgrad_join", *on_device.values())
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_verification_finds_what_is_wrong_with_it(index, monkeypatch):
+    job = next(
+        job
+        for job in jobs(tiny_network(), ("train",), 2, torch.float32, 80, False)
+        if job.problem.op == "conv_dgrad" and not job.epilogue
+    )
+    device, right = torch.device(DEVICE), checks.caller
+
+    def wrong(op, choice):
+        def call(*operands):
+            results = list(right(op, choice)(*operands))
+            results[index] = results[index] * (1 + 1e-4)
+            return results
+
+        return call if op == "conv_dgrad_join" else right(op, choice)
+
+    choice = Choice("triton", SMALL)
+    assert checks.check_all(job, choice, device) == {"conv_dgrad": None, "conv_dgrad_join": None}
+    monkeypatch.setattr(checks, "caller", wrong)
+    found = checks.check_all(job, choice, device)
+    assert found["conv_dgrad"] is None and "errs by" in found["conv_dgrad_join"]

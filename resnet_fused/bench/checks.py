@@ -75,6 +75,8 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
     """
     make = Operands(device, problem.dtype)
     operands = memory_arguments(op, problem, make) if job is None else arguments(job, make)
+    if op == "conv_dgrad_join":
+        operands = _join(operands, problem.shape, make)
     try:
         reason = _refusal(op, choice, operands, problem.shape)
         if reason is not None:
@@ -93,6 +95,14 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
         return next(filter(None, problems), None)
     except Exception as error:  # whatever a kernel raises is its result
         return first_line(error)
+
+
+def _join(dgrad: Sequence[Any], shape: ConvShape | tuple[int, ...], make: Operands) -> tuple[Any, ...]:
+    """The arguments of `conv_dgrad_join`, behind a block that ends in a projection, from those of `conv_dgrad`."""
+    assert isinstance(shape, ConvShape)
+    image = (shape.n, shape.c, shape.h, shape.w)
+    first, second = ((make.activation(*image), make.vector(shape.c), make.vector(shape.c, positive=True)) for _ in "12")
+    return (*dgrad[:6], first[0], make.bits(first[0].numel()), *first[1:], *second, *dgrad[11:])
 
 
 def _refusal(op: str, choice: Choice, operands: Sequence[Any], shape: ConvShape | tuple[int, ...]) -> str | None:
@@ -157,6 +167,12 @@ def comparisons(op: str, operands: Sequence[Any], results: Sequence[Tensor]) -> 
         x, _, _, mean, invstd = exact[6:11]
         dx = Comparison("dx", results[0], plain[0], truth[0])
         return [dx, *_sums(results[0].double(), x, mean, invstd, results[1:], (None, None))]
+    if op == "conv_dgrad_join":
+        x, _, mean, invstd, *shortcut = exact[6:13]
+        dz = torch.where(reference.unpack_bits(operands[7], x), results[0].double(), 0)
+        both = _sums(dz, x, mean, invstd, results[1:3], (None, None))
+        other = _sums(dz, *shortcut, results[1:4:2], (None, None))[1:]
+        return [Comparison("dx", results[0], plain[0], truth[0]), *both, *other]
     if op == "bn_backward_reduce":
         dy, x, mask, scale, shift, mean, invstd, *_ = exact
         constant = (None, None, 1.0, True, True)  # as if the statistics were constants
@@ -237,5 +253,8 @@ def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERI
     """`check` of the job's op, or of every op of its family, by op, for at most so many images."""
     problem = job.problem.with_batch(min(job.problem.batch, images))
     if isinstance(problem.shape, ConvShape):
-        return {problem.op: check(problem, problem.op, dataclasses.replace(job, problem=problem), choice, device)}
+        job = dataclasses.replace(job, problem=problem)
+        # The dgrad of a block's first convolution may also form the sums of the block before it.
+        also = ("conv_dgrad_join",) if problem.op == "conv_dgrad" and not job.epilogue else ()
+        return {op: check(problem, op, job, choice, device) for op in (problem.op, *also)}
     return {op: check(problem, op, None, choice, device) for op in FAMILIES[problem.op]}
