@@ -1,10 +1,16 @@
-"""No GPU needed: Triton in its interpreter, CUDA kernels host-executed, fresh memory poisoned with NaN."""
+"""No GPU needed: Triton in its interpreter, CUDA kernels host-executed, fresh memory poisoned with NaN.
+
+On a GPU the same tests run on CUDA tensors, through compiled kernels: never through the interpreter.
+"""
 
 import os
 
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or every product warns that it may not repeat
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 import pytest
@@ -21,6 +27,17 @@ def _seeded_and_poisoned():
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def _fp32_is_fp32():
+    """PyTorch's default on a GPU is TF32 in convolutions, with another error in every algorithm of cuDNN's; tests of it
+    ask for it.
+    """
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
 
 
 @pytest.fixture(scope="session")
