@@ -11,12 +11,12 @@ from rich.markup import escape
 
 from . import compare, models, network, profile, profile_view, provenance, schema
 from .cases import Case
-from .contestants import BASELINE
+from .contestants import BASELINE, CONTESTANTS
 from .progress import Reporter
 from .results import Report, write_json
 from .run import Options
 
-PROFILED = (BASELINE, "fused")  # the others are the same ops, or replace the modules that a profile is about
+PROFILED = (BASELINE, "fused", "frozen")  # the others are the same ops, or not ours
 
 
 def compare_files(paths: Sequence[Path], out: Console) -> int:
@@ -96,8 +96,9 @@ def profile_cases(options: Options, json: Path | None, picture: Path | None, out
         if case.dtype not in known:
             reporter.start(f"measuring the roofs of {options.device} in {case.dtype}")
             known[case.dtype] = profile.roofs(case)
-        reporter.start(f"{case.label}: profiling {', '.join(names)}")
-        found.append(profile.measure(model, networks[case.image_size], case, names, *known[case.dtype]))
+        entrants = [name for name in names if case.mode in CONTESTANTS[name].modes]
+        reporter.start(f"{case.label}: profiling {', '.join(entrants)}")
+        found.append(profile.measure(model, networks[case.image_size], case, entrants, *known[case.dtype]))
     profile_view.render(found, facts, out)
     if json:
         write_json({"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}, json)

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import cost, roof
+from . import cost, kernel_times, roof
 from .cases import Case
 from .contestants import CONTESTANTS
 from .harness import clock_for
+from .kernel_times import Kernel
 from .network import Network
 from .runner import Runner
 
@@ -28,6 +29,7 @@ STEPS, WARM_UP = 3, 2
 SCOPE, STEP = "layer: ", "one step"
 BACKWARD = "autograd::engine::evaluate_function: "
 STEM, HEAD, OPTIMIZER, OTHER = "stem", "head", "optimizer", "other"
+REPLACED = ("frozen",)  # their modules are not the model's: only their kernels can be told
 SCHEMES = {"fused": "planned"}  # whose bytes a contestant is held against; the others' are eager's
 # What an op is, by its name; the outermost op that is something decides, so that a copy inside a convolution is one.
 KINDS = (
@@ -67,12 +69,14 @@ class Profiled:
         step_ms: the median of steps without the profiler.
         pieces: the profile; it adds up to more than `step_ms` by what profiling costs.
         scheme: of the cost model, what it is held against.
+        kernels: what ran, by name, the longest first.
     """
 
     contestant: str
     step_ms: float
     pieces: tuple[Piece, ...]
     scheme: str
+    kernels: tuple[Kernel, ...] = ()
 
     @property
     def total_ms(self) -> float:
@@ -92,6 +96,8 @@ class CaseProfile:
         bandwidth: bytes per second of a copy, measured.
         flops_per_s: of the better of matrix product and convolution, measured in the case's dtype.
         costs: the ops of a step by scheme.
+        contestants: whose modules are the model's.
+        others: the rest, whose kernels alone are known.
     """
 
     case: Case
@@ -100,6 +106,7 @@ class CaseProfile:
     flops_per_s: float
     costs: dict[str, list[cost.Cost]]
     contestants: tuple[Profiled, ...]
+    others: tuple[Profiled, ...] = ()
 
     def places(self) -> list[tuple[str, str | None]]:
         """(block, None), then (block, convolution) for each of its convolutions; in the order of the forward."""
@@ -125,6 +132,11 @@ class CaseProfile:
         least, took = self.roof_ms(profiled, where, layer), profiled.ms(where, layer)
         return least / took if least and took else None
 
+    def bytes_per_s(self, profiled: Profiled, where: str, layer: str | None = None) -> float | None:
+        """What the cost model says that a place moves, over its time."""
+        ops, took = self.ops(profiled, where, layer), profiled.ms(where, layer)
+        return sum(op.bytes for op in ops) / took * 1e3 if ops and took else None
+
     def to_json(self) -> dict[str, Any]:
         rows = [
             {
@@ -134,6 +146,7 @@ class CaseProfile:
                 "roof_fraction": self.fraction(profiled, where, layer),
                 "contestant": profiled.contestant,
                 "bytes": sum(op.bytes for op in self.ops(profiled, where, layer)),
+                "bytes_per_s": self.bytes_per_s(profiled, where, layer),
                 "flops": sum(op.flops for op in self.ops(profiled, where, layer)),
             }
             for profiled in self.contestants
@@ -143,7 +156,7 @@ class CaseProfile:
             **dataclasses.asdict(self.case),
             "bandwidth_bytes_per_s": self.bandwidth,
             "roof_flops_per_s": self.flops_per_s,
-            "contestants": [dataclasses.asdict(profiled) for profiled in self.contestants],
+            "contestants": [dataclasses.asdict(profiled) for profiled in (*self.contestants, *self.others)],
             "rows": rows,
         }
 
@@ -151,14 +164,15 @@ class CaseProfile:
 def measure(
     model: nn.Module, network: Network, case: Case, names: Iterable[str], bandwidth: float, flops_per_s: float
 ) -> CaseProfile:
-    """Profile these contestants on a case. Those that replace the model's modules by something else cannot be."""
+    """Profile these contestants on a case, layer by layer; of those in `REPLACED` only the kernels."""
     dtype = case.torch_dtype
     if case.mode == "infer":
         costs = {n: cost.inference(network, s, case.batch, dtype) for n, s in cost.INFERENCE.items()}
     else:
         costs = {n: cost.training(network, s, case.batch, dtype) for n, s in cost.TRAINING.items()}
-    found = tuple(_profile(model, network, case, name) for name in names)
-    return CaseProfile(case, network, bandwidth, flops_per_s, costs, found)
+    found = [_profile(model, network, case, name) for name in names]
+    whole, others = (tuple(p for p in found if (p.contestant in REPLACED) == it) for it in (False, True))
+    return CaseProfile(case, network, bandwidth, flops_per_s, costs, whole, others)
 
 
 def roofs(case: Case) -> tuple[float, float]:
@@ -180,6 +194,8 @@ def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profi
     for _ in range(WARM_UP):
         runner.step_by_step()
     alone_ms = sorted(clock(runner.step_by_step) for _ in range(STEPS))[STEPS // 2]
+    if name in REPLACED:
+        return Profiled(name, alone_ms, (), "eager", kernel_times.measure(runner.step_by_step, device, STEPS))
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _scopes(runner.module, blocks | alone):
@@ -190,8 +206,10 @@ def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profi
                     runner.step_by_step()
             if on_gpu:
                 torch.cuda.synchronize(device)
-    pieces = attribute(profiler.events(), blocks, alone, on_gpu, STEPS)
-    return Profiled(name, alone_ms, pieces, SCHEMES.get(name, "eager"))
+    events = profiler.events()
+    pieces = attribute(events, blocks, alone, on_gpu, STEPS)
+    ran = kernel_times.kernels(events, on_gpu, STEPS)
+    return Profiled(name, alone_ms, pieces, SCHEMES.get(name, "eager"), ran)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import provenance
+from . import kernel_times, provenance
 from .chart import COLOURS
 from .profile import KINDS, OPTIMIZER, OTHER, CaseProfile, Profiled
 from .results import write_atomically
@@ -37,22 +37,30 @@ def render(profiles: Sequence[CaseProfile], facts: dict[str, Any], console: Cons
         for name in ("GFLOP", "MB, eager"):
             table.add_column(name, justify="right", no_wrap=True)
         for profiled in one.contestants:
-            table.add_column(profiled.contestant, justify="right", no_wrap=True)
-            table.add_column("of roof", justify="right", no_wrap=True)
+            for name in (profiled.contestant, "GB/s", "of roof"):
+                table.add_column(name, justify="right", no_wrap=True)
         for where, layer in one.places():
             eager = one.ops(one.contestants[0], where, layer)
             moved, flops = sum(op.bytes for op in eager), sum(op.flops for op in eager)
             cells = [f"{flops / 1e9:.2f}", f"{moved / 1e6:.1f}"] if eager else ["", ""]
             for profiled in one.contestants:
                 took, share = profiled.ms(where, layer), one.fraction(profiled, where, layer)
-                cells += [f"{took:.2f}" if took is not None else "-", f"{share:.0%}" if share else "-"]
+                rate = one.bytes_per_s(profiled, where, layer)
+                cells += [f"{took:.2f}" if took is not None else "-", f"{rate / 1e9:.1f}" if rate else "-"]
+                cells.append(f"{share:.0%}" if share else "-")
             name = f"  {layer.removeprefix(f'{where}.')}" if layer else where
             table.add_row(Text(name, style="" if layer else "bold"), *cells)
         table.add_section()
-        totals = [cell for p in one.contestants for cell in (f"{p.total_ms:.2f}", "")]
+        totals = [cell for p in one.contestants for cell in (f"{p.total_ms:.2f}", "", "")]
         table.add_row(Text("sum", style="bold"), "", "", *totals)
-        table.add_row("without the profiler", "", "", *[c for p in one.contestants for c in (f"{p.step_ms:.2f}", "")])
+        table.add_row(
+            "without the profiler", "", "", *[c for p in one.contestants for c in (f"{p.step_ms:.2f}", "", "")]
+        )
         console.print(table)
+        for profiled in (*one.contestants, *one.others):
+            if profiled.kernels:
+                title = f"{profiled.contestant}: what ran longest, {profiled.step_ms:.2f} ms a step"
+                console.print(kernel_times.table(title, profiled.kernels))
         for profiled in one.contestants:
             parts = [f"{_name(kind, back)} {ms / profiled.total_ms:.0%}" for (kind, back), ms in kinds(profiled)]
             console.print(f"{profiled.contestant}: {', '.join(parts)}", highlight=False, soft_wrap=True)
