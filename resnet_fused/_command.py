@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ FEW = 20  # choices that a message lists
 
 class UsageError(ValueError):
     """A choice the command cannot honour; the message is one line that names the value and the choices."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error of another library says, in one line of some 300 characters; its name where it says nothing."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def choose(value: str, choices: Iterable[str], what: str) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from resnet_fused._command import one_line
+
 from .cases import UsageError
 
 RESIZE, CROP = 256, 224
@@ -23,7 +25,7 @@ def load_folder(folder: Path) -> torch.Tensor:
         raise UsageError(f"--images {folder}: not a folder")
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     if not files:
-        raise UsageError(f"--images {folder}: no picture in this folder")
+        raise UsageError(f"--images {folder}: no picture in this folder itself")
     return torch.stack([_load(path) for path in files])
 
 
@@ -44,7 +46,7 @@ def _load(path: Path) -> torch.Tensor:
         with Image.open(path) as image:
             return _preprocess(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, DecompressionBombError, struct.error, ...
-        raise UsageError(f"--images: cannot read {path} as a picture: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--images: cannot read {path} as a picture: {one_line(error)}") from None
 
 
 def _preprocess(image: object) -> torch.Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from resnet_fused._command import one_line
+
 from .cases import UsageError, choose
 
 FAMILIES = ("resnet", "resnext", "wide_resnet")
@@ -57,12 +59,8 @@ def create(name: str, seed: int = 0) -> nn.Module:
         try:
             calibrate(model, [torch.randn(4, 3, 128, 128) for _ in range(2)])
         except Exception as error:  # timm has models of every kind, each with its own way to refuse
-            raise UsageError(f"model {name!r} is none for pictures of 128 x 128: {_one_line(error)}") from None
+            raise UsageError(f"model {name!r} is none for pictures of 128 x 128: {one_line(error)}") from None
     return model.eval()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

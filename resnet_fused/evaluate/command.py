@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         with resnet_fused.use_backend(arguments.backend):
             evaluation = runner.evaluate(contestants, source, chosen, settings, _Progress())
     except ValueError as error:  # UsageError, and what the protocols and `use_backend` refuse
-        return _complain(" ".join(str(error).split()))
+        return _complain(_command.one_line(error))
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
         return 130

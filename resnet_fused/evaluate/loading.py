@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused import models
-from resnet_fused._command import UsageError, choose
+from resnet_fused._command import UsageError, choose, one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -87,8 +87,7 @@ def load(text: str, classes: int | None = None) -> Loaded:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise UsageError(f"--model {text}: the weights are of another network: {detail[:300]}") from None
+        raise UsageError(f"--model {text}: the weights are of another network: {one_line(error)}") from None
     return Loaded(name, *_prepared(name, model), checkpoint, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -119,7 +118,7 @@ def _create(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
     except ImportError as error:
         raise UsageError(f"--model {name}: {library} cannot be imported here: {error}") from None
     except Exception as error:  # each library has its own way to say that it does not know a name, or cannot download
-        raise UsageError(f"--model {name}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--model {name}: {one_line(error)}") from None
 
 
 def _prepared(name: str, model: nn.Module) -> tuple[Normalised, int]:
@@ -146,7 +145,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's and timm's recipes keep theirs
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip, safetensors: each with errors of its own
-        raise UsageError(f"--model: cannot read {path} as a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--model: cannot read {path} as a checkpoint: {one_line(error)}") from None
     options = content.get("options", {}) if isinstance(content, Mapping) else {}
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

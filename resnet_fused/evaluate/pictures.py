@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused._command import UsageError, choose
+from resnet_fused._command import UsageError, choose, one_line
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pictures(torch.utils.data.Dataset):
         except Exception as error:  # of PIL's decoders: OSError, SyntaxError, ValueError, struct.error...
             samples = getattr(self.source, "samples", None)
             name = str(samples[index][0]) if samples else f"picture {index}"
-            return Unreadable(name, f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}")
+            return Unreadable(name, f"{type(error).__name__}: {one_line(error)}")
         return Picture(self.views(pixels), int(target))
 
 
@@ -96,7 +96,7 @@ def open_data(text: str) -> Any:
     try:
         return ImageFolder(text)
     except OSError as error:
-        raise UsageError(f"--data {text}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"--data {text}: {one_line(error)}") from None
 
 
 def _torchvision(text: str) -> Any:
@@ -114,5 +114,5 @@ def _torchvision(text: str) -> Any:
         try:
             return cls(**options, **({"split": split} if split else {}))
         except Exception as error:  # whatever it says of missing files and unknown splits
-            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            errors.append(one_line(error))
     raise UsageError(f"--data {text}: {errors[0]}")
