@@ -160,7 +160,7 @@ class RetainedNorm(SharedNormChain):
 
 
 @pytest.mark.parametrize(
-    ("make", "fused", "skipped"),
+    ("make", "fused", "left_alone"),
     [
         (SharedNormChain, [], [("bn", "`bn` is called 2 times")]),
         (UsedTwice, [("", "bn-relu")], []),
@@ -168,11 +168,11 @@ class RetainedNorm(SharedNormChain):
         (RetainedNorm, [("", "a-bn")], []),
     ],
 )
-def test_values_that_others_use_stay(make, fused, skipped):
+def test_values_that_others_use_stay(make, fused, left_alone):
     plain = make().double()
     model = fuse(copy.deepcopy(plain))
     result = report(model)
-    assert (result.fused, result.skipped) == (fused, skipped)
+    assert (result.fused, result.skipped) == (fused, left_alone)
     assert_same(plain, model, torch.randn(2, 4, 6, 6, dtype=torch.float64))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from resnet_fused.nn.units import plain
 
 from .flow import Flow, Op, ancestors
+from .norms import norm_form, norm_of
 from .plans import BlockPlan, Unit
 
 _KINDS: dict[int, Literal["BasicBlock", "Bottleneck"]] = {2: "BasicBlock", 3: "Bottleneck"}
@@ -14,6 +16,10 @@ _KINDS: dict[int, Literal["BasicBlock", "Bottleneck"]] = {2: "BasicBlock", 3: "B
 
 class Mismatch(Exception):
     """The dataflow is not that of a block; the message says what stands in the way."""
+
+
+class NoReluAfterSum(Mismatch):
+    """As in a network of linear bottlenecks, or of pre-activation blocks."""
 
 
 def joins(flow: Flow, direct: bool) -> bool:
@@ -49,11 +55,18 @@ def match_block(flow: Flow) -> BlockPlan:
     units = _units(branch)
     if len(units) not in _KINDS:
         raise Mismatch(f"its branch has {len(units)} convolution{'s' * (len(units) != 1)}, a block has two or three")
-    projection = _units(shortcut)
+    pools = list(itertools.takewhile(lambda op: op.kind == "pool", shortcut))
+    projection = _units(shortcut[len(pools) :])
     if len(projection) > 1:
         raise Mismatch(f"its shortcut has {len(projection)} convolutions")
     units[-1] = Unit(units[-1].conv, units[-1].bn, final.path, relu=True)
-    plan = BlockPlan(_KINDS[len(units)], tuple(units), projection[0] if projection else None, flow.bypassed)
+    plan = BlockPlan(
+        _KINDS[len(units)],
+        tuple(units),
+        projection[0] if projection else None,
+        flow.bypassed,
+        tuple(str(op.path) for op in pools),
+    )
     _check_plain(flow, plan)
     return plan
 
@@ -68,7 +81,7 @@ def _sum_of(output: Op) -> tuple[Op, Op]:
         trailing.append(op)
         op = op.inputs[0]
     if not trailing:
-        raise Mismatch("no relu follows the sum")
+        raise NoReluAfterSum("no relu follows the sum")
     culprit = next((t for t in reversed(trailing) if t.kind != "relu"), trailing[0] if len(trailing) > 1 else None)
     if culprit is not None and culprit.constant is not None:
         raise Mismatch(f"the sum is multiplied by {culprit.constant}")
@@ -118,6 +131,10 @@ def _units(branch: list[Op]) -> list[Unit]:
         bn = rest.pop(0)
         if bn.kind != "bn":
             raise Mismatch(_between(bn, branch))
+        assert bn.module is not None
+        form = norm_form(bn.module)
+        if isinstance(form, str):
+            raise Mismatch(form)
         act = rest.pop(0) if rest else None
         if act is not None and act.kind == "conv":
             raise Mismatch(f"no relu between {bn.name} and {act.name}")
@@ -139,6 +156,7 @@ def _check_plain(flow: Flow, plan: BlockPlan) -> None:
     modules = {op.path: op.module for op in flow.ops if op.path is not None}
     for unit in plan.all_units:
         conv, bn, act = (modules[path] if path is not None else None for path in (unit.conv, unit.bn, unit.act))
-        reason = plain(conv, bn, act, in_forward=False)  # type: ignore[arg-type]
+        assert bn is not None
+        reason = plain(conv, norm_of(bn), act, in_forward=False)
         if reason is not None:
             raise Mismatch(f"{unit}: {reason}")

@@ -6,27 +6,28 @@ operation.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
+from .nodes import (
+    IN_PLACE_ADDS,
+    factor,
+    function_name,
+    is_identity,
+    is_pool,
+    is_relu,
+    is_relu_module,
+    is_sequential,
+    is_sum,
+)
+from .norms import NormForm, norm_form
 from .trace import is_number, original_class
 
-Kind = Literal["input", "conv", "bn", "relu", "add", "other"]
-
-RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-RELU_METHODS = ("relu", "relu_")
-ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-MUL_FUNCTIONS = (operator.mul, operator.imul, torch.mul)
-MUL_METHODS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+Kind = Literal["input", "conv", "bn", "relu", "add", "pool", "other"]
 
 
 @dataclass(eq=False)
@@ -64,33 +65,6 @@ class Flow:
     def calls(self) -> Counter[int]:
         """How often each module is called."""
         return Counter(id(op.module) for op in self.ops if op.module is not None)
-
-
-def is_relu(node: fx.Node, owner: nn.Module) -> bool:
-    """Whether the node is relu of its only argument."""
-    if len(node.all_input_nodes) != 1:
-        return False
-    if node.op == "call_module":
-        relu = original_class(owner.get_submodule(str(node.target))) is nn.ReLU
-        return relu and len(node.args) == 1 and not node.kwargs
-    if node.op == "call_function":
-        return node.target in RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in RELU_METHODS
-
-
-def is_identity(module: nn.Module) -> bool:
-    return original_class(module) is nn.Identity
-
-
-def is_sequential(module: nn.Module) -> bool:
-    """Whether calling the module is calling its children one after the other."""
-    cls = original_class(module)
-    return (
-        isinstance(module, nn.Sequential)
-        and cls.forward is nn.Sequential.forward
-        and cls.__call__ is nn.Module.__call__
-        and "forward" not in module.__dict__
-    )
 
 
 def flow_of(graph: fx.Graph, owner: nn.Module) -> Flow:
@@ -147,15 +121,24 @@ class _Builder:
                 if child is not None:
                     x = self.call(f"{path}.{name}", child, x, direct=False)
             return x
+        form = norm_form(module)
         kind: Kind = "other"
         if isinstance(module, nn.Conv2d):
             kind = "conv"
-        elif isinstance(module, NORMS):
+        elif form is not None:
             kind = "bn"
-        elif original_class(module) is nn.ReLU:
+        elif is_relu_module(module):
             kind = "relu"
+        elif is_pool(module):
+            kind = "pool"
         label = f"`{path}` ({original_class(module).__name__})"
-        return self.add(kind, label, [x], path=path, module=module, direct=direct)
+        op = self.add(kind, label, [x], path=path, module=module, direct=direct)
+        for called in form.tail if isinstance(form, NormForm) else ():
+            if called is None:
+                op = self.add("relu", "relu", [op], direct=direct)
+            else:
+                op = self.call(f"{path}.{called}", module.get_submodule(called), op, direct)
+        return op
 
     def plain(self, node: fx.Node) -> Op | None:
         """Anything but the call of a module with one argument."""
@@ -164,44 +147,15 @@ class _Builder:
         if node.op == "get_attr" or is_number(node):
             return None
         inputs = self.activations(node)
-        label = f"`{node.target}`" if node.op == "call_module" else _function_name(node)
+        label = f"`{node.target}`" if node.op == "call_module" else function_name(node)
         if is_relu(node, self.owner):
             return self.add("relu", "relu", inputs)
-        if _is_sum(node, inputs):
-            in_place = node.target in (operator.iadd, "add_", "__iadd__")
+        if inputs and is_sum(node):
+            in_place = node.target in IN_PLACE_ADDS
             return self.add("add", "the sum", self.activations_in(node.args), in_place=in_place)
-        constant = _factor(node) if len(inputs) == 1 else None
+        constant = factor(node) if len(inputs) == 1 else None
         module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
         return self.add("other", label, inputs, module=module, constant=constant)
-
-
-def _is_sum(node: fx.Node, inputs: list[Op]) -> bool:
-    """Whether the node is the sum of two activations, and nothing more."""
-    if node.op == "call_function":
-        known = node.target in ADD_FUNCTIONS
-    else:
-        known = node.op == "call_method" and node.target in ADD_METHODS
-    return (
-        known
-        and not node.kwargs
-        and len(node.args) == 2
-        and all(isinstance(a, fx.Node) for a in node.args)
-        and bool(inputs)
-    )
-
-
-def _factor(node: fx.Node) -> Any:
-    if (node.op == "call_function" and node.target in MUL_FUNCTIONS) or (
-        node.op == "call_method" and node.target in MUL_METHODS
-    ):
-        return next((a for a in node.args if isinstance(a, (int, float))), None)
-    return None
-
-
-def _function_name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return f"`.{node.target}()`"
-    return f"`{getattr(node.target, '__name__', node.target)}`"
 
 
 def ancestors(ops: list[Op]) -> Iterator[Op]:

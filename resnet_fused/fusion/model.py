@@ -77,7 +77,7 @@ def report(model: nn.Module) -> FusionReport:
             swap.bind(module, recognition)  # so that what is said here is what the next forward does
         if recognition is None:
             continue
-        result.skipped.extend((f"{name}.{path}" if name else path, reason) for path, reason in recognition.skipped)
+        result.skipped.extend((".".join(filter(None, (name, path))), why) for path, why in recognition.skipped)
         if recognition.native is not None:
             result.fused.append((name, f"resnet_fused.nn.{recognition.native}"))
         elif recognition.reason is not None:
@@ -108,9 +108,9 @@ def _survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recognition | No
         recognition = recognise(module)
         if recognition is not None and recognition.native is not None:
             inside.update(map(id, module.modules()))
-        elif recognition is not None and isinstance(recognition.plan, BlockPlan):
-            for path in recognition.plan.bypassed:
-                inside.update(map(id, module.get_submodule(path).modules()))
+        elif recognition is not None and recognition.plan is not None:
+            for child in map(module.get_submodule, recognition.plan.bypassed):
+                inside.update(map(id, child.modules() if isinstance(recognition.plan, BlockPlan) else [child]))
         yield name, module, recognition
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Owner(Protocol):
@@ -20,6 +20,8 @@ class Owner(Protocol):
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
 
     def _run_block(self, x: Tensor, branch: int) -> Tensor | None: ...
+
+    def get_submodule(self, target: str) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Unit:
         act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
         relu: whether a ReLU follows.
         pool: path of the `nn.MaxPool2d` of a stem, behind conv, bn and ReLU; else None.
+        add: whether the forward adds a residual here. (In a block that goes without saying.)
     """
 
     conv: str | None
@@ -39,6 +42,7 @@ class Unit:
     act: str | None
     relu: bool
     pool: str | None = None
+    add: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -46,31 +50,37 @@ class Unit:
         return tuple(path for path in (self.conv, self.bn, self.act) if path is not None)
 
     def __str__(self) -> str:
-        names = [self.conv, self.bn, "relu" if self.relu else None, self.pool]
+        names = [self.conv, self.bn, "add" if self.add else None, "relu" if self.relu else None, self.pool]
         return "-".join(name for name in names if name is not None)
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """relu(units(x) + shortcut(x)): the residual and the last ReLU belong to the last unit.
+    """relu(units(x) + shortcut(pools(x))): the residual and the last ReLU belong to the last unit.
 
     Args:
         kind: `"BasicBlock"` (two units) or `"Bottleneck"` (three).
         units: the branch, first to last.
-        shortcut: conv + bn of the shortcut; None for the identity.
+        shortcut: conv + bn of the shortcut; None for none.
         bypassed: paths of the `nn.Sequential` and `nn.Identity` modules that the plan does not call although the plain
             forward does.
+        pools: paths of the pools that the shortcut begins with, such as the average pool of ResNet-D.
     """
 
     kind: Literal["BasicBlock", "Bottleneck"]
     units: tuple[Unit, ...]
     shortcut: Unit | None
     bypassed: tuple[str, ...] = ()
+    pools: tuple[str, ...] = ()
 
     @property
     def all_units(self) -> tuple[Unit, ...]:
         """The units in the order that `_run_unit` counts them: the branch, then the shortcut."""
         return self.units if self.shortcut is None else (*self.units, self.shortcut)
+
+    def adds(self, k: int) -> bool:
+        """Whether unit `k` is handed a residual."""
+        return k == len(self.units) - 1
 
     def body(self, training: bool, inputs: tuple[Any, ...]) -> Callable[..., Tensor] | None:
         """The function of (owner, x) that computes the block; None where the plan does not hold for these inputs."""
@@ -84,12 +94,17 @@ class BlockPlan:
         y = x
         for k in range(last):
             y = owner._run_unit(k, y)
-        residual = x if self.shortcut is None else owner._run_unit(last + 1, x)
+        residual = x
+        for path in self.pools:
+            residual = owner.get_submodule(path)(residual)
+        if self.shortcut is not None:
+            residual = owner._run_unit(last + 1, residual)
         return owner._run_unit(last, y, residual)
 
     def __str__(self) -> str:
         text = f"{self.kind}: {', '.join(map(str, self.units))}"
-        return text if self.shortcut is None else f"{text}; shortcut {self.shortcut}"
+        shortcut = [*self.pools, *([] if self.shortcut is None else [str(self.shortcut)])]
+        return f"{text}; shortcut {'-'.join(shortcut)}" if shortcut else text
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,10 @@ class SequencePlan:
     def all_units(self) -> tuple[Unit, ...]:
         """The units in the order that `_run_unit` counts them."""
         return self.units
+
+    def adds(self, k: int) -> bool:
+        """Whether unit `k` is handed a residual."""
+        return self.units[k].add
 
     def body(self, training: bool, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The function of (owner, *inputs) for this mode and these inputs; None where the plan holds none."""

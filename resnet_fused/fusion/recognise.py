@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .block import Mismatch, joins, match_block
+from .block import Mismatch, NoReluAfterSum, joins, match_block
 from .flow import flow_of
+from .norms import looks_like_norm
 from .plans import Forward, Plan, SequencePlan
-from .sequence import generate, rewrite
+from .sequence import Rewritten, generate, rewrite
 from .trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
 
 # Their forwards are generated, or act on processes, devices and compilers; what they wrap is looked at by itself.
@@ -28,6 +29,7 @@ class Recognition:
         native: the name of its class where that is one of `resnet_fused.nn`, which is fused by itself.
         skipped: (path, reason) of chains that the plan leaves alone.
         reads: the attributes that the forward looks up; None where it could not be traced.
+        contents: what the lists and dicts among them hold.
     """
 
     plan: Plan | None = None
@@ -35,6 +37,7 @@ class Recognition:
     native: str | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     reads: frozenset[str] | None = None
+    contents: dict[str, Any] = field(default_factory=dict)
 
 
 def recognise(module: nn.Module, into_native: bool = False) -> Recognition | None:
@@ -49,9 +52,7 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
     cls = original_class(module)
     if is_native(module) and not into_native:
         return Recognition(native=cls.__name__)
-    if getattr(cls, "forward", None) is nn.Module.forward or not any(
-        isinstance(child, _BatchNorm) for child in _own(module)
-    ):
+    if getattr(cls, "forward", None) is nn.Module.forward or not any(looks_like_norm(child) for child in _own(module)):
         return None
     try:
         # FSDP2 makes a class of its own for each module, which inherits the module's forward.
@@ -60,7 +61,7 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
             raise Untraceable(f"its forward is that of {author}, which is not looked into")
         return _recognise(module)
     except Untraceable as error:
-        direct = any(isinstance(child, _BatchNorm) for child in module.children())
+        direct = any(looks_like_norm(child) for child in module.children())
         return Recognition(reason=str(error)) if direct else None
 
 
@@ -85,11 +86,13 @@ def _recognise(module: nn.Module) -> Recognition:
         inputs = "list"  # as torchvision's DenseNet does; other inputs take the plain forward
         traces = _traces(module, inputs)
     recognition = _match(module, traces, inputs) or Recognition()
-    return replace(recognition, reads=traces[0].reads | traces[1].reads)
+    contents = traces[0].contents | traces[1].contents
+    return replace(recognition, reads=traces[0].reads | traces[1].reads, contents=contents)
 
 
 def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recognition | None:
     flows = [flow_of(traced.graph, module) for traced in traces]
+    reason, linear = None, False
     if any(joins(flow, direct=False) for flow in flows) and inputs == "any":
         try:
             plan, other = map(match_block, flows)
@@ -97,20 +100,26 @@ def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recogniti
                 return Recognition(plan)
             reason = "training and evaluation compute different blocks"
         except Mismatch as error:
-            reason = str(error)
-        if any(joins(flow, direct=True) for flow in flows):
-            return Recognition(reason=reason)
-    if any(op.kind == "bn" and op.direct for flow in flows for op in flow.ops):
-        return _sequence(module, traces, inputs)
-    return None
+            reason, linear = str(error), isinstance(error, NoReluAfterSum)
+    rewritten = [rewrite(traced.graph, module) for traced in traces]
+    recognition = _sequence(module, traces[0].arity, inputs, *rewritten)
+    if recognition is None or recognition.plan is None:
+        return Recognition(reason=reason) if reason and any(joins(flow, direct=True) for flow in flows) else recognition
+    # Only where something of a block is left over is it worth a word that it is none.
+    sums = any(op.kind == "add" for flow in flows for op in flow.ops)
+    done = all(r.complete or (linear and r.sums == 0) for r in rewritten)
+    if reason is None or not sums or done:
+        return recognition
+    return replace(recognition, skipped=(("", f"unit by unit, not as one block: {reason}"), *recognition.skipped))
 
 
 def _traces(module: nn.Module, inputs: Inputs) -> list[Traced]:
     return [trace(module, training, inputs) for training in (True, False)]
 
 
-def _sequence(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recognition | None:
-    training, evaluation = (rewrite(traced.graph, module) for traced in traces)
+def _sequence(
+    module: nn.Module, arity: int, inputs: Inputs, training: Rewritten, evaluation: Rewritten
+) -> Recognition | None:
     if training.units != evaluation.units:
         return Recognition(reason="training and evaluation run different convolutions and batch norms")
     skipped = tuple(dict.fromkeys([*training.skipped, *evaluation.skipped]))
@@ -118,7 +127,7 @@ def _sequence(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recogn
         return Recognition(skipped=skipped) if skipped else None
     forwards = []
     for mode, rewritten in ((True, training), (False, evaluation)):
-        forwards.append(Forward(mode, inputs, traces[0].arity, *generate(rewritten.graph, type(module).__name__)))
+        forwards.append(Forward(mode, inputs, arity, *generate(rewritten.graph, type(module).__name__)))
     if forwards[0].source == forwards[1].source:
         forwards = [replace(forwards[0], training=None)]
     bypassed = tuple(dict.fromkeys([*training.bypassed, *evaluation.bypassed]))

@@ -1,4 +1,4 @@
-"""Rewrite the chains conv-bn(-relu(-pool)) and bn-relu of a traced forward into units, and generate code from it."""
+"""Rewrite the chains conv-bn(-add)(-relu(-pool)) and bn-relu of a traced forward into units; generate code from it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import linecache
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+import torch.nn.functional as F
 from torch import fx, nn
 
 from resnet_fused.nn.units import plain, plain_pool
 
-from .flow import NORMS, is_identity, is_relu
+from .nodes import IN_PLACE_ADDS, is_activation, is_identity, is_relu, is_relu_module, is_sequential, is_sum
+from .norms import NormForm, norm_form, norm_of
 from .plans import Unit
 
 
@@ -26,30 +28,107 @@ class Rewritten:
     bypassed: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def complete(self) -> bool:
+        """Whether units are all that the forward runs."""
+        return all(node.op in ("placeholder", "output") or node.target == "_run_unit" for node in self.graph.nodes)
+
+    @property
+    def sums(self) -> int:
+        """How many sums are no part of a unit."""
+        return sum(map(is_sum, self.graph.nodes))
+
 
 @dataclass
 class _Chain:
+    """The nodes of a unit, and what the batch norm itself calls behind the normalisation.
+
+    Attributes:
+        above: identities between conv and bn, last first.
+        inner: paths of identities inside the batch norm.
+        act: path of the ReLU inside the batch norm.
+        rest: what else the batch norm calls, which follows the unit; None for ReLU as a function.
+        below: identities between bn and what follows, first first.
+        residual: the other summand of `add`.
+    """
+
     conv: fx.Node | None
     bn: fx.Node
-    relu: fx.Node | None
-    pool: fx.Node | None
-    above: list[fx.Node]  # identities between conv and bn, last first
-    below: list[fx.Node]  # identities between bn and relu, first first
+    above: list[fx.Node] = field(default_factory=list)
+    inner: list[str] = field(default_factory=list)
+    act: str | None = None
+    rest: list[str | None] = field(default_factory=list)
+    below: list[fx.Node] = field(default_factory=list)
+    add: fx.Node | None = None
+    residual: fx.Node | None = None
+    relu: fx.Node | None = None
+    has_relu: bool = False
+    pool: fx.Node | None = None
 
     def nodes(self) -> list[fx.Node]:
         """All nodes of the chain, last first, so that each can be erased in turn."""
-        nodes = [self.pool, self.relu, *self.below[::-1], self.bn, *self.above, self.conv]
+        nodes = [self.pool, self.relu, self.add, *self.below[::-1], self.bn, *self.above, self.conv]
         return [node for node in nodes if node is not None]
+
+    @property
+    def first(self) -> fx.Node:
+        return self.conv or self.bn
+
+    @property
+    def last(self) -> fx.Node:
+        return self.pool or self.relu or self.add or self.bn
 
 
 def rewrite(graph: fx.Graph, owner: nn.Module) -> Rewritten:
     """Replace, in `graph` itself, every chain whose values between its modules have one user."""
     result = Rewritten(graph)
+    result.bypassed += open_sequentials(graph, owner)
     rewriter = _Rewriter(owner, graph)
     for node in list(graph.nodes):
         if rewriter.is_norm(node):
             rewriter.replace(node, result)
     return result
+
+
+def open_sequentials(graph: fx.Graph, owner: nn.Module) -> list[str]:
+    """Put the modules of a Sequential in its place, in `graph` itself, where a chain crosses its end.
+
+    Returns:
+        The paths of the Sequentials that are not called any more.
+    """
+    opened: list[str] = []
+
+    def call(path: str, module: nn.Module, value: fx.Node) -> fx.Node:
+        if not is_sequential(module):
+            return graph.create_node("call_module", path, (value,))
+        opened.append(path)
+        for name, child in module.named_children():
+            value = call(f"{path}.{name}", child, value)
+        return value
+
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in list(graph.nodes):
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and calls[node.target] == 1:
+            module = owner.get_submodule(str(node.target))
+            if is_sequential(module) and _crosses_end(module, _only_user(node), owner):
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(call(str(node.target), module, node.args[0]))
+                graph.erase_node(node)
+    return opened
+
+
+def _crosses_end(module: nn.Module, user: fx.Node | None, owner: nn.Module) -> bool:
+    """Whether the last module of a Sequential and what its result goes to belong in one chain."""
+    last = module
+    while is_sequential(last) and len(last._modules):
+        last = list(last.children())[-1]
+    if user is None:
+        return False
+    if isinstance(last, nn.Conv2d):
+        return user.op == "call_module" and norm_form(owner.get_submodule(str(user.target))) is not None
+    form = norm_form(last)
+    ends = isinstance(form, NormForm) and all(name and is_identity(last.get_submodule(name)) for name in form.tail)
+    return ends and (is_sum(user) or is_relu(user, owner))
 
 
 class _Rewriter:
@@ -65,43 +144,124 @@ class _Rewriter:
         return isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
 
     def is_norm(self, node: fx.Node) -> bool:
-        return self.is_call(node) and isinstance(self.module(node), NORMS)
+        return self.is_call(node) and norm_form(self.module(node)) is not None
 
     def replace(self, bn: fx.Node, result: Rewritten) -> None:
+        form = norm_form(self.module(bn))
+        if isinstance(form, str):
+            result.skipped.append((str(bn.target), form))
+            return
         chain = self.chain(bn)
         reason = self.refusal(chain)
         if reason is not None and chain.conv is not None:  # the convolution may be what stands in the way
-            shorter = _Chain(None, bn, chain.relu, None, [], chain.below)
-            if chain.relu is not None and self.refusal(shorter) is None:
+            shorter = replace(chain, conv=None, above=[], pool=None)
+            if (chain.has_relu or chain.add is not None) and self.refusal(shorter) is None:
                 result.skipped.append((str(chain.conv.target), reason))
                 chain, reason = shorter, None
         if reason is not None:
             result.skipped.append((str(bn.target), reason))
-            return
-        if chain.conv is None and chain.relu is None:
-            return
-        self.substitute(chain, result)
+        elif chain.conv is not None or chain.has_relu or chain.add is not None:
+            self.substitute(chain, result)
 
     def chain(self, bn: fx.Node) -> _Chain:
         """The longest chain around a batch norm."""
-        above: list[fx.Node] = []
+        chain = _Chain(None, bn)
         conv = bn.args[0]
+        above: list[fx.Node] = []
         while self.is_call(conv) and is_identity(self.module(conv)) and len(conv.users) == 1:
             above.append(conv)
             conv = conv.args[0]
-        if not (self.is_call(conv) and isinstance(self.module(conv), nn.Conv2d) and len(conv.users) == 1):
-            conv, above = None, []
-        below: list[fx.Node] = []
-        relu = _only_user(bn)
-        while self.is_call(relu) and is_identity(self.module(relu)):
-            below.append(relu)
-            relu = _only_user(relu)
-        if relu is None or not is_relu(relu, self.owner):
-            relu, below = None, []
-        pool = _only_user(relu) if relu is not None and conv is not None else None
-        if pool is not None and not (self.is_call(pool) and self.pools(pool)):
-            pool = None
-        return _Chain(conv, bn, relu, pool, above, below)
+        if self.is_call(conv) and isinstance(self.module(conv), nn.Conv2d) and len(conv.users) == 1:
+            chain.conv, chain.above = conv, above
+        self.look_inside(chain)
+        if not chain.rest:
+            self.look_below(chain)
+        return chain
+
+    def look_inside(self, chain: _Chain) -> None:
+        """What the batch norm's own forward calls."""
+        form = norm_form(self.module(chain.bn))
+        assert isinstance(form, NormForm)
+        for k, name in enumerate(form.tail):
+            path = None if name is None else f"{chain.bn.target}.{name}"
+            child = None if path is None else self.owner.get_submodule(path)
+            if child is not None and is_identity(child):
+                chain.inner.append(str(path))
+            elif not chain.has_relu and (child is None or is_relu_module(child)):
+                chain.has_relu, chain.act = True, path
+            else:
+                chain.rest = list(form.tail[k:])
+                return
+
+    def look_below(self, chain: _Chain) -> None:
+        """What the forward calls behind the batch norm."""
+        user, below = _only_user(chain.bn), []
+        while not chain.has_relu and self.is_call(user) and is_identity(self.module(user)):
+            below.append(user)
+            user = _only_user(user)
+        if not chain.has_relu and user is not None:
+            value = below[-1] if below else chain.bn
+            if is_sum(user) and self.joins(chain, user, value):
+                chain.add, chain.below = user, below
+                chain.residual = next(a for a in user.args if a is not value)  # type: ignore[assignment]
+                user = _only_user(user)
+            if user is not None and is_relu(user, self.owner):
+                chain.relu, chain.has_relu, chain.below = user, True, below
+        last = chain.relu or (chain.bn if chain.has_relu else None)
+        pool = _only_user(last) if last is not None and chain.conv is not None and chain.add is None else None
+        if pool is not None and self.is_call(pool) and self.pools(pool):
+            chain.pool = pool
+
+    def joins(self, chain: _Chain, add: fx.Node, value: fx.Node) -> bool:
+        """Whether a sum can be part of the chain, which then runs where the sum stands."""
+        other = next((a for a in add.args if a is not value), None)
+        if not is_activation(other):
+            return False
+        if add.target in IN_PLACE_ADDS and add.args[0] is other and self.seen_after(add, other):
+            return False
+        mine = {id(node) for node in (chain.conv, *chain.above, chain.bn)}
+        source = self.storage(chain.first.args[0])
+        node = chain.first.next
+        while node is not add:  # nobody may change the chain's input before it is read there
+            if id(node) not in mine and source & self.storage(*node.all_input_nodes):
+                return False
+            node = node.next
+        return True
+
+    def seen_after(self, add: fx.Node, summand: Any) -> bool:
+        """Whether anybody may see, but in its result, that a sum was written into its first summand."""
+        written = self.storage(summand)
+        if "input" in written or any(node.op == "get_attr" for node in written):
+            return True
+        later, node = set(), add.next
+        while node.op != "root":
+            later.update(self.storage(*node.all_input_nodes, fresh=add))
+            node = node.next
+        return bool(written & later)
+
+    def storage(self, *values: Any, fresh: fx.Node | None = None) -> set[Any]:
+        """The values whose memory these may share; the inputs of the forward count as one, `fresh` has its own."""
+        found: set[Any] = set()
+        stack, seen = list(values), {fresh}
+        while stack:
+            node = stack.pop()
+            if not isinstance(node, fx.Node) or node in seen:
+                continue
+            seen.add(node)
+            if node.op == "placeholder":
+                found.add("input")
+            elif self.is_fresh(node) or not node.all_input_nodes:
+                found.add(node)
+            else:
+                stack.extend(node.all_input_nodes)
+        return found
+
+    def is_fresh(self, node: fx.Node) -> bool:
+        """Whether the node's result has memory of its own."""
+        if not self.is_call(node):
+            return node.op == "call_module" and node.target == "_run_unit"
+        module = self.module(node)
+        return type(module) is nn.Conv2d or norm_form(module) == NormForm()
 
     def pools(self, node: fx.Node) -> bool:
         """Whether the node is a stem's max pool, called nowhere else."""
@@ -116,24 +276,44 @@ class _Rewriter:
             if str(node.target) in self.read:
                 return f"its forward also reads the parameters of `{node.target}`"
         conv = self.module(chain.conv) if chain.conv is not None else None
-        act = self.module(chain.relu) if chain.relu is not None and chain.relu.op == "call_module" else None
-        return plain(conv, self.module(chain.bn), act, in_forward=False)
+        act = self.act(chain)
+        return plain(
+            conv, norm_of(self.module(chain.bn)), self.owner.get_submodule(act) if act else None, in_forward=False
+        )
+
+    def act(self, chain: _Chain) -> str | None:
+        """Path of the ReLU that ends the chain, where it is a module."""
+        if chain.relu is None:
+            return chain.act
+        return str(chain.relu.target) if chain.relu.op == "call_module" else None
 
     def substitute(self, chain: _Chain, result: Rewritten) -> None:
-        conv, bn, relu = chain.conv, chain.bn, chain.relu
-        first, last = conv or bn, chain.pool or relu or bn
-        act = str(relu.target) if relu is not None and relu.op == "call_module" else None
+        graph, conv, pool, last = chain.bn.graph, chain.conv, chain.pool, chain.last
+        arguments = [len(result.units), chain.first.args[0]]
+        if chain.residual is not None:
+            arguments.append(chain.residual)
         # In place of its first node: what the forward does to the chain's input afterwards must not reach the chain.
-        with bn.graph.inserting_before(first):
-            unit = bn.graph.create_node("call_module", "_run_unit", (len(result.units), first.args[0]))
-        last.replace_all_uses_with(unit)
-        pool = str(chain.pool.target) if chain.pool is not None else None
+        with graph.inserting_before(chain.add or chain.first):
+            value = graph.create_node("call_module", "_run_unit", tuple(arguments))
+            for name in chain.rest:
+                if name is None:
+                    value = graph.create_node("call_function", F.relu, (value,))
+                else:
+                    value = graph.create_node("call_module", f"{chain.bn.target}.{name}", (value,))
+        last.replace_all_uses_with(value)
         result.units.append(
-            Unit(str(conv.target) if conv is not None else None, str(bn.target), act, relu is not None, pool)
+            Unit(
+                str(conv.target) if conv is not None else None,
+                str(chain.bn.target),
+                self.act(chain),
+                chain.has_relu,
+                str(pool.target) if pool is not None else None,
+                add=chain.add is not None,
+            )
         )
-        result.bypassed += [str(node.target) for node in (*chain.above, *chain.below)]
+        result.bypassed += [*(str(node.target) for node in (*chain.above, *chain.below)), *chain.inner]
         for node in chain.nodes():
-            bn.graph.erase_node(node)
+            graph.erase_node(node)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
+from resnet_fused.nn.norms import Norm, RecognisedNorm
+from resnet_fused.nn.plain import hooked
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
+from .norms import norm_of, signature
 from .plans import BlockPlan, Plan
 from .recognise import Recognition, recognise
 from .trace import original_class
@@ -29,14 +32,18 @@ class Binding:
         units: the modules of each unit of the plan and whether a ReLU ends it, as `_run_unit` counts them.
         pools: the max pool behind each unit, or None.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
+        shortcut_pools: those that a block's shortcut begins with.
         bypassed: modules that the plan does not call although the plain forward does.
-        reordered: units that the plan runs in another order than the plain forward: a shortcut before the sum's unit.
+        indivisible: units that cannot be run module by module where somebody watches: the plan runs them in another
+            order than the plain forward (those around a sum), or runs only a part of what a batch norm's forward does.
+        norms: the batch norms that were recognised by their forwards, and on what that depends.
+        contents: lists and dicts that the forward reads: the owner's attributes, their names, what they held.
     """
 
     def __init__(self, owner: nn.Module, recognition: Recognition | None) -> None:
         self.recognition = recognition or Recognition()
         self.plan: Plan | None = self.recognition.plan
-        self.units: list[tuple[nn.Module | None, nn.Module, nn.Module | None, bool]] = []
+        self.units: list[tuple[nn.Module | None, Norm, nn.Module | None, bool]] = []
         self.pools: list[nn.Module | None] = []
         self.bypassed: list[nn.Module] = []
         paths: list[str] = []
@@ -46,11 +53,22 @@ class Binding:
                     None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act)
                 )
                 assert bn is not None
-                self.units.append((conv, bn, act, unit.relu))
+                self.units.append((conv, norm_of(bn), act, unit.relu))
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
+            paths += self.plan.pools if isinstance(self.plan, BlockPlan) else ()
             self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
-        self.reordered = self.units if isinstance(self.plan, BlockPlan) and self.plan.shortcut is not None else []
+        block = self.plan if isinstance(self.plan, BlockPlan) else None
+        self.shortcut_pools = [owner.get_submodule(path) for path in (block.pools if block else ())]
+        reordered = block is not None and (block.shortcut is not None or block.pools != ())
+        self.indivisible = [
+            unit
+            for unit, planned in zip(self.units, self.plan.all_units if self.plan else (), strict=True)
+            if reordered or planned.add or isinstance(unit[1], RecognisedNorm)
+        ]
+        recognised = (bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm))
+        self.contents = [(vars(owner), name, then) for name, then in self.recognition.contents.items()]
+        self.norms = [(module, signature(module)) for module in recognised]
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
     def __reduce__(self) -> Any:
@@ -59,23 +77,20 @@ class Binding:
 
     def holds(self) -> bool:
         """Whether the owner still calls the modules that the recognition was made for."""
-        return all(list(module._modules.items()) == children for module, children in self.containers)
+        return (
+            all(list(module._modules.items()) == children for module, children in self.containers)
+            and all(signature(module) == then for module, then in self.norms)
+            and all(attributes.get(name) == then for attributes, name, then in self.contents)
+        )
 
     def unobserved(self) -> bool:
         """Whether nobody would notice that these modules are not called. (The units see to their own.)"""
         if _has_any_global_hook():
             return False
-        for module in self.bypassed:
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
+        for module in (*self.bypassed, *self.shortcut_pools):
+            if hooked(module) or "forward" in module.__dict__:
                 return False
-            if "forward" in module.__dict__:
-                return False
-        return all(plain(*unit[:3]) is None for unit in self.reordered)
+        return all(plain(*unit[:3]) is None for unit in self.indivisible)
 
 
 def _containers(owner: nn.Module, paths: list[str]) -> list[nn.Module]:
@@ -128,7 +143,9 @@ class FusedMixin:
         assert self._fusion is not None
         layers = [unit[:3] for unit in self._fusion.units]
         shortcut = layers[branch][:2] if len(layers) > branch else None
-        return conv_bn_chain(x, layers[:branch], shortcut)  # type: ignore[arg-type]
+        pools = self._fusion.shortcut_pools
+        pool = None if not pools else lambda x: functools.reduce(lambda x, pool: pool(x), pools, x)
+        return conv_bn_chain(x, layers[:branch], shortcut, pool)  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

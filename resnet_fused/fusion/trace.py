@@ -2,7 +2,7 @@
 
 Every call of a submodule is a leaf. What torch.fx would silently lose or bake in is refused instead: a context such as
 `no_grad` or autocast around a part of the forward, random numbers, tensors made on the way, attributes that the forward
-sets or that can change without being set, questions about the type of a value. Nothing global is patched, so other
+sets or that can change unnoticed, questions about the type of a value. Nothing global is patched, so other
 threads may run modules meanwhile. What a forward reads from outside the module (globals, class attributes) is taken as
 constant.
 """
@@ -10,6 +10,7 @@ constant.
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import functools
 import inspect
@@ -17,6 +18,7 @@ import operator
 import random
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -39,11 +41,17 @@ class AsksForInputType(Untraceable):
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced forward of `arity` inputs; `reads` are the names of the attributes that it looked up on its module."""
+    """A traced forward of `arity` inputs.
+
+    Attributes:
+        reads: the names of the attributes that it looked up on its module.
+        contents: what the lists and dicts among them held.
+    """
 
     graph: fx.Graph
     arity: int
     reads: frozenset[str]
+    contents: dict[str, Any]
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -51,13 +59,15 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "_original", type(module))
 
 
-def trace(module: nn.Module, training: bool, inputs: Inputs = "any") -> Traced:
+def trace(module: nn.Module, training: bool, inputs: Inputs = "any", base: type[nn.Module] | None = None) -> Traced:
     """Trace `module`'s own forward, called with its required arguments, in the given mode.
 
     Args:
         module: left untouched; what runs is a stand-in.
         training: the mode of the module itself; its children are leaves.
         inputs: `"list"` to trace what the forward does with lists, where it asks.
+        base: stands between the module's class and the base that it shares with it, so that `super().forward` is
+            `base.forward`.
 
     Raises:
         AsksForInputType: with `"any"`, where it asks.
@@ -67,18 +77,20 @@ def trace(module: nn.Module, training: bool, inputs: Inputs = "any") -> Traced:
         raise Untraceable("its forward is overridden on the instance")
     # Twice: a forward that gives the same graph with gradients on and autocast off, and the other way round, asks for
     # neither and holds no context that changes either.
-    first, second = (_trace_once(module, training, inputs, ambient) for ambient in (True, False))
+    first, second = (_trace_once(module, training, inputs, ambient, base) for ambient in (True, False))
     if str(first.graph) != str(second.graph):
         raise Untraceable("its forward depends on whether gradients or autocast are enabled")
-    return replace(first, reads=first.reads | second.reads)
+    return replace(first, reads=first.reads | second.reads, contents=first.contents | second.contents)
 
 
-def _trace_once(module: nn.Module, training: bool, inputs: Inputs, ambient: bool) -> Traced:
+def _trace_once(
+    module: nn.Module, training: bool, inputs: Inputs, ambient: bool, base: type[nn.Module] | None
+) -> Traced:
     tracer = _Tracer(inputs)
-    forward = original_class(module).forward
     try:
+        stand_in = _stand_in(module, "", tracer, {}, training, base)
+        forward = type(stand_in).forward
         names = _required_inputs(forward)
-        stand_in = _stand_in(module, "", tracer, {}, training)
         with _reproducible(), _surroundings(ambient), _NoTensorWork():
             tracer.ambient = _ambient()
             proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
@@ -92,7 +104,10 @@ def _trace_once(module: nn.Module, training: bool, inputs: Inputs, ambient: bool
         raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {first_line}") from error
     if _registered(stand_in) != _registered(module):
         raise Untraceable("its forward registers parameters, buffers or modules")
-    return Traced(tracer.graph, len(names), frozenset(tracer.reads))
+    for name, handed_out in tracer.contents.items():
+        if handed_out != module.__dict__[name]:
+            raise Untraceable(f"its forward changes what is in the attribute `{name}`")
+    return Traced(tracer.graph, len(names), frozenset(tracer.reads), tracer.contents)
 
 
 def _required_inputs(forward: Callable[..., Any]) -> list[str]:
@@ -155,6 +170,7 @@ class _Tracer(fx.Tracer):
         self.graph = fx.Graph()
         self.inputs = inputs
         self.reads: set[str] = set()
+        self.contents: dict[str, Any] = {}
         self.ambient: tuple[Any, ...] = ()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -172,6 +188,8 @@ class _Tracer(fx.Tracer):
             return a.node
         if isinstance(a, Tensor):
             raise Untraceable("its forward uses a tensor that is neither an input nor an attribute")
+        if type(a) is OrderedDict:  # torch.fx would make it a dict
+            return self.create_proxy("call_function", OrderedDict, (list(a.items()),), {}).node
         if isinstance(a, nn.Module) or (isinstance(a, (list, dict)) and type(a) not in (list, dict)):
             raise Untraceable(f"its forward hands on or builds a {type(a).__name__}")
         return super().create_arg(a)
@@ -188,17 +206,27 @@ class _Place:
         return f"{self.path}.{name}" if self.path else name
 
 
+def record(stand_in: nn.Module, function: Callable[..., Any], *args: Any) -> fx.Proxy:
+    """A call of `function` in the graph that a stand-in is traced into."""
+    return _place(stand_in).tracer.create_proxy("call_function", function, args, {})
+
+
 def _place(stand_in: Any) -> _Place:
     place: _Place = object.__getattribute__(stand_in, "__dict__")["_place"]
     return place
 
 
 def _stand_in(
-    module: nn.Module, path: str, tracer: _Tracer, known: dict[int, nn.Module], training: bool = False
+    module: nn.Module,
+    path: str,
+    tracer: _Tracer,
+    known: dict[int, nn.Module],
+    training: bool = False,
+    base: type[nn.Module] | None = None,
 ) -> nn.Module:
     """A module of the same class, attributes and children which records calls and lets nothing be changed."""
     if id(module) not in known:
-        stand_in = known[id(module)] = object.__new__(_probe_class(original_class(module)))  # type: ignore[arg-type]
+        stand_in = known[id(module)] = object.__new__(_probe_class(original_class(module), base))  # type: ignore[arg-type]
         place = _Place(path, tracer)
         state = dict(module.__dict__, training=training, _place=place)
         state["_parameters"], state["_buffers"] = dict(module._parameters), dict(module._buffers)
@@ -229,6 +257,13 @@ def _immutable(value: Any) -> bool:
     return isinstance(value, _IMMUTABLE)
 
 
+def _is_container(value: Any) -> bool:
+    """Whether the value is a list or dict that can be compared with what it was."""
+    if type(value) in (dict, OrderedDict):
+        return all(map(_immutable, value)) and all(map(_immutable, value.values()))
+    return type(value) is list and all(map(_immutable, value))
+
+
 class _Unregistered:
     """Keeps a class made here out of what its original's `__init_subclass__` does, such as a registry."""
 
@@ -237,10 +272,10 @@ class _Unregistered:
 
 
 @functools.lru_cache(maxsize=4096)
-def _probe_class(original: type[nn.Module]) -> type[nn.Module]:
+def _probe_class(original: type[nn.Module], base: type[nn.Module] | None = None) -> type[nn.Module]:
     """The class of stand-ins for modules of class `original`."""
 
-    class Probe(_Unregistered, original):  # type: ignore[misc, valid-type]
+    class Probe(_Unregistered, original, *([] if base is None else [base])):  # type: ignore[misc, valid-type]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             place = _place(self)
             if not place.path:
@@ -258,8 +293,10 @@ def _probe_class(original: type[nn.Module]) -> type[nn.Module]:
                 return value
             if isinstance(value, Tensor):
                 return place.tracer.create_proxy("get_attr", place.attribute(name), (), {})
-            # An attribute of the module itself is watched; one of a child, or the inside of a list, can change without
-            # being noticed.
+            # An attribute of the module itself is watched; one of a child, or the inside of an object, can change
+            # without being noticed.
+            if not place.path and _is_container(value):
+                return place.tracer.contents.setdefault(name, copy.copy(value))
             if place.path or not _immutable(value):
                 raise Untraceable(
                     f"its forward reads the {'' if place.path else 'mutable '}attribute `{place.attribute(name)}`"

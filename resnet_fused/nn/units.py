@@ -7,41 +7,30 @@ parametrizations, subclasses, an unusual padding - they are called one by one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import module as nn_module
 
 from resnet_fused import functional
 from resnet_fused.functional.common import Act, add_relu
 from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
+from resnet_fused.nn.norms import (
+    BATCH_NORMS,
+    BatchNorm,
+    Norm,
+    RecognisedNorm,
+    begin_batch_norm,
+    module_of,
+    plain_norm,
+    running_statistics,
+    sync_group,
+)
+from resnet_fused.nn.plain import computes_as, hooked, watched
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
-
-
-BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-
-
-def _is_plain_batch_norm(module: nn.Module) -> bool:
-    """Whether a subclass of a batch norm says of itself that its batch norm is the plain one, as our own do."""
-    return bool(type(module).__dict__.get("_plain_batch_norm"))
-
-
-def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None, *, in_forward: bool = True) -> str | None:
+def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward: bool = True) -> str | None:
     """Why these modules cannot be run as one fused call, or None if they can.
 
     Args:
@@ -50,37 +39,33 @@ def plain(conv: nn.Module | None, bn: nn.Module, act: nn.Module | None, *, in_fo
         act: the ReLU module behind that, or None if there is none, or if ReLU was called as a function.
         in_forward: they are about to run. Before that, FSDP may still have to gather their parameters.
     """
-    for module, expected in ((conv, nn.Conv2d), (bn, nn.BatchNorm2d), (act, nn.ReLU)):
-        if module is None:
-            continue
-        if expected is nn.BatchNorm2d:
-            plain_type = type(module) in _BATCH_NORMS or _is_plain_batch_norm(module)
-            if plain_type and getattr(module, "act", None) is not None:
-                return f"{type(module).__name__} has an activation of its own"
-        else:
-            plain_type = type(module) is expected
-        if not plain_type:
-            return f"{type(module).__name__} is not a plain {expected.__name__}"
-        if "forward" in module.__dict__:
-            return f"the forward of a {expected.__name__} was replaced"
-        if _hooked(module):
-            return f"a {expected.__name__} has hooks"
-        gathers = not in_forward and getattr(module, "_is_fsdp_managed_module", False)
-        for parameter in () if gathers else module._parameters.values():
-            if parameter is not None and type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-                return f"the parameters of a {expected.__name__} are not plain tensors"
-    if bn.eps <= 0:  # type: ignore[operator]
-        return f"the batch norm's eps is {bn.eps}"
-    if isinstance(conv, nn.Conv2d) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+    if conv is not None:
+        reason = _plain(conv, nn.Conv2d, in_forward)
+        if reason is not None:
+            return reason
+    reason = plain_norm(bn, conv, in_forward=in_forward)
+    if reason is None and act is not None:
+        reason = _plain(act, nn.ReLU, in_forward)
+    if (
+        reason is None
+        and isinstance(conv, nn.Conv2d)
+        and (conv.padding_mode != "zeros" or isinstance(conv.padding, str))
+    ):
         mode = conv.padding if isinstance(conv.padding, str) else conv.padding_mode
         return f"the convolution pads in mode {mode!r}"
-    return None
+    return reason
+
+
+def _plain(module: nn.Module, expected: type[nn.Module], in_forward: bool) -> str | None:
+    if not computes_as(module, expected):
+        return f"{type(module).__name__} is not a plain {expected.__name__}"
+    return watched(module, expected.__name__, in_forward)
 
 
 def conv_bn_act(
     x: Tensor,
     conv: nn.Module | None,
-    bn: nn.Module,
+    bn: Norm,
     act: nn.Module | None,
     *,
     relu: bool,
@@ -105,7 +90,7 @@ def conv_bn_act(
         if not relu:
             return z
         return F.relu(z) if act is None else act(z)
-    assert isinstance(bn, _BATCH_NORMS)
+    assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
     name: Act = "relu" if relu else None
     if conv is None or sync_group(bn) is not None:
         return batch_norm_act(x if conv is None else _conv(x, conv), bn, residual, name)
@@ -136,7 +121,7 @@ def _refuses(conv: nn.Module | None, x: Tensor) -> bool:
     """Whether the convolution, or batch norm for want of a batch, will raise: which must happen before either counts
     the batch."""
     if not isinstance(conv, nn.Conv2d):
-        return False
+        return x.dim() != 4
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return functional.common.conv_shape(x.shape, conv.weight, geometry) is None  # type: ignore[arg-type]
 
@@ -151,16 +136,23 @@ def _conv(x: Tensor, conv: nn.Module) -> Tensor:
     return functional.conv_affine_act(x, conv.weight, **geometry, act=None)  # type: ignore[arg-type]
 
 
-Layers = Sequence[tuple[nn.Module, nn.Module, nn.Module | None]]
+Layers = Sequence[tuple[nn.Module, Norm, nn.Module | None]]
 
 
-def conv_bn_chain(x: Tensor, layers: Layers, shortcut: tuple[nn.Module, nn.Module] | None) -> Tensor | None:
-    """relu(bn(conv(... relu(bn(conv(x))))) + shortcut(x)) as one autograd function.
+def conv_bn_chain(
+    x: Tensor,
+    layers: Layers,
+    shortcut: tuple[nn.Module, Norm] | None,
+    pool: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor | None:
+    """relu(bn(conv(... relu(bn(conv(x))))) + shortcut(pool(x))) as one autograd function.
 
     Args:
         x: the input.
         layers: (conv, bn, act) in order; `act` None where ReLU is called as a function.
         shortcut: (conv, bn) of a projection, or None for the identity.
+        pool: what the shortcut does to the input first, such as an average pool; then the shortcut is apart from the
+            autograd function.
 
     Returns:
         The result; None where the units are to run one by one: nothing is trained, the plan prefers it, or the modules
@@ -172,23 +164,38 @@ def conv_bn_chain(x: Tensor, layers: Layers, shortcut: tuple[nn.Module, nn.Modul
     if isinstance(x, fx.Proxy) or functional.common.runs_plain("bn_apply", x.device.type):
         return None
     units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
-    if not functional.common.wants_gradient(x, *(p for unit in units for m in unit[:2] for p in m.parameters())):
+    parameters = (p for conv, bn, _ in units for m in (conv, module_of(bn)) for p in m.parameters())
+    if not functional.common.wants_gradient(x, *parameters):
         return None
     for conv, bn, act in units:
         if plain(conv, bn, act) is not None or conv.bias is not None or sync_group(bn) is not None:
             return None
+    residual = None
+    if pool is not None:
+        residual = pool(x)
+        if shortcut is not None:
+            residual = conv_bn_act(residual, *shortcut, None, relu=False)
+        units, shortcut = layers, None
     described = [_describe(conv, bn) for conv, bn, _ in units]  # type: ignore[arg-type]
     branch, projection = described[: len(layers)], described[len(layers) :]
     chain = functional.block.choose_chain(
-        "residual_block", x, branch, projection[0] if projection else None, identity=shortcut is None
-    )
+        "residual_block", x, branch, projection[0] if projection else None,
+        identity=residual is None and shortcut is None, residual=residual,
+    )  # fmt: skip
     if chain is None:
-        return None
+        return None if residual is None else _one_by_one(x, layers, residual)
     for i, (_, bn, _) in enumerate(units):
-        assert isinstance(bn, _BATCH_NORMS)
+        assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
         described[i] = dataclasses.replace(described[i], momentum=begin_batch_norm(bn)[1])
     branch, projection = described[: len(layers)], described[len(layers) :]
-    return functional.block.run_chain(chain, x, branch, projection[0] if projection else None)
+    return functional.block.run_chain(chain, x, branch, projection[0] if projection else None, residual)
+
+
+def _one_by_one(x: Tensor, layers: Layers, residual: Tensor) -> Tensor:
+    *inner, last = layers
+    for layer in inner:
+        x = conv_bn_act(x, *layer, relu=True)
+    return conv_bn_act(x, *last, relu=True, residual=residual)
 
 
 def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
@@ -204,7 +211,7 @@ def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
     )
 
 
-def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Module | None, pool: nn.Module) -> Tensor:
+def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | None, pool: nn.Module) -> Tensor:
     """pool(relu(bn(conv(x)))) with the modules' own parameters and buffers: the stem of a ResNet.
 
     In training on the fused kernels neither the normalised activation nor int64 winners are stored.
@@ -223,7 +230,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Modu
     if separate or plain(conv, bn, act) is not None or _refuses(conv, x):
         pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
         return pooled
-    assert isinstance(bn, _BATCH_NORMS)
+    assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
     z = conv(x)
     group = sync_group(bn)
     if group is not None:
@@ -244,7 +251,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: nn.Module, act: nn.Modu
 
 def plain_pool(pool: nn.Module) -> str | None:
     """Why this is not the stem's max pool, as a plain module that nobody watches; None if it is."""
-    if type(pool) is not nn.MaxPool2d or "forward" in pool.__dict__ or _hooked(pool):
+    if type(pool) is not nn.MaxPool2d or "forward" in pool.__dict__ or hooked(pool):
         return "not a plain nn.MaxPool2d"
     size = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     if [v if isinstance(v, tuple) else (v, v) for v in size] != [(3, 3), (2, 2), (1, 1), (1, 1)]:
@@ -252,21 +259,13 @@ def plain_pool(pool: nn.Module) -> str | None:
     return "its max pool rounds up or returns indices" if pool.ceil_mode or pool.return_indices else None
 
 
-def sync_group(bn: nn.Module) -> dist.ProcessGroup | None:
-    """The processes whose batches a batch norm's next forward normalises together; None where it is this one alone."""
-    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and dist.is_available() and dist.is_initialized()):
-        return None
-    group: dist.ProcessGroup | None = bn.process_group or dist.group.WORLD
-    return group if dist.get_world_size(group) > 1 else None
-
-
 def batch_norm_act(x: Tensor, bn: BatchNorm, residual: Tensor | None, act: Act) -> Tensor:
     """act(bn(x) + residual) with the module's own parameters and buffers."""
-    bn._check_input_dim(x)
+    if not isinstance(bn, RecognisedNorm):
+        bn._check_input_dim(x)
     group = sync_group(bn)
     if group is not None:
-        assert isinstance(bn, nn.SyncBatchNorm)
-        return _sync_batch_norm_act(x, bn, residual, act, group)
+        return _sync_batch_norm_act(x, module_of(bn), residual, act, group)  # type: ignore[arg-type]
     training, momentum = begin_batch_norm(bn)
     running_mean, running_var = running_statistics(bn)
     return functional.batch_norm_act(
@@ -295,27 +294,3 @@ def _sync_batch_norm_act(
     return sync_batch_norm_act(
         x, *vectors, residual, process_group=group, backend=backend, momentum=momentum, eps=bn.eps, act=act
     )
-
-
-def begin_batch_norm(bn: BatchNorm) -> tuple[bool, float]:
-    """What `nn.BatchNorm2d.forward` does before it normalises.
-
-    Returns:
-        Whether to normalise by the batch, and the batch's weight in the running statistics.
-
-    Mutates:
-        `num_batches_tracked` in training.
-    """
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    return bn.training or (bn.running_mean is None and bn.running_var is None), momentum
-
-
-def running_statistics(bn: BatchNorm) -> tuple[Tensor | None, Tensor | None]:
-    """The running statistics where this forward reads or updates them."""
-    if bn.training and not bn.track_running_stats:
-        return None, None
-    return bn.running_mean, bn.running_var

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -21,13 +21,15 @@ class FrozenBlock(nn.Module):
 
     Args:
         branch: of two or three convolutions; the residual and the last ReLU belong to the last one.
-        shortcut: the projection, or None for the identity.
+        shortcut: the projection, or None for none.
+        pools: what the shortcut begins with, such as the average pool of ResNet-D.
     """
 
-    def __init__(self, branch: list[FrozenConv], shortcut: FrozenConv | None) -> None:
+    def __init__(self, branch: list[FrozenConv], shortcut: FrozenConv | None, pools: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.branch = nn.ModuleList(branch)
         self.shortcut = shortcut
+        self.pools = nn.Sequential(*pools)
         self.join: Join | None = None
         self.chain: Chain | None = None
         self._look()
@@ -85,14 +87,18 @@ class FrozenBlock(nn.Module):
         y = self.branch[0](x) if first is None else first
         if self.chain is not None:
             with_head = isinstance(following, FrozenBlock) and following.head is self.chain.head
-            return self.chain(y, x if self.shortcut is None else self.shortcut(x), with_head)
+            return self.chain(y, self._residual(x), with_head)
         assert self.join is not None
         for conv in list(self.branch)[1:]:
             y = conv(y)
-        return self.join(y, x), None
+        return self.join(y, self.pools(x)), None
+
+    def _residual(self, x: Tensor) -> Tensor:
+        y: Tensor = self.pools(x)
+        return y if self.shortcut is None else self.shortcut(y)
 
     def _layers(self, x: Tensor, first: Tensor | None, overwrite_input: bool) -> Tensor:
-        residual = x if self.shortcut is None else self.shortcut(x)
+        residual = self._residual(x)
         head, *inner, last = self.branch
         y = head(x) if first is None else first
         for conv in inner:
@@ -138,10 +144,15 @@ class FrozenSequence(nn.Module):
 
     def __init__(self, module: nn.Module, plan: SequencePlan, frozen: dict[int, FrozenConv], kept: list[Any]) -> None:
         super().__init__()
-        replaced = {path for k in frozen for path in plan.units[k].paths}
+        replaced = {path for k in frozen for path in (plan.units[k].conv, plan.units[k].bn) if path is not None}
         for name, child in module.named_children():
-            if name not in replaced:
+            if name not in replaced or child._modules:  # what a batch norm itself calls may still be called
                 self.add_module(name, child)
+        opened = [path for path in plan.bypassed if isinstance(module.get_submodule(path), nn.Sequential)]
+        for path in replaced:  # the Sequentials are not called any more
+            parent, _, name = path.rpartition(".")
+            if parent in opened:
+                setattr(module.get_submodule(parent), name, nn.Identity())
         for name, parameter in module.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         for name, buffer in module.named_buffers(recurse=False):

@@ -125,7 +125,7 @@ class _Freezer:
         frozen: dict[int, FrozenConv] = {}
         for k, ((conv, bn, _, relu), problem) in enumerate(zip(binding.units, problems, strict=True)):
             if problem is None:
-                with_residual = isinstance(binding.plan, BlockPlan) and k == len(binding.plan.units) - 1
+                with_residual = binding.plan.adds(k)
                 unit = (self.names[conv], conv, bn, relu, with_residual, self.seen[module, k])  # type: ignore[index]
                 source = self.sources[unit[0]] = Source(*unit)  # type: ignore[arg-type]
                 frozen[k] = freeze_conv(source)
@@ -139,7 +139,8 @@ class _Freezer:
             return module
         convs = list(frozen.values())
         branch = len(binding.plan.units)
-        return FrozenBlock(convs[:branch], convs[branch] if binding.plan.shortcut is not None else None)
+        shortcut = convs[branch] if binding.plan.shortcut is not None else None
+        return FrozenBlock(convs[:branch], shortcut, binding.shortcut_pools)
 
     def problem(self, module: nn.Module, k: int, binding: Binding) -> str | None:
         """Why a unit cannot be frozen, or None."""
@@ -151,7 +152,7 @@ class _Freezer:
             return reason
         if conv is None:
             return "no convolution"
-        if not isinstance(bn, nn.BatchNorm2d | nn.SyncBatchNorm) or bn.running_mean is None:
+        if bn.running_mean is None:
             return "its batch norm has no running statistics"
         return None
 

@@ -1,0 +1,94 @@
+"""What one node of a traced graph, or one module, is in the terms of a ResNet: ReLU, sum, identity, pool."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules import padding, pooling
+
+from resnet_fused.nn.plain import computes_as
+
+from .trace import is_number, original_class
+
+RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
+RELU_METHODS = ("relu", "relu_")
+ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+IN_PLACE_ADDS = (operator.iadd, "add_", "__iadd__")
+MUL_FUNCTIONS = (operator.mul, operator.imul, torch.mul)
+MUL_METHODS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
+
+
+def calls_relu(node: fx.Node) -> bool:
+    """Whether the node is relu as a function or a method."""
+    if len(node.all_input_nodes) != 1:
+        return False
+    if node.op == "call_function":
+        return node.target in RELU_FUNCTIONS
+    return node.op == "call_method" and node.target in RELU_METHODS
+
+
+def is_relu(node: fx.Node, owner: nn.Module) -> bool:
+    """Whether the node is relu of its only argument."""
+    if node.op == "call_module":
+        return len(node.args) == 1 and not node.kwargs and is_relu_module(owner.get_submodule(str(node.target)))
+    return calls_relu(node)
+
+
+def is_relu_module(module: nn.Module) -> bool:
+    return original_class(module) is nn.ReLU or computes_as(module, nn.ReLU)
+
+
+def is_sum(node: fx.Node) -> bool:
+    """Whether the node is the sum of two values, neither of them a number, and nothing more."""
+    if node.op == "call_function":
+        known = node.target in ADD_FUNCTIONS
+    else:
+        known = node.op == "call_method" and node.target in ADD_METHODS
+    two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+    return known and not node.kwargs and two
+
+
+def factor(node: fx.Node) -> Any:
+    """The number that the node multiplies by, or None."""
+    if (node.op == "call_function" and node.target in MUL_FUNCTIONS) or (
+        node.op == "call_method" and node.target in MUL_METHODS
+    ):
+        return next((a for a in node.args if isinstance(a, (int, float))), None)
+    return None
+
+
+def is_activation(node: object) -> bool:
+    """Whether a value may be an activation: no number, no parameter."""
+    return isinstance(node, fx.Node) and node.op != "get_attr" and not is_number(node)
+
+
+def function_name(node: fx.Node) -> str:
+    """How a sentence refers to a node that calls no module."""
+    if node.op == "call_method":
+        return f"`.{node.target}()`"
+    return f"`{getattr(node.target, '__name__', node.target)}`"
+
+
+def is_identity(module: nn.Module) -> bool:
+    return original_class(module) is nn.Identity
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether calling the module is calling its children one after the other."""
+    cls = original_class(module)
+    return (
+        isinstance(module, nn.Sequential)
+        and cls.forward is nn.Sequential.forward
+        and cls.__call__ is nn.Module.__call__
+        and "forward" not in module.__dict__
+    )
+
+
+def is_pool(module: nn.Module) -> bool:
+    """Whether the module is one of PyTorch's pools or paddings: it draws no numbers and leaves its input as it is."""
+    return original_class(module).__module__ in (pooling.__name__, padding.__name__)
