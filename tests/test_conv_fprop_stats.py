@@ -161,6 +161,18 @@ def test_merging_keeps_the_variance_between_the_tiles():
         torch.testing.assert_close(got[1][row].double(), exact, rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("tile", [0, 2])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_an_infinite_mean_stays_one_whichever_tile_it_is_of(value, tile):
+    """As in `var_mean` of the pixels: the mean keeps it, the deviations from it are none, no other channel knows."""
+    mean, m2, count = torch.randn(4, 3), torch.rand(4, 3), torch.full((4,), 5.0)
+    mean[tile, 1] = value
+    got, deviations, _ = merge_statistics(mean.to(DEVICE), m2.to(DEVICE), count.to(DEVICE), 1)
+    torch.testing.assert_close(got.cpu(), mean.mean(0, keepdim=True), equal_nan=True)
+    assert deviations[0].isnan().tolist() == [False, True, False]
+
+
 def test_the_prologue_is_what_bn_apply_would_have_written():
     """Bit for bit the convolution of the stored activation, which also shows where the padding is zero."""
     shape = SHAPES["3x3 stride 2, odd image"]
