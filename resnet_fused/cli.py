@@ -102,7 +102,7 @@ def _add_problems(parser: argparse.ArgumentParser) -> None:
 def _add_tune(parser: argparse.ArgumentParser) -> None:
     _add_problems(parser)
     add = parser.add_argument
-    add("--batch", default="256", help="images; the table also speaks for half and twice as many (default: 256)")
+    add("--batch", default="256", help="images, a comma list; the table also speaks for half and twice (default: 256)")
     add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default: %(default)s)")
     add("--budget", help="stop after so long, like 90s or 5m; calling again goes on from there (default: no limit)")
     add("--again", action="store_true", help="measure also what the table knows already")
@@ -217,9 +217,9 @@ def _tune(arguments: argparse.Namespace) -> int:
         dtype = cases.choose(arguments.dtype, cases.DTYPES, "dtype")
         budget = cases.seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
         _check_writable("--out", arguments.out)
-        done = tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common)
-        print(done)
-        return 4 if done.crash else 0  # 4: to be called again
+        common["batch"] = cases.positive_integers(arguments.batch, "--batch")
+        print(tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common))
+        return 0
 
     return _on_problems(arguments, run)
 

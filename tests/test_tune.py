@@ -8,14 +8,17 @@ import torch
 
 import resnet_fused
 from resnet_fused import cli, ops, plan
-from resnet_fused.bench import checks, tune
+from resnet_fused.bench import checks, device_process, tune, tune_search
 from resnet_fused.bench.candidates import candidates, configurations
 from resnet_fused.bench.cases import UsageError, seconds
-from resnet_fused.bench.network import tiny_network
-from resnet_fused.bench.problems import Operands, jobs
+from resnet_fused.bench.network import networks, tiny_network
+from resnet_fused.bench.problems import Operands, blocks, jobs
+from resnet_fused.bench.tuning import REHEARSAL
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan import table as tables
-from resnet_fused.plan.table import Choice
+from resnet_fused.plan.conv import ConvConfig
+from resnet_fused.plan.conv_chain import chain_flags, join_flags
+from resnet_fused.plan.table import Choice, Entry, Table
 
 CPU = torch.device("cpu")
 REFERENCE = Choice("reference")
@@ -147,14 +150,45 @@ def test_guards_surround_every_operand():
         assert torch.as_strided(flat, (1,), (1,), flat.storage_offset() + place).isnan().all()
 
 
-def test_configurations_begin_with_the_heuristic_and_fit_the_problem():
-    for job in tiny_jobs(torch.bfloat16, 90):
-        if job.problem.op not in plans.CONVOLUTIONS:
-            continue
-        found = configurations(job.problem, 90)
-        first = plans.heuristic(job.problem, 90)
-        assert found[0] == first and len(set(found)) == len(found) > 1
-        assert all(c.flat == first.flat and c.block_k == first.block_k for c in found if c.kernel == "pointer")
+@pytest.mark.parametrize("dtype,arch", [(torch.bfloat16, 90), (torch.float32, 80), (torch.float16, 120)])
+def test_configurations_begin_with_the_heuristic_and_fit_the_problem(dtype, arch):
+    for network in [tiny_network(), *networks(["resnet50"], 224)]:
+        for job in jobs(network, ("infer", "train"), 32, dtype, arch, False, alternatives=True):
+            if job.problem.op not in plans.CONVOLUTIONS or (job.problem.op == "conv_chain" and dtype == torch.float32):
+                continue
+            found = configurations(job.problem, arch)
+            assert found[0] == plans.heuristic(job.problem, arch) and len(set(found)) == len(found)
+            assert configurations(job.problem, arch, quick=True) == found[:1]
+            assert len(found) <= 24, job.problem
+            outputs = job.problem.shape.c if job.problem.op == "conv_dgrad" else job.problem.shape.k
+            if job.problem.op in ("conv_fprop", "conv_fprop_stats", "conv_dgrad"):
+                assert all(c.block_n < 2 * outputs for c in found[1:] if c.block_n > 64), job.problem
+
+
+def test_the_chain_the_join_and_a_flat_3x3_have_candidates():
+    (network,) = networks(["resnet50"], 224)
+    found = {
+        j.problem: configurations(j.problem, 90) for j in jobs(network, ("infer",), 256, torch.bfloat16, 90, False)
+    }
+    for op in ("conv_chain", "conv_join"):
+        assert all(len(configs) >= 6 for problem, configs in found.items() if problem.op == op)
+    three = next(c for p, c in found.items() if p.op == "conv_fprop" and (p.shape.r, p.shape.c) == (3, 64))
+    assert {config.flat for config in three} == {False, True}
+
+
+def test_a_launcher_finds_what_was_measured_of_the_chain_and_the_join():
+    chain = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.op == "conv_chain")
+    join = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.op == "conv_join")
+    other = ConvConfig(64, 32, 16, 4, 2)
+    entries = {
+        job.problem: Entry(job.problem, ((Choice("aten"), 1.0), (Choice("triton", other), 0.5)))
+        for job in (chain, join)
+    }
+    with plans.assuming(Table("a GPU", 90, {}, frozenset(), entries)):
+        for job, flags in ((chain, chain_flags(*chain.following)), (join, join_flags(*join.following))):
+            arguments = (job.problem.op, job.problem.shape, torch.bfloat16, 90, False)
+            assert plan.conv_config(*arguments, flags) == other
+            assert plan.conv_config(*arguments, tuple(flag + "0" for flag in flags)) != other
 
 
 def test_experimental_formulations_compete_where_they_can_run():
@@ -187,114 +221,55 @@ def test_experimental_formulations_are_checked_or_refused(op):
 def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
     plans.forget()
-    count = len({job.problem for job in tiny_jobs(torch.bfloat16)})
     nothing = resnet_fused.tune(dtype="bf16", rehearse=True, budget_s=-1)
-    assert (nothing.measured, nothing.known, nothing.left) == (0, 0, count) and nothing.path.exists()
+    assert (nothing.measured, nothing.known) == (0, 0) and nothing.left > 30 and nothing.path.exists()
     kept = [job for job in tiny_jobs(torch.bfloat16) if job.problem.op in ("conv_wgrad", "bn_apply", "conv_join")]
-    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
+    monkeypatch.setattr(tune, "jobs", lambda *_, **__: kept)
+    whole = blocks(tiny_network(), 2, torch.bfloat16, False)
     first = resnet_fused.tune(dtype="bf16", rehearse=True)
-    assert (first.measured, first.known, first.left) == (len(kept), 0, 0) and not first.refuted
+    assert (first.measured, first.known, first.left) == (len(kept) + len(whole), 0, 0)
+    assert not first.refuted and not first.dropped and not first.lost
     assert first.path == tmp_path / "rehearsal" / "cpu.json"
     table = tables.read(first.path)
-    assert table == first.table and table.arch == 0 and table.gpu == tune.REHEARSAL
-    assert {job.problem for job in kept} == set(table.entries)
+    assert table == first.table and table.arch == 0 and table.gpu == REHEARSAL
+    assert {job.problem for job in (*kept, *whole)} == set(table.entries)
     kernels = [name for name in ("triton", "cuda") if ops.available(name, "cpu")]
-    assert {("bn_stats", name) for name in kernels} <= table.verified
-    for job in kept:
-        rivals = [c for c in candidates(job, CPU, 80, quick=True)]
+    assert {(op, name) for op in ("bn_stats", "residual_block") for name in kernels} <= table.verified
+    for job in (*kept, *whole):
+        rivals = candidates(job, CPU, 80, quick=True)
         assert [choice for choice, _ in table.entries[job.problem].measured] == rivals
     again = resnet_fused.tune(dtype="bf16", rehearse=True)
-    assert (again.measured, again.known, again.changes) == (0, len(kept), [])
+    assert (again.measured, again.known, again.changes) == (0, len(kept) + len(whole), [])
     assert tables.known_tables() == () and plan.choose(kept[0].problem, 80) == Choice("aten")
-
-
-@needs_kernels
-def test_candidates_are_checked_in_processes_and_timed_in_one(tmp_path, monkeypatch):
-    kept = [job_of("bn_apply"), job_of("conv_join")]
-    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
-    here = []
-    monkeypatch.setattr(
-        tune,
-        "time_interleaved",
-        lambda calls, *a, real=tune.time_interleaved, **k: here.append(list(calls)) or real(calls, *a, **k),
-    )
-    done = resnet_fused.tune(dtype="fp32", rehearse=True, path=tmp_path / "t.json", processes=2)
-    assert done.measured == 2 and not done.dropped and len(here) == 2
-    alone = resnet_fused.tune(dtype="fp32", rehearse=True, path=tmp_path / "u.json", processes=1)
-    assert alone.table.verified == done.table.verified and here[:2] == here[2:]
 
 
 @needs_kernels
 def test_a_kernel_that_errs_is_never_timed_nor_verified_again(tmp_path, monkeypatch):
     path = tmp_path / "t.json"
     kept = [job for job in tiny_jobs() if job.problem.op == "add_act" or job.problem.flags == ("residual",)]
-    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
-    right = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
+    kept = [job for job in kept if job.problem.op == "bn_apply"]
+    monkeypatch.setattr(tune, "jobs", lambda *_, **__: kept)
+    options = {"dtype": "fp32", "rehearse": True, "path": path, "modes": ("infer",)}
+    right = resnet_fused.tune(**options)
     backends = {backend for _, backend in right.table.verified}
     assert backends
-    monkeypatch.setattr(tune, "check_all", lambda job, choice, device: {job.problem.op: "errs by 1"})
-    wrong = resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
+    monkeypatch.setattr(device_process, "check_all", lambda job, *_: {job.problem.op: "errs by 1"})
+    wrong = resnet_fused.tune(**options, again=True)
     assert {(op, backend) for op, backend, _ in wrong.refuted} == {("bn_apply", backend) for backend in backends}
     assert not any(pair[0] == "bn_apply" for pair in wrong.table.verified)
     assert all(choice == Choice("aten") for e in wrong.table.entries.values() for choice, _ in e.measured)
     monkeypatch.undo()
-    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
-    later = resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
+    monkeypatch.setattr(tune, "jobs", lambda *_, **__: kept)
+    later = resnet_fused.tune(**options, again=True)
     assert later.refuted == wrong.refuted and "never chosen: bn_apply" in str(later)
 
 
-@needs_kernels
-def test_a_formulation_that_hung_is_left_out(tmp_path, monkeypatch):
-    path = tmp_path / "t.json"
-    job = job_of("conv_wgrad")
-    monkeypatch.setattr(tune, "jobs", lambda *_: [job])
-    first = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
-    stuck = dataclasses.replace(plans.heuristic(job.problem, 80), kernel="tma_gemm")
-    tried = []
-    rivals = [Choice("aten"), Choice("triton", stuck)]
-    monkeypatch.setattr(tune, "candidates", lambda *_, **__: rivals)
-    monkeypatch.setattr(tune, "check_all", lambda job, choice, device: tried.append(choice) or {"conv_wgrad": "wrong"})
-    resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
-    assert tried == [rivals[1]]
-    text = json.loads(path.read_text())
-    text["provenance"]["attempt"] = "tma_gemm"  # as a process leaves it that was killed
-    path.write_text(json.dumps(text))
-    resnet_fused.tune(dtype="fp32", rehearse=True, path=path, again=True)
-    assert len(tried) == 1 and json.loads(path.read_text())["provenance"]["hung"] == ["tma_gemm"]
-    assert first.table.gpu == tune.REHEARSAL
-
-
-@needs_kernels
-def test_a_crash_stops_the_call_and_the_next_goes_on_without_it(tmp_path, monkeypatch):
-    path = tmp_path / "t.json"
-    kept = [job_of("bn_apply"), job_of("conv_join")]
-    monkeypatch.setattr(tune, "jobs", lambda *_: kept)
-    real, crashing = tune.check_all, candidates(kept[0], CPU, 80, quick=True)[1]
-
-    def check(job, choice, device):
-        if job == kept[0] and choice == crashing:
-            return {"bn_apply": "AcceleratorError: CUDA error: an illegal memory access was encountered"}
-        return real(job, choice, device)
-
-    monkeypatch.setattr(tune, "check_all", check)
-    first = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
-    assert first.left > 0 and "illegal memory access" in first.crash and "call again" in str(first)
-    second = resnet_fused.tune(dtype="fp32", rehearse=True, path=path)
-    assert (second.measured + second.known, second.left, second.crash) == (2, 0, None)
-    assert crashing not in dict(second.table.entries[kept[0].problem].measured)
-
-
-def test_a_table_of_other_versions_is_begun_anew(tmp_path, monkeypatch):
-    path = tmp_path / "t.json"
-    resnet_fused.tune(rehearse=True, path=path, budget_s=-1) if any(
-        ops.available(name, "cpu") for name in ("triton", "cuda")
-    ) else pytest.skip("no kernel runs on this CPU")
-    text = json.loads(path.read_text())
-    facts = dict(text["provenance"])
-    table = tables.from_json(text)
-    assert tune._Work._continues(table, facts, tune.REHEARSAL)
-    assert not tune._Work._continues(table, {**facts, "torch": "1.0"}, tune.REHEARSAL)
-    assert not tune._Work._continues(table, facts, "another GPU")
+def test_a_table_of_other_versions_is_begun_anew():
+    facts = dict.fromkeys(tune_search.SAME, "1")
+    table = Table(REHEARSAL, 0, facts)
+    assert tune_search.continues(table, facts, REHEARSAL)
+    assert not tune_search.continues(table, {**facts, "torch": "2"}, REHEARSAL)
+    assert not tune_search.continues(table, facts, "another GPU")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from resnet_fused import ops, plan
-from resnet_fused.ops.backends import implementation
+from resnet_fused import ops
 from resnet_fused.plan import choice as plans
-from resnet_fused.plan import conv, conv_wgrad, experimental
+from resnet_fused.plan import conv, conv_chain, conv_wgrad, experimental
+from resnet_fused.plan.choice import ALONE, BLOCK
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.table import Choice, Problem
 
-from .checks import caller
-from .problems import FAMILIES, Job, Operands, arguments
+from .problems import FAMILIES, Job
+from .timed import backends, operands_of, timed
 
-KERNEL_BACKENDS = ("triton", "cuda")
-
-
-def backends(device: torch.device) -> list[str]:
-    """The kernel backends that can run here."""
-    return [name for name in KERNEL_BACKENDS if ops.available(name, device.type)]
+__all__ = ["backends", "candidates", "configurations", "operands_of", "timed"]
 
 
 def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -> list[Choice]:
@@ -38,217 +29,81 @@ def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -
         arch: compute capability times ten.
         quick: of the configurations only the heuristic's.
     """
-    problem, found = job.problem, [Choice("aten")]
+    problem = job.problem
+    found = [] if ALONE in problem.flags else [Choice("aten")]
+    if problem.op == BLOCK:
+        return found + [Choice(backend) for backend in backends(device)]
     family = FAMILIES.get(problem.op, (problem.op,))
     for backend in backends(device):
         if not all(ops.implements(backend, op) for op in family):
             continue
-        if backend != "triton" or not isinstance(problem.shape, ConvShape):
-            found.append(Choice(backend))
-        elif problem.op in plans.CONVOLUTIONS:
-            found += [Choice(backend, config) for config in configurations(problem, arch, quick)]
+        if backend == "triton" and problem.op in plans.CONVOLUTIONS:
+            listed = configurations(problem, arch, quick, job.residual)
+            found += [Choice(backend, config) for config in listed]
         else:
-            found.append(Choice(backend))  # a launcher that takes its own configuration
+            found.append(Choice(backend))
     return found
 
 
-def configurations(problem: Problem, arch: int, quick: bool = False) -> list[ConvConfig]:
-    """The launch configurations of a Triton convolution, the heuristic's first."""
+def configurations(problem: Problem, arch: int, quick: bool = False, residual: bool = False) -> list[ConvConfig]:
+    """The launch configurations of a Triton convolution, the heuristic's first.
+
+    Args:
+        problem: the convolution.
+        arch: compute capability times ten.
+        quick: only the heuristic's.
+        residual: it also adds a residual, which takes registers.
+    """
     shape = problem.shape
     first = plans.heuristic(problem, arch)
     assert first is not None and isinstance(shape, ConvShape)
     if quick:
         return [first]
-    flags: dict[str, Any] = dict.fromkeys(problem.flags, True)
+    flags: dict[str, Any] = dict.fromkeys((flag for flag in problem.flags if "prologue" in flag), True)
     arguments = (problem.dtype, arch, problem.tf32)
+    if problem.op == "conv_chain":
+        told = conv_chain.numbers(problem.flags)
+        every = conv_chain.conv_chain_candidates(shape.k, told["next"] or None, problem.dtype, arch)
+        return list(dict.fromkeys([first, *every]))
     if problem.op == "conv_wgrad":
         tiles = conv_wgrad.conv_wgrad_configurations(*arguments, **flags)
+        tiles = [tile for tile in tiles if (tile.flat, tile.block_k) == (first.flat, first.block_k)]
         every = [
             dataclasses.replace(tile, splits=splits)
-            for tile in tiles
-            for splits in sorted({max(1, first.splits // 2), first.splits, 2 * first.splits})
+            for tile in (*tiles, *conv_wgrad.conv_wgrad_candidates(shape, *arguments))
+            for splits in _splits(tile, first)
         ]
+        return list(dict.fromkeys([first, *(config for config in every if _promises(config, first))]))
+    if problem.op == "conv_join":
+        every = conv_chain.conv_join_configurations(*arguments)
     elif problem.op == "conv_dgrad":
         every = conv.conv_dgrad_configurations(*arguments, **flags)
     else:
-        statistics = problem.op == "conv_fprop_stats"
-        every = conv.conv_fprop_configurations(*arguments, statistics=statistics, **flags)
-        if "prologue" not in problem.flags:
-            listed = experimental.configurations(arch)
-            every += [c for c in listed if experimental.refuse_shape(shape, problem.dtype, arch, c) is None]
-    fitting = [c for c in every if c.kernel != "pointer" or (c.flat == first.flat and c.block_k == first.block_k)]
-    return list(dict.fromkeys([first, *fitting]))
+        every = conv.conv_fprop_configurations(*arguments, statistics=problem.op == "conv_fprop_stats", **flags)
+    every = [config for config in every if (config.flat, config.block_k) == (first.flat, first.block_k)]
+    more = [] if first.flat else conv.conv_candidates(problem.op, shape, *arguments, **flags)
+    every += [config for config in more if config.block_m * config.block_n < 128 * 256 or not residual]
+    outputs = (shape.c if problem.op == "conv_dgrad" else shape.k) // shape.groups
+    every = [c for c in every if _promises(c, first) and c.block_n <= max(16, conv.next_power_of_2(outputs))]
+    if problem.op in ("conv_fprop", "conv_fprop_stats") and not flags:
+        listed = experimental.configurations(arch)
+        product = (shape.r, shape.s, shape.stride) == (1, 1, (1, 1))  # which boxes of pixels would only cut up
+        listed = [c for c in listed if not (product and c.kernel.startswith("tma_conv"))]
+        listed = [c for c in listed if c.block_n <= max(64, shape.k)]
+        every += [c for c in listed if experimental.refuse_shape(shape, problem.dtype, arch, c) is None]
+    return list(dict.fromkeys([first, *every]))
 
 
-def operands_of(job: Job, make: Operands) -> tuple[Any, ...]:
-    """What all calls of `timed` share: a convolution's arguments; a family's x, dy, residual (or None) and vectors."""
-    problem = job.problem
-    if isinstance(problem.shape, ConvShape):
-        return arguments(job, make)
-    n, c, h, w = problem.shape
-    x = make.activation(*problem.shape)
-    pooled = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    dy = make.activation(*(pooled if problem.op == "bn_act_max_pool" else problem.shape))
-    residual = make.activation(*problem.shape) if problem.flags or problem.op == "add_act" else None
-    return x, dy, residual, *(make.vector(c, positive=True) for _ in range(4))
+def _splits(tile: ConvConfig, first: ConvConfig) -> list[int]:
+    """Ranges of pixels that make about as many programs as the heuristic's; of its own tile also half and twice."""
+    same = first.splits * tile.block_m * tile.block_n / (first.block_m * first.block_n)
+    own = (tile.block_m, tile.block_n) == (first.block_m, first.block_n)
+    return sorted({max(1, round(same * factor)) for factor in ((0.5, 1.0, 2.0) if own else (1.0,))})
 
 
-def timed(job: Job, choice: Choice, operands: tuple[Any, ...], fprop: str = "aten") -> Callable[[], object]:
-    """The call to time: what the network would run if this were the choice.
-
-    Args:
-        job: the problem.
-        choice: what is to be timed.
-        operands: of `operands_of`; no call changes them.
-        fprop: the backend of the convolutions that a network runs instead of `conv_chain` and `conv_join`.
+def _promises(config: ConvConfig, first: ConvConfig) -> bool:
+    """Whether a tile can come near the heuristic's: it loads at most twice as much for a product, and is at most four
+    times as large, as the heuristic's is the largest that fills the GPU.
     """
-    op = job.problem.op
-    if op in _FAMILY_CALLS:
-        return _FAMILY_CALLS[op](choice.backend, *operands)
-    if choice.backend == "aten" and op in _UNFUSED:
-        x = operands[0]
-        passes = next(iter(backends(x.device)), "reference")
-        return functools.partial(_UNFUSED[op], fprop if op in ("conv_chain", "conv_join") else passes, *operands)
-    return functools.partial(caller(op, choice), *operands)
-
-
-def _run(backend: str, op: str, *operands: Any) -> Any:
-    return implementation(backend, op)(*operands)
-
-
-def _normalised(passes: str, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    if scale is None:
-        return x
-    value: Tensor = _run(passes, "bn_apply", x, scale, shift, None, None, None, True, False)[0]
-    return value
-
-
-def _fprop_stats(passes: str, x: Tensor, weight: Tensor, scale: Any, shift: Any, *rest: Any) -> object:
-    """PyTorch's convolution between passes of ours: what a block runs where the plan has PyTorch's convolution."""
-    *geometry, rows = rest
-    y = F.conv2d(_normalised(passes, x, scale, shift), weight, None, *geometry)
-    return y, _run(passes, "bn_stats", y, rows)
-
-
-def _dgrad(passes: str, *operands: Any) -> object:
-    dy, weight, dy_x, coefficients, residual, mask, x, scale, shift, mean, invstd, *rest = operands
-    none = (None,) * 5
-    dx = _run("aten", "conv_dgrad", dy, weight, dy_x, coefficients, residual, mask, *none, *rest)[0]
-    if x is None:
-        return dx
-    return dx, _run(passes, "bn_backward_reduce", dx, x, None, scale, shift, mean, invstd, True, _rows(x))
-
-
-def _wgrad(
-    passes: str, dy: Tensor, x: Tensor, dy_x: Any, coefficients: Any, scale: Any, shift: Any, *rest: Any
-) -> object:
-    a = _normalised(passes, x, scale, shift)
-    return _run("aten", "conv_wgrad", dy, a, dy_x, coefficients, None, None, *rest)
-
-
-def _join(fprop: str, *operands: Any) -> object:
-    x, weight, shortcut, shortcut_weight, shift, stride, relu = operands
-    one, zero = [1, 1], [0, 0]
-    projected = _run(fprop, "conv_fprop", shortcut, shortcut_weight, None, None, None, stride, zero, one, 1, False)
-    return _run(fprop, "conv_fprop", x, weight, None, shift, projected, one, zero, one, 1, relu)
-
-
-def _chain(fprop: str, *operands: Any) -> object:
-    x, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight1, scale1, shift1, *geometry = operands
-    one, zero = [1, 1], [0, 0]
-    a = _run(fprop, "conv_fprop", x, weight2, scale2, shift2, None, *geometry, 1, True)
-    y = _run(fprop, "conv_fprop", a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
-    if weight1 is None:
-        return y
-    return y, _run(fprop, "conv_fprop", y, weight1, scale1, shift1, None, one, zero, one, 1, True)
-
-
-_UNFUSED: dict[str, Callable[..., object]] = {
-    "conv_fprop_stats": _fprop_stats,
-    "conv_dgrad": _dgrad,
-    "conv_wgrad": _wgrad,
-    "conv_join": _join,
-    "conv_chain": _chain,
-}
-
-
-def _bn(
-    backend: str,
-    x: Tensor,
-    dy: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    mean: Tensor,
-    var: Tensor,
-) -> Callable[[], object]:
-    """Batch norm, residual, ReLU, forward and backward."""
-    if backend == "aten":
-        x, weight, bias = (t.detach().requires_grad_() for t in (x, weight, bias))
-        leaves = [x, weight, bias]
-        if residual is not None:
-            residual = residual.detach().requires_grad_()
-            leaves.append(residual)
-
-        def plain() -> object:
-            y = F.batch_norm(x, mean, var, weight, bias, True)
-            y = F.relu(y if residual is None else y + residual, inplace=True)
-            return torch.autograd.grad(y, leaves, dy)
-
-        return plain
-    rows, count = _rows(x), float(x.numel() // x.shape[1])
-    joined = residual is not None
-
-    def ours() -> object:
-        statistics = _run(backend, "bn_stats", x, rows)
-        vectors = _run(backend, "bn_finalize", *statistics, weight, bias, mean, var, 0.1, 1e-5)
-        y, mask = _run(backend, "bn_apply", x, *vectors[:2], residual, None, None, True, joined)
-        behind = (dy, x, mask if joined else None, *vectors)
-        sums = _run(backend, "bn_backward_reduce", *behind, True, rows)
-        return _run(backend, "bn_backward_apply", *behind, *sums, count, True, joined)
-
-    return ours
-
-
-def _pool(
-    backend: str, x: Tensor, dy: Tensor, _: None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
-) -> Callable[[], object]:
-    """Batch norm, ReLU, max pool, forward and backward."""
-    if backend == "aten":
-        x, weight, bias = leaves = tuple(t.detach().requires_grad_() for t in (x, weight, bias))
-
-        def plain() -> object:
-            y = F.relu(F.batch_norm(x, mean, var, weight, bias, True), inplace=True)
-            return torch.autograd.grad(F.max_pool2d(y, 3, 2, 1), leaves, dy)
-
-        return plain
-    rows, count = _rows(x), float(x.numel() // x.shape[1])
-
-    def ours() -> object:
-        statistics = _run(backend, "bn_stats", x, rows)
-        vectors = _run(backend, "bn_finalize", *statistics, weight, bias, mean, var, 0.1, 1e-5)
-        _, index = _run(backend, "bn_act_max_pool", x, *vectors[:2])
-        sums = _run(backend, "bn_act_max_pool_backward_reduce", dy, index, x, *vectors, rows)
-        return _run(backend, "bn_act_max_pool_backward_apply", dy, index, x, *vectors, *sums, count)
-
-    return ours
-
-
-def _add(backend: str, x: Tensor, dy: Tensor, other: Tensor, *_: Tensor) -> Callable[[], object]:
-    """Sum and ReLU, forward and backward."""
-    if backend == "aten":
-        leaves = tuple(t.detach().requires_grad_() for t in (x, other))
-        return lambda: torch.autograd.grad(F.relu(leaves[0] + leaves[1], inplace=True), leaves, dy)
-    return lambda: _run(backend, "add_act_backward", dy, _run(backend, "add_act", x, other, True))
-
-
-def _rows(x: Tensor) -> int:
-    n, c, h, w = x.shape
-    return plan.partial_rows(n * h * w, c)
-
-
-_FAMILY_CALLS: dict[str, Callable[..., Callable[[], object]]] = {
-    "bn_apply": _bn,
-    "bn_act_max_pool": _pool,
-    "add_act": _add,
-}
+    loads, usual = (1 / one.block_m + 1 / one.block_n for one in (config, first))
+    return loads <= 2 * usual and config.block_m * config.block_n <= 4 * first.block_m * first.block_n

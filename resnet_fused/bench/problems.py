@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from resnet_fused import plan, reference
-from resnet_fused.plan.conv import ConvShape
+from resnet_fused.plan import formulation
+from resnet_fused.plan.choice import ALONE, BLOCK
+from resnet_fused.plan.conv import BlockShape, ConvShape
+from resnet_fused.plan.conv_chain import chain_flags, join_flags
 from resnet_fused.plan.table import Problem
 
 from .network import Block, Layer, Network
@@ -40,7 +43,7 @@ class Job:
         residual: the op also adds a residual (fprop, bn_apply) or the gradient on the shortcut (dgrad).
         epilogue: dgrad masks with the ReLU before it and forms the two sums.
         following: channels of conv_chain's (outputs, next convolution), or of conv_join's (shortcut, its stride).
-        weight: how often it is in the network.
+        weight: how often it is in the network; 0 of what only another formulation would run.
     """
 
     problem: Problem
@@ -50,15 +53,55 @@ class Job:
     weight: int = 1
 
 
-def jobs(network: Network, modes: Iterable[str], batch: int, dtype: torch.dtype, arch: int, tf32: bool) -> list[Job]:
-    """The problems of a network in these modes (`"infer"`, `"train"`), each once, with its number of occurrences."""
+def jobs(
+    network: Network,
+    modes: Iterable[str],
+    batch: int,
+    dtype: torch.dtype,
+    arch: int,
+    tf32: bool,
+    alternatives: bool = False,
+) -> list[Job]:
+    """The problems of a network in these modes (`"infer"`, `"train"`), each once, with its number of occurrences.
+
+    Args:
+        network: what to run.
+        modes: of it.
+        batch: images.
+        dtype: of the activations.
+        arch: compute capability times ten.
+        tf32: whether fp32 products may be rounded to TF32.
+        alternatives: also those that training would have if it were formulated otherwise, with a weight of 0.
+    """
     found: dict[Problem, Job] = {}
     for mode in modes:
-        every = _inference(network) if mode == "infer" else _training(network, dtype, arch)
+        every = _inference(network) if mode == "infer" else _training(network, dtype, arch, alternatives)
         for job in every:
             problem = dataclasses.replace(job.problem.with_batch(batch), dtype=dtype, tf32=tf32 and _convolves(job))
             found[problem] = _together(found.get(problem), dataclasses.replace(job, problem=problem))
     return list(found.values())
+
+
+def blocks(network: Network, batch: int, dtype: torch.dtype, tf32: bool) -> list[Job]:
+    """The residual blocks of a network in training, each once, with its number of occurrences."""
+    found: dict[Problem, Job] = {}
+    for block in network.blocks:
+        shortcut = None if block.shortcut is None else block.shortcut.shape
+        shape = BlockShape(tuple(layer.shape for layer in block.branch), shortcut, shortcut is None)
+        problem = Problem(BLOCK, shape.with_batch(batch), dtype, tf32)
+        found[problem] = _together(found.get(problem), Job(problem))
+    return list(found.values())
+
+
+def parts(network: Network, mode: str, batch: int, dtype: torch.dtype, arch: int, tf32: bool) -> list[Job]:
+    """What the times of a network add up from: in inference its problems, in training the stem and the blocks."""
+    if mode == "infer":
+        return jobs(network, [mode], batch, dtype, arch, tf32)
+    found = []
+    for job in _stem(network):
+        problem = dataclasses.replace(job.problem.with_batch(batch), dtype=dtype, tf32=tf32 and _convolves(job))
+        found.append(dataclasses.replace(job, problem=problem))
+    return found + blocks(network, batch, dtype, tf32)
 
 
 def _together(before: Job | None, job: Job) -> Job:
@@ -67,14 +110,14 @@ def _together(before: Job | None, job: Job) -> Job:
         return job
     epilogue = before.epilogue or job.epilogue
     residual = (before.residual or job.residual) and not epilogue  # a dgrad has one or the other
-    return dataclasses.replace(before, residual=residual, epilogue=epilogue, weight=before.weight + 1)
+    return dataclasses.replace(before, residual=residual, epilogue=epilogue, weight=before.weight + job.weight)
 
 
 def _convolves(job: Job) -> bool:
-    return isinstance(job.problem.shape, ConvShape)
+    return not isinstance(job.problem.shape, tuple)
 
 
-def _job(op: str, shape: ConvShape | tuple[int, ...], flags: Iterable[str] = (), **rest: Any) -> Job:
+def _job(op: str, shape: ConvShape | BlockShape | tuple[int, ...], flags: Iterable[str] = (), **rest: Any) -> Job:
     return Job(Problem(op, shape, torch.float32, False, tuple(sorted(flags))), **rest)
 
 
@@ -93,31 +136,45 @@ def _tails(block: Block, after: Block | None) -> Iterator[Job]:
     if len(block.branch) != 3 or any(layer.shape.groups > 1 for layer in block.layers):
         return
     if shortcut is not None:
-        yield _job("conv_join", last, following=(shortcut.shape.c, shortcut.shape.stride[0]))
+        following = (shortcut.shape.c, shortcut.shape.stride[0])
+        yield _job("conv_join", last, join_flags(*following), following=following)
     elif block.branch[1].shape.k <= CHAIN_CHANNELS:
         head = after.branch[0].shape if after else None
         wanted = head is not None and (head.r, head.stride) == (1, (1, 1)) and head.k <= CHAIN_CHANNELS
-        yield _job("conv_chain", block.branch[1].shape, following=(last.k, head.k if wanted and head else 0))
+        following = (last.k, head.k if wanted and head else 0)
+        yield _job("conv_chain", block.branch[1].shape, chain_flags(*following), following=following)
 
 
-def _training(network: Network, dtype: torch.dtype, arch: int) -> Iterator[Job]:
+def _training(network: Network, dtype: torch.dtype, arch: int, alternatives: bool) -> Iterator[Job]:
+    yield from _stem(network)
+    for block in network.blocks:
+        for layer in block.layers:
+            first = layer not in block.branch[1:]
+            identity = layer is block.branch[0] and block.shortcut is None
+            fusion = formulation.by_rule(layer.shape, dtype, arch, first)
+            asked = formulation.problems(layer.shape, dtype, False, fusion, first, identity)
+            for problem in asked:
+                residual, epilogue = "residual" in problem.flags, "epilogue" in problem.flags
+                yield _job(problem.op, layer.shape, problem.flags, residual=residual, epilogue=epilogue)
+            # The map in front of a 3x3 would be applied nine times: not worth the time to measure it.
+            if alternatives and not first:
+                if (layer.shape.r, layer.shape.s) == (1, 1):
+                    other = dataclasses.replace(fusion, prologue=not fusion.prologue)
+                    for problem in formulation.problems(layer.shape, dtype, False, other, first, identity):
+                        if problem.op != "conv_dgrad":
+                            yield _job(problem.op, layer.shape, problem.flags, weight=0)
+                alone = formulation.normalisation(layer.shape, dtype)
+                yield _job(alone.op, alone.shape, alone.flags, weight=0)
+        for layer in block.branch[:-1]:
+            yield _job("bn_apply", _output(layer))
+        yield _job("bn_apply", _output(block.branch[-1]), ["residual"])
+
+
+def _stem(network: Network) -> Iterator[Job]:
     stem = network.stem
     yield _job("conv_fprop_stats", stem.shape)
     yield _job("conv_wgrad", stem.shape)
     yield _job("bn_act_max_pool" if network.pooled is not None else "bn_apply", _output(stem))
-    for block in network.blocks:
-        for layer in block.layers:
-            inner = layer in block.branch[1:]
-            fusion = plan.training(layer.shape, dtype, arch)
-            prologue = fusion.prologue and inner
-            gradient = fusion.dgrad_prologue
-            yield _job("conv_fprop_stats", layer.shape, ["prologue"] * prologue)
-            epilogue, identity = fusion.dgrad_epilogue and inner, layer is block.branch[0] and block.shortcut is None
-            yield _job("conv_dgrad", layer.shape, ["prologue"] * gradient, epilogue=epilogue, residual=identity)
-            yield _job("conv_wgrad", layer.shape, ["x_prologue"] * prologue + ["dy_prologue"] * gradient)
-        for layer in block.branch[:-1]:
-            yield _job("bn_apply", _output(layer))
-        yield _job("bn_apply", _output(block.branch[-1]), ["residual"])
 
 
 def _output(layer: Layer) -> tuple[int, ...]:
@@ -248,6 +305,8 @@ def memory_arguments(op: str, problem: Problem, make: Operands) -> tuple[Any, ..
         return make.activation(*shape), make.activation(*shape), True
     if op == "add_act_backward":
         return make.activation(*shape), make.activation(*shape)
+    if op == "bn_apply" and ALONE in problem.flags:
+        return make.activation(*shape), *make.affine(c), None, None, None, True, False
     if op == "bn_apply":
         residual = (make.activation(*shape), *make.affine(c)) if "residual" in problem.flags else (None, None, None)
         return make.activation(*shape), *make.affine(c), *residual, True, bool(problem.flags)

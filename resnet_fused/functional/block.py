@@ -248,7 +248,7 @@ def _plain(
 
     def normalised(value: Tensor, layer: ConvBN) -> Tensor:
         z = F.conv2d(value, layer.weight, None, *layer.geometry)
-        return F.batch_norm(z, *layer.vectors, layer.batch_statistics, layer.momentum, layer.eps)
+        return F.batch_norm(z, *layer.vectors, layer.batch_statistics, layer.momentum, layer.eps)  # type: ignore[arg-type, call-arg]
 
     value = x
     for layer in branch[:-1]:

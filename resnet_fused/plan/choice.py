@@ -119,7 +119,8 @@ def plan_layer(
         return found
     fusion = formulation.by_rule(shape, dtype, arch, first)
     asked = formulation.problems(shape, dtype, tf32, fusion, first, residual)
-    return LayerPlan(*(plan(problem, arch, known, gpu).backend for problem in asked), fusion)
+    fprop, dgrad, wgrad = (plan(problem, arch, known, gpu).backend for problem in asked)
+    return LayerPlan(fprop, dgrad, wgrad, fusion)
 
 
 # ---- of this machine -------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def block(shape: BlockShape, dtype: torch.dtype, arch: int, tf32: bool) -> str |
     """
     table, margin = tables.speaking_for(_known(), _name(arch), arch)
     found = measured(Problem(BLOCK, shape, dtype, tf32), table, margin=margin)
-    return found and found.backend
+    return None if found is None else found.backend
 
 
 @functools.cache

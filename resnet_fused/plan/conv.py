@@ -247,3 +247,28 @@ def conv_dgrad_configurations(
     tiles = _tiles(dtype, tf32, prologue)
     found = [_dgrad(tile, channels, dtype, arch, tf32, prologue) for tile in tiles for channels in (16, 32, 64)]
     return list(dict.fromkeys(found))
+
+
+def conv_candidates(
+    op: str, shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
+) -> list[ConvConfig]:
+    """Configurations of `conv_fprop`, `conv_fprop_stats` and `conv_dgrad` that no heuristic returns and `tune` tries:
+    larger and narrower tiles of 16-bit data where there is the shared memory for them, and where one tap has few
+    channels tiles over (r, s, c) together. None of these spills on sm_90 (Triton 3.6 and 3.9).
+    """
+    channels, outputs, taps = shape.c // shape.groups, shape.k // shape.groups, shape.r * shape.s
+    if op == "conv_dgrad":
+        channels, outputs = outputs, channels
+    if dtype == torch.float32 or arch not in (80, 90, 100):
+        return []
+    tiles = [(256, 64, 8), (64, 128, 4), (64, 256, 8)]
+    if op != "conv_dgrad":  # whose epilogue needs the registers
+        tiles += [(128, 128, 4), (128, 256, 8), (256, 128, 8)]
+    narrow = [tile for tile in tiles if tile[1] <= next_power_of_2(outputs)]
+    found = [_configure(tile, channels, dtype, arch, tf32) for tile in narrow]
+    found += [replace(config, num_stages=config.num_stages - 1) for config in found[:2] if config.num_stages > 2]
+    if op != "conv_dgrad" and taps > 1 and MIN_CHANNELS_PER_TAP <= channels <= 64:
+        found += [
+            _configure(tile, channels, dtype, arch, tf32, flat=True) for tile in _tiles(dtype, tf32, prologue)[:2]
+        ]
+    return found

@@ -103,3 +103,19 @@ def conv_wgrad_configurations(
         for flat in (False, True)
     ]
     return list(dict.fromkeys(found))
+
+
+def conv_wgrad_candidates(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
+    """Configurations that no heuristic returns and `tune` tries, but for the number of splits: larger tiles of 16-bit
+    data where there is the shared memory for them. None of these spills on sm_90 (Triton 3.6 and 3.9).
+    """
+    inputs, outputs = shape.c // shape.groups, shape.k // shape.groups
+    if dtype == torch.float32 or arch not in (80, 90, 100) or inputs % 8 or outputs % 8:
+        return []
+    tiles = [(128, 128, 4, 4), (128, 256, 8, 3), (256, 128, 8, 3), (64, 256, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4)]
+    taps = shape.r * shape.s
+    return [
+        ConvConfig(m, n, 64, warps, stages, flat=m > inputs)
+        for m, n, warps, stages in tiles
+        if n <= outputs and m <= (inputs if inputs >= 128 else taps * inputs)
+    ]
