@@ -20,7 +20,7 @@ from .harness import Call, clock_for, first_line, time_interleaved
 from .memory import MemoryMeter
 from .progress import Reporter
 from .results import CaseReport, Report, Result
-from .runner import Outcome, Runner, reference
+from .runner import GraphMemory, Outcome, Runner, device_captures, reference
 from .saved import saved_bytes
 
 CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
@@ -50,7 +50,7 @@ class Options:
     def steps(self) -> int:
         """How many steps `run` reports."""
         loaded = sum(case.mode == "train" for case in self.cases) if self.loader else 0
-        return 3 + loaded + sum(len(self.entrants(case)) + 1 for case in self.cases)
+        return 2 + self.pictures + loaded + sum(len(self.entrants(case)) + 1 for case in self.cases)
 
     def entrants(self, case: Case) -> list[Contestant]:
         """The contestants of a case; the baseline is always one."""
@@ -82,8 +82,10 @@ def run(options: Options, reporter: Reporter) -> Report:
             race.measure_roof(dtype)
         reports = [report for report in map(race.run_case, options.cases) if report]
         loaded = _load_and_train(options, model, reports, reporter)
-        reporter.start("real pictures through plain and fused models")
-        agreement = _compare_pictures(options, model, pictures) if pictures is not None else None
+        agreement = None
+        if pictures is not None:
+            reporter.start("real pictures through plain and fused models")
+            agreement = _compare_pictures(options, model, pictures)
     finally:
         torch.backends.cudnn.benchmark = benchmark_before
     under_roofs = tuple(dataclasses.replace(report, roof=race.roofs.get(report.case.dtype)) for report in reports)
@@ -120,7 +122,10 @@ class _Race:
         generator = torch.Generator().manual_seed(self.options.seed)
         pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
         labels = torch.randint(1000, (case.batch,), generator=generator)
-        built = [self._build(contestant, case, pixels, labels) for contestant in self.options.entrants(case)]
+        memory = None
+        if case.mode == "train" and device_captures(case):
+            memory = GraphMemory(torch.device(case.device))
+        built = [self._build(contestant, case, pixels, labels, memory) for contestant in self.options.entrants(case)]
         plain = [result.errors for _, result in built if result.errors and CONTESTANTS[result.contestant].plain]
         results = {result.contestant: _judged(result, plain, case.dtype) for _, result in built}
         calls: dict[str, Call] = {}
@@ -168,7 +173,12 @@ class _Race:
         return self.references[key]
 
     def _build(
-        self, contestant: Contestant, case: Case, pixels: torch.Tensor, labels: torch.Tensor
+        self,
+        contestant: Contestant,
+        case: Case,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        memory: GraphMemory | None,
     ) -> tuple[Runner | None, Result]:
         """Build a contestant, run it once against float64, and measure the memory of one step."""
         self.reporter.start(f"{case.label}: {contestant.name} against float64")
@@ -177,12 +187,13 @@ class _Race:
         meter = MemoryMeter(torch.device(case.device))
         start = time.perf_counter()
         try:
-            runner = Runner(contestant, self.model, case, pixels, labels)
+            runner = Runner(contestant, self.model, case, pixels, labels, memory)
             outcome = runner.evaluate(min(case.batch, CHECKED_IMAGES))
             setup_s = time.perf_counter() - start
             errors = errors_of(outcome, judge)
+            runner.step_by_step()
+            peak = meter.peak(runner.step_by_step)  # a graph's memory is shared, so nobody's
             runner.step()
-            peak = meter.peak(runner.step)
             saved = _saved_bytes(runner) if case.mode == "train" else None
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))

@@ -31,6 +31,20 @@ class Outcome:
     statistics: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
 
+class GraphMemory:
+    """Memory that the CUDA graphs of several contestants share: each needs as much as a whole step.
+
+    They replay one after the other; what one leaves there is gone once another has run. A graph of its own keeps the
+    pool: PyTorch lets nobody into a pool whose graphs are all gone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self._anchor = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self._anchor, pool=self.pool):
+            torch.zeros(1, device=device)
+
+
 class Runner:
     """A contestant that was built for a case.
 
@@ -40,10 +54,17 @@ class Runner:
         case: mode, dtype, device.
         images: [N, 3, H, W] fp32 on the CPU.
         labels: [N] int64 on the CPU; training only.
+        memory: where a training step's CUDA graph has its tensors; None: in memory of its own.
     """
 
     def __init__(
-        self, contestant: Contestant, model: nn.Module, case: Case, images: torch.Tensor, labels: torch.Tensor
+        self,
+        contestant: Contestant,
+        model: nn.Module,
+        case: Case,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        memory: GraphMemory | None = None,
     ):
         self.case = case
         device, training = torch.device(case.device), case.mode == "train"
@@ -58,6 +79,7 @@ class Runner:
         if training:
             self._optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
             self._scaler = torch.amp.GradScaler(device.type, enabled=case.dtype == "fp16")
+        self._memory = memory
         self._replay: Callable[[], object] | None = None
         self.graphed: bool | None = None  # None: not tried yet
 
@@ -110,6 +132,7 @@ class Runner:
 
     def _captured(self) -> Callable[[], object] | None:
         """The training step as a CUDA graph; None where capture fails."""
+        torch.cuda.empty_cache()  # what is cached for this stream the next one cannot use
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -118,7 +141,7 @@ class Runner:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=None if self._memory is None else self._memory.pool):
                 loss = self._train()
         except RuntimeError as error:
             warnings.warn(f"no CUDA graph of this training step: {error}", stacklevel=2)
