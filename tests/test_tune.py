@@ -8,17 +8,18 @@ import torch
 
 import resnet_fused
 from resnet_fused import cli, ops, plan
+from resnet_fused.bench import candidates as candidate_list
 from resnet_fused.bench import checks, device_process, tune, tune_search
 from resnet_fused.bench.candidates import candidates, configurations
 from resnet_fused.bench.cases import UsageError, seconds
 from resnet_fused.bench.network import networks, tiny_network
-from resnet_fused.bench.problems import Operands, blocks, jobs
+from resnet_fused.bench.problems import Job, Operands, blocks, jobs
 from resnet_fused.bench.tuning import REHEARSAL
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan import table as tables
-from resnet_fused.plan.conv import ConvConfig
+from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.conv_chain import chain_flags, join_flags
-from resnet_fused.plan.table import Choice, Entry, Table
+from resnet_fused.plan.table import Choice, Entry, Problem, Table
 
 CPU = torch.device("cpu")
 REFERENCE = Choice("reference")
@@ -174,6 +175,31 @@ def test_the_chain_the_join_and_a_flat_3x3_have_candidates():
         assert all(len(configs) >= 6 for problem, configs in found.items() if problem.op == op)
     three = next(c for p, c in found.items() if p.op == "conv_fprop" and (p.shape.r, p.shape.c) == (3, 64))
     assert {config.flat for config in three} == {False, True}
+
+
+WIDE = {
+    "conv_fprop": ConvShape(1, 64, 6, 6, 64, 3, 3, (1, 1), (1, 1)),
+    "conv_fprop_stats": ConvShape(2, 64, 5, 5, 128, 1, 1),
+    "conv_dgrad": ConvShape(2, 128, 5, 5, 64, 1, 1),
+    "conv_wgrad": ConvShape(1, 64, 6, 6, 128, 3, 3, (1, 1), (1, 1)),
+    "conv_chain": ConvShape(1, 64, 5, 5, 64, 3, 3, (1, 1), (1, 1)),
+    "conv_join": ConvShape(1, 64, 5, 5, 128, 1, 1),
+}
+
+
+@pytest.mark.skipif(not ops.available("triton", "cpu"), reason="Triton does not interpret here")
+@pytest.mark.parametrize("op", WIDE)
+def test_configurations_beside_the_heuristics_are_right(op, monkeypatch):
+    monkeypatch.setattr(candidate_list, "_promises", lambda config, first: True)
+    following = {"conv_chain": (64, 64), "conv_join": (64, 1)}.get(op, (0, 0))
+    told = {"conv_chain": chain_flags, "conv_join": join_flags}
+    flags = told[op](*following) if op in told else ("prologue",) if op == "conv_fprop_stats" else ()
+    job = Job(Problem(op, WIDE[op], torch.float16, False, flags), epilogue=op == "conv_dgrad", following=following)
+    found = [config for config in configurations(job.problem, 90) if config.kernel == "pointer"]
+    assert len(found) > 5
+    for config in found[1:]:
+        if config.splits == found[0].splits or config.flat:
+            assert checks.check_all(job, Choice("triton", config), CPU) == {op: None}, config
 
 
 def test_a_launcher_finds_what_was_measured_of_the_chain_and_the_join():

@@ -18,8 +18,9 @@ from resnet_fused.kernels._conv import (
 )
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
+from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig
-from resnet_fused.plan.conv_chain import chain_refusal, chain_tile, conv_chain_heuristic
+from resnet_fused.plan.conv_chain import chain_flags, chain_refusal, chain_tile
 
 
 @triton.jit
@@ -258,7 +259,8 @@ def conv_chain(
     outputs = weight3.shape[0]
     next_channels = None if weight1 is None else weight1.shape[0]
     if config is None:
-        config = conv_chain_heuristic(shape, next_channels, x.dtype, compute_capability(x.device))
+        flags = chain_flags(outputs, next_channels)
+        config = conv_config("conv_chain", shape, x.dtype, compute_capability(x.device), False, flags)
     pixels = shape.n * shape.p * shape.q
     y = empty_nhwc(x, shape.n, outputs, shape.p, shape.q)
     following = None if next_channels is None else empty_nhwc(x, shape.n, next_channels, shape.p, shape.q)

@@ -18,8 +18,9 @@ from resnet_fused.kernels._conv import (
 )
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
+from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.conv_chain import conv_join_heuristic
+from resnet_fused.plan.conv_chain import join_flags
 
 
 @triton.jit
@@ -163,7 +164,8 @@ def conv_join(
     tf32 = uses_tf32(x.dtype)
     if config is None:
         shape = ConvShape(batch, channels, height, width, outputs, 1, 1)
-        config = conv_join_heuristic(shape, shortcut_channels, x.dtype, compute_capability(x.device), tf32)
+        flags = join_flags(shortcut_channels, shortcut_stride[0])
+        config = conv_config("conv_join", shape, x.dtype, compute_capability(x.device), tf32, flags)
     y = empty_nhwc(x, batch, outputs, height, width)
     unit = channel_unit(channels, shortcut_channels)
     pixels = batch * height * width

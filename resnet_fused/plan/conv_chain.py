@@ -86,10 +86,10 @@ def conv_chain_configurations(inner: int, next_channels: int | None, dtype: torc
 
 
 def conv_chain_candidates(inner: int, next_channels: int | None, dtype: torch.dtype, arch: int) -> list[ConvConfig]:
-    """What `tune` tries beside the heuristic: none of these spills on sm_80, sm_90 or sm_100 (Triton 3.6 and 3.9)."""
+    """What `tune` tries beside the heuristic: none of these spills on sm_80 (Triton 3.6) or sm_90 (3.6 and 3.9)."""
     found = conv_chain_configurations(inner, next_channels, dtype, arch)
     for m, n, k, warps, stages in CHAIN_TILES:
-        if n <= 64 or chain_tile(inner) <= 64:
+        if n <= 64 or max(chain_tile(inner), chain_tile(next_channels or 1)) <= 64:
             found.append(ConvConfig(m, n, k, warps, stages if arch in (80, 90, 100) else 2))
     return list(dict.fromkeys(found))
 
