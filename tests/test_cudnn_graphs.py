@@ -19,8 +19,10 @@ from cudnn_double import CPULibrary, package
 from torch import nn
 
 from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network, models
+from resnet_fused.bench import cudnn_graphs_training as training
 from resnet_fused.bench.cases import DTYPES, Case, Unavailable
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+from resnet_fused.bench.correctness import breach, errors_of
 from resnet_fused.bench.cudnn_graphs import Convolution, Recording, Spec, graph_of, nhwc_strides
 from resnet_fused.bench.cudnn_graphs_network import build
 from resnet_fused.bench.runner import Runner, reference
@@ -162,7 +164,6 @@ def test_what_has_no_engine_says_so():
 NETWORKS = [
     ("resnet18", 8, 17, 20),
     ("resnet50", 16, 49, 53),
-    ("resnext50_32x4d", 16, 49, 53),
     ("timm:resnet26d", 8, 27, 31),
     ("timm:seresnet18", 3, 20, 36),
 ]
@@ -252,6 +253,86 @@ def test_what_may_not_be_fused_is_not():
         (True, True),
         (False, False),  # e is added to what others may still read
     ]
+
+
+TRAIN = dataclasses.replace(INFER, mode="train", dtype="fp16", batch=4)
+
+
+def _as_an_h100(graph) -> bool:
+    """Convolutions with statistics that an H100 has no engine for."""
+    weights = [attributes["weight"] for name, attributes in graph.nodes if name == "conv_fprop"]
+    return any(w[1] == 3 or w[2] == 7 for w in weights) and any(name == "genstats" for name, _ in graph.nodes)
+
+
+def _trained(name: str, monkeypatch, model: nn.Module | None = None, library: CPULibrary | None = None):
+    """What a step of the contestant, of plain PyTorch and of float64 gives."""
+    library = library or CPULibrary()
+    library.cudnn.pygraph.refuses = staticmethod(_as_an_h100)
+    monkeypatch.setattr(cudnn_graphs_network, "library", lambda device: library)
+    model = model or _model(name)
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
+    runners = [Runner(CONTESTANTS[who], model, TRAIN, images, labels) for who in ("cudnn-graphs", BASELINE)]
+    outcomes = [runner.evaluate() for runner in runners]
+    return runners, *outcomes, reference(model, TRAIN, images, labels)
+
+
+# name, convolutions, activations that are written: one a block, and one before the pool of resnet26d
+TRAINED = [("resnet18", 19, 8), ("timm:resnet26d", 30, 9)]
+
+
+@pytest.mark.parametrize("name, convolutions, written", TRAINED, ids=[case[0] for case in TRAINED])
+def test_a_network_trains_as_the_plain_one_does(name, convolutions, written, monkeypatch):
+    with warnings.catch_warnings(record=True):
+        runners, ours, plain, truth = _trained(name, monkeypatch)
+    layers = [type(m).__name__ for m in runners[0].forward.modules()]
+    assert (layers.count("ConvolutionBatchNorm"), layers.count("Normalise")) == (convolutions, written)
+    assert set(ours.gradients) == set(plain.gradients) and set(ours.statistics) == set(plain.statistics)
+    assert breach(errors_of(ours, truth), [errors_of(plain, truth)], "fp16") is None
+    counts = [[int(b) for name, b in r.module.named_buffers() if name.endswith("tracked")] for r in runners]
+    assert counts[0] == counts[1] == [2] * len(counts[0])  # the first was calibration's
+    assert torch.isfinite(runners[0].step())
+
+
+class _OddTraining(nn.Module):
+    """Values with several readers, a batch norm without a ReLU, a sum without one, and a convolution with a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(6))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
+        self.relu = nn.ReLU(inplace=True)
+
+    def unit(self, k, x):
+        return self.bns[k](self.convs[k](x))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        a = self.relu(self.unit(0, x))  # read by a convolution and by a sum: written
+        b = self.relu(self.unit(1, a)) + a
+        c = self.unit(2, b)  # without a ReLU, read twice
+        d = self.unit(3, c) + c  # a sum without a ReLU
+        e = torch.relu(self.unit(4, d) + self.unit(5, d))  # of two batch norms
+        return e.mean((2, 3))
+
+
+def test_odd_networks_train_as_the_plain_ones_do(monkeypatch):
+    with pytest.warns(UserWarning, match="1 of 7 convolutions run through PyTorch: stem has no batch norm of its own"):
+        runners, ours, plain, truth = _trained("", monkeypatch, _OddTraining())
+    assert breach(errors_of(ours, truth), [errors_of(plain, truth)], "fp16") is None
+    layers = [type(m).__name__ for m in runners[0].forward.modules()]
+    assert (layers.count("ConvolutionBatchNorm"), layers.count("Normalise")) == (6, 5)
+
+
+def test_a_step_that_trains_is_fp16(monkeypatch):
+    monkeypatch.setattr(cudnn_graphs_network, "library", lambda device: CPULibrary())
+    for dtype in ("fp32", "bf16"):
+        with pytest.raises(Unavailable, match=f"training graphs are fp16 only, not {dtype}"):
+            _runner(dataclasses.replace(INFER, mode="train", dtype=dtype))
+    library = CPULibrary()
+    monkeypatch.setattr(library.cudnn.pygraph, "refuses", staticmethod(lambda graph: True))
+    with pytest.raises(Unavailable, match="cuDNN has no engine for convolution of a float16 convolution of"):
+        cudnn_graphs_network.build_training(_model("resnet18").train(), torch.randn(2, 3, 32, 32), library)
 
 
 class _Branching(nn.Module):
@@ -401,6 +482,36 @@ def _all_but_launched(real: DescribedH100, recording: Recording) -> None:
         graph.execute_plan_at_index(pack, workspace, index, handle=None)
 
 
+def test_the_real_library_has_engines_for_training_resnet50():
+    real, recordings = DescribedH100(), []
+
+    def recorded(record, *args):
+        recordings.append(Recording(real, torch.float16))
+        record(recordings[-1], *args)
+
+    specs = {dataclasses.replace(spec, relu=False, residual=False) for spec in _resnet50(torch.float16)}
+    for spec in specs - {spec for spec in specs if spec.x[1] == 3}:
+        for record in (training.convolution, training.weight_gradient):
+            for prologue in (False, True):
+                recorded(record, spec, prologue)
+        recorded(training.data_gradient, spec)
+    for recording in recordings:
+        _all_but_launched(real, recording)
+    # What is compiled at run time cannot be planned without a driver.
+    recordings.clear()
+    for shape in {spec.y for spec in specs}:
+        for residual in ("nothing", "tensor", "batch norm"):
+            for relu in (False, True):
+                recorded(training.normalise, shape, residual, relu)
+        for relu in ("none", "recomputed", "mask"):
+            recorded(training.batch_norm_gradient, shape, relu)
+    for recording in recordings:
+        recording.graph.validate()
+        recording.graph.build_operation_graph()
+        for name, (shape, _) in recording.operands.items():
+            assert list(recording.tensors[name].get_dim()) == list(shape)
+
+
 def _builds(graph, index: int) -> bool:
     """Whether the plan is one of those that PyTorch's flags allow, and needs no compiler."""
     try:
@@ -440,3 +551,15 @@ def test_the_contestant_on_a_gpu(dtype):
     plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
     truth = reference(model, case, images, labels)
     assert_within_contract(runner.evaluate().logits.cpu(), plain.evaluate().logits.cpu(), truth.logits)
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu():
+    pytest.importorskip("cudnn")
+    model, case = _model("resnet50"), Case("resnet50", "train", 8, "fp16", "cuda", 64)
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
+    with pytest.warns(UserWarning, match="1 of 53 convolutions run through PyTorch"):  # the stem
+        runner = Runner(CONTESTANTS["cudnn-graphs"], model, case, images, labels)
+    plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
+    truth = reference(model, case, images, labels)
+    assert breach(errors_of(runner.evaluate(), truth), [errors_of(plain.evaluate(), truth)], "fp16") is None

@@ -91,9 +91,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "cudnn-graphs",
-            "cuDNN's own graphs of convolution, folded batch norm, add and ReLU (nvidia-cudnn-frontend)",
+            "cuDNN's own fused graphs (nvidia-cudnn-frontend); training in fp16 only",
             cudnn_graphs,
-            modes=("infer",),
         ),
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
         Contestant("fused", "resnet_fused.fuse(model)", _fused),

@@ -2,7 +2,7 @@
 
 cuDNN's graph API has no PyTorch binding; the package `nvidia-cudnn-frontend` (import name `cudnn`, not a dependency) is
 its Python one. Each graph is asked of heuristics mode A with the fallback list behind it, and its plans are timed once,
-as many as `torch.backends.cudnn.benchmark_limit` lets PyTorch time for a convolution of its own.
+as many as `torch.backends.cudnn.benchmark_limit` lets PyTorch time for a convolution of its own, for a second at most.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import importlib
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from resnet_fused.plan.conv import uses_tf32
 from .cases import Unavailable
 
 OLDEST_CUDNN = 90000
+PATIENCE_S = 1.0  # with the plans of one graph; those that are compiled at run time take half a second each
 _NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.bool: "BOOLEAN"}
 _REQUIRED = ("pygraph", "create_handle", "set_stream", "data_type", "heur_mode", "numerical_note", "backend_version")
 
@@ -207,9 +209,10 @@ class Graph:
         limit = torch.backends.cudnn.benchmark_limit if torch.backends.cudnn.benchmark else 1
         operands = {name: self._some(name) for name in self.recording.tensors}
         found: list[tuple[float, int, int]] = []
+        deadline = time.monotonic() + PATIENCE_S
         problem: Exception = RuntimeError("the heuristics offer no plan")
         for index in range(self._graph.get_execution_plan_count()):
-            if limit and len(found) == limit:
+            if found and (len(found) == limit or time.monotonic() > deadline):
                 break
             try:
                 self._graph.build_plan_at_index(index)
