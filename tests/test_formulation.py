@@ -198,3 +198,30 @@ def test_a_chain_of_pytorchs_own_layers_is_the_layers(shortcut, relu, monkeypatc
     assert torch.equal(y, value) and torch.equal(x.grad, plain_x.grad)
     for one, other in zip(layers, plain, strict=True):
         assert torch.equal(one.weight.grad, other.weight.grad) and torch.equal(one.running_var, other.running_var)
+
+
+@pytest.mark.parametrize("op", ["conv_chain", "conv_join"])
+def test_freeze_asks_the_table_about_each_tail(op, monkeypatch):
+    """The problem that `freeze` asks about is the one that the tuner measured."""
+    from types import SimpleNamespace
+
+    from resnet_fused.bench.network import networks
+    from resnet_fused.bench.problems import jobs
+    from resnet_fused.fusion.frozen import tail
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    (network,) = networks(["resnet50"], 224)
+    found = [job for job in jobs(network, ("infer",), 32, DTYPE, ARCH, False) if job.problem.op == op]
+    assert len(found) >= 4
+    won = found[1].problem
+    entries = [entry(job.problem, 1.0, 0.5 if job.problem == won else 2.0) for job in found]
+    flags_of = {"conv_chain": tail.chain_flags, "conv_join": tail.join_flags}[op]
+    with choice.assuming(table_of(*entries)):
+        for job in found:
+            s = job.problem.shape
+            x = SimpleNamespace(device=torch.device("cuda"), dtype=DTYPE, shape=(s.n, s.c, s.h, s.w))
+            y = SimpleNamespace(shape=(s.n, s.k, s.p, s.q))
+            geometry = (list(s.stride), list(s.padding), list(s.dilation), s.groups)
+            conv = SimpleNamespace(example=SimpleNamespace(x=x, y=y), geometry=geometry, filter=(s.r, s.s))
+            expected = "triton" if job.problem == won else "aten"
+            assert tail._planned(op, flags_of(*job.following), conv) == expected

@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resnet_fused import plan
 from resnet_fused.functional.common import conv_operands
 from resnet_fused.ops import aten
+from resnet_fused.plan.conv import ConvShape, uses_tf32
+from resnet_fused.plan.conv_chain import chain_flags, join_flags
 
 from .conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format
 
@@ -124,7 +127,8 @@ def plan_join(branch: list[FrozenConv], projection: FrozenConv | None, remake: R
         return None
     conv3 = branch[-1]
     try:
-        backend = _backend("conv_join", conv3, projection)
+        flags = join_flags(projection.example.x.shape[1], projection.geometry[0][0])
+        backend = _backend("conv_join", flags, conv3, projection)
         _check_pointwise(conv3, any_stride=False)
         _check_pointwise(projection, any_stride=True)
         join = Join(remake(conv3, backend), remake(projection, backend), backend)
@@ -148,33 +152,50 @@ def plan_chain(branch: list[FrozenConv], head: FrozenConv | None, remake: Remake
         return None
     _, conv2, conv3 = branch
     try:
-        backend = _backend("conv_chain", conv2, conv3)
+        outputs = conv3.example.y.shape[1]
         if conv2.geometry[3] != 1:
             raise Refused(f"{conv2.layer} has {conv2.geometry[3]} groups")
         _check_pointwise(conv3, any_stride=False)
         if head is not None:
             try:
                 _check_pointwise(head, any_stride=False)
+                backend = _backend("conv_chain", chain_flags(outputs, head.example.y.shape[1]), conv2, conv3)
                 return Chain(remake(conv2, backend), remake(conv3, backend), remake(head, backend), backend)
             except Refused as reason:
                 _note(head, f"conv_chain of {conv2.layer}", reason)
+        backend = _backend("conv_chain", chain_flags(outputs, None), conv2, conv3)
         return Chain(remake(conv2, backend), remake(conv3, backend), None, backend)
     except Refused as reason:
         _note(conv2, "conv_chain", reason)
         return None
 
 
-def _backend(op: str, *convs: FrozenConv) -> str:
-    """The backend of `op`: the forced one, else the plan's.
+def _backend(op: str, flags: tuple[str, ...], *convs: FrozenConv) -> str:
+    """The backend of `op`: the forced one, else the plan's for this shape.
+
+    Args:
+        op: `"conv_chain"` or `"conv_join"`.
+        flags: what the plan must know of the other convolutions.
+        convs: those it would run; the problem is that of the first.
 
     Raises:
         Refused: it is PyTorch's own, which has no such op; or it refused one of the convolutions, which says why.
     """
-    backend = plan.forced_backend() or plan.default_backend(op, convs[0].example.x.device.type)
+    backend = plan.forced_backend() or _planned(op, flags, convs[0])
     refused = any(conv.refusal is not None for conv in convs)
     if refused or backend == "aten":
         raise Refused("" if refused else "aten runs layer by layer")
     return backend
+
+
+def _planned(op: str, flags: tuple[str, ...], conv: FrozenConv) -> str:
+    x, (stride, padding, dilation, groups) = conv.example.x, conv.geometry
+    if x.device.type != "cuda":
+        return plan.default_backend(op, x.device.type)
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    shape = ConvShape(*x.shape, conv.example.y.shape[1], *conv.filter, *geometry)  # type: ignore[call-arg, arg-type]
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return plan.choose(plan.Problem(op, shape, x.dtype, uses_tf32(x.dtype), flags), 10 * major + minor).backend
 
 
 def _check_pointwise(conv: FrozenConv, any_stride: bool) -> None:
