@@ -396,10 +396,13 @@ def test_packed_tensors_are_unpacked_once():
     assert unpacked and len(unpacked) == len(set(unpacked))
 
 
-def test_the_plan_decides(taken, monkeypatch):
-    monkeypatch.setattr(plan, "training", lambda *args: Fusion(prologue=True, dgrad_epilogue=False))
+@pytest.mark.parametrize("epilogue", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_plan_decides(epilogue, gradient, taken, monkeypatch):
+    fusion = Fusion(prologue=True, dgrad_epilogue=epilogue, dgrad_prologue=gradient)
+    monkeypatch.setattr(plan, "training", lambda *args: fusion)
     _check()
-    assert taken == [False] * 3
+    assert taken == [False, epilogue, epilogue]
 
 
 @pytest.mark.skipif(not ops.available("triton", DEVICE), reason="not available here")
