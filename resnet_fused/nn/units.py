@@ -161,7 +161,7 @@ def conv_bn_chain(
     Mutates:
         The running statistics and `num_batches_tracked` of the batch norms, as their own forwards do.
     """
-    if isinstance(x, fx.Proxy) or functional.common.runs_plain("bn_apply", x.device.type):
+    if isinstance(x, fx.Proxy) or functional.common.runs_plain("residual_block", x.device.type):
         return None
     units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
     parameters = (p for conv, bn, _ in units for m in (conv, module_of(bn)) for p in m.parameters())
