@@ -55,6 +55,7 @@ def _double(arguments):
 CHAINS = {
     "3x3": (ConvShape(2, 32, 5, 7, 32, 3, 3, padding=(1, 1)), 64, 32),
     "3x3 stride 2, odd image": (ConvShape(2, 32, 7, 5, 16, 3, 3, (2, 2), (1, 1)), 128, 16),
+    "3x3, another geometry each way": (ConvShape(2, 16, 7, 9, 16, 3, 3, (2, 1), (1, 2), (1, 2)), 32, 16),
     "3x3 dilation 2": (ConvShape(1, 16, 6, 5, 16, 3, 3, (1, 1), (2, 2), (2, 2)), 32, 16),
     "channels divide no tile": (ConvShape(1, 40, 4, 5, 24, 3, 3, padding=(1, 1)), 72, 40),
     "next wider than inner": (ConvShape(1, 16, 4, 4, 16, 1, 1), 64, 128),

@@ -53,14 +53,15 @@ def _double(arguments):
 
 # x [N, C, P, Q], inputs of the shortcut, its image, outputs, its stride
 JOINS = {
-    "stride 2": ((2, 32, 3, 4), 64, (6, 8), 48, 2),
-    "stride 2, odd image": ((2, 16, 4, 3), 32, (7, 5), 40, 2),
-    "stride 1": ((1, 64, 5, 5), 32, (5, 5), 64, 1),
-    "channels divide no tile": ((1, 35, 5, 3), 21, (5, 3), 33, 1),
-    "one channel": ((2, 1, 3, 3), 1, (5, 5), 1, 2),
-    "1x1 image": ((3, 32, 1, 1), 16, (2, 1), 16, 2),
-    "7x7 image, more pixels than one tile": ((3, 16, 7, 7), 8, (14, 13), 16, 2),
-    "empty batch": ((0, 16, 3, 3), 16, (5, 5), 16, 2),
+    "stride 2": ((2, 32, 3, 4), 64, (6, 8), 48, [2, 2]),
+    "stride 2, odd image": ((2, 16, 4, 3), 32, (7, 5), 40, [2, 2]),
+    "stride 1": ((1, 64, 5, 5), 32, (5, 5), 64, [1, 1]),
+    "channels divide no tile": ((1, 35, 5, 3), 21, (5, 3), 33, [1, 1]),
+    "one channel": ((2, 1, 3, 3), 1, (5, 5), 1, [2, 2]),
+    "1x1 image": ((3, 32, 1, 1), 16, (2, 1), 16, [2, 2]),
+    "7x7 image, more pixels than one tile": ((3, 16, 7, 7), 8, (14, 13), 16, [2, 2]),
+    "empty batch": ((0, 16, 3, 3), 16, (5, 5), 16, [2, 2]),
+    "stride 2 down and 3 across": ((2, 16, 3, 3), 16, (5, 8), 16, [2, 3]),
 }
 
 
@@ -68,7 +69,7 @@ def _arguments(name, dtype, relu=True):
     size, inputs, image, outputs, stride = JOINS[name]
     x, shortcut = _activation(dtype, *size), _activation(dtype, size[0], inputs, *image)
     weights = _weight(dtype, outputs, size[1]), _weight(dtype, outputs, inputs)
-    return (x, weights[0], shortcut, weights[1], torch.randn(outputs).to(DEVICE), [stride] * 2, relu)
+    return (x, weights[0], shortcut, weights[1], torch.randn(outputs).to(DEVICE), stride, relu)
 
 
 def _plain(x, weight, shortcut, shortcut_weight, shift, stride, relu):
@@ -167,6 +168,8 @@ def _on_device(arguments):
         ({"weight": torch.zeros(32, 16, 3, 3)}, "weight must be"),
         ({"shortcut": J["shortcut"].half(), "shortcut_weight": torch.zeros(32, 8, 1, 1).half()}, "shortcut must be"),
         ({"shortcut_weight": torch.zeros(16, 8, 1, 1)}, "shortcut_weight"),
+        ({"x": _activation(torch.float32, 1, 0, 3, 3), "weight": torch.zeros(32, 0, 1, 1)}, "weight must be [outputs, 0, 1, 1]"),
+        ({"shortcut": _activation(torch.float32, 1, 0, 5, 5), "shortcut_weight": torch.zeros(32, 0, 1, 1)}, "shortcut_weight must be"),
         ({"shortcut_stride": [1, 2]}, "stride (1, 2)"),
         ({"shift": torch.zeros(16)}, "shift"),
     ],

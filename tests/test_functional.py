@@ -347,6 +347,32 @@ def test_pytorch_raises_its_own_errors(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_weight_of_another_dtype_is_never_converted_in_silence(backend, gradient):
+    x, weight = torch.randn(2, 3, 4, 4), torch.randn(5, 3, 1, 1, dtype=torch.bfloat16, requires_grad=gradient)
+    with use_backend(backend), pytest.raises(RuntimeError, match="(?i)bfloat16"):
+        functional.conv_bn_act(x, weight, torch.zeros(5), torch.ones(5), training=gradient)
+    with use_backend(backend), pytest.raises(RuntimeError, match="(?i)bfloat16"):
+        functional.conv_affine_act(x, weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weights", [NCHW, NHWC], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("inputs", [NCHW, NHWC], ids=["nchw", "nhwc"])
+def test_gradients_of_a_convolution_have_the_layouts_of_its_operands(backend, weights, inputs):
+    """Already as backward returns them, before autograd's accumulation makes them so."""
+    x = torch.randn(2, 4, 5, 6).contiguous(memory_format=inputs).requires_grad_()
+    weight = torch.randn(6, 4, 3, 3).contiguous(memory_format=weights).requires_grad_()
+    with use_backend(backend):
+        y = functional.conv_affine_act(x, weight, act=None)
+    dx, dweight = torch.autograd.grad(y.square().sum(), (x, weight))
+    if backend != "aten" and backend != "cuda":  # those are PyTorch's own convolutions
+        assert dx.stride() == x.stride() and dweight.stride() == weight.stride()
+    expected = torch.autograd.grad(F.conv2d(x, weight).square().sum(), (x, weight))
+    torch.testing.assert_close((dx, dweight), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_empty_batch(backend):
     x = torch.randn(0, 3, 4, 4, requires_grad=True)
     with use_backend(backend):
