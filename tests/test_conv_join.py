@@ -168,8 +168,14 @@ def _on_device(arguments):
         ({"weight": torch.zeros(32, 16, 3, 3)}, "weight must be"),
         ({"shortcut": J["shortcut"].half(), "shortcut_weight": torch.zeros(32, 8, 1, 1).half()}, "shortcut must be"),
         ({"shortcut_weight": torch.zeros(16, 8, 1, 1)}, "shortcut_weight"),
-        ({"x": _activation(torch.float32, 1, 0, 3, 3), "weight": torch.zeros(32, 0, 1, 1)}, "weight must be [outputs, 0, 1, 1]"),
-        ({"shortcut": _activation(torch.float32, 1, 0, 5, 5), "shortcut_weight": torch.zeros(32, 0, 1, 1)}, "shortcut_weight must be"),
+        (
+            {"x": _activation(torch.float32, 1, 0, 3, 3), "weight": torch.zeros(32, 0, 1, 1)},
+            "weight must be [outputs, 0, 1, 1]",
+        ),
+        (
+            {"shortcut": _activation(torch.float32, 1, 0, 5, 5), "shortcut_weight": torch.zeros(32, 0, 1, 1)},
+            "shortcut_weight must be",
+        ),
         ({"shortcut_stride": [1, 2]}, "stride (1, 2)"),
         ({"shift": torch.zeros(16)}, "shift"),
     ],
