@@ -35,8 +35,6 @@ from resnet_fused.bench import provenance
 from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.results import write_atomically, write_json
 
-CALL_AGAIN = 4  # the exit status of a tune that a crash stopped
-ATTEMPTS = 5  # of such a one, in a call
 TRIES = 3  # of a step that had all of its time and was not done
 DONE = ("ok", "failed", "absent")
 CUT_SHORT = "cut short"  # its call was over before its limit was: it goes on in its place
@@ -145,16 +143,11 @@ class Sitting:
         """Its status and its output, which goes to the log as it comes."""
         command = step.command(seconds, work, self.rehearse)
         log = self.out / "log.txt"
-        status, deadline = "stopped", time.monotonic() + seconds
         with log.open("ab") as sink:
             sink.write(f"\n===== {step.name}: {' '.join(command)}\n".encode())
             sink.flush()
             begin = sink.tell()
-            for _ in range(ATTEMPTS):
-                left = max(1.0, deadline - time.monotonic())
-                status = _wait(command, {**self._environment(step, work), **step.environment}, sink, left)
-                if status != "stopped" or time.monotonic() > deadline:
-                    break
+            status = _wait(command, {**self._environment(step, work), **step.environment}, sink, seconds)
         output = log.read_bytes()[begin:]
         if len(output) > LOGGED:
             kept = output[: LOGGED // 4] + b"\n[...]\n" + output[-3 * LOGGED // 4 :]
@@ -197,12 +190,12 @@ class Sitting:
 
 
 def _wait(command: list[str], environment: dict[str, str], sink: Any, seconds: float) -> str:
-    """Run a command in a process group of its own, which ends with it: "ok", "failed", "stopped" or "out of time"."""
+    """Run a command in a process group of its own, which ends with it: "ok", "failed" or "out of time"."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        return {0: "ok", CALL_AGAIN: "stopped"}.get(process.wait(seconds), "failed")
+        return "failed" if process.wait(seconds) else "ok"
     except subprocess.TimeoutExpired:
         return "out of time"
     finally:

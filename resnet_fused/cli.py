@@ -140,7 +140,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
-    out = Console(width=None if sys.stdout.isatty() else 150)
+    out = Console(width=None if sys.stdout.isatty() else 180)  # a training table is about so wide
     if arguments.roofline:
         return _roofline(arguments, out)
 

@@ -53,7 +53,7 @@ def test_a_rehearsal_runs_every_step_and_resumes(rehearsed, capsys):
     kept = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
     assert len(kept) <= 8 and max(len(path.parts) for path in kept) <= 3, kept
     assert (out / "profile.png").stat().st_size > 10_000 and "not measured" in (out / "summary.txt").read_text()
-    before = (out / "log.txt").stat().st_size
+    before = len((out / "log.txt").read_text())
     assert gpu_run.main(["--rehearse", "--out", str(out)]) == 0
     ran = (out / "log.txt").read_text()[before:]
     assert ran.count("=====") == 1 and "build" in ran  # what lives on the machine alone
@@ -210,16 +210,6 @@ def test_a_step_that_has_more_to_do_runs_again_last(run, tmp_path):
     assert status == 0 and state["more"]["headline"] == "result 1" and state["other"]["headline"] == "result 1"
 
 
-def test_a_stopped_step_is_called_again_at_once(run, tmp_path):
-    code = (
-        f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'count')!r}); "
-        "n = int(p.read_text()) if p.exists() else 0; p.write_text(str(n + 1)); "
-        "print('result', n); sys.exit(0 if n == 2 else 4)"
-    )
-    status, state, _ = run(python("tune", code))
-    assert status == 0 and state["tune"]["headline"] == "result 2"
-
-
 def test_a_long_output_is_logged_in_part_and_another_gpus_folder_is_refused(run, tmp_path, capsys):
     status, *_ = run(python("loud", "print('begin'); print('x' * 300_000); print('result')"))
     log = (tmp_path / "out/log.txt").read_text()
@@ -274,10 +264,10 @@ def test_the_selections_of_tests_find_tests():
                 word for option, value in step.options.items() if option in ("-k", "-m") for word in (option, value)
             ]
             found = subprocess.run(
-                [*command, *select, *step.files], cwd=gpu_steps.ROOT, capture_output=True, text=True, check=True
+                [*command, *select, *step.files], cwd=gpu_steps.ROOT, capture_output=True, text=True, check=False
             )
             count = sum("::" in line for line in found.stdout.splitlines())
-            assert count >= wanted[step.name], (step.name, count, found.stdout[-500:])
+            assert found.returncode == 0 and count >= wanted[step.name], (step.name, count, found.stdout[-1500:])
             if step.wrapper:
                 assert count < 400, (step.name, count)  # under the sanitizer each takes long
 

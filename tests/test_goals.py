@@ -1,0 +1,108 @@
+"""What was to be reached, filled in from recorded results alone."""
+
+import dataclasses
+
+import pytest
+import recorded
+from recorded import BASELINE, result
+
+from resnet_fused.bench import goals
+from resnet_fused.bench.cases import UsageError
+from resnet_fused.bench.results import Report
+
+GPU = {"name": "NVIDIA Test 1"}
+TRAIN = goals.GOALS[0]
+
+
+def case(*results, mode="train", batch=256, **changes):
+    one = recorded.case(*results, mode=mode, batch=batch, dtype="bf16")
+    return dataclasses.replace(one, case=dataclasses.replace(one.case, **{"model": "resnet50", **changes}))
+
+
+def report(*cases, date="2026-01-02", command="resnet-fused bench", gpu=GPU):
+    facts = recorded.report(date_utc=f"{date}T00:00:00+00:00", command=command, gpu=gpu).provenance
+    return Report("resnet50", BASELINE, facts, cases)
+
+
+def test_nothing_is_reached_before_it_is_measured():
+    assert {row[3] for row in goals.rows([])} == {goals.NOT_MEASURED}
+    assert "not measured" in "\n".join(goals.markdown([])) and len(list(goals.markdown([]))) == 2 + len(goals.GOALS)
+    elsewhere = [
+        case(result(BASELINE, 100.0), result("fused", 50.0), batch=128),
+        case(result(BASELINE, 100.0), result("fused", 50.0), mode="infer"),
+        case(result(BASELINE, 100.0), result("fused", 50.0), image_size=192),
+        case(result(BASELINE, 100.0), result("fused", 50.0), model="resnet18"),
+        case(result(BASELINE, 100.0), result("fused")),
+    ]
+    assert goals.reached(TRAIN, [report(*elsewhere)]) is None
+
+
+def test_a_ratio_of_one_run_its_rate_and_its_verdict():
+    found = goals.reached(TRAIN, [report(case(result(BASELINE, 100.0), result("fused", 50.0)))])
+    assert (found.ratio, found.images_per_s, found.across) == (2.0, 256 / 0.05, False)
+    assert found.verdict(TRAIN) == "floor"
+    for milliseconds, verdict in ((40.0, "goal"), (59.0, "missed")):
+        found = goals.reached(TRAIN, [report(case(result(BASELINE, 100.0), result("fused", milliseconds)))])
+        assert found.verdict(TRAIN) == verdict
+    memory = next(goal for goal in goals.GOALS if goal.memory)
+    ours = result("fused", 50.0, peak_bytes=6 * 2**30)
+    found = goals.reached(memory, [report(case(result(BASELINE, 100.0, peak_bytes=10 * 2**30), ours))])
+    assert found.ratio == pytest.approx(0.6) and found.verdict(memory) == "goal"
+
+
+def test_two_runs_meet_at_the_baseline_and_say_so():
+    rival = next(goal for goal in goals.GOALS if goal.theirs == "compile-max-autotune" and goal.mode == "train")
+    ours = report(case(result(BASELINE, 100.0), result("fused", 50.0)))
+    theirs = report(case(result(BASELINE, 120.0), result("compile-max-autotune", 80.0)), date="2026-01-03")
+    found = goals.reached(rival, [ours, theirs])
+    assert found.ratio == pytest.approx(2 / 1.5) and found.across and found.images_per_s == 256 / 0.05
+    both = report(
+        case(result(BASELINE, 100.0), result("fused", 50.0), result("compile-max-autotune", 60.0)), date="2026-01-01"
+    )
+    found = goals.reached(rival, [both, ours, theirs])
+    assert found.ratio == pytest.approx(1.2) and not found.across  # one run goes before two
+    assert "across two runs" in "\n".join(goals.lines([ours, theirs]))
+
+
+def test_the_last_result_counts_and_a_forced_backend_does_not():
+    first = report(case(result(BASELINE, 100.0), result("fused", 50.0)))
+    last = report(case(result(BASELINE, 100.0), result("fused", 40.0)), date="2026-01-03")
+    forced = report(
+        case(result(BASELINE, 100.0), result("fused", 20.0)),
+        date="2026-01-04",
+        command="resnet-fused bench --backend triton",
+    )
+    assert goals.reached(TRAIN, [first, last, forced]).ratio == 2.5
+    columns = goals.by_gpu([last, first, forced, report(gpu={"name": "other"}), report(gpu=None)])
+    assert columns == {"NVIDIA Test 1": [first, last, forced], "other": [report(gpu={"name": "other"})]}
+    page = "\n".join(goals.markdown([last, first, forced, report(gpu={"name": "other"})]))
+    assert "| NVIDIA Test 1 | other |" in page and "2.50x, 6,400 images/s: goal | not measured |" in page
+
+
+def test_the_answers_of_single_kernels_are_checked():
+    from resnet_fused.bench import answers
+
+    good = answers.Answer("q", "s", "triton", "triton 64x64", 0.5, "conv2d", 1.0, 0.25)
+    lost = answers.Answer("q", "t", "triton", "triton 64x64", 2.0, "conv2d", 1.0, 0.25)
+    none = answers.Answer("q", "u", "triton", problem="it is wrong")
+    data = {"schema": 1, "provenance": {}, "answers": [dataclasses.asdict(row) for row in (good, lost, none)]}
+    assert answers.from_json(data) == (good, lost, none)
+    assert (good.ratio, good.roof, none.ratio) == (2.0, 0.5, None)
+    mean, count, faster = answers.geometric_means([good, lost, none])["q", "triton"]
+    assert (mean, count, faster) == (pytest.approx(1.0), 2, 1)
+    for text in ("\n".join(answers.lines([good, none])), "\n".join(answers.markdown([good, none]))):
+        assert "2.00x" in text and "50%" in text and "it is wrong" in text
+    for change in (
+        {"ours_ms": -1.0},
+        {"ours_ms": None},
+        {"problem": "both"},
+        {"shape": 3},
+        {"plain_ms": float("inf")},
+        {"more": 1},
+    ):
+        with pytest.raises(UsageError, match="benchmarks.questions"):
+            answers.from_json({**data, "answers": [dataclasses.asdict(good) | change]})
+    with pytest.raises(UsageError, match="twice"):
+        answers.from_json({**data, "answers": [dataclasses.asdict(good)] * 2})
+    with pytest.raises(UsageError, match="schema"):
+        answers.from_json({**data, "schema": 2})
