@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from resnet_fused import __version__, _command, info
+from resnet_fused.info import Info
 
 
 def test_a_file_is_whole_and_for_everyone_to_read(tmp_path):
@@ -93,6 +94,13 @@ def test_importing_is_silent_and_the_package_runs_as_a_module(tmp_path):
         )
         assert done.returncode == 0 and done.stderr == "", done.stderr
         assert bool(done.stdout) == ("info" in arguments)
+
+
+def test_info_says_which_backends_run_and_why_others_do_not():
+    rows = [("aten", "cpu", None), ("cuda", "cpu", "not built")]
+    text = str(Info([("torch", "2")], "none", ["cpu"], rows)).splitlines()
+    assert [" ".join(line.split()) for line in text[-2:]] == ["aten on cpu runs", "cuda on cpu no: not built"]
+    assert len({line.index(word) for line, word in zip(text[-2:], ("runs", "no: "), strict=True)}) == 1
 
 
 def test_the_version_is_that_of_the_code_that_runs():
