@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.compile_ahead import Ahead
 from resnet_fused.bench.device_process import Apart, LostError
 from resnet_fused.bench.network import networks
-from resnet_fused.bench.problems import blocks, jobs, parts
+from resnet_fused.bench.problems import blocks, check_images, jobs, parts
 from resnet_fused.bench.progress import Silent
 from resnet_fused.bench.tune_search import SAME, Search
 from resnet_fused.bench.tuning import predict
@@ -325,54 +326,71 @@ def test_questions_are_answered_within_their_limits(tmp_path, monkeypatch):
 # ---- compilation -----------------------------------------------------------------------------------------------------
 
 COMPILES = """
-import os, sys, torch
+import dataclasses, os, torch
 from pathlib import Path
-from resnet_fused.bench import candidates as listing, compile_ahead
-from resnet_fused.bench.network import tiny_network
-from resnet_fused.bench.problems import Operands, arguments, jobs
+from dry_device import dry_device
+from resnet_fused.bench import compile_ahead, timed
+from resnet_fused.bench import candidates as listing
+from resnet_fused.bench.network import networks
+from resnet_fused.bench.problems import Operands, check_images, jobs
 from resnet_fused.plan.table import Choice
-from resnet_fused import kernels
+
 listing.backends = lambda device: ["triton"]
-job = next(j for j in jobs(tiny_network(), ("infer",), 2, torch.bfloat16, 90, False) if j.problem.op == "conv_join")
-choice = listing.candidates(job, torch.device("cpu"), 90)[1]
+cpu, (network,) = torch.device("cpu"), networks(["resnet18"], 64)
+found = jobs(network, ("infer", "train"), 16, torch.bfloat16, 90, False, alternatives=True)
+def pick(op, kernel):
+    every = ((job, choice) for job in found if job.problem.op == op for choice in listing.candidates(job, cpu, 90))
+    return next(one for one in every if one[1].config and one[1].config.kernel == kernel)
+picked = [pick("conv_fprop", "wgmma_conv"), pick("conv_wgrad", "pointer"), pick("conv_dgrad", "pointer")]
 cache = Path(os.environ["TRITON_CACHE_DIR"])
+def binaries():
+    return {path.parent.name for path in cache.rglob("*.cubin")}
+
 compile_ahead.as_if_on(90)
-def cubins():
-    return sorted(cache.rglob("*.cubin"))
-assert compile_ahead.compile_candidate(job, choice, 90) is None
-first = cubins()
-assert len(first) == 1, first
-# The JIT, given tensors with memory, looks for the same kernel.
-from resnet_fused.bench.compile_gate_triton import recording
-with recording() as launches:
-    make = Operands(torch.device("cpu"), torch.bfloat16, guarded=False)
-    kernels.conv_join(*arguments(job, make), config=choice.config)
-(kernel, _, args, options), = launches
-kernel.warmup(*args, grid=(1,), **options)
-assert cubins() == first
-import dataclasses
+for job, choice in picked:
+    assert compile_ahead.compile_candidate(job, choice, 90) is None
+job, choice = picked[2]
 sizes = dict(block_m=256, block_n=256, block_k=128, num_stages=6, num_warps=8)
 huge = Choice("triton", dataclasses.replace(choice.config, **sizes))
-assert "shared memory" in compile_ahead.compile_candidate(job, huge, 90), compile_ahead.compile_candidate(job, huge, 90)
 odd = Choice("triton", dataclasses.replace(choice.config, block_m=48))
+assert "shared memory" in compile_ahead.compile_candidate(job, huge, 90)
 assert "does not compile" in compile_ahead.compile_candidate(job, odd, 90)
+
+before = binaries()
+with dry_device(90) as driver:
+    for job, choice in picked:
+        for problem in (job.problem, job.problem.with_batch(check_images(job.problem, 4))):
+            one = dataclasses.replace(job, problem=problem)
+            operands = timed.operands_of(one, Operands(cpu, torch.bfloat16, guarded=False))
+            timed.timed(one, choice, operands)()
+    assert driver.dry_launches() >= 6, driver.dry_launches()
+assert len(before) > 3 and binaries() == before, binaries() - before
 print("all right")
 """
 
 
-def _environment(tmp_path):
-    return {
-        **{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-    }
-
-
-def test_what_is_compiled_ahead_is_what_the_jit_looks_for(tmp_path):
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for the driver is built with gcc")
+def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path):
     pytest.importorskip("triton")
+    tests = Path(__file__).parent
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = {
+        **inherited,
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", COMPILES], env=_environment(tmp_path), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip().endswith("all right"), done.stdout + done.stderr
+
+
+def test_few_images_launch_the_kernel_of_many(search):
+    for job in search.jobs:
+        images, shape = check_images(job.problem, 4), job.problem.shape
+        h, w = shape[2:] if isinstance(shape, tuple) else (shape.p, shape.q)
+        assert 4 <= images <= 128 and images * h * w % 128 == 0 == N * h * w % 128, job.problem
+        assert check_images(job.problem.with_batch(1), 4) == 1
 
 
 def test_compiling_ahead_dedupes_waits_and_gives_up(monkeypatch):

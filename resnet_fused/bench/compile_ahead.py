@@ -20,7 +20,8 @@ from resnet_fused.plan.choice import ALONE
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice
 
-from .problems import FAMILIES, Job, arguments, memory_arguments
+from .device_process import CHECKED_IMAGES
+from .problems import FAMILIES, Job, also, arguments, check_images, join_arguments, memory_arguments
 
 SPARE_CORES = 2  # for the process that times, and the one that asks it
 LATE_S = 60.0  # a kernel that takes longer is compiled where it is run, within that process's limit
@@ -125,7 +126,13 @@ def as_if_on(arch: int) -> None:
 
 
 def compile_candidate(job: Job, choice: Choice, arch: int) -> str | None:
-    """Compile what a candidate launches; why that fails, or None."""
+    """Compile what a candidate launches, where it is checked and where it is timed; why that fails, or None."""
+    images = check_images(job.problem, CHECKED_IMAGES)
+    small = dataclasses.replace(job, problem=job.problem.with_batch(images))
+    return _compile(job, choice, arch) or _compile(small, choice, arch)
+
+
+def _compile(job: Job, choice: Choice, arch: int) -> str | None:
     from resnet_fused import kernels
 
     from .compile_gate_triton import SHARED_MEMORY_KB, recording
@@ -137,10 +144,12 @@ def compile_candidate(job: Job, choice: Choice, arch: int) -> str | None:
     try:
         options: dict[str, Any] = {} if choice.config is None else {"config": choice.config}
         family = FAMILIES[problem.op] if problem.op in FAMILIES and ALONE not in problem.flags else (problem.op,)
-        for op in family:
+        for op in (*family, *also(job)):
             given = (
                 arguments(job, make) if isinstance(problem.shape, ConvShape) else memory_arguments(op, problem, make)
             )
+            if op == "conv_dgrad_join":
+                given = join_arguments(given, make)
             with recording() as launches, _as_if_on(arch):
                 getattr(kernels, op)(*given, **options)
             for kernel, _, launched, named in launches:

@@ -23,7 +23,7 @@ from . import blocks
 from .cases import UsageError
 from .checks import check, check_all, crashed
 from .harness import first_line, time_interleaved
-from .problems import Job, Operands
+from .problems import Job, Operands, check_images
 from .replay import captured, clock_for
 from .timed import operands_of, timed
 
@@ -60,10 +60,9 @@ class Here:
         torch.backends.cudnn.benchmark = False  # not for float64
         if problem.op == BLOCK:
             return {BLOCK: blocks.check(job, choice, self.device, table)}
-        images = VERIFIED_IMAGES if first else CHECKED_IMAGES
+        images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
         if ALONE in problem.flags:
-            small = problem.with_batch(min(problem.batch, images))
-            return {problem.op: check(small, problem.op, None, choice, self.device)}
+            return {problem.op: check(problem.with_batch(images), problem.op, None, choice, self.device)}
         return check_all(job, choice, self.device, images)
 
     def prepare(self, job: Job, choice: Choice, table: Table) -> str | None:

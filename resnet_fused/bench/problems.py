@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,19 @@ def blocks(network: Network, batch: int, dtype: torch.dtype, tf32: bool) -> list
         problem = Problem(BLOCK, shape.with_batch(batch), dtype, tf32)
         found[problem] = _together(found.get(problem), Job(problem))
     return list(found.values())
+
+
+def check_images(problem: Problem, least: int) -> int:
+    """The fewest images, and at least so many, that launch the same kernel as the problem's own number: Triton compiles
+    another one where the number of pixels is no multiple of a tile, or of 16.
+    """
+    shape = problem.shape
+    assert not isinstance(shape, BlockShape)
+    sizes = (shape[2:],) if isinstance(shape, tuple) else ((shape.h, shape.w), (shape.p, shape.q))
+    images = least
+    while images < problem.batch and any(images * h * w % 128 for h, w in sizes):
+        images *= 2
+    return min(images, problem.batch)
 
 
 def parts(network: Network, mode: str, batch: int, dtype: torch.dtype, arch: int, tf32: bool) -> list[Job]:
@@ -277,6 +290,20 @@ def arguments(job: Job, make: Operands) -> tuple[Any, ...]:
         head = (make.weight(second, first, 1, 1), None, make.vector(second)) if second else (None,) * 3
         return make.activation(*image), *middle, *last, *head, stride, padding, dilation
     raise ValueError(f"{op} is no convolution")
+
+
+def also(job: Job) -> tuple[str, ...]:
+    """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it."""
+    return ("conv_dgrad_join",) if job.problem.op == "conv_dgrad" and not job.epilogue else ()
+
+
+def join_arguments(dgrad: Sequence[Any], make: Operands) -> tuple[Any, ...]:
+    """The arguments of `conv_dgrad_join`, behind a block that ends in a projection, from those of `conv_dgrad`."""
+    dy, weight, size, groups = dgrad[0], dgrad[1], dgrad[11], dgrad[-1]
+    c = weight.shape[1] * groups
+    image = (dy.shape[0], c, *size)
+    first, second = ((make.activation(*image), *_moments(make, c)) for _ in range(2))
+    return (*dgrad[:6], first[0], make.bits(math.prod(image)), *first[1:], *second, *dgrad[11:])
 
 
 def _moments(make: Operands, channels: int) -> tuple[Tensor, Tensor]:
