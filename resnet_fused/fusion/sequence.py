@@ -223,7 +223,8 @@ class _Rewriter:
         source = self.storage(chain.first.args[0])
         node = chain.first.next
         while node is not add:  # nobody may change the chain's input before it is read there
-            if id(node) not in mine and source & self.storage(*node.all_input_nodes):
+            harmless = id(node) in mine or self.is_fresh(node)
+            if not harmless and source & self.storage(*node.all_input_nodes):
                 return False
             node = node.next
         return True
@@ -257,7 +258,7 @@ class _Rewriter:
         return found
 
     def is_fresh(self, node: fx.Node) -> bool:
-        """Whether the node's result has memory of its own."""
+        """Whether the node's result has memory of its own, and its inputs stay as they are."""
         if not self.is_call(node):
             return node.op == "call_module" and node.target == "_run_unit"
         module = self.module(node)
