@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resnet_fused.plan import BlockShape, Fusion, LayerPlan, choice, formulation
-from resnet_fused.plan.conv import ConvConfig, ConvShape
+from resnet_fused.plan.conv import ConvConfig, ConvShape, uses_tf32
 from resnet_fused.plan.table import Choice, Entry, Problem, Table, from_json
 
 GPU, ARCH, DTYPE = "NVIDIA H100 80GB HBM3", 90, torch.bfloat16
@@ -225,3 +225,57 @@ def test_freeze_asks_the_table_about_each_tail(op, monkeypatch):
             conv = SimpleNamespace(example=SimpleNamespace(x=x, y=y), geometry=geometry, filter=(s.r, s.s))
             expected = "triton" if job.problem == won else "aten"
             assert tail._planned(op, flags_of(*job.following), conv) == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_block_of_mixed_backends_is_right_and_runs_what_the_table_says(seed, projection, monkeypatch):
+    """`reference` stands for kernels of ours; whether it is the faster one is a coin toss for every convolution."""
+    from resnet_fused import ops
+    from resnet_fused.functional import block as blocks
+
+    random, tf32 = torch.Generator().manual_seed(seed), uses_tf32(torch.float32)
+    monkeypatch.setattr(ops, "unavailable", lambda *_: None)
+    monkeypatch.setattr(blocks.plan, "default_backend", lambda *_: "reference")
+    c, inner, size = 16, 8, 6
+    shapes = [ConvShape(2, c, size, size, inner, 1, 1), ConvShape(2, inner, size, size, inner, 3, 3, padding=(1, 1))]
+    shapes.append(ConvShape(2, inner, size, size, c, 1, 1))
+    shortcut = ConvShape(2, c, size, size, c, 1, 1)
+
+    def toss():
+        return float(torch.rand((), generator=random)) + 0.1
+
+    entries = {}
+    for index, shape in enumerate([*shapes, shortcut]):
+        first = index in (0, 3)
+        for prologue in (False,) if first else (False, True):
+            residual = index == 0 and not projection
+            for problem in formulation.problems(shape, torch.float32, tf32, Fusion(prologue), first, residual):
+                entries[problem] = Entry(problem, ((Choice("aten"), toss()), (Choice("reference"), toss())))
+        alone = formulation.normalisation(shape, torch.float32)
+        entries[alone] = Entry(alone, ((Choice("reference"), toss() / 4),))
+    table = Table(GPU, 80, {}, frozenset(), entries)
+
+    def layer(shape):
+        weight = torch.randn(shape.k, shape.c, shape.r, shape.s, generator=random).requires_grad_()
+        vectors = (torch.zeros(shape.k), torch.ones(shape.k))
+        scale, shift = (torch.rand(shape.k, generator=random).requires_grad_() for _ in range(2))
+        geometry = ((1, 1), shape.padding, (1, 1), 1)
+        return blocks.ConvBN(weight, *vectors, scale, shift, geometry, True)
+
+    x = torch.randn(2, c, size, size, generator=random).requires_grad_()
+    branch, beside = [layer(shape) for shape in shapes], layer(shortcut) if projection else None
+    dy = torch.randn(2, c, size, size, generator=random)
+    with choice.assuming(table):
+        chain = blocks.choose_chain("test", x, branch, beside, identity=not projection)
+        for index, (made, shape) in enumerate(zip(chain.layers, [*shapes, shortcut], strict=False)):
+            first = index in (0, 3)
+            wanted = choice.layer(shape, torch.float32, 80, tf32, first, index == 0 and not projection)
+            assert made[2:] == (wanted.fprop, wanted.dgrad, wanted.wgrad, wanted.fusion)
+        y = blocks.run_chain(chain, x, branch, beside)
+        leaves = [x, *(t for one in [*branch, *([beside] if projection else [])] for t in (one.weight, one.bn_weight))]
+        ours = [y, *torch.autograd.grad(y, leaves, dy)]
+    plain = blocks.Chain((), None, not projection, True, "aten")
+    expected = blocks.run_chain(plain, x, branch, beside)
+    for one, other in zip(ours, [expected, *torch.autograd.grad(expected, leaves, dy)], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
