@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels._launch import INTERPRETED
+from resnet_fused import ops
 from resnet_fused.plan.conv import ConvShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -14,9 +14,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NHWC = torch.channels_last
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
-runs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and triton was imported without TRITON_INTERPRET=1"
-)
+runs_kernels = pytest.mark.skipif(not ops.available("triton", DEVICE), reason=f"{ops.unavailable('triton', DEVICE)}")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conv_cases import runs_kernels
 from op_cases import DEVICE
 
 pytest.importorskip("triton")
 
 from resnet_fused import reference
 from resnet_fused.kernels import bn_backward_finalize, refuse
-from resnet_fused.kernels._launch import INTERPRETED
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and triton was imported without TRITON_INTERPRET=1"
-)
+pytestmark = runs_kernels
 
 
 def _bn_vectors(channels, offset=0.0):

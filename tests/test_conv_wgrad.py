@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conv_cases import placed
+from conv_cases import placed, runs_kernels
 from op_cases import assert_sum_within_contract
 from torch.nn.grad import conv2d_weight
 
@@ -16,7 +16,6 @@ pytest.importorskip("triton")
 
 from resnet_fused import reference
 from resnet_fused.kernels import conv_wgrad, refuse
-from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.conv_wgrad import MAX_PARTIAL_BYTES, conv_wgrad_configurations, conv_wgrad_heuristic
 
@@ -26,9 +25,7 @@ NHWC = torch.channels_last
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 NAN, INF = float("nan"), float("inf")
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and triton was imported without TRITON_INTERPRET=1"
-)
+pytestmark = runs_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,19 @@ import copy
 import pytest
 import torch
 from contract import assert_within_contract
+from conv_cases import runs_kernels
 from torch import nn
 
 pytest.importorskip("triton")
 
 from resnet_fused import freeze, use_backend
 from resnet_fused.fusion.frozen import FrozenStage
-from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.nn import BasicBlock, Bottleneck
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NHWC = torch.channels_last
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and triton was imported without TRITON_INTERPRET=1"
-)
+pytestmark = runs_kernels
 
 
 def _projection(inputs, outputs):

@@ -8,19 +8,18 @@ import itertools
 
 import pytest
 import torch
+from conv_cases import runs_kernels
 
 pytest.importorskip("triton")
 
 from resnet_fused import kernels, reference
-from resnet_fused.kernels._launch import INTERPRETED, index_type
+from resnet_fused.kernels._launch import index_type
 from resnet_fused.kernels._tile import octets_of, reduction_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and triton was imported without TRITON_INTERPRET=1"
-)
+pytestmark = runs_kernels
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 

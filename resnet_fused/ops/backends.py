@@ -67,8 +67,14 @@ def _unavailable(backend: str, device_type: str) -> str | None:
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if device_type == "cuda" or (device_type == "cpu" and _interpreting()):
+        if device_type == "cuda":
             return None
+        if device_type == "cpu" and _interpreting():
+            # Of some versions of numpy the interpreter cannot run a kernel at all.
+            problem: str | None = importlib.import_module("resnet_fused.kernels._launch").refuse_device(
+                torch.device("cpu")
+            )
+            return problem
         where = "CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1"
         return f"Triton kernels run on {where}; these are on {device_type}"
     if backend == "cuda":
