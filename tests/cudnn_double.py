@@ -12,11 +12,15 @@ import enum
 import types
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from resnet_fused.bench.cudnn_graphs import Library
+from resnet_fused.bench import models
+from resnet_fused.bench.cudnn_graphs import Library, Spec
 
 data_type = enum.Enum("data_type", ["FLOAT", "HALF", "BFLOAT16", "BOOLEAN", "NOT_SET"])
 heur_mode = enum.Enum("heur_mode", ["A", "B", "FALLBACK"])
@@ -240,8 +244,8 @@ class CPULibrary(Library):
         self.cudnn, self.device, self.handle = package(), torch.device("cpu"), "handle"
         self.costs = list(costs)
 
-    def on_current_stream(self):
-        return self.handle
+    def launch(self, graph, pack, workspace, index):
+        graph.execute_plan_at_index(pack, workspace, index, handle=self.handle)
 
     def milliseconds(self, run):
         run()
@@ -265,3 +269,29 @@ def package(**changes: Any) -> Any:
         if value is not None:
             setattr(module, name, value)
     return module
+
+
+def model_of(name: str) -> nn.Module:
+    """Of torchvision or timm, for ten classes, with batch norms that look trained."""
+    torch.manual_seed(0)
+    timm = name.startswith("timm:")
+    make = pytest.importorskip("timm").create_model if timm else torchvision.models.get_model
+    model = make(name.removeprefix("timm:"), num_classes=10)
+    models.randomise_batch_norms(model)
+    models.calibrate(model, [torch.randn(4, 3, 32, 32)])
+    return model.eval()
+
+
+def spec_of(**changes) -> Spec:
+    return Spec(
+        **{
+            "x": (2, 8, 6, 6),
+            "weight": (8, 8, 3, 3),
+            "stride": (1, 1),
+            "padding": (1, 1),
+            "dilation": (1, 1),
+            "dtype": torch.float32,
+            "relu": True,
+            **changes,
+        }
+    )

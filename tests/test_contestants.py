@@ -87,7 +87,7 @@ def test_a_captured_step_is_replayed_and_a_failed_capture_is_not(monkeypatch, ca
             log.append("replay")
 
     @contextlib.contextmanager
-    def graph(g):
+    def graph(g, pool=None):
         log.append("capture")
         if capture_fails:
             raise RuntimeError("operation not permitted when stream is capturing")

@@ -1,43 +1,27 @@
-"""cuDNN's own graphs as a contestant: recorded and executed by a double of its package, and judged by the real one."""
+"""cuDNN's own graphs as a contestant, recorded and executed by a double of its package: inference."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
 import importlib
-import json
 import sys
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from contract import assert_within_contract
-from cudnn_double import CPULibrary, package
+from cudnn_double import CPULibrary, model_of, package, spec_of
 from torch import nn
 
-from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network, models
-from resnet_fused.bench import cudnn_graphs_training as training
+from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network
 from resnet_fused.bench.cases import DTYPES, Case, Unavailable
-from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
-from resnet_fused.bench.correctness import breach, errors_of
-from resnet_fused.bench.cudnn_graphs import Convolution, Recording, Spec, graph_of, nhwc_strides
+from resnet_fused.bench.contestants import CONTESTANTS
+from resnet_fused.bench.cudnn_graphs import Convolution, graph_of
 from resnet_fused.bench.cudnn_graphs_network import build
-from resnet_fused.bench.runner import Runner, reference
+from resnet_fused.bench.runner import Runner
 
 INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
-
-
-def _model(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    timm = name.startswith("timm:")
-    make = pytest.importorskip("timm").create_model if timm else torchvision.models.get_model
-    model = make(name.removeprefix("timm:"), num_classes=10)
-    models.randomise_batch_norms(model)
-    models.calibrate(model, [torch.randn(4, 3, 32, 32)])
-    return model.eval()
 
 
 def _nodes(library) -> list[list[str]]:
@@ -79,23 +63,8 @@ def test_a_convolution_is_what_its_spec_says(x_shape, weight_shape, geometry, re
     assert _nodes(library) == [["conv_fprop", *["add"] * residual, "bias", *["relu"] * relu]]
 
 
-def _spec(**changes) -> Spec:
-    return Spec(
-        **{
-            "x": (2, 8, 6, 6),
-            "weight": (8, 8, 3, 3),
-            "stride": (1, 1),
-            "padding": (1, 1),
-            "dilation": (1, 1),
-            "dtype": torch.float32,
-            "relu": True,
-            **changes,
-        }
-    )
-
-
 def _convolution(library, **changes) -> Convolution:
-    spec = _spec(**changes)
+    spec = spec_of(**changes)
     return Convolution(graph_of(library, spec), spec, torch.randn(spec.weight, dtype=spec.dtype), None)
 
 
@@ -141,7 +110,7 @@ def test_pytorch_flags_choose_the_engines(dtype, allowed, deterministic, monkeyp
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", deterministic)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     library = CPULibrary()
-    graph_of(library, _spec(dtype=dtype))
+    graph_of(library, spec_of(dtype=dtype))
     names = {note.name for note in library.cudnn.pygraph.made[0].deselected}
     tensor_cores = {"TENSOR_CORE", "DOWN_CONVERT_INPUTS"} if dtype == torch.float32 and not allowed else set()
     assert names == tensor_cores | ({"NONDETERMINISTIC"} if deterministic else set())
@@ -151,13 +120,13 @@ def test_what_has_no_engine_says_so():
     library = CPULibrary()
     library.cudnn.pygraph.refuses = staticmethod(lambda graph: True)
     with pytest.raises(Unavailable, match=r"no engine for a float32 convolution of \[2, 8, 6, 6\] by .*: no engine$"):
-        graph_of(library, _spec())
+        graph_of(library, spec_of())
     library = CPULibrary()
     library.cudnn.pygraph.plans = (False, False)
     with pytest.raises(Unavailable, match=r"no engine that runs a float32 .*: Deselecting execution plan"):
-        graph_of(library, _spec())
+        graph_of(library, spec_of())
     with pytest.raises(Unavailable, match="fp32, fp16 and bf16, not torch.float64"):
-        graph_of(CPULibrary(), _spec(dtype=torch.float64))
+        graph_of(CPULibrary(), spec_of(dtype=torch.float64))
 
 
 # name, convolutions with an add, with a ReLU, all. In seresnet18 the projection takes the sum, and the gates have two.
@@ -171,7 +140,7 @@ NETWORKS = [
 
 @pytest.mark.parametrize("name, adds, relus, convolutions", NETWORKS, ids=[case[0] for case in NETWORKS])
 def test_a_network_computes_what_the_plain_one_does(name, adds, relus, convolutions):
-    model, library = _model(name), CPULibrary()
+    model, library = model_of(name), CPULibrary()
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         network = build(model, x, library)
@@ -189,7 +158,7 @@ def test_a_network_computes_what_the_plain_one_does(name, adds, relus, convoluti
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_network_in_half_precision(dtype):
-    model = _model("resnet18")
+    model = model_of("resnet18")
     x = torch.randn(2, 3, 32, 32, dtype=dtype).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         half = copy.deepcopy(model).to(dtype)
@@ -198,7 +167,7 @@ def test_a_network_in_half_precision(dtype):
 
 
 def test_layers_without_an_engine_are_counted_and_run_through_pytorch():
-    model, library = _model("resnet18"), CPULibrary()
+    model, library = model_of("resnet18"), CPULibrary()
     library.cudnn.pygraph.refuses = staticmethod(lambda graph: graph.inputs[1].dim[2] == 1)
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -253,86 +222,6 @@ def test_what_may_not_be_fused_is_not():
         (True, True),
         (False, False),  # e is added to what others may still read
     ]
-
-
-TRAIN = dataclasses.replace(INFER, mode="train", dtype="fp16", batch=4)
-
-
-def _as_an_h100(graph) -> bool:
-    """Convolutions with statistics that an H100 has no engine for."""
-    weights = [attributes["weight"] for name, attributes in graph.nodes if name == "conv_fprop"]
-    return any(w[1] == 3 or w[2] == 7 for w in weights) and any(name == "genstats" for name, _ in graph.nodes)
-
-
-def _trained(name: str, monkeypatch, model: nn.Module | None = None, library: CPULibrary | None = None):
-    """What a step of the contestant, of plain PyTorch and of float64 gives."""
-    library = library or CPULibrary()
-    library.cudnn.pygraph.refuses = staticmethod(_as_an_h100)
-    monkeypatch.setattr(cudnn_graphs_network, "library", lambda device: library)
-    model = model or _model(name)
-    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([1, 2, 3, 4])
-    runners = [Runner(CONTESTANTS[who], model, TRAIN, images, labels) for who in ("cudnn-graphs", BASELINE)]
-    outcomes = [runner.evaluate() for runner in runners]
-    return runners, *outcomes, reference(model, TRAIN, images, labels)
-
-
-# name, convolutions, activations that are written: one a block, and one before the pool of resnet26d
-TRAINED = [("resnet18", 19, 8), ("timm:resnet26d", 30, 9)]
-
-
-@pytest.mark.parametrize("name, convolutions, written", TRAINED, ids=[case[0] for case in TRAINED])
-def test_a_network_trains_as_the_plain_one_does(name, convolutions, written, monkeypatch):
-    with warnings.catch_warnings(record=True):
-        runners, ours, plain, truth = _trained(name, monkeypatch)
-    layers = [type(m).__name__ for m in runners[0].forward.modules()]
-    assert (layers.count("ConvolutionBatchNorm"), layers.count("Normalise")) == (convolutions, written)
-    assert set(ours.gradients) == set(plain.gradients) and set(ours.statistics) == set(plain.statistics)
-    assert breach(errors_of(ours, truth), [errors_of(plain, truth)], "fp16") is None
-    counts = [[int(b) for name, b in r.module.named_buffers() if name.endswith("tracked")] for r in runners]
-    assert counts[0] == counts[1] == [2] * len(counts[0])  # the first was calibration's
-    assert torch.isfinite(runners[0].step())
-
-
-class _OddTraining(nn.Module):
-    """Values with several readers, a batch norm without a ReLU, a sum without one, and a convolution with a bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.convs = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(6))
-        self.bns = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(6))
-        self.relu = nn.ReLU(inplace=True)
-
-    def unit(self, k, x):
-        return self.bns[k](self.convs[k](x))
-
-    def forward(self, x):
-        x = self.stem(x).relu()
-        a = self.relu(self.unit(0, x))  # read by a convolution and by a sum: written
-        b = self.relu(self.unit(1, a)) + a
-        c = self.unit(2, b)  # without a ReLU, read twice
-        d = self.unit(3, c) + c  # a sum without a ReLU
-        e = torch.relu(self.unit(4, d) + self.unit(5, d))  # of two batch norms
-        return e.mean((2, 3))
-
-
-def test_odd_networks_train_as_the_plain_ones_do(monkeypatch):
-    with pytest.warns(UserWarning, match="1 of 7 convolutions run through PyTorch: stem has no batch norm of its own"):
-        runners, ours, plain, truth = _trained("", monkeypatch, _OddTraining())
-    assert breach(errors_of(ours, truth), [errors_of(plain, truth)], "fp16") is None
-    layers = [type(m).__name__ for m in runners[0].forward.modules()]
-    assert (layers.count("ConvolutionBatchNorm"), layers.count("Normalise")) == (6, 5)
-
-
-def test_a_step_that_trains_is_fp16(monkeypatch):
-    monkeypatch.setattr(cudnn_graphs_network, "library", lambda device: CPULibrary())
-    for dtype in ("fp32", "bf16"):
-        with pytest.raises(Unavailable, match=f"training graphs are fp16 only, not {dtype}"):
-            _runner(dataclasses.replace(INFER, mode="train", dtype=dtype))
-    library = CPULibrary()
-    monkeypatch.setattr(library.cudnn.pygraph, "refuses", staticmethod(lambda graph: True))
-    with pytest.raises(Unavailable, match="cuDNN has no engine for convolution of a float16 convolution of"):
-        cudnn_graphs_network.build_training(_model("resnet18").train(), torch.randn(2, 3, 32, 32), library)
 
 
 class _Branching(nn.Module):
@@ -393,173 +282,3 @@ def test_the_contestant_runs(capture_fails, monkeypatch):
     torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"built for inputs of \(2, 3, 32, 32\), got \(1, 3, 32, 32\)"):
         runner.infer(torch.randn(1, 3, 32, 32))
-
-
-# An H100, in the words of cuDNN's CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION: with it a machine without one can validate
-# graphs and ask the heuristics, from cuDNN 9.8 on.
-H100 = {
-    "version": 1,
-    "deviceVer": 900,
-    "driverVer": 13000,
-    "cudaDeviceId": 0,
-    "maxGridSize": [2147483647, 65535, 65535],
-    "maxBlockSize": [1024, 1024, 64],
-    "regsPerBlock": 65536,
-    "multiProcessorCount": 132,
-    "warpSize": 32,
-    "maxSharedMemoryPerBlock": 49152,
-    "maxSharedMemoryPerBlockOptin": 232448,
-    "reservedSharedMemoryPerBlock": 1024,
-    "maxRegistersPerSM": 65536,
-    "maxCtasPerSM": 32,
-    "maxThreadsPerBlock": 1024,
-    "maxThreadsPerSM": 2048,
-    "pciDeviceId": 0,
-    "isTccDriver": 0,
-    "supportCoopLaunch": 1,
-    "totalGlobalMem": 85017493504,
-    "smClockRateKHz": 1980000,
-    "memClockRateKHz": 2619000,
-    "l2CacheSize": 52428800,
-    "deviceName": "NVIDIA H100 80GB HBM3",
-}
-
-
-class DescribedH100(CPULibrary):
-    """The real package, for a GPU that is not there."""
-
-    def __init__(self):
-        super().__init__()
-        try:
-            self.cudnn = importlib.import_module("cudnn")
-            self._properties = self.cudnn.create_device_properties(json.dumps(H100))
-        except Exception as error:
-            pytest.skip(f"nvidia-cudnn-frontend with cuDNN 9.8 or newer is not installed: {error}")
-
-    def context(self):
-        return {"device_property": self._properties, "sm_version": 90}
-
-
-@functools.cache
-def _specs_of_resnet50() -> frozenset[Spec]:
-    """With images of 224 pixels: every size is seven times that with 32."""
-    x = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        network = build(torchvision.models.resnet50(weights=None).eval(), x, CPULibrary())
-    layers = {m.convolution.spec for m in network.modules() if isinstance(m, cudnn_graphs_network._Layer)}
-    n, c, h, w = zip(*(spec.x for spec in layers), strict=True)
-    assert len(layers) == 24 and set(n) == {8} and max(c) == 2048 and max(h) == 32 and h == w
-    scaled = ((spec, (*spec.x[:2], 7 * spec.x[2], 7 * spec.x[3])) for spec in layers)
-    return frozenset(dataclasses.replace(spec, x=x) for spec, x in scaled)
-
-
-def _resnet50(dtype: torch.dtype) -> list[Spec]:
-    return [dataclasses.replace(spec, dtype=dtype) for spec in _specs_of_resnet50()]
-
-
-@pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
-def test_the_real_library_has_engines_for_every_graph_of_resnet50(dtype, tf32, monkeypatch):
-    """For an H100; those that are compiled at run time need a driver, so these are the precompiled ones."""
-    real = DescribedH100()
-    monkeypatch.setattr(cudnn_graphs, "uses_tf32", lambda dtype: tf32)
-    for spec in _resnet50(dtype):
-        _all_but_launched(real, cudnn_graphs.record(real, spec))
-
-
-def _all_but_launched(real: DescribedH100, recording: Recording) -> None:
-    """Validated, planned, the first plan that needs no compiler built, its operands bound."""
-    graph = recording.graph
-    cudnn_graphs.offer(real, graph, recording.dtype)
-    for name, (shape, _) in recording.operands.items():
-        tensor = recording.tensors[name]
-        assert list(tensor.get_dim()) == list(shape) and list(tensor.get_stride()) == nhwc_strides(shape)
-    index = next(k for k in range(graph.get_execution_plan_count()) if _builds(graph, k))
-    workspace = torch.empty(max(1, graph.get_workspace_size_plan_at_index(index)), dtype=torch.uint8)
-    operands = {name: torch.zeros(1, dtype=dtype).expand(shape) for name, (shape, dtype) in recording.operands.items()}
-    pack = {tensor: operands[name] for name, tensor in recording.tensors.items()}
-    with pytest.raises(RuntimeError, match="handle is NULL"):
-        graph.execute_plan_at_index(pack, workspace, index, handle=None)
-
-
-def test_the_real_library_has_engines_for_training_resnet50():
-    real, recordings = DescribedH100(), []
-
-    def recorded(record, *args):
-        recordings.append(Recording(real, torch.float16))
-        record(recordings[-1], *args)
-
-    specs = {dataclasses.replace(spec, relu=False, residual=False) for spec in _resnet50(torch.float16)}
-    for spec in specs - {spec for spec in specs if spec.x[1] == 3}:
-        for record in (training.convolution, training.weight_gradient):
-            for prologue in (False, True):
-                recorded(record, spec, prologue)
-        recorded(training.data_gradient, spec)
-    for recording in recordings:
-        _all_but_launched(real, recording)
-    # What is compiled at run time cannot be planned without a driver.
-    recordings.clear()
-    for shape in {spec.y for spec in specs}:
-        for residual in ("nothing", "tensor", "batch norm"):
-            for relu in (False, True):
-                recorded(training.normalise, shape, residual, relu)
-        for relu in ("none", "recomputed", "mask"):
-            recorded(training.batch_norm_gradient, shape, relu)
-    for recording in recordings:
-        recording.graph.validate()
-        recording.graph.build_operation_graph()
-        for name, (shape, _) in recording.operands.items():
-            assert list(recording.tensors[name].get_dim()) == list(shape)
-
-
-def _builds(graph, index: int) -> bool:
-    """Whether the plan is one of those that PyTorch's flags allow, and needs no compiler."""
-    try:
-        graph.build_plan_at_index(index)
-    except Exception:
-        return False
-    return True
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
-def test_a_convolution_on_a_gpu(dtype, residual):
-    pytest.importorskip("cudnn")
-    x, weight = torch.randn(4, 64, 28, 28).cuda().to(dtype), torch.randn(128, 64, 3, 3).cuda().to(dtype) / 24
-    bias, other = torch.randn(128).cuda().to(dtype), torch.randn(4, 128, 14, 14).cuda().to(dtype)
-    geometry = {"stride": (2, 2), "padding": (1, 1)}
-    convolution = cudnn_graphs.conv_bias_act(x.shape, weight, bias, residual=residual, **geometry)
-
-    def expected(dtype):
-        y = F.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), **geometry)
-        return (y + other.to(dtype) if residual else y).relu()
-
-    y = convolution(x, other if residual else None)
-    assert_within_contract(y, expected(dtype), expected(torch.float64))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", list(DTYPES))
-def test_the_contestant_on_a_gpu(dtype):
-    pytest.importorskip("cudnn")
-    model, case = _model("resnet50"), Case("resnet50", "infer", 4, dtype, "cuda", 64)
-    images, labels = torch.randn(4, 3, 64, 64), torch.zeros(4, dtype=torch.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # every layer has an engine, and the network is captured
-        runner = Runner(CONTESTANTS["cudnn-graphs"], model, case, images, labels)
-    plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
-    truth = reference(model, case, images, labels)
-    assert_within_contract(runner.evaluate().logits.cpu(), plain.evaluate().logits.cpu(), truth.logits)
-
-
-@pytest.mark.gpu
-def test_training_on_a_gpu():
-    pytest.importorskip("cudnn")
-    model, case = _model("resnet50"), Case("resnet50", "train", 8, "fp16", "cuda", 64)
-    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
-    with pytest.warns(UserWarning, match="1 of 53 convolutions run through PyTorch"):  # the stem
-        runner = Runner(CONTESTANTS["cudnn-graphs"], model, case, images, labels)
-    plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
-    truth = reference(model, case, images, labels)
-    assert breach(errors_of(runner.evaluate(), truth), [errors_of(plain.evaluate(), truth)], "fp16") is None

@@ -82,10 +82,11 @@ class Library:
         with torch.cuda.device(device):
             self.handle = self.cudnn.create_handle()
 
-    def on_current_stream(self) -> Any:
-        """The handle, set to PyTorch's current stream: in a capture, the one that is captured."""
-        self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream(self.device).cuda_stream)
-        return self.handle
+    def launch(self, graph: Any, pack: dict[Any, Tensor], workspace: Tensor, index: int) -> None:
+        """Run a plan on PyTorch's current stream: in a capture, the one that is captured."""
+        with torch.cuda.device(self.device):
+            self.cudnn.set_stream(handle=self.handle, stream=torch.cuda.current_stream().cuda_stream)
+            graph.execute_plan_at_index(pack, workspace, index, handle=self.handle)
 
     def context(self) -> dict[str, Any]:
         """Where a graph is for, as keywords of `pygraph`."""
@@ -94,13 +95,14 @@ class Library:
     def milliseconds(self, run: Callable[[], object]) -> float:
         """The median of five runs, after two."""
         times = []
-        for k in range(7):
+        stream = torch.cuda.current_stream(self.device)
+        for _ in range(7):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+            start.record(stream)
             run()
-            end.record()
+            end.record(stream)
             end.synchronize()
-            times.append(start.elapsed_time(end) if k > 1 else 0.0)
+            times.append(start.elapsed_time(end))
         return statistics.median(times[2:])
 
 
@@ -171,6 +173,7 @@ class Graph:
 
     Args:
         what: names it in messages.
+        timed: choose among plans as `torch.backends.cudnn.benchmark` says, or take the first that runs.
 
     Attributes:
         index: of that plan among those the heuristics offer.
@@ -180,8 +183,9 @@ class Graph:
         Unavailable: cuDNN has no engine for it here.
     """
 
-    def __init__(self, library: Library, recording: Recording, what: object) -> None:
+    def __init__(self, library: Library, recording: Recording, what: object, timed: bool = True) -> None:
         self.library, self.recording, self.what = library, recording, what
+        self._limit = torch.backends.cudnn.benchmark_limit if timed and torch.backends.cudnn.benchmark else 1
         self._graph = recording.graph
         try:
             offer(library, self._graph, recording.dtype)
@@ -202,17 +206,16 @@ class Graph:
 
     def _run(self, index: int, operands: dict[str, Tensor], workspace: Tensor) -> None:
         pack = {tensor: operands[name] for name, tensor in self.recording.tensors.items()}
-        self._graph.execute_plan_at_index(pack, workspace, index, handle=self.library.on_current_stream())
+        self.library.launch(self._graph, pack, workspace, index)
 
     def _fastest(self) -> tuple[int, int]:
         """Index and workspace of the fastest plan that was timed; without `benchmark`, of the first that runs."""
-        limit = torch.backends.cudnn.benchmark_limit if torch.backends.cudnn.benchmark else 1
         operands = {name: self._some(name) for name in self.recording.tensors}
         found: list[tuple[float, int, int]] = []
         deadline = time.monotonic() + PATIENCE_S
         problem: Exception = RuntimeError("the heuristics offer no plan")
         for index in range(self._graph.get_execution_plan_count()):
-            if found and (len(found) == limit or time.monotonic() > deadline):
+            if found and (len(found) == self._limit or time.monotonic() > deadline):
                 break
             try:
                 self._graph.build_plan_at_index(index)

@@ -22,7 +22,7 @@ from resnet_fused.fusion.frozen.graph import capture
 from .cases import Case, Unavailable
 from .cudnn_graphs import Convolution, Graph, Library, Spec, graph_of, library
 from .cudnn_graphs_trace import Chains, only_user, own_up, trace
-from .cudnn_graphs_training_network import build_training
+from .cudnn_graphs_training_network import TrainingNetwork
 
 
 def cudnn_graphs(model: nn.Module, example: Tensor, case: Case) -> Callable[[Tensor], Tensor]:
@@ -36,7 +36,7 @@ def cudnn_graphs(model: nn.Module, example: Tensor, case: Case) -> Callable[[Ten
     if case.mode == "train":
         if case.dtype != "fp16":
             raise Unavailable(f"cuDNN's training graphs are fp16 only, not {case.dtype}")
-        return build_training(model, example, found)
+        return TrainingNetwork(model, example, found)
     with torch.inference_mode():
         network = build(model, example, found)
         try:

@@ -23,10 +23,10 @@ HALF = torch.float16
 
 
 class Graphs:
-    """Graphs of one network, each recorded and timed when it is first asked for; they share a workspace."""
+    """Graphs of one network, each recorded, and timed, when it is first asked for; they share a workspace."""
 
-    def __init__(self, library: Library) -> None:
-        self.library = library
+    def __init__(self, library: Library, timed: bool = True) -> None:
+        self.library, self.timed = library, timed
         self._graphs: dict[Hashable, Graph] = {}
         self._workspace = torch.empty(1, dtype=torch.uint8, device=library.device)
 
@@ -41,12 +41,20 @@ class Graphs:
             recording = Recording(self.library, HALF)
             record(recording, *args)
             what = f"{record.__name__} of {', '.join(map(str, args))}"
-            self._graphs[key] = Graph(self.library, recording, what)
+            self._graphs[key] = Graph(self.library, recording, what, self.timed)
         return self._graphs[key]
 
     def __call__(self, record: Callable[..., None], *args: Hashable, **operands: Tensor) -> dict[str, Tensor]:
-        """Run it; what is not among `operands` is output."""
+        """Run it; what is not among `operands` is output.
+
+        Raises:
+            ValueError: an operand is not of the shape or dtype that was recorded.
+        """
         graph = self.get(record, *args)
+        for name, operand in operands.items():
+            if (tuple(operand.shape), operand.dtype) != graph.recording.operands[name]:
+                what = f"{record.__name__}: {name} is {list(operand.shape)} {operand.dtype}"
+                raise ValueError(f"{what}, recorded as {graph.recording.operands[name]}")
         if graph.workspace_bytes > self._workspace.numel():
             self._workspace = graph.workspace()
         device = self.library.device

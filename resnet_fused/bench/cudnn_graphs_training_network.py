@@ -20,8 +20,28 @@ from .cudnn_graphs import Library, Spec
 from .cudnn_graphs_trace import Chains, only_user, own_up, trace
 
 
-def build_training(model: nn.Module, example: Tensor, library: Library) -> fx.GraphModule:
+class TrainingNetwork:
     """The network, for inputs like `example`, to be called under autocast; trains the parameters of `model`.
+
+    For other shapes - a smaller batch, to look at the gradients - it builds others, in which nothing is timed.
+
+    Raises:
+        Unavailable: as `build_training`.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, library: Library) -> None:
+        self.model, self.library = model, library
+        self.networks = {example.shape: build_training(model, example, library)}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape not in self.networks:
+            self.networks[x.shape] = build_training(self.model, x, self.library, timed=False)
+        logits: Tensor = self.networks[x.shape](x)
+        return logits
+
+
+def build_training(model: nn.Module, example: Tensor, library: Library, timed: bool = True) -> fx.GraphModule:
+    """The network for inputs like `example` alone.
 
     Raises:
         Unavailable: the model cannot be traced, or not one of its convolutions has an engine.
@@ -29,7 +49,7 @@ def build_training(model: nn.Module, example: Tensor, library: Library) -> fx.Gr
     network = trace(model)
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # the shapes alone: running statistics stay as they are
     ShapeProp(network, fake_mode=fake).propagate(example)
-    builder = _TrainingBuilder(network, training.Graphs(library))
+    builder = _TrainingBuilder(network, training.Graphs(library, timed))
     builder.find()
     own_up(len(builder.pairs), builder.problems)
     builder.rewrite()
