@@ -304,6 +304,11 @@ def test_a_race_that_is_lost_leaves_pytorchs_own(apart):
     )
 
 
+def test_what_could_not_be_compared_with_pytorchs_own_is_not_chosen(apart):
+    done, _, _ = apart(("prepare", "aten", "RuntimeError: it cannot be captured"))
+    assert not done.table.entries and "cannot be captured" in str(done)
+
+
 def test_a_process_that_does_not_start_is_one_clear_error_and_costs_no_candidate(apart, search):
     with pytest.raises(UsageError, match="does not start.*exit code 3"):
         apart(serve=tune_doubles.serve_never)

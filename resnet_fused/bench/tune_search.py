@@ -275,7 +275,7 @@ class Search:
         raced = {choice for choice, _ in times}
         kept = old.measured if old is not None and not (self.again and problem not in self.timed) else ()
         every = (*times, *(pair for pair in kept if pair[0] not in raced and problem.op != BLOCK))
-        if every and times:
+        if times and (ATEN in raced or ALONE in problem.flags):  # nothing is chosen that was not compared
             entries = {**self.table.entries, problem: Entry(problem, every)}
             self.table = dataclasses.replace(self.table, entries=entries)
         self.timed.add(problem)
