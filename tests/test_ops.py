@@ -172,3 +172,19 @@ def test_importing_the_package_imports_neither_dynamo_nor_triton():
     program = f"import sys, resnet_fused; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (torch.empty(2, 3, 4, 5), "shapes differ: [2, 3, 4, 4] and [2, 3, 4, 5]"),
+        (torch.empty(2, 3, 4, 4).half(), "dtypes differ: torch.float32 and torch.float16"),
+        (torch.empty(2, 3, 4, 4, device="meta"), "devices differ: cpu and meta"),
+        (None, None),
+        (torch.empty(2, 3, 4, 4), None),
+    ],
+)
+def test_activations_that_do_not_agree_are_refused_with_both_values(other, message):
+    x = torch.empty(2, 3, 4, 4)
+    assert ops.refusal("reference", "bn_apply", x, None, other) == message
+    assert ops.refusal("aten", "bn_apply", x, other) is None  # PyTorch's to raise
