@@ -19,7 +19,7 @@ from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice, Problem
 
 from .harness import first_line
-from .problems import FAMILIES, Job, Operands, arguments, memory_arguments
+from .problems import FAMILIES, Job, Operands, also, arguments, join_arguments, memory_arguments
 
 FACTOR = 2.0
 FLOOR_ULPS = 4
@@ -76,7 +76,7 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
     make = Operands(device, problem.dtype)
     operands = memory_arguments(op, problem, make) if job is None else arguments(job, make)
     if op == "conv_dgrad_join":
-        operands = _join(operands, make)
+        operands = join_arguments(operands, make)
     try:
         reason = _refusal(op, choice, operands, problem.shape)
         if reason is not None:
@@ -96,15 +96,6 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
         return next(filter(None, problems), None)
     except Exception as error:  # whatever a kernel raises is its result
         return first_line(error)
-
-
-def _join(dgrad: Sequence[Any], make: Operands) -> tuple[Any, ...]:
-    """The arguments of `conv_dgrad_join`, behind a block that ends in a projection, from those of `conv_dgrad`."""
-    dy, weight, size, groups = dgrad[0], dgrad[1], dgrad[11], dgrad[-1]
-    c = weight.shape[1] * groups
-    image = (dy.shape[0], c, *size)
-    first, second = ((make.activation(*image), make.vector(c), make.vector(c, positive=True)) for _ in range(2))
-    return (*dgrad[:6], first[0], make.bits(first[0].numel()), *first[1:], *second, *dgrad[11:])
 
 
 def _refusal(op: str, choice: Choice, operands: Sequence[Any], shape: Any) -> str | None:
@@ -276,7 +267,5 @@ def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERI
     problem = job.problem.with_batch(min(job.problem.batch, images))
     if isinstance(problem.shape, ConvShape):
         job = dataclasses.replace(job, problem=problem)
-        # The dgrad of a block's first convolution may also form the sums of the block before it.
-        also = ("conv_dgrad_join",) if problem.op == "conv_dgrad" and not job.epilogue else ()
-        return {op: check(problem, op, job, choice, device) for op in (problem.op, *also)}
+        return {op: check(problem, op, job, choice, device) for op in (problem.op, *also(job))}
     return {op: check(problem, op, None, choice, device) for op in FAMILIES[problem.op]}

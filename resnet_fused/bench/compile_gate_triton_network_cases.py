@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from resnet_fused.plan import BlockShape
 from resnet_fused.plan.conv import ConvShape
 
 from .compile_gate_triton_expect import TYPES, Case, Expect, activation, op
 from .network import networks
-from .problems import FAMILIES, Job, Operands, arguments, jobs, memory_arguments
+from .problems import FAMILIES, Job, Operands, also, arguments, jobs, join_arguments, memory_arguments
 
 BATCHES = (1, 32, 256)
 DTYPES = (torch.bfloat16,)
@@ -60,9 +61,16 @@ def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
         s = problem.shape
         what = f"n{s.n} {s.c}->{s.k} {s.r}x{s.s}/{s.stride[0]} {s.h}x{s.w}"
         label = " ".join([TYPES[dtype], what, *problem.flags])
-        call = functools.partial(_launch, arch, problem.op, arguments(job, make))
-        yield label, Expect(matrix=True), call
+        given = arguments(job, make)
+        yield label, Expect(matrix=True), functools.partial(_launch, arch, problem.op, given)
+        for name in also(job):
+            yield (
+                f"{label} join",
+                Expect(matrix=True),
+                functools.partial(_launch, arch, name, join_arguments(given, make)),
+            )
         return
+    assert not isinstance(problem.shape, BlockShape)
     label = f"{TYPES[dtype]} {'x'.join(map(str, problem.shape))}"
     for name in FAMILIES[problem.op]:
         yield label, Expect(), functools.partial(_launch, arch, name, memory_arguments(name, problem, make))
