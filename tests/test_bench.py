@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from resnet_fused.bench import cases, chart, images, memory, models, provenance, results, roof, run, table
@@ -133,6 +134,15 @@ def test_create_leaves_the_global_generator_alone():
 def test_timm_models_by_name():
     pytest.importorskip("timm")
     assert models.create("timm:resnet10t")(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_a_model_for_other_pictures_is_refused_in_one_line(monkeypatch):
+    def forward(self, x):
+        raise AssertionError("Input height (128)\n  doesn't match model (224).")
+
+    monkeypatch.setattr(torchvision.models.ResNet, "forward", forward)
+    with pytest.raises(UsageError, match="'resnet18' is none for pictures of 128 x 128: Input height .128. doesn't"):
+        models.create("resnet18")
 
 
 # correctness
