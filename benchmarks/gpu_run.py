@@ -14,7 +14,9 @@ their commit. `--rehearse` runs every step, tiny, on a CPU: it shows that the co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -39,6 +41,7 @@ TRIES = 3  # of a step that had all of its time and was not done
 DONE = ("ok", "failed", "absent")
 CUT_SHORT = "cut short"  # its call was over before its limit was: it goes on in its place
 LOGGED = 100_000  # bytes of a step's output in log.txt: the beginning and the end
+GRACE_S = 5  # of a step's time, to say what it has so far
 SHOWN = 12  # last lines of a step that failed
 LEFT = r"left for the next call"
 REHEARSAL = "rehearsal on a CPU"
@@ -106,12 +109,12 @@ class Sitting:
         if status in ("out of time", "unfinished") and not full:
             status = CUT_SHORT
         before = self.state.get(step.name, {})
-        commit = provenance.commit()
+        commit = _commit()
         self.state[step.name] = {
             "status": status,
             "seconds": round(time.monotonic() - begin, 1),
             "headline": headline,
-            "commit": commit and commit["sha"][:10] + "+" * commit["dirty"],
+            "commit": commit,
             "date_utc": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "tries": before.get("tries", 0) + (status != CUT_SHORT),
         }
@@ -173,14 +176,14 @@ class Sitting:
     def summary(self) -> Iterator[str]:
         """A table of what ran and what is left, then what was measured."""
         rows = [("step", "status", "s", "in a line")]
-        now = (provenance.commit() or {}).get("sha", "")[:10]
+        now = _commit() or ""
         for step in steps():
             entry = self.state.get(step.name)
             if entry is None:
                 rows.append((step.name, "left", "", "run the command again"))
                 continue
             at = entry["commit"] or ""
-            other = f" (at {at})" if at and now and at.rstrip("+") != now else ""
+            other = f" (at {at})" if at.rstrip("+") != now.rstrip("+") else ""
             rows.append((step.name, entry["status"], f"{entry['seconds']:.0f}", f"{entry['headline']}{other}"))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         for row in rows:
@@ -189,19 +192,29 @@ class Sitting:
         yield from gpu_collect.measured(self.results)
 
 
+@functools.cache
+def _commit() -> str | None:
+    """Of the sources, with a + where they have been changed since."""
+    found = provenance.commit()
+    return found and found["sha"][:10] + "+" * found["dirty"]
+
+
 def _wait(command: list[str], environment: dict[str, str], sink: Any, seconds: float) -> str:
     """Run a command in a process group of its own, which ends with it: "ok", "failed" or "out of time"."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
     )
     try:
-        return "failed" if process.wait(seconds) else "ok"
+        return "failed" if process.wait(max(1.0, seconds - GRACE_S)) else "ok"
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # pytest says what has failed so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
         return "out of time"
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # also what it has left behind
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def plan(sitting: Sitting, minutes: float) -> Iterator[str]:

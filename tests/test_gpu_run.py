@@ -57,7 +57,8 @@ def test_a_rehearsal_runs_every_step_and_resumes(rehearsed, capsys):
     assert gpu_run.main(["--rehearse", "--out", str(out)]) == 0
     ran = (out / "log.txt").read_text()[before:]
     assert ran.count("=====") == 1 and "build" in ran  # what lives on the machine alone
-    assert all(name in capsys.readouterr().out for name in ("goal", "build"))
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("goal", "not measured", "build"))
 
 
 def at_a_gpu(rehearsal: Path, out: Path) -> Path:
@@ -158,7 +159,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_failures_and_steps_out_of_time_are_recorded_and_the_latter_run_again_after_the_others(run):
     good = python("good", "print('result 1')")
     bad = python("bad", "print('no line'); raise SystemExit(1)")
-    slow = python("slow", "print('begun', flush=True); import time; time.sleep(60)", limit_s=2)
+    slow = python("slow", "print('begun', flush=True); import time; time.sleep(60)", limit_s=3)
     gone = python("gone", "", absent=lambda rehearse: "not on the PATH")
     late = python("late", "print('result 2')", least_s=10_000)
     status, state, out = run(slow, good, bad, gone, late)
@@ -210,7 +211,13 @@ def test_a_step_that_has_more_to_do_runs_again_last(run, tmp_path):
     assert status == 0 and state["more"]["headline"] == "result 1" and state["other"]["headline"] == "result 1"
 
 
-def test_a_long_output_is_logged_in_part_and_another_gpus_folder_is_refused(run, tmp_path, capsys):
+def test_a_step_out_of_time_may_say_what_it_has(run):
+    code = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('result so far')\n"
+    _, state, _ = run(python("slow", code, limit_s=6))
+    assert (state["slow"]["status"], state["slow"]["headline"]) == ("out of time", "result so far")
+
+
+def test_much_output_is_logged_in_part_and_another_gpus_folder_is_refused(run, tmp_path, capsys):
     status, *_ = run(python("loud", "print('begin'); print('x' * 300_000); print('result')"))
     log = (tmp_path / "out/log.txt").read_text()
     assert status == 0 and len(log) < 1.1 * gpu_run.LOGGED and "begin" in log and "[...]" in log and "result" in log

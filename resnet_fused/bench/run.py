@@ -142,6 +142,7 @@ class _Race:
                 clock_for(torch.device(case.device)),
                 rounds=self.options.rounds,
                 budget_s=budget,
+                warmup=0 if self.options.rounds == 1 else 2,  # one round is a rehearsal
                 on_round=lambda done: self.reporter.detail(f"round {done}"),
             )
         for name, timing in measured.timings.items():
