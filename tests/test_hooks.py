@@ -164,7 +164,10 @@ def test_removing_a_hook_restores_the_fusion(backend):
     fused = fuse(small_resnet())
     before = report(fused)
     handle = fused.layer1.conv2.register_forward_hook(lambda m, a, y: y)
-    assert len(report(fused).fused) < len(before.fused)
+    hooked = report(fused)
+    assert dict(before.fused)["layer1"].startswith("BasicBlock: ") and before.skipped == []
+    assert dict(hooked.fused)["layer1"] == "conv1-bn1-relu, bn2-add-relu"  # all but the convolution
+    assert ("layer1.conv2", "a Conv2d has hooks") in hooked.skipped
     handle.remove()
     assert report(fused) == before
 

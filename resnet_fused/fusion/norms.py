@@ -54,6 +54,8 @@ def norm_form(module: nn.Module) -> NormForm | str | None:
     cls = original_class(module)
     if cls.__call__ is not nn.Module.__call__ or "forward" in module.__dict__:
         return f"{cls.__name__} is called in a way of its own"
+    if any(isinstance(getattr(cls, name, None), property) for name in _TENSORS):
+        return f"{cls.__name__} computes its parameters"  # as a parametrization does
     key = (cls, tuple(module._modules), *signature(module)[1:])
     if key not in _forms:
         _forms[key] = _look_into(module)

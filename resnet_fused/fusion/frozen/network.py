@@ -30,9 +30,12 @@ def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     reasons = dict(report(network).skipped)
     for name, module in list(network.named_modules()):
         recognition = recognise(module, into_native=True) if is_native(module) else None
-        if recognition is not None and recognition.plan is not None:
+        if recognition is None:
+            continue
+        reasons.update({".".join(filter(None, (name, path))): why for path, why in recognition.skipped})
+        if recognition.plan is not None:
             swap_in(module, recognition)
-        elif recognition is not None and recognition.reason is not None:
+        elif recognition.reason is not None:
             reasons[name] = recognition.reason
     return network, reasons
 
