@@ -9,7 +9,7 @@ import torch
 import resnet_fused
 from resnet_fused import cli, ops, plan
 from resnet_fused.bench import candidates as candidate_list
-from resnet_fused.bench import checks, device_process, tune, tune_search
+from resnet_fused.bench import checks, device_process, timed, tune, tune_search
 from resnet_fused.bench.candidates import candidates, configurations
 from resnet_fused.bench.cases import UsageError, seconds
 from resnet_fused.bench.network import networks, tiny_network
@@ -202,6 +202,26 @@ def test_configurations_beside_the_heuristics_are_right(op, monkeypatch):
             assert checks.check_all(job, Choice("triton", config), CPU) == {op: None}, config
 
 
+@pytest.mark.parametrize("op,count", [("conv_chain", 3), ("conv_join", 2)])
+def test_what_competes_with_a_tail_runs_as_the_table_has_it(op, count):
+    job = next(j for j in tiny_jobs() if j.problem.op == op)
+    if op == "conv_chain":
+        job = dataclasses.replace(job, following=(32, 16))
+    inference = {j.problem.shape for j in tiny_jobs() if j.problem.op == "conv_fprop"}
+    asked = []
+
+    def fprop(shape):
+        asked.append(shape)
+        return "reference"
+
+    operands = timed.operands_of(job, Operands(CPU, torch.float32, guarded=False))
+    separate = timed.timed(job, Choice("aten"), operands, fprop)()
+    assert len(asked) == count and set(asked) <= inference
+    fused = timed.timed(job, Choice("reference"), operands)()
+    for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (separate, fused)), strict=True):
+        assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
 def test_a_launcher_finds_what_was_measured_of_the_chain_and_the_join():
     chain = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.op == "conv_chain")
     join = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.op == "conv_join")
@@ -247,6 +267,7 @@ def test_experimental_formulations_are_checked_or_refused(op):
 def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("RESNET_FUSED_CACHE", str(tmp_path))
     plans.forget()
+    monkeypatch.setattr(tune.provenance, "commit", lambda: None)  # which may change meanwhile
     nothing = resnet_fused.tune(dtype="bf16", rehearse=True, budget_s=-1)
     assert (nothing.measured, nothing.known) == (0, 0) and nothing.left > 30 and nothing.path.exists()
     kept = [job for job in tiny_jobs(torch.bfloat16) if job.problem.op in ("conv_wgrad", "bn_apply", "conv_join")]

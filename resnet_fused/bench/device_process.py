@@ -17,7 +17,8 @@ import torch
 
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan.choice import ALONE, BLOCK
-from resnet_fused.plan.table import Choice, Table
+from resnet_fused.plan.conv import ConvShape
+from resnet_fused.plan.table import Choice, Problem, Table
 
 from . import blocks
 from .cases import UsageError
@@ -77,8 +78,7 @@ class Here:
             if job.problem.op == BLOCK:
                 call: Callable[[], object] = blocks.timed(job, choice, self._operands, table)
             else:
-                fprop = plans.default("conv_fprop", self.arch, [table], table.gpu, job.problem.dtype)
-                call = timed(job, choice, self._operands, fprop)
+                call = _planned(job, choice, self._operands, self.arch, table)
             self._calls[str(choice)] = captured(call, self.device, self._pool)
         except Exception as error:  # whatever a kernel raises is its result
             return first_line(error)
@@ -99,6 +99,22 @@ class Here:
 
     def close(self) -> None:
         self.clear()
+
+
+def _planned(job: Job, choice: Choice, operands: Any, arch: int, table: Table) -> Callable[[], object]:
+    """`timed`; what competes with a tail runs as the table has it."""
+    problem = job.problem
+    if problem.op not in ("conv_chain", "conv_join"):
+        return timed(job, choice, operands)
+
+    def fprop(shape: ConvShape) -> str:
+        return plans.choose(Problem("conv_fprop", shape, problem.dtype, problem.tf32), arch).backend
+
+    def call() -> object:
+        with plans.assuming(table):
+            return timed(job, choice, operands, fprop)()
+
+    return call
 
 
 class Apart:
@@ -195,7 +211,8 @@ def _about(job: Job, table: Table) -> Table:
         return table
     entries = {problem: entry for problem, entry in table.entries.items() if problem.op == "conv_fprop"}
     tail = job.problem.op in ("conv_chain", "conv_join")
-    return Table(table.gpu, table.arch, {}, table.verified, entries if tail else {})
+    versions = {"triton": table.provenance.get("triton")}
+    return Table(table.gpu, table.arch, versions, table.verified, entries if tail else {})
 
 
 def _serve(pipe: Connection, device: str, arch: int, rounds: int | None) -> None:

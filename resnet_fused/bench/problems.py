@@ -281,7 +281,7 @@ def arguments(job: Job, make: Operands) -> tuple[Any, ...]:
         return make.activation(*out), make.activation(*image), *behind, *affine, [s.r, s.s], *geometry
     first, second = job.following
     if op == "conv_join":
-        shortcut = make.activation(s.n, first, (s.p - 1) * second + 1, (s.q - 1) * second + 1)
+        shortcut = make.activation(s.n, first, s.p * second, s.q * second)
         weights = make.weight(*filters), make.weight(s.k, first, 1, 1)
         return make.activation(*image), weights[0], shortcut, weights[1], make.vector(s.k), [second] * 2, True
     if op == "conv_chain":

@@ -21,6 +21,11 @@ from .checks import caller
 from .problems import Job, Operands, arguments
 
 KERNEL_BACKENDS = ("triton", "cuda")
+Backends = Callable[[ConvShape], str]
+
+
+def _aten(_: ConvShape) -> str:
+    return "aten"
 
 
 def backends(device: torch.device) -> list[str]:
@@ -44,14 +49,14 @@ def operands_of(job: Job, make: Operands) -> tuple[Any, ...]:
     return x, dy, residual, *(make.vector(c, positive=True) for _ in range(4))
 
 
-def timed(job: Job, choice: Choice, operands: tuple[Any, ...], fprop: str = "aten") -> Callable[[], object]:
+def timed(job: Job, choice: Choice, operands: tuple[Any, ...], fprop: Backends = _aten) -> Callable[[], object]:
     """The call to time: what the network would run if this were the choice.
 
     Args:
         job: the problem.
         choice: what is to be timed.
         operands: of `operands_of`; no call changes them.
-        fprop: the backend of the convolutions that a network runs instead of `conv_chain` and `conv_join`.
+        fprop: the backends of the convolutions that a network runs instead of `conv_chain` and `conv_join`.
     """
     op = job.problem.op
     if ALONE in job.problem.flags:
@@ -111,21 +116,30 @@ def _wgrad(
     return _run("aten", "conv_wgrad", dy, a, dy_x, coefficients, None, None, *rest)
 
 
-def _join(fprop: str, *operands: Any) -> object:
+def _conv(fprop: Backends, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """`conv_fprop` on the backend that a network runs it on."""
+    *_, stride, padding, dilation, groups, _ = rest
+    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    shape = ConvShape(*x.shape, weight.shape[0], *weight.shape[2:], *geometry)  # type: ignore[call-arg, arg-type]
+    value: Tensor = _run(fprop(shape), "conv_fprop", x, weight, *rest)
+    return value
+
+
+def _join(fprop: Backends, *operands: Any) -> object:
     x, weight, shortcut, shortcut_weight, shift, stride, relu = operands
     one, zero = [1, 1], [0, 0]
-    projected = _run(fprop, "conv_fprop", shortcut, shortcut_weight, None, None, None, stride, zero, one, 1, False)
-    return _run(fprop, "conv_fprop", x, weight, None, shift, projected, one, zero, one, 1, relu)
+    projected = _conv(fprop, shortcut, shortcut_weight, None, None, None, stride, zero, one, 1, False)
+    return _conv(fprop, x, weight, None, shift, projected, one, zero, one, 1, relu)
 
 
-def _chain(fprop: str, *operands: Any) -> object:
+def _chain(fprop: Backends, *operands: Any) -> object:
     x, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight1, scale1, shift1, *geometry = operands
     one, zero = [1, 1], [0, 0]
-    a = _run(fprop, "conv_fprop", x, weight2, scale2, shift2, None, *geometry, 1, True)
-    y = _run(fprop, "conv_fprop", a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
+    a = _conv(fprop, x, weight2, scale2, shift2, None, *geometry, 1, True)
+    y = _conv(fprop, a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
     if weight1 is None:
         return y
-    return y, _run(fprop, "conv_fprop", y, weight1, scale1, shift1, None, one, zero, one, 1, True)
+    return y, _conv(fprop, y, weight1, scale1, shift1, None, one, zero, one, 1, True)
 
 
 _UNFUSED: dict[str, Callable[..., object]] = {
