@@ -106,7 +106,7 @@ def choose_conv(
 ) -> str | None:
     """The backend of `conv_fprop`, or None where the plain sequence is to run (or PyTorch to raise).
 
-    The Triton kernel is asked about `x` as `fprop` will hand it over, in channels_last order.
+    The Triton kernel is asked about `x` as `_fprop` will hand it over, in channels_last order.
 
     Raises:
         RuntimeError: a forced backend has a `conv_fprop` which cannot run on these tensors.
@@ -148,12 +148,18 @@ def conv_operands(
 
 
 def refused(forced: str | None, function: str, reason: str) -> str:
+    """What runs where a backend cannot, for this reason: PyTorch's own, `"aten"`.
+
+    Raises:
+        RuntimeError: the backend was forced.
+    """
     if forced is not None:
         raise RuntimeError(f"{function}: backend {forced!r} cannot run here: {reason}")
     return "aten"
 
 
 def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
+    """Why no op of ours can run on `x` with these per-channel tensors, or None."""
     if _transformed():
         return "a torch.func transform or forward-mode AD is active"
     for v in vectors:
@@ -165,6 +171,7 @@ def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
 
 
 def operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> str | None:
+    """Why these are no operands of one convolution whose result has this shape, or None."""
     if not x.is_floating_point():
         return f"activations must be floating point, got {x.dtype}"
     if weight.dtype != x.dtype or weight.device != x.device:
