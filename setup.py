@@ -53,7 +53,7 @@ class BuildLibrary(build_ext):
                 build.compile_library(target, work / LIBRARY, work)
             except subprocess.CalledProcessError as problem:
                 code = problem.returncode
-                raise SystemExit(f"resnet_fused: compilation failed, see above (ninja exit code {code})") from None
+                raise SystemExit(f"resnet_fused: compilation failed, see above (exit code {code})") from None
             shutil.copy2(work / LIBRARY, package / f"{LIBRARY}.new")
             (package / f"{LIBRARY}.new").replace(package / LIBRARY)
         (package / RECORD).write_text(target.describe())

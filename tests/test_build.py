@@ -24,7 +24,7 @@ def choose(code: str = "print(build.choose())", path: str | None = None, **envir
     settings |= {"PYTHONPATH": str(ROOT / "csrc"), **environment}
     if path is not None:
         settings["PATH"] = path
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=settings, timeout=120)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=settings, timeout=600)
     return run.returncode, (run.stdout + run.stderr).strip()
 
 
@@ -159,6 +159,28 @@ def test_a_second_build_compiles_nothing(tmp_path):
     ops += "print(torch.equal(torch.ops.resnet_fused_cuda.add_act(x, x, True), (x + x).relu()))"
     run = subprocess.run([sys.executable, "-c", ops], capture_output=True, text=True)
     assert run.stdout.strip() == "True", run.stderr
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_without_ninja_all_is_compiled(tmp_path, breaks):
+    sources, work, library = tmp_path / "csrc", tmp_path / "work", tmp_path / "out" / "_C.so"
+    (sources / "host").mkdir(parents=True)
+    for name in ("a.cu", "b.cu", "ops.cpp", "host/fibre.cpp"):
+        (sources / name).touch()
+    compiler = tmp_path / "compiler"
+    fails = 'case "$*" in *b.cu*) exit 3;; esac\n' if breaks else ""
+    compiler.write_text(f'#!/bin/sh\n{fails}while [ "$1" != -o ]; do shift; done; echo made > "$2"\n')
+    compiler.chmod(0o755)
+    paths = ", ".join(f"build.Path({str(path)!r})" for path in (library, work))
+    code = f"build.find_tools = lambda: ({str(compiler)!r}, None); "
+    code += f"build.compile_library(build.Target('host', ''), {paths}, csrc=build.Path({str(sources)!r}))"
+    status, text = choose(code)
+    made = {path.name for path in work.iterdir()}
+    if breaks:
+        assert status == 1 and "exit status 3" in text and not library.exists()
+        return
+    assert (status, text) == (0, "") and library.read_text() == "made\n"
+    assert made == {"csrc_a.o", "csrc_b.o", "csrc_ops.o", "host_fibre.o"}
 
 
 def record_of(monkeypatch, tmp_path, text: str | None):
