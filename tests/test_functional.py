@@ -192,12 +192,11 @@ def test_add_act(backend, act):
 
 @pytest.mark.parametrize("act", ["relu", None])
 def test_add_act_leaves_its_operands_alone(act):
-    """Also those that it refuses."""
     x, other = _activation(2, 5, 3, 4), _activation(2, 5, 3, 4)
     copies = x.clone(), other.clone()
     functional.add_act(x, other, act=act)
     with pytest.raises(TypeError, match="NoneType"):
-        functional.add_act(x, None, act=act)
+        functional.add_act(x, None, act=act)  # also where it refuses
     assert torch.equal(x, copies[0]) and torch.equal(other, copies[1])
 
 
