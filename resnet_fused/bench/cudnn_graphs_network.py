@@ -2,7 +2,8 @@
 
 Traced by torch.fx, its batch norms folded by PyTorch's own pass, in fp32; then every convolution takes the bias, the
 add and the ReLU behind it into one graph. What is left - pooling, the classifier, a convolution for which cuDNN has no
-engine - is PyTorch's. On a GPU all of it is one CUDA graph, captured as `freeze` captures its networks.
+engine - is PyTorch's. On a GPU all of it is one CUDA graph, captured as `freeze` captures its networks. For training
+see `cudnn_graphs_training_network`.
 """
 
 from __future__ import annotations

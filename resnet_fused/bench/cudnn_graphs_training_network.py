@@ -119,7 +119,6 @@ class _TrainingBuilder(Chains):
             for record in (training.convolution, training.weight_gradient):
                 self.graphs.get(record, spec, before is not None)
             self.graphs.get(training.data_gradient, spec)
-            self.graphs.get(training.batch_norm_gradient, spec.y, "none")
             if before is not None:
                 self.graphs.get(training.batch_norm_gradient, spec.x, "recomputed")
         except Unavailable as reason:
