@@ -43,6 +43,7 @@ CUT_SHORT = "cut short"  # its call was over before its limit was: it goes on in
 LOGGED = 100_000  # bytes of a step's output in log.txt: the beginning and the end
 GRACE_S = 5  # of a step's time, to say what it has so far
 SHOWN = 12  # last lines of a step that failed
+TRACE = "Traceback (most recent call last):"
 LEFT = r"left for the next call"
 REHEARSAL = "rehearsal on a CPU"
 
@@ -134,6 +135,8 @@ class Sitting:
                 write_json(self.results, self.out / "results.json")
             for picture in work.glob("*.png"):
                 shutil.copyfile(picture, self.out / picture.name)
+        if status == "out of time" and TRACE in lines:  # of the interrupt, which says nothing
+            lines = lines[: len(lines) - 1 - lines[::-1].index(TRACE)]
         matching = [line.strip() for line in lines if re.search(step.headline, line)]
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         if status == "ok" and any(re.search(LEFT, line) for line in lines):
@@ -196,7 +199,7 @@ class Sitting:
 def _commit() -> str | None:
     """Of the sources, with a + where they have been changed since."""
     found = provenance.commit()
-    return found and found["sha"][:10] + "+" * found["dirty"]
+    return f"{found['sha'][:10]}{'+' * found['dirty']}" if found else None
 
 
 def _wait(command: list[str], environment: dict[str, str], sink: Any, seconds: float) -> str:

@@ -201,6 +201,14 @@ def steps() -> list[Step]:
         _bench("max-autotune train", {**train, "--contestants": "compile-max-autotune"}, 240, 120),
         _bench("max-autotune infer", {**infer, "--contestants": "compile-max-autotune"}, 240, 120),
         _ours("triton", {**both, "--contestants": "fused,frozen", "--backend": "triton"}, 120, 45, small),
+        # cuDNN's training graphs take fp16 alone
+        _ours(
+            "fp16 train",
+            {**train, "--dtype": "fp16", "--contestants": "cudnn-graphs,fused"},
+            120,
+            60,
+            {"--contestants": "fused"},
+        ),
         _ours("loader", {**train, "--contestants": "fused", "--loader": None}, 120, 45),
         dataclasses.replace(
             _ours("cuda", {**both, "--contestants": "fused,frozen", "--backend": "cuda"}, 90, 45, small),

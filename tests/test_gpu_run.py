@@ -240,7 +240,9 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path, monkeypa
             arguments.argv = command[3:]
             if command[3] == "bench":
                 options = cli._options(arguments)
-                assert {case.image_size for case in options.cases} == {224} and options.cases[0].dtype == "bf16", name
+                assert {case.image_size for case in options.cases} == {224} and options.cases[0].dtype == values[name][
+                    "--dtype"
+                ], name
                 assert arguments.json == tmp_path / f"{name.replace(' ', '-')}.json"
                 checked += 1
             else:
@@ -252,7 +254,7 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path, monkeypa
             monkeypatch.setattr(questions.torch.cuda, "is_available", lambda: True)
             monkeypatch.setattr(questions, "supervise", lambda command, path: 0)
             assert questions.main(command[3:]) == 0
-    assert checked == 10
+    assert checked == 11
     rivals = set(gpu_steps.RIVALS.split(",")) | {"fused", "frozen", "compile-max-autotune"}
     assert rivals == set(contestants.CONTESTANTS)  # nobody is forgotten
     for goal in goals.GOALS:  # and every goal's case is measured with both, or with one and the baseline

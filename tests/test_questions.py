@@ -16,6 +16,7 @@ from resnet_fused.bench.network import networks
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 questions = pytest.importorskip("benchmarks.questions", reason="the benchmarks are not here")
+contests = pytest.importorskip("benchmarks.contests", reason="the benchmarks are not here")
 
 pytestmark = pytest.mark.skipif(not ops.available("triton", "cpu"), reason="Triton's interpreter does not run here")
 KEYS = [("q", "s", "wgmma_conv"), ("q", "t", "tma_gemm"), ("q", "u", "pointer")]
@@ -43,7 +44,7 @@ def test_the_questions_of_an_h100_and_those_of_a_gpu_without_tma(setting):
     }
     assert {"wgmma_conv", "tma_gemm", "pointer"} <= set(kernels("statistics"))
     assert found[0].kernel == "wgmma_conv" and found[0].question.startswith("3x3")  # the most valuable first
-    assert all(1 <= len(c.candidates) <= questions.CONFIGURATIONS for c in found)
+    assert all(1 <= len(c.candidates) <= contests.CONFIGURATIONS for c in found)
     older = {c.kernel for c in questions.contests(dataclasses.replace(setting, arch=86))}
     assert older <= {"pointer", "triton", "cuda"}
 
