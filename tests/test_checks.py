@@ -6,9 +6,10 @@ import pytest
 import torch
 from conv_cases import problem
 
-from resnet_fused import reference
+from resnet_fused import ops, reference
 from resnet_fused.bench.checks import comparisons
 from resnet_fused.bench.problems import Job, Operands, arguments, memory_arguments
+from resnet_fused.bench.verify import verify
 from resnet_fused.plan.table import Problem
 
 CPU = torch.device("cpu")
@@ -55,3 +56,13 @@ def test_the_mask_is_judged_by_the_result_beside_it():
     assert not _breaches("bn_apply", operands, [y, mask])
     (reason,) = _breaches("bn_apply", operands, [fused, mask])
     assert "result 1 differs" in reason
+
+
+@pytest.mark.skipif(not any(ops.available(name, "cpu") for name in ("triton", "cuda")), reason="no kernel runs here")
+def test_verify_finds_the_same_side_by_side():
+    alone, together = (
+        verify("resnet18", modes=("infer",), dtypes=("fp32",), rehearse=True, processes=processes)
+        for processes in (1, 2)
+    )
+    assert alone.passed and len(alone.checks) > 5
+    assert together.checks == alone.checks
