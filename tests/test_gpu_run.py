@@ -286,6 +286,8 @@ def test_the_plan_of_a_sitting_is_printed_and_runs_nothing(tmp_path, capsys):
     assert gpu_run.main(["--plan", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(step.name in out for step in gpu_steps.steps()) and "calls of 9 minutes" in out
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines() if line.endswith("  left")}
+    assert {name: int(row[1]) for name, row in rows.items()}["profile"] == 3  # what matters most, with all of its time
     assert "compute-sanitizer --tool memcheck" in out and not (tmp_path / "out").exists()
 
 
