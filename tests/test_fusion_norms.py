@@ -72,6 +72,13 @@ class Switched(nn.BatchNorm2d):
         return super().forward(x) if self.enabled else x
 
 
+class SwitchedByClass(nn.BatchNorm2d):
+    enabled = True
+
+    def forward(self, x):
+        return super().forward(x) if self.enabled else x
+
+
 class OtherInTraining(nn.BatchNorm2d):
     def forward(self, x):
         y = super().forward(x)
@@ -229,6 +236,16 @@ def test_dropout_inside_follows_the_unit():
 def test_a_frozen_norm_without_a_convolution_is_left_alone():
     model = nn.Sequential(FrozenBatchNorm2d(3), nn.ReLU())
     assert report(fuse(model)).skipped == [("0", "FrozenBatchNorm2d does not follow a convolution")]
+
+
+def test_an_attribute_of_the_class_that_an_instance_overrides_is_noticed():
+    plain = Block(SwitchedByClass).double()
+    fused = fuse(copy.deepcopy(plain))
+    assert isinstance(plan_of(fused), BlockPlan)
+    for model in (plain, fused):
+        model.bn1.enabled = False
+    assert_same(plain, fused, picture())
+    assert "its forward reads the attribute `enabled`" in str(report(fused))
 
 
 def replace_activation(block):

@@ -1,8 +1,8 @@
 """Swap fused forwards into an existing model and back: `fuse`, `unfuse`, `report`, `freeze`.
 
 A module is recognised by what its forward computes, never by its class name. Residual blocks become one plan of fused
-units; elsewhere each chain conv-bn(-relu) or bn-relu becomes one unit. Everything else is left alone, and `report` says
-why.
+units; elsewhere each chain conv-bn(-add)(-relu(-pool)) or bn-relu becomes one unit. Everything else is left alone, and
+`report` says why.
 """
 
 from .frozen import freeze

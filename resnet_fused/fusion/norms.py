@@ -86,10 +86,11 @@ def looks_like_norm(module: nn.Module) -> bool:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What decides the form of modules of one class: children, settings, and which parameters and buffers there are."""
+    """What decides the form of modules of one class: children, settings, and which tensors and attributes there are."""
     settings = tuple(module.__dict__.get(name) for name in _SETTINGS)
     tensors = {**module._parameters, **module._buffers}
-    return (tuple(module._modules.items()), settings, tuple(tensors.get(name) is None for name in _TENSORS))
+    absent = tuple(tensors.get(name) is None for name in _TENSORS)
+    return (tuple(module._modules.items()), settings, absent, tuple(module.__dict__))
 
 
 def _super_forward(x: Tensor) -> Tensor:
