@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -77,6 +78,8 @@ class Sitting:
         return cls(out, gpu, rehearse, found["steps"], gpu_collect.read(out / "results.json", {}))
 
     def write(self) -> None:
+        order = {step.name: index for index, step in enumerate(steps())}
+        self.state = dict(sorted(self.state.items(), key=lambda item: order.get(item[0], len(order))))
         write_json({"format": 1, "gpu": self.gpu, "steps": self.state}, self.out / "state.json")
         text = "\n".join(self.summary()) + "\n"
         write_atomically(self.out / "summary.txt", lambda temporary: temporary.write_text(text))
@@ -130,13 +133,14 @@ class Sitting:
                 write_json(self.results[step.name], mine)
             status, lines = self._process(step, seconds, work)
             found = gpu_collect.read(mine, None)
-            if found is not None:
-                self.results[step.name] = found
+            if found is not None:  # its command line names a folder that is gone
+                self.results[step.name] = json.loads(json.dumps(found).replace(f"{work}/", ""))
                 write_json(self.results, self.out / "results.json")
             for picture in work.glob("*.png"):
                 shutil.copyfile(picture, self.out / picture.name)
         if status == "out of time" and TRACE in lines:  # of the interrupt, which says nothing
             lines = lines[: len(lines) - 1 - lines[::-1].index(TRACE)]
+        lines = [line.replace(f"{work}/", "") for line in lines]
         matching = [line.strip() for line in lines if re.search(step.headline, line)]
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
         if status == "ok" and any(re.search(LEFT, line) for line in lines):

@@ -122,8 +122,9 @@ def _ours(name: str, options: Options, limit_s: int, least_s: int = 60, tiny: Op
 def _not_built(rehearse: bool) -> str | None:
     """Asked after the build, of what it wrote."""
     _library._record.cache_clear()
+    _library.load.cache_clear()
     built = _library.device_type() == ("cpu" if rehearse else "cuda")
-    return None if built else f"the compiled kernels: {_library.status()}"
+    return _library.load() if built else f"the compiled kernels: {_library.status()}"
 
 
 def steps() -> list[Step]:

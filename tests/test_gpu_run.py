@@ -91,10 +91,15 @@ def test_results_come_home_whole_or_not_at_all(rehearsed, tmp_path):
     (result,) = home.glob("*.json")
     report = schema.load(result)
     assert [case.case.mode for case in report.cases] == ["infer", "train"] and report.loader
+    assert "gpu_run_" not in report.provenance["command"]  # a folder that is gone
     assert tables.read(root / "resnet_fused/plan/tables/nvidia-test-1.json").verified
     (folder,) = home.glob("sitting-*")
     assert {path.name for path in folder.iterdir()} == set(gpu_collect.KEPT)
-    assert "docs/gpu_log.md" in said and "measured not measured" in said and "train, batch 2, fp32: measured" in said
+    assert (
+        "docs/gpu_log.md" in said
+        and "against eager AMP: not measured" in said
+        and "train, batch 2, fp32: measured" in said
+    )
     before = files(root)
     list(gpu_collect.collect(out, root))
     assert files(root) == before  # twice is once
