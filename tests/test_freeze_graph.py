@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
 import warnings
 
 import pytest
@@ -10,6 +12,7 @@ import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet_fused import freeze, use_backend
+from resnet_fused.fusion.frozen import graph
 from resnet_fused.fusion.frozen.graph import MAX_GRAPHS, Graphs
 
 
@@ -46,6 +49,34 @@ def test_one_graph_for_each_shape_layout_and_dtype():
         for x in inputs:
             assert torch.equal(graphs(x), x + 1)
     assert len(recorder.captured) == 4 and recorder.replayed == 12 and recorder.runs == 0
+
+
+class _Cuda:
+    """As much of `torch.cuda` as a capture asks for; replaying changes nothing."""
+
+    def __init__(self):
+        self.streams = []
+        self.device = self.stream = lambda value: contextlib.nullcontext()
+        self.CUDAGraph = lambda: types.SimpleNamespace(replay=lambda: None)
+        self.current_stream = self.Stream
+
+    def Stream(self):
+        return types.SimpleNamespace(wait_stream=lambda other: None)
+
+    def graph(self, graph, stream=None):
+        self.streams.append(stream)
+        return contextlib.nullcontext()
+
+
+def test_a_graph_captured_in_inference_mode_replays_outside_of_it(monkeypatch):
+    cuda = _Cuda()
+    monkeypatch.setattr(graph.torch, "cuda", cuda)
+    x = torch.zeros(2)
+    with torch.inference_mode():
+        replay = graph.capture(lambda given: given + 1, torch.zeros(2))
+        assert torch.equal(replay(x), x + 1)
+    assert torch.equal(replay(x), x + 1) and not replay(x).is_inference()
+    assert cuda.streams[0] is not None  # of the input's device
 
 
 def test_shapes_beyond_the_limit_run_op_by_op():

@@ -17,7 +17,8 @@ Network = Callable[[Tensor], Any]
 
 def capture(network: Network, example: Tensor) -> Network:
     """The network as a CUDA graph for inputs like `example`; results are copies, free of the graph's memory."""
-    with torch.cuda.device(example.device):
+    # Whoever calls first decides nothing: a tensor made in inference mode could not be written to outside of it.
+    with torch.cuda.device(example.device), torch.inference_mode(False), torch.no_grad():
         static_input = example.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -28,7 +29,7 @@ def capture(network: Network, example: Tensor) -> Network:
                 network(static_input)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):  # PyTorch's default is one stream, on the device that came first
             static_output = network(static_input)
 
     def replay(x: Tensor) -> Any:
