@@ -151,6 +151,7 @@ def _builds(graph, index: int) -> bool:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
 def test_a_convolution_on_a_gpu(dtype, residual):
@@ -169,6 +170,7 @@ def test_a_convolution_on_a_gpu(dtype, residual):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_the_contestant_on_a_gpu(dtype):
     pytest.importorskip("cudnn")
@@ -183,6 +185,7 @@ def test_the_contestant_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_on_a_gpu():
     pytest.importorskip("cudnn")
     model, case = model_of("resnet50"), Case("resnet50", "train", 8, "fp16", "cuda", 64)
