@@ -107,6 +107,7 @@ FORMS = [
     (lambda: Centred(4), "Centred computes something else than a batch norm"),
     (lambda: OtherInTraining(4), "OtherInTraining computes something else than a batch norm"),
     (lambda: Switched(4), "its forward reads the attribute `enabled`"),
+    (lambda: SwitchedByClass(4), "its forward reads the attribute `enabled`"),
     (lambda: SyncBatchNormAct(4), "its forward reads the attribute `act`"),
     (lambda: nn.InstanceNorm2d(4, track_running_stats=True), None),
     (lambda: nn.BatchNorm3d(4), None),
@@ -236,16 +237,6 @@ def test_dropout_inside_follows_the_unit():
 def test_a_frozen_norm_without_a_convolution_is_left_alone():
     model = nn.Sequential(FrozenBatchNorm2d(3), nn.ReLU())
     assert report(fuse(model)).skipped == [("0", "FrozenBatchNorm2d does not follow a convolution")]
-
-
-def test_an_attribute_of_the_class_that_an_instance_overrides_is_noticed():
-    plain = Block(SwitchedByClass).double()
-    fused = fuse(copy.deepcopy(plain))
-    assert isinstance(plan_of(fused), BlockPlan)
-    for model in (plain, fused):
-        model.bn1.enabled = False
-    assert_same(plain, fused, picture())
-    assert "its forward reads the attribute `enabled`" in str(report(fused))
 
 
 def replace_activation(block):

@@ -23,7 +23,7 @@ from .trace import Traced, Untraceable, original_class, record, trace
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("eps", "momentum", "affine", "track_running_stats", "num_features")
-_KNOWN = {*_TENSORS, *_SETTINGS, "training", "process_group"}
+_KNOWN = {*_TENSORS, *_SETTINGS, "training", "process_group", "__dict__"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def norm_form(module: nn.Module) -> NormForm | str | None:
         return f"{cls.__name__} is called in a way of its own"
     if any(isinstance(getattr(cls, name, None), property) for name in _TENSORS):
         return f"{cls.__name__} computes its parameters"  # as a parametrization does
-    key = (cls, tuple(module._modules), *signature(module)[1:])
+    key = (cls, tuple(module._modules), tuple(module.__dict__), *signature(module)[1:])
     if key not in _forms:
         _forms[key] = _look_into(module)
     return _forms[key]
@@ -86,11 +86,10 @@ def looks_like_norm(module: nn.Module) -> bool:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What decides the form of modules of one class: children, settings, and which tensors and attributes there are."""
+    """What decides the form of modules of one class: children, settings, and which parameters and buffers there are."""
     settings = tuple(module.__dict__.get(name) for name in _SETTINGS)
     tensors = {**module._parameters, **module._buffers}
-    absent = tuple(tensors.get(name) is None for name in _TENSORS)
-    return (tuple(module._modules.items()), settings, absent, tuple(module.__dict__))
+    return (tuple(module._modules.items()), settings, tuple(tensors.get(name) is None for name in _TENSORS))
 
 
 def _super_forward(x: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ def _check_reads(module: nn.Module, traced: Traced) -> None:
     if not isinstance(getattr(module, "eps", None), float):
         raise Untraceable("it has no eps")
     for name in sorted(traced.reads - _KNOWN - set(module._modules) - set(nn.Module().__dict__)):
-        if name in module.__dict__ or not hasattr(type(module), name):
+        if name in module.__dict__ or not callable(getattr(type(module), name, None)):
             raise Untraceable(f"its forward reads the attribute `{name}`")
 
 
