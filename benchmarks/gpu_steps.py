@@ -7,6 +7,7 @@ fair there: every run has the same baseline, interleaved.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import shutil
 import sys
@@ -127,6 +128,10 @@ def _not_built(rehearse: bool) -> str | None:
     return _library.load() if built else f"the compiled kernels: {_library.status()}"
 
 
+def _missing(package: str) -> str | None:
+    return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
 def steps() -> list[Step]:
     """In order of value. With all of their time the steps up to the profile take three calls of nine minutes."""
     tests = tuple(sorted(str(path.relative_to(ROOT)) for one in OP_TESTS for path in (ROOT / "tests").glob(one)))
@@ -138,7 +143,7 @@ def steps() -> list[Step]:
     train: Options = {"--mode": "train", "--batch": "256"}
     infer: Options = {"--mode": "infer", "--batch": "256,32,1"}
     both: Options = {"--mode": "train,infer", "--batch": "256"}
-    little_net = "timm:test_resnet"  # Triton's interpreter would take half a minute for a step of ResNet-18
+    little_net = "timm:test_resnet"  # Triton's interpreter takes minutes for ResNet-18
     small: Options = {"--model": little_net, "--mode": "infer", "--contestants": "frozen"}
     return [
         Step(
@@ -201,7 +206,10 @@ def steps() -> list[Step]:
         ),
         _bench("max-autotune train", {**train, "--contestants": "compile-max-autotune"}, 240, 120),
         _bench("max-autotune infer", {**infer, "--contestants": "compile-max-autotune"}, 240, 120),
-        _ours("triton", {**both, "--contestants": "fused,frozen", "--backend": "triton"}, 120, 45, small),
+        dataclasses.replace(
+            _ours("triton", {**both, "--contestants": "fused,frozen", "--backend": "triton"}, 120, 45, small),
+            absent=lambda rehearse: _missing("timm") if rehearse else None,
+        ),
         # cuDNN's training graphs take fp16 alone
         _ours(
             "fp16 train",
@@ -213,7 +221,7 @@ def steps() -> list[Step]:
         _ours("loader", {**train, "--contestants": "fused", "--loader": None}, 120, 45),
         dataclasses.replace(
             _ours("cuda", {**both, "--contestants": "fused,frozen", "--backend": "cuda"}, 90, 45, small),
-            absent=_not_built,
+            absent=lambda rehearse: _not_built(rehearse) or (_missing("timm") if rehearse else None),
         ),
         dataclasses.replace(
             _pytest(
@@ -224,6 +232,7 @@ def steps() -> list[Step]:
                 {"-k": "add_act and eager"},
                 "benchmarks",
             ),
+            absent=lambda rehearse: _missing("pytest_benchmark"),
             uses_plan=True,
         ),
         Step(
