@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CLI = (sys.executable, "-m", "resnet_fused.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
 QUESTIONS = (sys.executable, "-m", "benchmarks.questions")
-OP_TESTS = ("test_*ops.py", "test_conv_*.py", "test_triton_bn.py", "test_experimental*.py")
+OP_TESTS = (
+    *("test_*ops.py", "test_conv_*.py", "test_triton_bn.py", "test_experimental*.py"),
+    *("test_block*.py", "test_freeze_triton.py"),
+)
+GPU_TESTS = ("compilation", "cudnn_package", "experimental_on_gpu", "training_machinery")
 SANITIZER = "compute-sanitizer"
 MARGIN_S = 15  # of a step's time, for what it does beside measuring
 Options = Mapping[str, str | None]  # None as value: a flag
@@ -135,6 +139,7 @@ def _missing(package: str) -> str | None:
 def steps() -> list[Step]:
     """In order of value. With all of their time the steps up to the profile take three calls of nine minutes."""
     tests = tuple(sorted(str(path.relative_to(ROOT)) for one in OP_TESTS for path in (ROOT / "tests").glob(one)))
+    marked = tuple(f"tests/test_{name}.py" for name in GPU_TESTS)
     memory = ("tests/test_bn_ops.py", "tests/test_stem_ops.py", "tests/test_ops.py")
     products = ("tests/test_conv_fprop.py", "tests/test_conv_dgrad.py", "tests/test_conv_wgrad.py")
     verify: Options = {"--model": "resnet50", "--json": "{work}/{name}.json"}
@@ -151,19 +156,19 @@ def steps() -> list[Step]:
             (sys.executable, "setup.py", "--quiet", "build_ext"),
             {"--inplace": None},
             r"cuda sm_|not built|[Ee]rror|none",
-            150,
+            120,
             tiny={"--inplace": "-", "--build-lib": "{work}/build"},
             each_call=True,
         ),
         _pytest(
             "check",
-            {"-n": str(min(8, os.cpu_count() or 1))},
-            120,
+            {"-m": "not gpu", "-n": str(min(16, os.cpu_count() or 1))},
+            150,
             tests,
             {"-n": "0", "-k": "refusals"},
             "tests/test_ops.py",
         ),
-        _pytest("gpu tests", {"-m": "gpu"}, 100, ("tests",), NONE, "tests/test_training_machinery.py"),
+        _pytest("gpu tests", {"-m": "gpu"}, 70, marked, NONE, "tests/test_training_machinery.py"),
         Step("verify", (*CLI, "verify"), {**verify, "--dtype": "bf16,fp16,fp32"}, right, 120, 30, little),
         _sanitized("memcheck", "(3x35x5x7 and bfloat16 or every_epilogue) and not reference", (*memory, *products), 60),
         Step("roofs", QUESTIONS, {"--roofs": None, **json}, "^roofs:", 30, 15, {"--rehearse": None}),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from resnet_fused._command import check_writable
 from resnet_fused.evaluate import command as evaluate
 
 PROGRAM = "resnet-fused"
@@ -31,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     root = _Parser(prog=PROGRAM, description="Fused conv + batch norm + ReLU + residual add for ResNets.")
+    root.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     info = commands.add_parser("info", help="what is built, and which backends can run here")
     info.set_defaults(function=_info)
@@ -120,6 +122,12 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=_verify)
 
 
+def _version() -> str:
+    from resnet_fused import __version__
+
+    return __version__
+
+
 def _info(arguments: argparse.Namespace) -> int:
     import resnet_fused
 
@@ -185,8 +193,8 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
 
     try:
         chosen = _chosen_cases(arguments) or ROOFLINE_CASES
-        (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
-        _check_writable("--json", arguments.json)
+        size = cases.positive_integer(arguments.image_size, "--image-size")
+        check_writable("--json", arguments.json)
         found = roofline.rooflines(arguments.model, chosen, size)
     except cases.UsageError as error:
         return _complain(str(error))
@@ -216,7 +224,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     def run(reporter: Any, common: dict[str, Any]) -> int:
         dtype = cases.choose(arguments.dtype, cases.DTYPES, "dtype")
         budget = cases.seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
-        _check_writable("--out", arguments.out)
+        check_writable("--out", arguments.out)
         common["batch"] = cases.positive_integers(arguments.batch, "--batch")
         print(tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common))
         return 0
@@ -229,7 +237,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     def run(reporter: Any, common: dict[str, Any]) -> int:
         dtypes = cases.choose_many(arguments.dtype, cases.DTYPES, "dtype")
-        _check_writable("--json", arguments.json)
+        check_writable("--json", arguments.json)
+        common["batch"] = cases.positive_integer(arguments.batch, "--batch")
         found = verify.verify(dtypes=dtypes, every_configuration=arguments.every_configuration, **common)
         print(found)
         if arguments.json:
@@ -255,8 +264,7 @@ def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, An
             common = {
                 "model": names,
                 "modes": cases.choose_many(arguments.mode, cases.MODES, "mode"),
-                "batch": cases.positive_integers(arguments.batch, "--batch")[0],
-                "image_size": cases.positive_integers(arguments.image_size, "--image-size")[0],
+                "image_size": cases.positive_integer(arguments.image_size, "--image-size"),
                 "rehearse": arguments.rehearse,
                 "command": shlex.join([PROGRAM, *arguments.argv]),
                 "reporter": reporter,
@@ -280,8 +288,8 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     entrants = tuple(contestants.CONTESTANTS)
     if arguments.contestants:
         entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
-    (size,) = cases.positive_integers(arguments.image_size, "--image-size")[:1]
-    rounds = cases.positive_integers(arguments.rounds, "--rounds")[0] if arguments.rounds else None
+    size = cases.positive_integer(arguments.image_size, "--image-size")
+    rounds = cases.positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
     chosen = _chosen_cases(arguments)
     wanted = bool(chosen or arguments.check)  # then all of it is measured
     budget = arguments.budget if arguments.budget is not None else None if wanted else DEFAULT_BUDGET_S
@@ -290,7 +298,7 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
     entry = arguments.record and arguments.record / "new.json"
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
-        _check_writable(option, path)
+        check_writable(option, path)
     if arguments.images and arguments.no_images:
         raise cases.UsageError("--images and --no-images contradict each other")
     source = None
@@ -301,7 +309,7 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
             raise cases.UsageError("--loader goes with a race, not with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
             raise cases.UsageError("--loader measures training, and no case does: add --mode train")
-        workers = cases.positive_integers(arguments.workers, "--workers")[0] if arguments.workers else None
+        workers = cases.positive_integer(arguments.workers, "--workers") if arguments.workers else None
         source = loader.Source(None if arguments.loader == GENERATED else arguments.loader, workers)
         if source.folder is not None:
             loader.check(source.folder)
@@ -321,20 +329,6 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     )
 
 
-def _check_writable(option: str, path: Path | None) -> None:
-    from resnet_fused.bench.cases import UsageError
-
-    if path is None:
-        return
-    if path.is_dir():
-        raise UsageError(f"{option} {path}: this is a folder; name a file")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot write into {parent}: {error.strerror}") from None
-
-
 def _complain(message: str) -> int:
     print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return 2
@@ -345,7 +339,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parser().parse_args(argv)
     arguments.argv = argv
-    return int(arguments.function(arguments))
+    try:
+        status = int(arguments.function(arguments))
+        sys.stdout.flush()
+    except BrokenPipeError:  # as `head` leaves one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        return 128 + 13
+    except OSError as error:  # a disk that has filled up meanwhile
+        return _complain(f"{error.filename or 'cannot write'}: {error.strerror or error}")
+    return status
 
 
 if __name__ == "__main__":

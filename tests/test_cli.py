@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import resnet_fused
 from resnet_fused import cli
 
 TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu", "--rounds", "2"]
@@ -47,6 +48,7 @@ BAD = {
     "backend": (["--backend", "cudnn"], "aten"),
     "batch": (["--batch", "none"], "1,8"),
     "rounds": (["--rounds", "0"], "> 0"),
+    "two sizes": (["--image-size", "32,64"], "an integer > 0"),
     "budget": (["--budget", "-1"], "> 0"),
     "no number": (["--budget", "soon"], "float"),
     "folder": (["--images", "absent"], "absent"),
@@ -99,6 +101,28 @@ def test_a_forced_backend_that_cannot_run(tmp_path):
     last = done.stderr.splitlines()[-1]
     assert last.startswith("resnet-fused: error: --backend triton: ") and "TRITON_INTERPRET" in last
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"resnet-fused {resnet_fused.__version__}\n"
+
+
+def test_a_full_disk_and_a_reader_that_has_gone_are_no_tracebacks(tmp_path, capsys, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device", "a.json")
+
+    monkeypatch.setattr(resnet_fused, "info", full)
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "resnet-fused: error: a.json: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    root = Path(cli.__file__).resolve().parents[1]
+    command, environment = [sys.executable, "-m", "resnet_fused", "info"], {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, check=False)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == b""
 
 
 def test_pictures_of_ones_own(tmp_path, capsys, monkeypatch):

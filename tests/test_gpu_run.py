@@ -272,6 +272,11 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path, monkeypa
             ), (goal, name)
 
 
+def test_every_test_for_a_gpu_is_in_the_sitting():
+    marked = {path.stem[5:] for path in (gpu_steps.ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()}
+    assert marked - {"gpu_run"} == set(gpu_steps.GPU_TESTS)
+
+
 def test_the_selections_of_tests_find_tests():
     wanted = {"check": 2000, "gpu tests": 8, "memcheck": 40, "racecheck": 10}
     for step in gpu_steps.steps():

@@ -238,6 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FileNotFoundError as error:
+        print(f"error: no {error.filename}; run this in a checkout, or name one with --root", file=sys.stderr)
+        return 2
     for name in changed:
         print(f"{'stale, run make docs:' if options.check else 'wrote'} {name}")
     return 1 if options.check and changed else 0

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from resnet_fused._command import write_atomically as write_atomically  # for whoever writes results
+from resnet_fused._command import write_json as write_json
 
 from .cases import Case
 from .correctness import Errors
@@ -137,23 +135,3 @@ class Report:
             "roof_fraction": rate / report.roof.best if rate and report.roof else None,
             "errors": {k: "inf" if v == float("inf") else v for k, v in errors.items()} if errors else None,
         }
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path` and move it there: readers see the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Write JSON-ready values, atomically."""
-    text = json.dumps(value, indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text + "\n"))
