@@ -398,3 +398,10 @@ def test_torch_compile_without_graph_breaks(backend):
         y.square().sum().backward()
         results.append((y, weight.grad, mean, var))
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_a_residual_alone_may_be_mapped_over():
+    x, residuals = torch.randn(2, 4, 3, 3), torch.randn(5, 2, 4, 3, 3)
+    mean, var = torch.zeros(4), torch.ones(4)
+    mapped = torch.vmap(lambda residual: functional.batch_norm_act(x, mean, var, None, None, residual))(residuals)
+    assert torch.equal(mapped, torch.stack([functional.batch_norm_act(x, mean, var, None, None, r) for r in residuals]))

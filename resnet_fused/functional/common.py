@@ -44,9 +44,10 @@ def pixels(x: Tensor) -> int:
 
 
 def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """act(y + residual) of a freshly made `y`."""
+    """act(y + residual) of a freshly made `y`, whose memory the result takes where it can."""
     if residual is not None:
-        y = y + residual
+        fits = residual.dtype == y.dtype and residual.shape == y.shape and not _transformed()
+        y = y.add_(residual) if fits else y + residual
     return F.relu(y, inplace=True) if relu else y
 
 
