@@ -103,7 +103,9 @@ def _summary(path: Path, report: Report) -> Iterator[str]:
     facts = report.provenance
     yield f"\n**{report.model} on {provenance.device_name(facts)}**: {_origin(report)}, [`{path.name}`]({path})."
     yield f"Images/s, and times `{report.baseline}`:\n"
-    names = list(dict.fromkeys(result.contestant for case in report.cases for result in case.results))
+    every = dict.fromkeys(result.contestant for case in report.cases for result in case.results)
+    here = {r.contestant for case in report.cases for r in case.results if r.status != "unavailable"}
+    names, absent = [name for name in every if name in here], [name for name in every if name not in here]
     yield f"| | {' | '.join(names)} |"
     yield "|---" * (len(names) + 1) + "|"
     for case in report.cases:
@@ -111,6 +113,8 @@ def _summary(path: Path, report: Report) -> Iterator[str]:
         cells = [_cell(case, by_name[name], report.baseline) if name in by_name else "" for name in names]
         yield f"| {_case(case)} | {' | '.join(cells)} |"
     yield ""
+    if absent:
+        yield f"Unavailable there: {', '.join(f'`{name}`' for name in absent)}.\n"
     yield from _means(report)
     yield from (f"{line[0].upper()}{line[1:]}." for line in loader.lines(report.loader))
     yield f"\n![images per second by contestant, with the measured arithmetic roof]({image(path)})\n"
