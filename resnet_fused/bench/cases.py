@@ -55,3 +55,8 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.mode}, batch {self.batch}, {self.dtype}"
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line that an error of another library says, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from resnet_fused.plan.conv import uses_tf32
 
-from .cases import Unavailable
+from .cases import Unavailable, reason_of
 
 OLDEST_CUDNN = 90000
 PATIENCE_S = 1.0  # with the plans of one graph; those that are compiled at run time take half a second each
@@ -121,8 +121,7 @@ def imported() -> Any:
     try:
         cudnn = importlib.import_module("cudnn")
     except Exception as error:  # a package that breaks on import, for want of libcudnn say, is as good as none
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Unavailable(f"cudnn cannot be imported ({problem}); it needs nvidia-cudnn-frontend") from None
+        raise Unavailable(f"cudnn cannot be imported ({reason_of(error)}); it needs nvidia-cudnn-frontend") from None
     missing = [name for name in _REQUIRED if not hasattr(cudnn, name)]
     if missing:
         raise Unavailable(f"the installed package cudnn has no {', '.join(missing)}; it needs nvidia-cudnn-frontend")
@@ -193,7 +192,7 @@ class Graph:
         except Unavailable:
             raise
         except Exception as error:  # cuDNN's "not supported" is an exception of its package's own
-            raise Unavailable(f"cuDNN has no engine for {what}: {_first_line(error)}") from None
+            raise Unavailable(f"cuDNN has no engine for {what}: {reason_of(error)}") from None
 
     def run(self, operands: dict[str, Tensor], workspace: Tensor) -> None:
         """Launch on the current stream.
@@ -225,7 +224,7 @@ class Graph:
             except Exception as error:  # filtered out, cannot be built, wants more memory than there is
                 problem = error
         if not found:
-            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {_first_line(problem)}")
+            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {reason_of(problem)}")
         _, index, size = min(found)
         return index, size
 
@@ -348,7 +347,3 @@ def conv_bias_act(
 def nhwc_strides(shape: Shape) -> list[int]:
     _, c, h, w = shape
     return [c * h * w, 1, c * w, c]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cases import Case, Unavailable
+from .cases import Case, Unavailable, reason_of
 
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "torch_tensorrt": ("torch_tensorrt",)}
 
@@ -50,7 +50,7 @@ def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable
     try:
         session = runtime.InferenceSession(program.model_proto.SerializeToString(), settings, providers=[provider])
     except Exception as error:  # no kernel for an op in this dtype, say
-        raise Unavailable(f"onnxruntime does not take the exported model: {str(error).splitlines()[0]}") from None
+        raise Unavailable(f"onnxruntime does not take the exported model: {reason_of(error)}") from None
     (entry,), (result,) = session.get_inputs(), session.get_outputs()
     element = {"fp32": 1, "fp16": 10, "bf16": 16}[case.dtype]  # onnx.TensorProto.DataType
     with torch.no_grad():

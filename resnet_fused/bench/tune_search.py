@@ -73,7 +73,6 @@ class Search:
         self.dropped: list[tuple[Problem, Choice, str]] = []
         self.right: set[tuple[Problem, Choice]] = set()  # checked, and good
         self.timed: set[Problem] = set()  # by this call
-        self.settled: set[Problem] = set()  # in this call, with all candidates
         if again:
             self.failed.clear()
         else:
