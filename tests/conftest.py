@@ -46,3 +46,12 @@ def ranks(tmp_path_factory):
     both = Ranks(str(tmp_path_factory.mktemp("ranks") / "rendezvous"))
     yield both
     both.close()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors so tiny that more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -14,14 +14,7 @@ from torch import nn
 from resnet_fused import nn as fused_nn
 from resnet_fused.fusion import fuse, plan_of, report, swap, unfuse
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -15,14 +15,7 @@ from torch import nn
 from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, swap
 from resnet_fused.fusion.recognise import recognise
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are tiny: more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

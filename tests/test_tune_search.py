@@ -136,10 +136,7 @@ def test_nothing_is_checked_twice_but_blocks(search):
 
 def _consistent(table, network):
     """What must hold of any table, whenever time ran out."""
-    again = tables.from_json(
-        table.to_json() if False else __import__("json").loads(__import__("json").dumps(table.to_json()))
-    )
-    assert again == table
+    assert tables.from_json(json.loads(json.dumps(table.to_json()))) == table
     for problem, entry in table.entries.items():
         times = dict(entry.measured)
         assert "alone" in problem.flags or ATEN in times
