@@ -292,10 +292,11 @@ def bn_finalize(
     # The shift takes the scale as it will be used, rounded: then its rounding costs nothing where the mean is large.
     scale = (invstd if weight is None else invstd * weight.double()).to(out)
     shift = (0.0 if bias is None else bias.double()) - merged * scale.double()
+    # Through `data`: autograd does not count this mutation, as it does not count that of PyTorch's own batch norm.
     if running_mean is not None:
-        running_mean.copy_((1 - momentum) * running_mean.double() + momentum * merged)
+        running_mean.data.copy_((1 - momentum) * running_mean.double() + momentum * merged)
     if running_var is not None:
-        running_var.copy_((1 - momentum) * running_var.double() + momentum * deviations / (total - 1))
+        running_var.data.copy_((1 - momentum) * running_var.double() + momentum * deviations / (total - 1))
     return scale, shift.to(out), merged.to(out), invstd.to(out)
 
 
@@ -325,8 +326,8 @@ def bn_apply(
     return y, mask
 
 
-def _kept(dy: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
-    """dz in the compute dtype: dy behind ReLU's mask, stored or recomputed."""
+def behind_relu(dy: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:
+    """dz in the compute dtype: dy behind ReLU's mask, stored or recomputed; differentiable in dy."""
     if not relu:
         return _up(dy)
     if mask is not None:
@@ -366,7 +367,7 @@ def bn_backward_reduce(
     relu: bool,
     rows: int,
 ) -> tuple[Tensor, Tensor]:
-    return _sums(_kept(dy, x, mask, scale, shift, relu), x, mean, invstd)
+    return _sums(behind_relu(dy, x, mask, scale, shift, relu), x, mean, invstd)
 
 
 def bn_backward_apply(
@@ -383,7 +384,7 @@ def bn_backward_apply(
     relu: bool,
     with_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
-    dz = _kept(dy, x, mask, scale, shift, relu)
+    dz = behind_relu(dy, x, mask, scale, shift, relu)
     dx = _input_gradient(dz, x, scale, mean, invstd, sum_dy, sum_dy_xhat, count)
     return dx, _like(dz, x) if with_dresidual else x.new_empty(0)
 
@@ -407,16 +408,20 @@ def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
     return y, torch.empty_like(y, dtype=torch.uint8).copy_(index)
 
 
-def _unpool(dy: Tensor, index: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """dz in the compute dtype: each window's gradient at its winner, behind ReLU's mask."""
-    n, c, h, w = x.shape
-    rows, cols = dy.shape[2:]
+def winners(index: Tensor, x: Tensor) -> Tensor:
+    """Where in its plane of `x` each window's winner is, `[N, C, P * Q]`."""
+    rows, cols = index.shape[2:]
     place = index.long()
     top = torch.arange(rows, device=x.device).view(-1, 1) * 2 - 1
     left = torch.arange(cols, device=x.device).view(1, -1) * 2 - 1
-    flat = (top + place // 3) * w + left + place % 3
+    return ((top + place // 3) * x.shape[3] + left + place % 3).flatten(2)
+
+
+def _unpool(dy: Tensor, index: Tensor, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """dz in the compute dtype: each window's gradient at its winner, behind ReLU's mask."""
+    n, c, h, w = x.shape
     gathered = torch.zeros(n, c, h * w, dtype=compute_dtype(x.dtype), device=x.device)
-    gathered.scatter_add_(2, flat.reshape(n, c, -1), _up(dy).reshape(n, c, -1))
+    gathered.scatter_add_(2, winners(index, x), _up(dy).reshape(n, c, -1))
     # PyTorch rounds the pooled gradient to the data's dtype before ReLU and batch norm see it; the kernels do not.
     return _select(~(_normalise(x, scale, shift).to(x.dtype) <= 0), gathered.view(n, c, h, w))
 

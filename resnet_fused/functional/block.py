@@ -26,6 +26,7 @@ from resnet_fused.functional.common import (
     common_reason,
     conv_shape,
     dense,
+    mixes_dtypes,
     pixels,
     refused,
 )
@@ -57,8 +58,10 @@ class ConvBN:
     eps: float = 1e-5
 
     @property
-    def batch_statistics(self) -> bool:
-        return self.training or self.running_mean is None or self.running_var is None
+    def raises(self) -> bool:
+        """Whether PyTorch refuses such a batch norm."""
+        constants = self.running_mean is not None and self.running_var is not None
+        return self.eps <= 0 or not (self.training or constants)
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -79,7 +82,7 @@ def choose_chain(
     that was measured to be slower than PyTorch's own layers is one of no layers: `run_chain` runs those.
 
     Raises:
-        RuntimeError: a forced backend has the kernels, and cannot run them on these tensors.
+        Refused: a forced backend has the kernels, and cannot run them on these tensors.
     """
     if residual is x:
         identity, residual = True, None
@@ -138,12 +141,12 @@ def _measured(
     for layer in branch:
         shape = out
         out = None if shape is None else conv_shape(shape, layer.weight, layer.geometry)
-        if shape is None or out is None or not layer.batch_statistics:
+        if shape is None or out is None or not layer.training:
             return None
         shapes.append(_problem(shape, layer))
     projection = None
     if shortcut is not None:
-        if conv_shape(tuple(x.shape), shortcut.weight, shortcut.geometry) != out or not shortcut.batch_statistics:
+        if conv_shape(tuple(x.shape), shortcut.weight, shortcut.geometry) != out or not shortcut.training:
             return None
         projection = _problem(tuple(x.shape), shortcut)
     block = plan.BlockShape(tuple(shapes), projection, identity)
@@ -167,9 +170,11 @@ def _choose_layer(
     """How to run one layer on an input of `shape`, and the shape of its result."""
     weight = layer.weight
     out = conv_shape(shape, weight, layer.geometry)
-    if out is None or 0 in out or any(v is not None and v.shape != weight.shape[:1] for v in layer.vectors):
+    if out is None or 0 in out or layer.raises or mixes_dtypes(weight, layer.vectors):
         return None, None
-    if layer.batch_statistics and out[0] * out[2] * out[3] == 1:
+    if any(v is not None and v.shape != weight.shape[:1] for v in layer.vectors):
+        return None, None
+    if layer.training and out[0] * out[2] * out[3] == 1:
         return None, None  # an error, and PyTorch's to raise
     cast = torch.is_autocast_enabled(x.device.type) if x.device.type in ("cpu", "cuda") else False
     if weight.device != x.device or not (weight.dtype == dtype or (cast and weight.dtype != torch.float64)):
@@ -182,7 +187,8 @@ def _choose_layer(
         fusion = plan.training(problem, dtype, arch)
         fusion = replace(fusion, prologue=fusion.prologue and not first)
         chosen = plan.LayerPlan(*_conv_backends(function, problem, dtype, x.device, forced), fusion)
-    return Layer(layer.geometry, layer.batch_statistics, chosen.fprop, chosen.dgrad, chosen.wgrad, chosen.fusion), out
+    eps = layer.eps if layer.training else None
+    return Layer(layer.geometry, eps, chosen.fprop, chosen.dgrad, chosen.wgrad, chosen.fusion), out
 
 
 def _conv_backends(
@@ -248,7 +254,7 @@ def _plain(
 
     def normalised(value: Tensor, layer: ConvBN) -> Tensor:
         z = F.conv2d(value, layer.weight, None, *layer.geometry)
-        return F.batch_norm(z, *layer.vectors, layer.batch_statistics, layer.momentum, layer.eps)  # type: ignore[arg-type, call-arg]
+        return F.batch_norm(z, *layer.vectors, layer.training, layer.momentum, layer.eps)  # type: ignore[arg-type, call-arg]
 
     value = x
     for layer in branch[:-1]:
@@ -262,7 +268,7 @@ def _layer(
 ) -> Made:
     """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
     weight = layer.weight.to(x.dtype)
-    fused = static.fprop != "aten" and static.batch_statistics and static.fusion.statistics
+    fused = static.fprop != "aten" and layer.training and static.fusion.statistics
     if affine is not None and not (fused and static.fusion.prologue):
         x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
         affine = None
@@ -276,15 +282,15 @@ def _layer(
     else:
         z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.fprop)
         z = dense(z)
-        if static.batch_statistics:
+        if layer.training:
             statistics = _op.bn_stats(z, plan.partial_rows(pixels(z), z.shape[1]), backend=backend)
     if nhwc:  # of an image of one channel or one pixel the convolution's result may be NCHW
         z = z.contiguous(memory_format=torch.channels_last)
-    if static.batch_statistics:
+    if layer.training:
         vectors = finalize(
             statistics,
-            layer.running_mean if layer.training else None,
-            layer.running_var if layer.training else None,
+            layer.running_mean,
+            layer.running_var,
             layer.bn_weight,
             layer.bn_bias,
             layer.momentum,

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from resnet_fused import plan
 from resnet_fused.functional import block_border as border
+from resnet_fused.functional import native
 from resnet_fused.functional.common import Geometry, dense, in_layout_of, pixels
 from resnet_fused.plan import Fusion
+from resnet_fused.reference import behind_relu
 
 _op = torch.ops.resnet_fused
 
@@ -21,11 +23,15 @@ class Layer(NamedTuple):
     """What is fixed about one convolution and the batch norm behind it."""
 
     geometry: Geometry
-    batch_statistics: bool
+    eps: float | None  # None where the statistics are constants
     fprop: str  # the backends of the three convolution ops
     dgrad: str
     wgrad: str
     fusion: Fusion
+
+    @property
+    def batch_statistics(self) -> bool:
+        return self.eps is not None
 
     @property
     def applies_gradient(self) -> bool:
@@ -81,6 +87,43 @@ def join(chain: Chain, x: Tensor, residual: Tensor | None, made: list[Made], wit
     return result
 
 
+def _native(ctx: Any, dy: Tensor) -> native.Recomputed:
+    """Of `(chain, x, residual, *parameters)`, behind the masks that forward found."""
+    chain: Chain = ctx.chain
+    count, last = len(chain.layers), len(chain.branch) - 1
+    x, mask, *rest = ctx.saved_tensors
+    made = _unflatten(rest[2 * count :])
+    x, residual = native.alias(x), native.stand_in(made[last].z)
+    weights, scales, biases = (
+        [native.alias(t) for t in ts] for ts in (rest[:count], rest[count : 2 * count], ctx.biases)
+    )
+
+    def normalised(k: int, value: Tensor | None) -> Tensor:
+        layer, one, weight, bias = chain.layers[k], made[k], weights[k], biases[k]
+        z = one.z if value is None else F.conv2d(value, weight.to(value.dtype), None, *layer.geometry)
+        mean, invstd = one.mean, one.invstd
+        if layer.eps is not None and z.requires_grad:
+            mean, invstd = native.moments(z, layer.eps)
+        if bias is not None:  # as forward saw it, whatever has become of it
+            bias = one.shift + one.mean * one.scale + (bias - bias.detach()).to(one.shift.dtype)
+        return native.normalised(z, mean, invstd, scales[k], bias)
+
+    def behind(k: int, value: Tensor, mask: Tensor | None, relu: bool) -> Tensor:
+        one = made[k]
+        return behind_relu(value, one.z, mask, one.scale, one.shift, relu).to(one.z.dtype)
+
+    value = x
+    for k in range(last):
+        value = behind(k, normalised(k, value), None, True)
+    total = normalised(last, value) + residual
+    if chain.shortcut is not None:
+        total = total + normalised(last + 1, x)
+    elif chain.identity and x is not None:
+        total = total + x
+    by_layer = (t for layer in zip(weights, scales, biases, strict=True) for t in layer)
+    return behind(last, total, mask, chain.relu), (None, x, residual, *by_layer)
+
+
 class ConvChain(torch.autograd.Function):
     """Takes `(chain, x, residual, *parameters, *made)`: per layer weight, bn weight, bn bias; per layer a `Made`.
 
@@ -100,8 +143,12 @@ class ConvChain(torch.autograd.Function):
         ctx.chain = chain
         ctx.size = x.shape[2:]
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
-        reads_x = ctx.needs_input_grad[3] or (chain.shortcut is not None and ctx.needs_input_grad[3 * count])
-        ctx.save_for_backward(x if reads_x else None, mask if with_mask else None, *parameters[::3], *flat)
+        reads_x = any(ctx.needs_input_grad[i] for i in (1, 3, 3 * count if chain.shortcut is not None else 3))
+        ctx.save_for_backward(
+            x if reads_x else None, mask if with_mask else None, *parameters[::3], *parameters[1::3], *flat
+        )
+        if not torch.compiler.is_compiling():
+            ctx.biases = parameters[2::3]  # which plain PyTorch does not save either: they may be changed in between
         if with_mask and _reduces_at_the_join(chain, ctx.needs_input_grad):
             last, projection = made[len(chain.branch) - 1], None if chain.shortcut is None else made[-1]
             beside = (projection.z, projection.mean, projection.invstd) if projection else (None,) * 3
@@ -109,14 +156,14 @@ class ConvChain(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(_native)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         chain: Chain = ctx.chain
         count = len(chain.layers)
         x, mask, *rest = ctx.saved_tensors
         made = [
             one if one.weight is not None else one._replace(weight=weight)
-            for one, weight in zip(_unflatten(rest[count:]), rest, strict=False)
+            for one, weight in zip(_unflatten(rest[2 * count :]), rest, strict=False)
         ]
         needs = ctx.needs_input_grad
         steps = _Backward(chain, x, mask, made, tuple(ctx.size), needs[1], needs[3 : 3 + 3 * count])

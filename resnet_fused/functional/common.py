@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from resnet_fused import ops, plan
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Act = Literal["relu"] | None
 Pair = int | tuple[int, ...]
 Padding = Pair | Literal["same", "valid"]
@@ -74,13 +78,28 @@ def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))  # type: ignore[return-value]
 
 
+def choose_batch_norm(
+    op: str,
+    function: str,
+    x: Tensor,
+    others: tuple[Tensor | None, ...],
+    vectors: tuple[Tensor | None, ...],
+    training: bool,
+    eps: float,
+) -> str:
+    """`choose` for a batch norm, also where PyTorch refuses it; `vectors` begins with the running statistics."""
+    if eps <= 0 or not (training or (vectors[0] is not None and vectors[1] is not None)) or mixes_dtypes(x, vectors):
+        return "aten"
+    return "aten" if x.numel() == 0 else choose(op, function, x, others, vectors)
+
+
 def choose(
     op: str, function: str, x: Tensor, others: tuple[Tensor | None, ...], vectors: tuple[Tensor | None, ...]
 ) -> str:
     """The backend of a pointwise or per-channel op; `"aten"` also where PyTorch itself is to raise.
 
     Raises:
-        RuntimeError: a forced backend has a kernel for `op` which cannot run on these tensors.
+        Refused: a forced backend has a kernel for `op` which cannot run on these tensors.
     """
     forced = plan.forced_backend()
     backend = forced or plan.default_backend(op, x.device.type)
@@ -110,7 +129,7 @@ def choose_conv(
     The Triton kernel is asked about `x` as `_fprop` will hand it over, in channels_last order.
 
     Raises:
-        RuntimeError: a forced backend has a `conv_fprop` which cannot run on these tensors.
+        Refused: a forced backend has a `conv_fprop` which cannot run on these tensors.
     """
     forced = plan.forced_backend()
     backend = forced or plan.default_backend("conv_fprop", x.device.type)
@@ -131,9 +150,7 @@ def choose_conv(
     reason = reason or ops.conv_refusal(backend, *conv_operands(backend, x, weight, residual), geometry)
     if reason is None:
         return backend
-    if forced in (None, "aten"):
-        return None
-    refused(forced, function, reason)
+    refused(None if forced == "aten" else forced, function, reason)
     return None
 
 
@@ -148,15 +165,35 @@ def conv_operands(
     return x.contiguous(memory_format=nhwc), weight.contiguous(memory_format=nhwc), residual
 
 
+class Refused(RuntimeError):
+    """A forced backend has the kernels, and cannot run them on these tensors."""
+
+
 def refused(forced: str | None, function: str, reason: str) -> str:
     """What runs where a backend cannot, for this reason: PyTorch's own, `"aten"`.
 
     Raises:
-        RuntimeError: the backend was forced.
+        Refused: the backend was forced, and is not `"reference"`, which runs what PyTorch runs.
     """
-    if forced is not None:
-        raise RuntimeError(f"{function}: backend {forced!r} cannot run here: {reason}")
-    return "aten"
+    if forced in (None, "reference"):
+        return "aten"
+    raise Refused(f"{function}: backend {forced!r} cannot run here: {reason}")
+
+
+def raises_as_pytorch(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function which may be `Refused`: what PyTorch refuses, too, is PyTorch's to name."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except Refused:
+            copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            with plan.use_backend("aten"):
+                function(*copies[0], **copies[1])
+            raise
+
+    return run
 
 
 def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
@@ -164,11 +201,18 @@ def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     if _transformed():
         return "a torch.func transform or forward-mode AD is active"
     for v in vectors:
-        if v is not None and v.dtype not in (x.dtype, torch.float32):
+        if v is None:
+            continue
+        if v.dtype != x.dtype and (v.dtype != torch.float32 or x.dtype == torch.float64):
             return f"per-channel tensors must be {x.dtype} or torch.float32, got {v.dtype}"
-        if v is not None and v.device != x.device:
+        if v.device != x.device:
             return f"devices differ: {x.device} and {v.device}"
     return None
+
+
+def mixes_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
+    """Whether PyTorch's batch norm refuses these per-channel tensors: on a CPU they are of one dtype."""
+    return x.device.type == "cpu" and len({v.dtype for v in vectors if v is not None}) > 1
 
 
 def operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: tuple[int, ...]) -> str | None:

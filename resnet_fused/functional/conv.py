@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import once_differentiable
 
+from resnet_fused.functional import native
 from resnet_fused.functional.block import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.common import (
     Act,
@@ -18,10 +18,13 @@ from resnet_fused.functional.common import (
     Pair,
     add_relu,
     autocast,
+    channels_last,
     check_act,
     choose_conv,
     conv_operands,
     geometry_of,
+    mixes_dtypes,
+    raises_as_pytorch,
     refused,
     runs_plain,
     wants_gradient,
@@ -35,6 +38,7 @@ from resnet_fused.reference import compute_dtype
 _op = torch.ops.resnet_fused
 
 
+@raises_as_pytorch
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
@@ -85,7 +89,8 @@ def conv_bn_act(
     """
     relu = check_act(act, "conv_bn_act")
     geometry = geometry_of(stride, padding, dilation, groups)
-    if eps <= 0 or (bias is not None and bias.dtype != weight.dtype):
+    vectors = (running_mean, running_var, bn_weight, bn_bias)
+    if eps <= 0 or (bias is not None and bias.dtype != weight.dtype) or mixes_dtypes(x, vectors):
         geometry = None  # PyTorch's to raise
     if (
         training
@@ -94,7 +99,6 @@ def conv_bn_act(
         or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
     ):
         if bias is None and geometry is not None:
-            vectors = (running_mean, running_var, bn_weight, bn_bias)
             layer = ConvBN(weight, *vectors, geometry, training, momentum, eps)
             chain = choose_chain("conv_bn_act", x, [layer], residual=residual, relu=relu)
             if chain is not None:
@@ -115,19 +119,17 @@ def conv_bn_act(
     x, weight = autocast(x, weight)
     backend = None
     if geometry is not None:
-        constants = (bn_weight, bn_bias, running_mean, running_var, bias)
-        backend = choose_conv("conv_bn_act", x, weight, residual, geometry, constants)
+        backend = choose_conv("conv_bn_act", x, weight, residual, geometry, (*vectors, bias))
     if geometry is None or backend is None:
         z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-        return add_relu(
-            F.batch_norm(z, running_mean, running_var, bn_weight, bn_bias, False, momentum, eps), residual, relu
-        )
+        return add_relu(F.batch_norm(z, *vectors, False, momentum, eps), residual, relu)
     scale, shift, _, _ = constant_affine(running_mean, running_var, bn_weight, bn_bias, eps, x.dtype)
     if bias is not None:
         shift = shift + bias.to(shift.dtype) * scale
     return _fprop(x, weight, scale, shift, residual, geometry, relu, backend)
 
 
+@raises_as_pytorch
 def conv_affine_act(
     x: Tensor,
     weight: Tensor,
@@ -197,8 +199,14 @@ def _fprop(
     return y.contiguous() if nchw else y
 
 
+def _native(ctx: Any, dy: Tensor) -> native.Recomputed:
+    """Of `(x, weight)`."""
+    x, weight = inputs = tuple(native.alias(t) for t in ctx.saved_tensors)
+    return F.conv2d(x, weight, None, *ctx.geometry), inputs
+
+
 class _Conv(torch.autograd.Function):
-    """A raw convolution: `conv_fprop`, `conv_dgrad`, `conv_wgrad`."""
+    """A raw convolution of operands as the kernels read them: `conv_fprop`, `conv_dgrad`, `conv_wgrad`."""
 
     @staticmethod
     def forward(
@@ -211,26 +219,23 @@ class _Conv(torch.autograd.Function):
         groups: int,
         backend: str,
     ) -> Tensor:
-        # As the kernels read them: what forward copies, backward need not copy again.
-        operands = conv_operands(backend, x, weight, None)[:2]
-        ctx.save_for_backward(*operands)
+        ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.backend = (stride, padding, dilation, groups), backend
-        ctx.formats = [suggest_memory_format(t) for t in (x, weight)]
-        y = _fprop(*operands, None, None, None, ctx.geometry, False, backend)
-        return y if torch.channels_last in ctx.formats else y.contiguous()
+        y: Tensor = _op.conv_fprop(x, weight, None, None, None, *ctx.geometry, False, backend=backend)
+        return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(_native)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dy = conv_operands(ctx.backend, dy, weight, None)[0]
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             dx, _, _ = _op.conv_dgrad(dy, weight, *(None,) * 9, x.shape[2:], *ctx.geometry, backend=ctx.backend)
-            dx = dx.contiguous(memory_format=ctx.formats[0])
+            dx = dx.contiguous(memory_format=suggest_memory_format(x))
         if ctx.needs_input_grad[1]:
             dweight = _op.conv_wgrad(dy, x, *(None,) * 4, weight.shape[2:], *ctx.geometry, backend=ctx.backend)
-            dweight = dweight.to(weight.dtype).contiguous(memory_format=ctx.formats[1])
+            dweight = dweight.to(weight.dtype).contiguous(memory_format=suggest_memory_format(weight))
         return dx, dweight, None, None, None, None, None
 
 
@@ -250,5 +255,8 @@ def _conv(
             backend = refused(forced_backend(), "conv", reason)
     if backend is None or backend == "aten":
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    z = _Conv.apply(cast_x, cast_weight, *geometry, backend)
+    operands = (channels_last(cast_x), channels_last(cast_weight)) if backend == "triton" else (cast_x, cast_weight)
+    z = _Conv.apply(*operands, *geometry, backend)
+    if torch.channels_last not in map(suggest_memory_format, (cast_x, cast_weight)):
+        z = z.contiguous()
     return z if bias is None else z + bias.to(z.dtype).view(-1, 1, 1)

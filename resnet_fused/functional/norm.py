@@ -7,15 +7,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from resnet_fused import plan
-from resnet_fused.functional.common import Act, add_relu, check_act, choose, dense, in_layout_of, pixels
+from resnet_fused.functional import native
+from resnet_fused.functional.common import (
+    Act,
+    add_relu,
+    check_act,
+    choose,
+    choose_batch_norm,
+    dense,
+    in_layout_of,
+    pixels,
+    raises_as_pytorch,
+)
 from resnet_fused.functional.statistics import affine_of
 
 _op = torch.ops.resnet_fused
 
 
+@raises_as_pytorch
 def batch_norm_act(
     x: Tensor,
     running_mean: Tensor | None,
@@ -38,7 +49,7 @@ def batch_norm_act(
 
     Args:
         x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on PyTorch's own kernels).
-        running_mean, running_var: `[C]`, or None to normalise by the batch in any mode.
+        running_mean, running_var: `[C]`, or None in training.
         weight, bias: `[C]`, of the dtype of `x` or float32; None for 1 and 0.
         residual: of the shape of `x`, or None.
         training: normalise by the statistics of the batch.
@@ -62,15 +73,13 @@ def batch_norm_act(
         Ioffe and Szegedy, Batch Normalization, 2015, algorithms 1 and 2; gradients: section 3.
     """
     relu = check_act(act, "batch_norm_act")
-    batch_statistics = training or running_mean is None or running_var is None
-    vectors = (weight, bias, running_mean, running_var)
-    backend = choose("bn_apply", "batch_norm_act", x, (residual,), vectors)
-    if backend == "aten" or x.numel() == 0 or eps <= 0:
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps)
-        return add_relu(y, residual, relu)
+    vectors = (running_mean, running_var, weight, bias)
+    backend = choose_batch_norm("bn_apply", "batch_norm_act", x, (residual,), vectors, training, eps)
+    if backend == "aten":
+        return add_relu(F.batch_norm(x, *vectors, training, momentum, eps), residual, relu)  # type: ignore[arg-type]
     x = dense(x)
-    affine = affine_of(x, running_mean, running_var, weight, bias, training, momentum, eps, backend)
-    return _BatchNormAct.apply(x, residual, weight, bias, *affine, relu, batch_statistics, backend)
+    affine = affine_of(x, *vectors, training, momentum, eps, backend)
+    return _BatchNormAct.apply(x, residual, weight, bias, *affine, relu, eps if training else None, backend)
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -88,26 +97,26 @@ class _BatchNormAct(torch.autograd.Function):
         mean: Tensor,
         invstd: Tensor,
         relu: bool,
-        batch_statistics: bool,
+        eps: float | None,
         backend: str,
     ) -> Tensor:
         # Without a residual the mask is a function of x, which backward reads anyway.
         with_mask = relu and residual is not None and any(ctx.needs_input_grad)
         addend = None if residual is None else in_layout_of(residual, x)
         y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
-        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd)
-        ctx.relu, ctx.batch_statistics, ctx.backend = relu, batch_statistics, backend
+        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, weight)
+        ctx.relu, ctx.eps, ctx.backend = relu, eps, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(native.batch_norm_act)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, scale, shift, mean, invstd = ctx.saved_tensors
+        x, mask, scale, shift, mean, invstd, _ = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         dy = in_layout_of(dy, x)
         dx = dresidual = sum_dy = sum_dy_xhat = None
-        if needs_weight or needs_bias or (needs_x and ctx.batch_statistics):
+        if needs_weight or needs_bias or (needs_x and ctx.eps is not None):
             rows = plan.partial_rows(pixels(x), x.shape[1])
             sum_dy, sum_dy_xhat = _op.bn_backward_reduce(
                 dy, x, mask, scale, shift, mean, invstd, ctx.relu, rows, backend=ctx.backend
@@ -115,7 +124,7 @@ class _BatchNormAct(torch.autograd.Function):
         if needs_residual and not ctx.relu:
             dresidual = dy
         if needs_x or (needs_residual and ctx.relu):
-            sums = (sum_dy, sum_dy_xhat) if ctx.batch_statistics and needs_x else (None, None)
+            sums = (sum_dy, sum_dy_xhat) if ctx.eps is not None and needs_x else (None, None)
             dx, dz = _op.bn_backward_apply(
                 dy,
                 x,
@@ -137,6 +146,7 @@ class _BatchNormAct(torch.autograd.Function):
         return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 7
 
 
+@raises_as_pytorch
 def add_act(x: Tensor, other: Tensor, *, act: Act = "relu") -> Tensor:
     """The residual join: `y = act(x + other)`.
 
@@ -153,9 +163,17 @@ def add_act(x: Tensor, other: Tensor, *, act: Act = "relu") -> Tensor:
     """
     relu = check_act(act, "add_act")
     backend = choose("add_act", "add_act", x, (other,), ())
-    if backend == "aten" or x.numel() == 0:
+    if backend == "aten":
         return add_relu(x + other, None, relu)
     return _AddAct.apply(dense(x), other, relu, backend)
+
+
+def _joined(ctx: Any, dy: Tensor) -> native.Recomputed:
+    """Of `(x, other)`; behind the mask of the result."""
+    (y,) = ctx.saved_tensors
+    inputs = native.stand_in(dy), native.stand_in(dy)
+    value = inputs[0] + inputs[1]
+    return value if y is None else torch.where(y.detach() <= 0, 0, value), inputs
 
 
 class _AddAct(torch.autograd.Function):
@@ -169,7 +187,7 @@ class _AddAct(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(_joined)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
         dz = dy if y is None else _op.add_act_backward(in_layout_of(dy, y), y, backend=ctx.backend)

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from resnet_fused import plan
-from resnet_fused.functional.common import choose, dense, in_layout_of, pixels
+from resnet_fused.functional import native
+from resnet_fused.functional.common import choose_batch_norm, dense, in_layout_of, pixels, raises_as_pytorch
 from resnet_fused.functional.statistics import affine_of
 
 _op = torch.ops.resnet_fused
 
 
+@raises_as_pytorch
 def batch_norm_act_max_pool(
     x: Tensor,
     running_mean: Tensor | None,
@@ -47,15 +48,13 @@ def batch_norm_act_max_pool(
     Source:
         He et al., Deep Residual Learning for Image Recognition, 2015, table 1 (conv1 and the pool of conv2_x).
     """
-    batch_statistics = training or running_mean is None or running_var is None
-    vectors = (weight, bias, running_mean, running_var)
-    backend = choose("bn_act_max_pool", "batch_norm_act_max_pool", x, (), vectors)
-    if backend == "aten" or x.numel() == 0 or eps <= 0:
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, batch_statistics, momentum, eps).relu()
-        return F.max_pool2d(y, 3, 2, 1)
+    vectors = (running_mean, running_var, weight, bias)
+    backend = choose_batch_norm("bn_act_max_pool", "batch_norm_act_max_pool", x, (), vectors, training, eps)
+    if backend == "aten":
+        return F.max_pool2d(F.batch_norm(x, *vectors, training, momentum, eps).relu(), 3, 2, 1)  # type: ignore[arg-type]
     x = dense(x)
-    affine = affine_of(x, running_mean, running_var, weight, bias, training, momentum, eps, backend)
-    return _BatchNormActMaxPool.apply(x, weight, bias, *affine, batch_statistics, backend)
+    affine = affine_of(x, *vectors, training, momentum, eps, backend)
+    return _BatchNormActMaxPool.apply(x, weight, bias, *affine, eps if training else None, backend)
 
 
 class _BatchNormActMaxPool(torch.autograd.Function):
@@ -71,29 +70,30 @@ class _BatchNormActMaxPool(torch.autograd.Function):
         shift: Tensor,
         mean: Tensor,
         invstd: Tensor,
-        batch_statistics: bool,
+        eps: float | None,
         backend: str,
     ) -> Tensor:
         y, index = _op.bn_act_max_pool(x, scale, shift, backend=backend)
-        ctx.save_for_backward(x, index, scale, shift, mean, invstd)
-        ctx.batch_statistics, ctx.backend = batch_statistics, backend
+        ctx.save_for_backward(x, index, scale, shift, mean, invstd, weight)
+        ctx.eps, ctx.backend = eps, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(native.batch_norm_act_max_pool)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, index, scale, shift, mean, invstd = ctx.saved_tensors
+        x, index, scale, shift, mean, invstd, _ = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = in_layout_of(dy, index)
         dx = sum_dy = sum_dy_xhat = None
-        if needs_weight or needs_bias or ctx.batch_statistics:
+        batch_statistics = ctx.eps is not None
+        if needs_weight or needs_bias or batch_statistics:
             rows = plan.partial_rows(pixels(x), x.shape[1])
             sum_dy, sum_dy_xhat = _op.bn_act_max_pool_backward_reduce(
                 dy, index, x, scale, shift, mean, invstd, rows, backend=ctx.backend
             )
         if needs_x:
-            sums = (sum_dy, sum_dy_xhat) if ctx.batch_statistics else (None, None)
+            sums = (sum_dy, sum_dy_xhat) if batch_statistics else (None, None)
             dx = _op.bn_act_max_pool_backward_apply(
                 dy, index, x, scale, shift, mean, invstd, *sums, float(pixels(x)), backend=ctx.backend
             )

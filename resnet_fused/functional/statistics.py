@@ -33,13 +33,13 @@ def affine_of(
         mutation under `torch.compile` gave wrong gradients (pytorch#180642).
     """
     with torch.no_grad():
-        if not training and running_mean is not None and running_var is not None:
+        if not training:
+            assert running_mean is not None and running_var is not None
             return constant_affine(running_mean, running_var, weight, bias, eps, x.dtype)
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         rows = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
-        running = (running_mean, running_var) if training else (None, None)
-        return finalize(rows, *running, weight, bias, momentum, eps, backend)
+        return finalize(rows, running_mean, running_var, weight, bias, momentum, eps, backend)
 
 
 def finalize(
@@ -64,7 +64,7 @@ def finalize(
     )
     for original, copy in zip(running, packed, strict=True):
         if original is not None and copy is not None and copy is not original:
-            original.copy_(copy)
+            original.data.copy_(copy)  # not counted by autograd, as PyTorch's own batch norm is not
     return affine
 
 
@@ -82,7 +82,7 @@ def constant_affine(
 ) -> Affine:
     """`(scale, shift, mean, invstd)` of a batch norm with constant statistics, in the compute dtype of `dtype`."""
     up = compute_dtype(dtype)
-    mean = running_mean.to(up)
+    mean = running_mean.to(up, copy=True)  # saved for backward, before which a training forward may come
     invstd = (running_var.to(up) + eps).rsqrt()
     scale = invstd if weight is None else invstd * weight.to(up)
     shift = -mean * scale if bias is None else bias.to(up) - mean * scale

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from resnet_fused import ops, plan
+from resnet_fused.functional import native
 from resnet_fused.functional.common import Act, add_relu, check_act, choose, common_reason, dense, in_layout_of, pixels
 from resnet_fused.functional.statistics import finalize
 
@@ -27,7 +28,7 @@ def choose_sync(op: str, x: Tensor, vectors: tuple[Tensor | None, ...]) -> str |
         x, vectors: the activation and the per-channel tensors.
 
     Raises:
-        RuntimeError: a forced backend has the kernels, and cannot run them on these tensors.
+        Refused: a forced backend has the kernels, and cannot run them on these tensors.
     """
     backend = choose(op, "synchronised batch norm", x, (), vectors)
     if backend != "aten":
@@ -81,7 +82,7 @@ def sync_batch_norm_act(
     if shared is None:
         return add_relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), residual, relu)
     joins = residual is not None and ops.refusal(backend, "bn_apply", x, residual) is None
-    static = (relu and (residual is None or joins), process_group, backend)
+    static = (relu and (residual is None or joins), eps, process_group, backend)
     y: Tensor = _SyncBatchNormAct.apply(x, residual if joins else None, weight, bias, *shared, *static)
     return y if residual is None or joins else add_relu(y, residual, relu)
 
@@ -103,7 +104,7 @@ def sync_batch_norm_act_max_pool(
     shared = _affine(x, running_mean, running_var, weight, bias, momentum, eps, process_group, backend)
     if shared is None:
         return F.max_pool2d(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), 3, 2, 1)
-    y: Tensor = _SyncBatchNormActMaxPool.apply(x, weight, bias, *shared, process_group, backend)
+    y: Tensor = _SyncBatchNormActMaxPool.apply(x, weight, bias, *shared, eps, process_group, backend)
     return y
 
 
@@ -164,6 +165,37 @@ def _mean_over_ranks(sums: list[Tensor], total: Tensor, group: dist.ProcessGroup
     return first, second
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """An all-reduce; the gradient of a sum that every rank gets is the sum of the gradients of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = own.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(dy, ctx.group), None
+
+
+def _moments(x: Tensor, eps: float, total: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """`(mean, invstd)` of the batches of all ranks, differentiable; every rank must call."""
+    x = x.to(total.dtype)
+    mean = _SumOverRanks.apply(x.sum((0, 2, 3)), group) / total
+    deviations = (x - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
+    return mean, (_SumOverRanks.apply(deviations, group) / total + eps).rsqrt()
+
+
+def _native(ctx: Any, dy: Tensor) -> native.Recomputed:
+    return native.batch_norm_act(ctx, dy, functools.partial(_moments, group=ctx.group))
+
+
+def _native_max_pool(ctx: Any, dy: Tensor) -> native.Recomputed:
+    return native.batch_norm_act_max_pool(ctx, dy, functools.partial(_moments, group=ctx.group))
+
+
 class _SyncBatchNormAct(torch.autograd.Function):
     """`bn_apply` forward; backward is `bn_backward_reduce`, a sum over all ranks, `bn_backward_apply`."""
 
@@ -180,6 +212,7 @@ class _SyncBatchNormAct(torch.autograd.Function):
         invstd: Tensor,
         total: Tensor,
         relu: bool,
+        eps: float,
         group: dist.ProcessGroup,
         backend: str,
     ) -> Tensor:
@@ -189,15 +222,15 @@ class _SyncBatchNormAct(torch.autograd.Function):
             y, mask = torch.empty_like(x), None
         else:
             y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
-        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, total)
-        ctx.relu, ctx.group, ctx.backend = relu, group, backend
+        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, weight, total)
+        ctx.relu, ctx.eps, ctx.group, ctx.backend = relu, eps, group, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(_native)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, scale, shift, mean, invstd, total = ctx.saved_tensors
+        x, mask, scale, shift, mean, invstd, _, total = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         dy = in_layout_of(dy, x)
         operands = (dy, x, mask, scale, shift, mean, invstd)
@@ -220,7 +253,7 @@ class _SyncBatchNormAct(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.vector_dtypes
         dweight = own[1].to(weight_dtype) if needs_weight else None
         dbias = own[0].to(bias_dtype) if needs_bias else None
-        return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 8
+        return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 9
 
 
 class _SyncBatchNormActMaxPool(torch.autograd.Function):
@@ -237,6 +270,7 @@ class _SyncBatchNormActMaxPool(torch.autograd.Function):
         mean: Tensor,
         invstd: Tensor,
         total: Tensor,
+        eps: float,
         group: dist.ProcessGroup,
         backend: str,
     ) -> Tensor:
@@ -245,15 +279,17 @@ class _SyncBatchNormActMaxPool(torch.autograd.Function):
             index = torch.empty_like(y, dtype=torch.uint8)
         else:
             y, index = _op.bn_act_max_pool(x, scale, shift, backend=backend)
-        ctx.save_for_backward(x, index, scale, shift, mean, invstd, total)
-        ctx.group, ctx.backend = group, backend
+        ctx.save_for_backward(x, index, scale, shift, mean, invstd, weight, total)
+        ctx.eps, ctx.group, ctx.backend = eps, group, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return y
 
     @staticmethod
-    @once_differentiable
+    @native.differentiable(
+        lambda ctx, dy: native.batch_norm_act_max_pool(ctx, dy, functools.partial(_moments, group=ctx.group))
+    )
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, index, scale, shift, mean, invstd, total = ctx.saved_tensors
+        x, index, scale, shift, mean, invstd, _, total = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         operands = (in_layout_of(dy, index), index, x, scale, shift, mean, invstd)
         empty = x.numel() == 0
@@ -271,4 +307,4 @@ class _SyncBatchNormActMaxPool(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.vector_dtypes
         dweight = own[1].to(weight_dtype) if needs_weight else None
         dbias = own[0].to(bias_dtype) if needs_bias else None
-        return dx, dweight, dbias, *(None,) * 7
+        return dx, dweight, dbias, *(None,) * 8

@@ -206,7 +206,7 @@ def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
         bn.weight,
         bn.bias,
         geometry,  # type: ignore[arg-type]
-        training=bn.training,
+        training=bn.training or (bn.running_mean is None and bn.running_var is None),
         eps=bn.eps,
     )
 
