@@ -46,9 +46,17 @@ def pixels(x: Tensor) -> int:
 def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """act(y + residual) of a freshly made `y`, whose memory the result takes where it can."""
     if residual is not None:
-        fits = residual.dtype == y.dtype and residual.shape == y.shape and not _transformed()
-        y = y.add_(residual) if fits else y + residual
+        in_place = fits(residual, y.shape, y.dtype, y.device) and not _transformed()
+        y = y.add_(residual) if in_place else y + residual
     return F.relu(y, inplace=True) if relu else y
+
+
+def fits(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the sum of a residual and a tensor of this shape and dtype is the same however it is written: `a + b`,
+    `a += b`, either of them first. (No residual fits, too.)"""
+    if residual is None:
+        return True
+    return residual.dtype == dtype and tuple(residual.shape) == tuple(shape) and residual.device == device
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -72,6 +80,14 @@ def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return x, weight
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))  # type: ignore[return-value]
+
+
+def conv_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a convolution's result: that of `x`, or autocast's."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def choose(
