@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from small_blocks import Block, conv3
 from torch import nn
 
 from resnet_fused.fusion import BlockPlan, Unit, fuse, plan_of, report
+from resnet_fused.nn.sums import PLUS, Sum
 
-BLOCK_UNITS = (Unit("first", "norm_a", "act", True), Unit("second", "norm_b", "act", True))
+BLOCK_UNITS = (Unit("first", "norm_a", "act", True), Unit("second", "norm_b", "act", True, add=PLUS))
 
 
 # --- blocks that must be recognised, however they are written ---------------------------------------------------------
@@ -132,7 +134,7 @@ def test_plan_names_the_modules():
     assert plan == BlockPlan("BasicBlock", BLOCK_UNITS, None, ("extra",))
     plan = plan_of(fuse(TwoModuleShortcut()))
     assert plan.shortcut == Unit("proj", "proj_norm", None, False)
-    assert plan.units[-1] == Unit("second", "norm_b", None, True)
+    assert plan.units[-1] == Unit("second", "norm_b", None, True, add=Sum(operator.iadd, branch_first=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

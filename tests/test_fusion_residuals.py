@@ -137,7 +137,7 @@ class Gated(Sum):
 
 
 class IntoTheOther(Sum):
-    """In place into a value that nobody else sees."""
+    """In place into the other summand: its memory, its dtype and shape, its errors."""
 
     def forward(self, x):
         y = self.norm_a(self.a(x)) * 2
@@ -211,7 +211,7 @@ class Twice(Sum):
 SUMS = [
     (Linear, "a-norm_a-relu, b-norm_b-add"),
     (Gated, "a-norm_a-relu, b-norm_b"),
-    (IntoTheOther, "a-norm_a, b-norm_b-add-relu"),
+    (IntoTheOther, "a-norm_a, b-norm_b"),
     (SeenLater, "a-norm_a, b-norm_b"),
     (InputChanges, "b-norm_b"),
     (InputChangesThroughAView, "b-norm_b"),
@@ -259,7 +259,7 @@ def test_freeze_folds_the_sum_with_the_convolution(make):
     with torch.no_grad():
         torch.testing.assert_close(frozen(x), model(x), rtol=1e-10, atol=1e-10)
     folded = [row.fused for row in frozen.plan.layers if row.op == "conv_fprop"]
-    assert len(folded) == 2 and sum("residual" in what for what in folded) == (make is not Gated)
+    assert len(folded) == 2 and sum("residual" in what for what in folded) == (make in (Linear, TwoChains))
 
 
 @pytest.mark.parametrize("path", ["b", "norm_b", "a"])

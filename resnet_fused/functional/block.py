@@ -24,8 +24,10 @@ from resnet_fused.functional.common import (
     add_relu,
     channels_last,
     common_reason,
+    conv_dtype,
     conv_shape,
     dense,
+    fits,
     mixes_dtypes,
     pixels,
     refused,
@@ -87,15 +89,14 @@ def choose_chain(
     if residual is x:
         identity, residual = True, None
     forced = plan.forced_backend()
-    dtype = _dtype_under_autocast(x)
-    measured = None if forced else _measured(x, dtype, branch, shortcut, identity)
+    dtype = conv_dtype(x)
+    added = x if identity else residual
+    measured = None if forced else _measured(x, dtype, branch, shortcut, added)
     if measured == "aten":
         return Chain((), None, identity, relu, "aten")
     backend = forced or measured or plan.default_backend("bn_apply", x.device.type)
     if backend == "aten" or x.dim() != 4 or x.numel() == 0:
         return None
-    if identity and dtype != x.dtype:
-        return None  # the sum is of two dtypes
     layers: list[Layer] = []
     shape: tuple[int, ...] | None = tuple(x.shape)
     for layer in branch:
@@ -110,10 +111,8 @@ def choose_chain(
         projection, projected = _choose_layer(function, x, dtype, tuple(x.shape), shortcut, True, False, forced)
         if projection is None or projected != shape:
             return None
-    if (identity and tuple(x.shape) != shape) or (residual is not None and tuple(residual.shape) != shape):
-        return None  # an addition that broadcasts, or raises
-    if residual is not None and residual.dtype != dtype:
-        return None
+    if shape is None or not fits(added, shape, dtype, x.device):
+        return None  # a sum that depends on how it is written
     reason = ops.refusal(backend, "bn_apply", x if x.dtype == dtype else x.new_empty(1, 1, 1, 1, dtype=dtype))
     for layer in (*branch, *(() if shortcut is None else (shortcut,))):
         reason = reason or common_reason(x if x.dtype == dtype else x.new_empty(0, dtype=dtype), layer.vectors)
@@ -123,15 +122,8 @@ def choose_chain(
     return Chain(tuple(layers), projection, identity, relu, backend)
 
 
-def _dtype_under_autocast(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def _measured(
-    x: Tensor, dtype: torch.dtype, branch: Sequence[ConvBN], shortcut: ConvBN | None, identity: bool
+    x: Tensor, dtype: torch.dtype, branch: Sequence[ConvBN], shortcut: ConvBN | None, added: Tensor | None
 ) -> str | None:
     """What was fastest of a chain of this shape, or None where none was measured (or PyTorch is to raise)."""
     if x.device.type != "cuda" or x.dim() != 4 or torch.compiler.is_compiling():  # which cannot see through the tables
@@ -144,12 +136,14 @@ def _measured(
         if shape is None or out is None or not layer.training:
             return None
         shapes.append(_problem(shape, layer))
+    if out is None or not fits(added, out, dtype, x.device):
+        return None
     projection = None
     if shortcut is not None:
         if conv_shape(tuple(x.shape), shortcut.weight, shortcut.geometry) != out or not shortcut.training:
             return None
         projection = _problem(tuple(x.shape), shortcut)
-    block = plan.BlockShape(tuple(shapes), projection, identity)
+    block = plan.BlockShape(tuple(shapes), projection, added is x)
     return plan.block(block, dtype, _arch(x.device), uses_tf32(dtype))
 
 
@@ -228,7 +222,7 @@ def run_chain(
     if not chain.branch:
         return _plain(chain, x, branch, shortcut, residual)
     residual = None if chain.identity else residual
-    x = dense(x.to(_dtype_under_autocast(x)))
+    x = dense(x.to(conv_dtype(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
     nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
     if nhwc:

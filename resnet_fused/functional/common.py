@@ -50,9 +50,17 @@ def pixels(x: Tensor) -> int:
 def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """act(y + residual) of a freshly made `y`, whose memory the result takes where it can."""
     if residual is not None:
-        fits = residual.dtype == y.dtype and residual.shape == y.shape and not _transformed()
-        y = y.add_(residual) if fits else y + residual
+        in_place = fits(residual, y.shape, y.dtype, y.device) and not _transformed()
+        y = y.add_(residual) if in_place else y + residual
     return F.relu(y, inplace=True) if relu else y
+
+
+def fits(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the sum of a residual and a tensor of this shape and dtype is the same however it is written: `a + b`,
+    `a += b`, either of them first. (No residual fits, too.)"""
+    if residual is None:
+        return True
+    return residual.dtype == dtype and tuple(residual.shape) == tuple(shape) and residual.device == device
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -91,6 +99,14 @@ def choose_batch_norm(
     if eps <= 0 or not (training or (vectors[0] is not None and vectors[1] is not None)) or mixes_dtypes(x, vectors):
         return "aten"
     return "aten" if x.numel() == 0 else choose(op, function, x, others, vectors)
+
+
+def conv_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a convolution's result: that of `x`, or autocast's."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def choose(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
+from resnet_fused.nn.sums import Sum
 from resnet_fused.nn.units import plain
 
 from .flow import Flow, Op, ancestors
+from .nodes import IN_PLACE_ADDS
 from .norms import norm_form, norm_of
 from .plans import BlockPlan, Unit
 
@@ -44,7 +46,7 @@ def match_block(flow: Flow) -> BlockPlan:
     if flow.output is None:
         raise Mismatch("it returns more than one activation")
     final, total = _sum_of(flow.output)
-    if total.in_place and total.inputs[0].kind == "input":
+    if total.function in IN_PLACE_ADDS and total.inputs[0].kind == "input":
         raise Mismatch("it adds into its own input in place")
     if total.inputs[0] is total.inputs[1]:
         raise Mismatch("it adds a value to itself")
@@ -59,7 +61,8 @@ def match_block(flow: Flow) -> BlockPlan:
     projection = _units(shortcut[len(pools) :])
     if len(projection) > 1:
         raise Mismatch(f"its shortcut has {len(projection)} convolutions")
-    units[-1] = Unit(units[-1].conv, units[-1].bn, final.path, relu=True)
+    add = Sum(total.function, branch_first=branch[-1] is total.inputs[0])
+    units[-1] = Unit(units[-1].conv, units[-1].bn, final.path, relu=True, add=add)
     plan = BlockPlan(
         _KINDS[len(units)],
         tuple(units),

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from torch import fx, nn
 
 from .nodes import (
-    IN_PLACE_ADDS,
     factor,
     function_name,
     is_identity,
@@ -23,6 +22,7 @@ from .nodes import (
     is_relu_module,
     is_sequential,
     is_sum,
+    sum_function,
 )
 from .norms import NormForm, norm_form
 from .trace import is_number, original_class
@@ -40,7 +40,7 @@ class Op:
     path: str | None = None
     module: nn.Module | None = None
     direct: bool = True  # called by the traced forward itself, not by an nn.Sequential in it
-    in_place: bool = False
+    function: Any = None  # that a sum calls
     constant: Any = None  # the factor of a multiplication with a number
     users: list[Op] = field(default_factory=list)
 
@@ -150,9 +150,8 @@ class _Builder:
         label = f"`{node.target}`" if node.op == "call_module" else function_name(node)
         if is_relu(node, self.owner):
             return self.add("relu", "relu", inputs)
-        if inputs and is_sum(node):
-            in_place = node.target in IN_PLACE_ADDS
-            return self.add("add", "the sum", self.activations_in(node.args), in_place=in_place)
+        if is_sum(node):
+            return self.add("add", "the sum", self.activations_in(node.args), function=sum_function(node))
         constant = factor(node) if len(inputs) == 1 else None
         module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
         return self.add("other", label, inputs, module=module, constant=constant)

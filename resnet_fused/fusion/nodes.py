@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import padding, pooling
 
 from resnet_fused.nn.plain import computes_as
@@ -18,7 +19,7 @@ RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")
 ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
-IN_PLACE_ADDS = (operator.iadd, "add_", "__iadd__")
+IN_PLACE_ADDS = (operator.iadd, Tensor.add_, Tensor.__iadd__)
 MUL_FUNCTIONS = (operator.mul, operator.imul, torch.mul)
 MUL_METHODS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 
@@ -44,13 +45,19 @@ def is_relu_module(module: nn.Module) -> bool:
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether the node is the sum of two values, neither of them a number, and nothing more."""
+    """Whether the node is the sum of two activations, and nothing more."""
     if node.op == "call_function":
         known = node.target in ADD_FUNCTIONS
     else:
         known = node.op == "call_method" and node.target in ADD_METHODS
-    two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
-    return known and not node.kwargs and two
+    return known and not node.kwargs and len(node.args) == 2 and all(map(is_activation, node.args))
+
+
+def sum_function(node: fx.Node) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function of two arguments that a sum calls."""
+    function: Callable[[Tensor, Tensor], Tensor]
+    function = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target  # type: ignore[assignment]
+    return function
 
 
 def factor(node: fx.Node) -> Any:

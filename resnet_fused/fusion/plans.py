@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from resnet_fused.nn.sums import Sum
+
 
 class Owner(Protocol):
     """What a plan needs of the object it runs on."""
@@ -34,7 +36,7 @@ class Unit:
         act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
         relu: whether a ReLU follows.
         pool: path of the `nn.MaxPool2d` of a stem, behind conv, bn and ReLU; else None.
-        add: whether the forward adds a residual here. (In a block that goes without saying.)
+        add: how the forward adds a residual; None where it adds none.
     """
 
     conv: str | None
@@ -42,7 +44,7 @@ class Unit:
     act: str | None
     relu: bool
     pool: str | None = None
-    add: bool = False
+    add: Sum | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -77,10 +79,6 @@ class BlockPlan:
     def all_units(self) -> tuple[Unit, ...]:
         """The units in the order that `_run_unit` counts them: the branch, then the shortcut."""
         return self.units if self.shortcut is None else (*self.units, self.shortcut)
-
-    def adds(self, k: int) -> bool:
-        """Whether unit `k` is handed a residual."""
-        return k == len(self.units) - 1
 
     def body(self, training: bool, inputs: tuple[Any, ...]) -> Callable[..., Tensor] | None:
         """The function of (owner, x) that computes the block; None where the plan does not hold for these inputs."""
@@ -154,10 +152,6 @@ class SequencePlan:
     def all_units(self) -> tuple[Unit, ...]:
         """The units in the order that `_run_unit` counts them."""
         return self.units
-
-    def adds(self, k: int) -> bool:
-        """Whether unit `k` is handed a residual."""
-        return self.units[k].add
 
     def body(self, training: bool, inputs: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The function of (owner, *inputs) for this mode and these inputs; None where the plan holds none."""

@@ -121,7 +121,7 @@ def _sequence(
     module: nn.Module, arity: int, inputs: Inputs, training: Rewritten, evaluation: Rewritten
 ) -> Recognition | None:
     if training.units != evaluation.units:
-        return Recognition(reason="training and evaluation run different convolutions and batch norms")
+        return Recognition(reason="training and evaluation run different convolutions, batch norms or sums")
     skipped = tuple(dict.fromkeys([*training.skipped, *evaluation.skipped]))
     if not training.units:
         return Recognition(skipped=skipped) if skipped else None

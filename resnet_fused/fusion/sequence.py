@@ -12,9 +12,19 @@ from typing import Any, TypeGuard
 import torch.nn.functional as F
 from torch import fx, nn
 
+from resnet_fused.nn.sums import Sum
 from resnet_fused.nn.units import plain, plain_pool
 
-from .nodes import IN_PLACE_ADDS, is_activation, is_identity, is_relu, is_relu_module, is_sequential, is_sum
+from .nodes import (
+    IN_PLACE_ADDS,
+    is_activation,
+    is_identity,
+    is_relu,
+    is_relu_module,
+    is_sequential,
+    is_sum,
+    sum_function,
+)
 from .norms import NormForm, norm_form, norm_of
 from .plans import Unit
 
@@ -49,7 +59,8 @@ class _Chain:
         act: path of the ReLU inside the batch norm.
         rest: what else the batch norm calls, which follows the unit; None for ReLU as a function.
         below: identities between bn and what follows, first first.
-        residual: the other summand of `add`.
+        branch_first: whether the chain's own value is the first summand of `add`.
+        residual: the other summand.
     """
 
     conv: fx.Node | None
@@ -60,6 +71,7 @@ class _Chain:
     rest: list[str | None] = field(default_factory=list)
     below: list[fx.Node] = field(default_factory=list)
     add: fx.Node | None = None
+    branch_first: bool = True
     residual: fx.Node | None = None
     relu: fx.Node | None = None
     has_relu: bool = False
@@ -202,7 +214,7 @@ class _Rewriter:
         if not chain.has_relu and user is not None:
             value = below[-1] if below else chain.bn
             if is_sum(user) and self.joins(chain, user, value):
-                chain.add, chain.below = user, below
+                chain.add, chain.below, chain.branch_first = user, below, user.args[0] is value
                 chain.residual = next(a for a in user.args if a is not value)  # type: ignore[assignment]
                 user = _only_user(user)
             if user is not None and is_relu(user, self.owner):
@@ -217,7 +229,7 @@ class _Rewriter:
         other = next((a for a in add.args if a is not value), None)
         if not is_activation(other):
             return False
-        if add.target in IN_PLACE_ADDS and add.args[0] is other and self.seen_after(add, other):
+        if add.args[0] is other and sum_function(add) in IN_PLACE_ADDS:  # the result is to be in the other's memory
             return False
         mine = {id(node) for node in (chain.conv, *chain.above, chain.bn)}
         source = self.storage(chain.first.args[0])
@@ -229,21 +241,10 @@ class _Rewriter:
             node = node.next
         return True
 
-    def seen_after(self, add: fx.Node, summand: Any) -> bool:
-        """Whether anybody may see, but in its result, that a sum was written into its first summand."""
-        written = self.storage(summand)
-        if "input" in written or any(node.op == "get_attr" for node in written):
-            return True
-        later, node = set(), add.next
-        while node.op != "root":
-            later.update(self.storage(*node.all_input_nodes, fresh=add))
-            node = node.next
-        return bool(written & later)
-
-    def storage(self, *values: Any, fresh: fx.Node | None = None) -> set[Any]:
-        """The values whose memory these may share; the inputs of the forward count as one, `fresh` has its own."""
+    def storage(self, *values: Any) -> set[Any]:
+        """The values whose memory these may share; the inputs of the forward count as one."""
         found: set[Any] = set()
-        stack, seen = list(values), {fresh}
+        stack, seen = list(values), set()
         while stack:
             node = stack.pop()
             if not isinstance(node, fx.Node) or node in seen:
@@ -309,7 +310,7 @@ class _Rewriter:
                 self.act(chain),
                 chain.has_relu,
                 str(pool.target) if pool is not None else None,
-                add=chain.add is not None,
+                add=None if chain.add is None else Sum(sum_function(chain.add), chain.branch_first),
             )
         )
         result.bypassed += [*(str(node.target) for node in (*chain.above, *chain.below)), *chain.inner]

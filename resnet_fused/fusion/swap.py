@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.nn.norms import Norm, RecognisedNorm
 from resnet_fused.nn.plain import hooked
+from resnet_fused.nn.sums import PLUS, Sum
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
 from .norms import norm_of, signature
@@ -31,6 +32,7 @@ class Binding:
     Attributes:
         units: the modules of each unit of the plan and whether a ReLU ends it, as `_run_unit` counts them.
         pools: the max pool behind each unit, or None.
+        sums: how each unit adds what it is handed, if anything.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
         shortcut_pools: those that a block's shortcut begins with.
         bypassed: modules that the plan does not call although the plain forward does.
@@ -45,6 +47,7 @@ class Binding:
         self.plan: Plan | None = self.recognition.plan
         self.units: list[tuple[nn.Module | None, Norm, nn.Module | None, bool]] = []
         self.pools: list[nn.Module | None] = []
+        self.sums: list[Sum] = []
         self.bypassed: list[nn.Module] = []
         paths: list[str] = []
         if self.plan is not None:
@@ -54,6 +57,7 @@ class Binding:
                 )
                 assert bn is not None
                 self.units.append((conv, norm_of(bn), act, unit.relu))
+                self.sums.append(unit.add or PLUS)
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
             paths += self.plan.pools if isinstance(self.plan, BlockPlan) else ()
@@ -64,7 +68,7 @@ class Binding:
         self.indivisible = [
             unit
             for unit, planned in zip(self.units, self.plan.all_units if self.plan else (), strict=True)
-            if reordered or planned.add or isinstance(unit[1], RecognisedNorm)
+            if reordered or (block is None and planned.add) or isinstance(unit[1], RecognisedNorm)
         ]
         recognised = (bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm))
         self.contents = [(vars(owner), name, then) for name, then in self.recognition.contents.items()]
@@ -136,7 +140,7 @@ class FusedMixin:
         pool = self._fusion.pools[k]
         if pool is not None and conv is not None:
             return conv_bn_act_max_pool(x, conv, bn, act, pool)
-        return conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
+        return conv_bn_act(x, conv, bn, act, relu=relu, residual=residual, add=self._fusion.sums[k])
 
     def _run_block(self, x: Tensor, branch: int) -> Tensor | None:
         """The whole block, whose first `branch` units are its branch; None where its units are to run one by one."""
@@ -145,7 +149,7 @@ class FusedMixin:
         shortcut = layers[branch][:2] if len(layers) > branch else None
         pools = self._fusion.shortcut_pools
         pool = None if not pools else lambda x: functools.reduce(lambda x, pool: pool(x), pools, x)
-        return conv_bn_chain(x, layers[:branch], shortcut, pool)  # type: ignore[arg-type]
+        return conv_bn_chain(x, layers[:branch], shortcut, pool, self._fusion.sums[branch - 1])  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -137,6 +137,11 @@ class _Value(fx.Proxy):
             raise AsksForInputType("its forward asks for the type of its input")
         return list
 
+    def __radd__(self, other: Any) -> Any:
+        if isinstance(other, fx.Proxy):  # called by its name: of two tensors, that adds in this order
+            return self.tracer.create_proxy("call_method", "__radd__", (self, other), {})
+        return self.tracer.create_proxy("call_function", operator.add, (other, self), {})
+
 
 def _in_place(name: str) -> Callable[[fx.Proxy, Any], Any]:
     def operation(self: fx.Proxy, other: Any) -> Any:

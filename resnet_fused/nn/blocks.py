@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.nn import units
+from resnet_fused.nn.sums import INTO_BRANCH
 
 
 def residual_block(
@@ -21,13 +22,15 @@ def residual_block(
 ) -> Tensor:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut(x)): the function of both blocks.
 
+    As in torchvision the shortcut is added into the branch, whose dtype and shape the result keeps.
+
     Args:
         x: `[N, C, H, W]`.
         layers: (conv, bn, act) in order; `act` None where ReLU is called as a function. The last one's ReLU follows
             the sum.
         shortcut: (conv, bn) of a projection, or None for the identity.
     """
-    fused = units.conv_bn_chain(x, layers, shortcut)
+    fused = units.conv_bn_chain(x, layers, shortcut, add=INTO_BRANCH)
     if fused is not None:
         return fused
     identity = x if shortcut is None else units.conv_bn_act(x, *shortcut, None, relu=False)
@@ -35,7 +38,7 @@ def residual_block(
     for conv, bn, act in layers[:-1]:
         y = units.conv_bn_act(y, conv, bn, act, relu=True)
     conv, bn, act = layers[-1]
-    return units.conv_bn_act(y, conv, bn, act, relu=True, residual=identity)
+    return units.conv_bn_act(y, conv, bn, act, relu=True, residual=identity, add=INTO_BRANCH)
 
 
 class _Block(nn.Module):
@@ -62,7 +65,7 @@ class _Block(nn.Module):
         y = x
         for layer in inner:
             y = units.conv_bn_act(y, *layer, relu=True)
-        return units.conv_bn_act(y, conv, bn, act, relu=True, residual=projection(x))
+        return units.conv_bn_act(y, conv, bn, act, relu=True, residual=projection(x), add=INTO_BRANCH)
 
 
 class BasicBlock(_Block):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused import functional
-from resnet_fused.functional.common import Act, add_relu
+from resnet_fused.functional.common import Act, add_relu, conv_dtype, fits
 from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
 from resnet_fused.nn.norms import (
     BATCH_NORMS,
@@ -28,6 +28,7 @@ from resnet_fused.nn.norms import (
     sync_group,
 )
 from resnet_fused.nn.plain import computes_as, hooked, watched
+from resnet_fused.nn.sums import PLUS, Sum
 
 
 def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward: bool = True) -> str | None:
@@ -70,6 +71,7 @@ def conv_bn_act(
     *,
     relu: bool,
     residual: Tensor | None = None,
+    add: Sum = PLUS,
 ) -> Tensor:
     """act(bn(conv(x)) + residual) with the modules' own parameters and buffers.
 
@@ -78,15 +80,20 @@ def conv_bn_act(
         conv, bn, act: the modules; `act` is None where ReLU is called as a function or there is none.
         relu: whether a ReLU ends the unit.
         residual: added before it.
+        add: how, where that matters.
 
     Mutates:
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
     # `fuse` traces a forward to find out what it computes; a tracer must see the modules.
-    if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None or _refuses(conv, x):
-        z = bn(x if conv is None else conv(x))
+    shape = None if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None else _result_shape(conv, x)
+    if shape is None or not fits(residual, shape, x.dtype if conv is None else conv_dtype(x), x.device):
+        if shape is None:
+            z = bn(x if conv is None else conv(x))
+        else:
+            z = conv_bn_act(x, conv, bn, None, relu=False)
         if residual is not None:
-            z = z + residual
+            z = add(z, residual)
         if not relu:
             return z
         return F.relu(z) if act is None else act(z)
@@ -117,13 +124,13 @@ def conv_bn_act(
     )
 
 
-def _refuses(conv: nn.Module | None, x: Tensor) -> bool:
-    """Whether the convolution, or batch norm for want of a batch, will raise: which must happen before either counts
-    the batch."""
+def _result_shape(conv: nn.Module | None, x: Tensor) -> Sequence[int] | None:
+    """The shape of bn(conv(x)); None where the convolution, or batch norm for want of a batch, will raise: which must
+    happen before either counts the batch."""
     if not isinstance(conv, nn.Conv2d):
-        return x.dim() != 4
+        return x.shape if x.dim() == 4 else None
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return functional.common.conv_shape(x.shape, conv.weight, geometry) is None  # type: ignore[arg-type]
+    return functional.common.conv_shape(x.shape, conv.weight, geometry)  # type: ignore[arg-type]
 
 
 def _conv(x: Tensor, conv: nn.Module) -> Tensor:
@@ -144,6 +151,7 @@ def conv_bn_chain(
     layers: Layers,
     shortcut: tuple[nn.Module, Norm] | None,
     pool: Callable[[Tensor], Tensor] | None = None,
+    add: Sum = PLUS,
 ) -> Tensor | None:
     """relu(bn(conv(... relu(bn(conv(x))))) + shortcut(pool(x))) as one autograd function.
 
@@ -153,6 +161,7 @@ def conv_bn_chain(
         shortcut: (conv, bn) of a projection, or None for the identity.
         pool: what the shortcut does to the input first, such as an average pool; then the shortcut is apart from the
             autograd function.
+        add: how the shortcut is added, where that matters.
 
     Returns:
         The result; None where the units are to run one by one: nothing is trained, the plan prefers it, or the modules
@@ -183,7 +192,7 @@ def conv_bn_chain(
         identity=residual is None and shortcut is None, residual=residual,
     )  # fmt: skip
     if chain is None:
-        return None if residual is None else _one_by_one(x, layers, residual)
+        return None if residual is None else _one_by_one(x, layers, residual, add)
     for i, (_, bn, _) in enumerate(units):
         assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
         described[i] = dataclasses.replace(described[i], momentum=begin_batch_norm(bn)[1])
@@ -191,11 +200,11 @@ def conv_bn_chain(
     return functional.block.run_chain(chain, x, branch, projection[0] if projection else None, residual)
 
 
-def _one_by_one(x: Tensor, layers: Layers, residual: Tensor) -> Tensor:
+def _one_by_one(x: Tensor, layers: Layers, residual: Tensor, add: Sum) -> Tensor:
     *inner, last = layers
     for layer in inner:
         x = conv_bn_act(x, *layer, relu=True)
-    return conv_bn_act(x, *last, relu=True, residual=residual)
+    return conv_bn_act(x, *last, relu=True, residual=residual, add=add)
 
 
 def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
@@ -227,7 +236,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | 
     # A tracer must see the modules, and not that their mode was asked for.
     traced = isinstance(x, fx.Proxy)
     separate = traced or not bn.training or plain_pool(pool) is not None
-    if separate or plain(conv, bn, act) is not None or _refuses(conv, x):
+    if separate or plain(conv, bn, act) is not None or _result_shape(conv, x) is None:
         pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
         return pooled
     assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
@@ -261,6 +270,8 @@ def plain_pool(pool: nn.Module) -> str | None:
 
 def batch_norm_act(x: Tensor, bn: BatchNorm, residual: Tensor | None, act: Act) -> Tensor:
     """act(bn(x) + residual) with the module's own parameters and buffers."""
+    if not fits(residual, x.shape, x.dtype, x.device):
+        return add_relu(batch_norm_act(x, bn, None, None), residual, act == "relu")
     if not isinstance(bn, RecognisedNorm):
         bn._check_input_dim(x)
     group = sync_group(bn)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.plans import SequencePlan
 from resnet_fused.nn import units
+from resnet_fused.nn.sums import PLUS
 
 from .conv import FrozenConv, in_format
 from .tail import Chain, Join, Remake, Result, plan_chain, plan_join
@@ -172,10 +173,10 @@ class FrozenSequence(nn.Module):
         return body(self, *inputs)
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        unit = self._plan.units[k]
         if str(k) in self._frozen_convs:
             y: Tensor = self._frozen_convs[str(k)](x, residual)
         else:
             conv, bn, act, relu = self._kept_units[k]
-            y = units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual)
-        pool = self._plan.units[k].pool
-        return y if pool is None else self.get_submodule(pool)(y)
+            y = units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual, add=unit.add or PLUS)
+        return y if unit.pool is None else self.get_submodule(unit.pool)(y)

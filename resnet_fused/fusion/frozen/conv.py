@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from resnet_fused import ops, plan
-from resnet_fused.functional.common import conv_operands
+from resnet_fused.functional.common import conv_operands, conv_shape, fits, operand_reason
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.nn.norms import BatchNorm
+from resnet_fused.nn.sums import PLUS, Sum
 from resnet_fused.ops import aten
 from resnet_fused.plan.conv import ConvShape, uses_tf32
 
@@ -26,15 +28,19 @@ keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
 
 @dataclass(frozen=True)
 class Example:
-    """What a unit read and wrote when the example ran: tensors without memory, for questions about shapes."""
+    """What a unit read, wrote and added when the example ran: tensors without memory, for questions about shapes."""
 
     x: Tensor
     y: Tensor
+    residual: Tensor | None = None
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> Example:
+    def of(cls, x: Tensor, y: Tensor, residual: Tensor | None) -> Example:
+        def like(t: Tensor) -> Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+
         with FakeTensorMode():
-            return cls(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in (x, y)))
+            return cls(like(x), like(y), None if residual is None else like(residual))
 
 
 @dataclass(frozen=True)
@@ -43,15 +49,15 @@ class Source:
 
     Attributes:
         layer: the name of the convolution in the model.
-        with_residual: whether one is added.
-        example: what it read and wrote.
+        add: how a residual is added; None where there is none.
+        example: what it read, wrote and added.
     """
 
     layer: str
     conv: nn.Conv2d
     bn: BatchNorm
     relu: bool
-    with_residual: bool
+    add: Sum | None
     example: Example
 
     def affine(self) -> tuple[Tensor, Tensor]:
@@ -128,6 +134,8 @@ class FrozenConv(Constants):
         layer: the name of the convolution in the model.
         backend: of the op that runs it alone.
         refusal: why another backend, which was to run it, does not run it on the example; None if all is as asked.
+        add: how a residual is added where its shape or dtype is not the convolution's.
+        adds: whether the op adds the example's residual.
         planned: how it is run, which the block it is in may still change.
     """
 
@@ -142,11 +150,28 @@ class FrozenConv(Constants):
         self.filter = conv.kernel_size
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         self.nchw = conv.weight.is_contiguous()  # and not channels_last alone, which the result would take on
-        parts = ["batch norm", *["residual"] * source.with_residual, *["relu"] * source.relu]
-        self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts))
+        self.add, example = source.add or PLUS, source.example
+        shape = conv_shape(example.x.shape, conv.weight, self.geometry)  # type: ignore[arg-type]
+        apart = None
+        if source.add is not None and shape is not None:
+            apart = operand_reason(example.x, conv.weight, example.residual, shape)
+        self.adds = source.add is not None and apart is None
+        parts = ["batch norm", *["residual"] * self.adds, *["relu"] * (source.relu and apart is None)]
+        self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts), apart or "")
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
         """The unit; with `overwrite_residual` its result may take the place of `residual` in memory."""
+        if residual is None or fits(residual, self.result_shape(x.shape), x.dtype, x.device):
+            return self.run(x, residual, self.relu, overwrite_residual)
+        y = self.add(self.run(x, None, relu=False), residual)
+        return y.relu_() if self.relu else y
+
+    def result_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the convolution's result for an input of `shape`; empty where there is no batch."""
+        return conv_shape(shape, self.weight, self.geometry) or ()  # type: ignore[arg-type]
+
+    def run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        """The unit, with or without its ReLU; `residual` has the shape and the dtype of the convolution's result."""
         raise NotImplementedError
 
     def plan_in(self, op: str, company: str) -> None:
@@ -174,17 +199,17 @@ class FoldedConv(FrozenConv):
         weight = aten.fold(source.conv.weight, scale)
         self.packed = aten.onednn_runs(weight, weight)
         if self.packed:
-            shift = shift.to(aten.bias_dtype(weight.dtype, source.with_residual))
+            shift = shift.to(aten.bias_dtype(weight.dtype, source.add is not None))
             weight = aten.onednn_pack(weight, *self.geometry, source.example.x.shape)
         self.constant("weight", weight)
         self.constant("bias", shift)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
+    def run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
         if not self.packed:
-            return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, self.relu)
-        relu_apart = self.relu and keep_nan.get()
+            return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, relu)
+        relu_apart = relu and keep_nan.get()
         y = aten.onednn_conv(
-            x, self.weight, self.bias, residual, *self.geometry, self.relu and not relu_apart, overwrite_residual
+            x, self.weight, self.bias, residual, *self.geometry, relu and not relu_apart, overwrite_residual
         )
         y = y.relu_() if relu_apart else y
         return in_format(y, x, self.nchw) if self.keeps_order else y
@@ -209,20 +234,20 @@ class EpilogueConv(FrozenConv):
         self.constant("weight", conv_operands(backend, example.x, source.conv.weight, None)[1])
         self.constant("scale", scale)
         self.constant("shift", shift)
-        args = self._arguments(example.x, example.y if source.with_residual else None)
+        args = self._arguments(example.x, example.y if self.adds else None, self.relu)
         self.refusal = self.kernel.refusal(*args)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.scale, self.shift
 
-    def _arguments(self, x: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
+    def _arguments(self, x: Tensor, residual: Tensor | None, relu: bool) -> tuple[Any, ...]:
         x, weight, residual = conv_operands(self.backend, x, self.weight, residual)
-        return (x, weight, self.scale, self.shift, residual, *self.geometry, self.relu)
+        return (x, weight, self.scale, self.shift, residual, *self.geometry, relu)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
-        raw: tuple[Any, ...] = (x, *self.affine, residual, *self.geometry, self.relu)
-        args = self._arguments(x, residual) if x.dim() == 4 else None  # no NHWC order has fewer dimensions
+    def run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        raw: tuple[Any, ...] = (x, *self.affine, residual, *self.geometry, relu)
+        args = self._arguments(x, residual, relu) if x.dim() == 4 else None  # no NHWC order has fewer dimensions
         if args is None or not self.kernel.takes(args, args[0], args[4]):
             return aten.conv_fprop(*raw)
         return in_format(self.kernel(*args), x, self.nchw)

@@ -48,7 +48,7 @@ def observe(network: nn.Module, example: Tensor) -> Seen:
     def observed(module: Any) -> Callable[..., Tensor]:
         def run_unit(k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
             result: Tensor = type(module)._run_unit(module, k, x, residual)
-            seen[module, k] = Example.of(x, result)
+            seen[module, k] = Example.of(x, result, residual)
             return result
 
         return run_unit
@@ -128,8 +128,8 @@ class _Freezer:
         frozen: dict[int, FrozenConv] = {}
         for k, ((conv, bn, _, relu), problem) in enumerate(zip(binding.units, problems, strict=True)):
             if problem is None:
-                with_residual = binding.plan.adds(k)
-                unit = (self.names[conv], conv, bn, relu, with_residual, self.seen[module, k])  # type: ignore[index]
+                add = binding.plan.all_units[k].add
+                unit = (self.names[conv], conv, bn, relu, add, self.seen[module, k])  # type: ignore[index]
                 source = self.sources[unit[0]] = Source(*unit)  # type: ignore[arg-type]
                 frozen[k] = freeze_conv(source)
             elif conv is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import plan
-from resnet_fused.functional.common import conv_operands
+from resnet_fused.functional.common import conv_operands, conv_shape, fits
 from resnet_fused.ops import aten
 from resnet_fused.plan.conv import ConvShape, uses_tf32
 from resnet_fused.plan.conv_chain import chain_flags, join_flags
@@ -54,8 +54,9 @@ class Chain:
     def __call__(self, x: Tensor, residual: Tensor, with_head: bool) -> Result:
         """The result of the block and, with `with_head`, the first activation of the one after."""
         head = self.head if with_head else None
-        args = self._arguments(x, residual, head)
-        if not self.kernel.takes(args, args[0], args[7], args[8]):
+        shape = self.conv3.result_shape(self.conv2.result_shape(x.shape))
+        args = self._arguments(x, residual, head) if fits(residual, shape, x.dtype, x.device) else None
+        if args is None or not self.kernel.takes(args, args[0], args[7], args[8]):
             return self.conv3(self.conv2(x), residual), None
         y, following = self.kernel(*args)
         if head is None:
@@ -82,7 +83,7 @@ class Join(Constants):
     def __init__(self, conv3: EpilogueConv, projection: EpilogueConv, backend: str) -> None:
         super().__init__()
         self.backend, self.kernel = backend, Kernel("conv_join", backend)
-        self.stride = projection.geometry[0]
+        self.stride, self.add = projection.geometry[0], conv3.add
         self.nchw = conv3.nchw and projection.nchw
         weights = [aten.fold(conv.weight, conv.scale) for conv in (conv3, projection)]
         if not all(bool(weight.isfinite().all()) for weight in weights):
@@ -103,10 +104,15 @@ class Join(Constants):
         return (x, weight, shortcut, self.shortcut_weight, self.shift, self.stride, True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        args = self._arguments(x, shortcut)
-        if not self.kernel.takes(args, args[0], args[2]):
-            return aten.conv_join(*args)
-        return in_format(self.kernel(*args), x, self.nchw)
+        pointwise = ([0, 0], [1, 1], 1)
+        shape = conv_shape(x.shape, self.weight, ([1, 1], *pointwise))  # type: ignore[arg-type]
+        if shape == conv_shape(shortcut.shape, self.shortcut_weight, (self.stride, *pointwise)):  # type: ignore[arg-type]
+            args = self._arguments(x, shortcut)
+            if self.kernel.takes(args, args[0], args[2]):
+                return in_format(self.kernel(*args), x, self.nchw)
+        y = aten.conv_fprop(x, self.weight, None, self.shift, None, [1, 1], *pointwise, False)
+        residual = aten.conv_fprop(shortcut, self.shortcut_weight, None, None, None, self.stride, *pointwise, False)
+        return self.add(y, residual).relu_()
 
     def extra_repr(self) -> str:
         return f"shortcut_stride={self.stride}, backend={self.backend}"
@@ -127,6 +133,8 @@ def plan_join(branch: list[FrozenConv], projection: FrozenConv | None, remake: R
         return None
     conv3 = branch[-1]
     try:
+        if not conv3.adds:
+            raise Refused("")
         flags = join_flags(projection.example.x.shape[1], projection.geometry[0][0])
         backend = _backend("conv_join", flags, conv3, projection)
         _check_pointwise(conv3, any_stride=False)
@@ -153,6 +161,8 @@ def plan_chain(branch: list[FrozenConv], head: FrozenConv | None, remake: Remake
     _, conv2, conv3 = branch
     try:
         outputs = conv3.example.y.shape[1]
+        if not conv3.adds:
+            raise Refused("")
         if conv2.geometry[3] != 1:
             raise Refused(f"{conv2.layer} has {conv2.geometry[3]} groups")
         _check_pointwise(conv3, any_stride=False)
