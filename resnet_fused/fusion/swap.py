@@ -16,13 +16,13 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.nn.norms import Norm, RecognisedNorm
-from resnet_fused.nn.plain import hooked
+from resnet_fused.nn.plain import hooked, keeps_methods, overridden
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
 from .norms import norm_of, signature
 from .plans import BlockPlan, Plan
 from .recognise import Recognition, recognise
-from .trace import original_class
+from .trace import functions, lookups, original_class
 
 
 class Binding:
@@ -33,10 +33,12 @@ class Binding:
         pools: the max pool behind each unit, or None.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
         shortcut_pools: those that a block's shortcut begins with.
-        bypassed: modules that the plan does not call although the plain forward does.
+        bypassed: modules that the plan does not call although the plain forward does, or calls in another order, and
+            the PyTorch class that each computes as.
         indivisible: units that cannot be run module by module where somebody watches: the plan runs them in another
             order than the plain forward (those around a sum), or runs only a part of what a batch norm's forward does.
         norms: the batch norms that were recognised by their forwards, and on what that depends.
+        lookups: what the owner's forward, and those of `norms`, find on their classes.
         contents: lists and dicts that the forward reads: the owner's attributes, their names, what they held.
     """
 
@@ -45,7 +47,6 @@ class Binding:
         self.plan: Plan | None = self.recognition.plan
         self.units: list[tuple[nn.Module | None, Norm, nn.Module | None, bool]] = []
         self.pools: list[nn.Module | None] = []
-        self.bypassed: list[nn.Module] = []
         paths: list[str] = []
         if self.plan is not None:
             for unit in self.plan.all_units:
@@ -57,18 +58,24 @@ class Binding:
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
             paths += self.plan.pools if isinstance(self.plan, BlockPlan) else ()
-            self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
         block = self.plan if isinstance(self.plan, BlockPlan) else None
         self.shortcut_pools = [owner.get_submodule(path) for path in (block.pools if block else ())]
+        self.bypassed = [(pool, original_class(pool)) for pool in self.shortcut_pools]
+        for module in map(owner.get_submodule, self.plan.bypassed if self.plan else ()):
+            self.bypassed.append((module, nn.Sequential if isinstance(module, nn.Sequential) else nn.Identity))
         reordered = block is not None and (block.shortcut is not None or block.pools != ())
         self.indivisible = [
             unit
             for unit, planned in zip(self.units, self.plan.all_units if self.plan else (), strict=True)
             if reordered or planned.add or isinstance(unit[1], RecognisedNorm)
         ]
-        recognised = (bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm))
+        recognised = [bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm)]
         self.contents = [(vars(owner), name, then) for name, then in self.recognition.contents.items()]
         self.norms = [(module, signature(module)) for module in recognised]
+        cls = original_class(owner)
+        self.lookups = lookups(cls, {"forward", *(self.recognition.reads or ())})
+        for norm in {type(module) for module in recognised}:
+            self.lookups += lookups(norm, functions(norm))
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
     def __reduce__(self) -> Any:
@@ -77,6 +84,9 @@ class Binding:
 
     def holds(self) -> bool:
         """Whether the owner still calls the modules that the recognition was made for."""
+        for cls, name, value in self.lookups:
+            if getattr(cls, name, None) is not value:
+                return False
         return (
             all(list(module._modules.items()) == children for module, children in self.containers)
             and all(signature(module) == then for module, then in self.norms)
@@ -87,8 +97,8 @@ class Binding:
         """Whether nobody would notice that these modules are not called. (The units see to their own.)"""
         if _has_any_global_hook():
             return False
-        for module in (*self.bypassed, *self.shortcut_pools):
-            if hooked(module) or "forward" in module.__dict__:
+        for module, cls in self.bypassed:
+            if hooked(module) or overridden(module) or not keeps_methods(original_class(module), cls):
                 return False
         return all(plain(*unit[:3]) is None for unit in self.indivisible)
 
@@ -204,6 +214,8 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)  # whoever looks at the signature sees the original's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, FusedMixin):  # somebody kept the bound method, to wrap it, and the module was unfused
+            return original.forward(self, *args, **kwargs)
         return FusedMixin.forward(self, *args, **kwargs)
 
     namespace = {

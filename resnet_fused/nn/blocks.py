@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.nn import units
+from resnet_fused.nn.plain import untouched
 
 
 def residual_block(
@@ -51,12 +52,7 @@ class _Block(nn.Module):
         projection = self.downsample
         if projection is None:
             return residual_block(x, self._layers(), None)
-        if (
-            type(projection) is nn.Sequential
-            and len(projection) == 2
-            and not projection._forward_hooks
-            and not projection._forward_pre_hooks
-        ):
+        if type(projection) is nn.Sequential and len(projection) == 2 and untouched(projection, nn.Sequential):
             return residual_block(x, self._layers(), (projection[0], projection[1]))
         *inner, (conv, bn, act) = self._layers()
         y = x

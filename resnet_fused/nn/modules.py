@@ -24,8 +24,6 @@ class BatchNormAct2d(KeepsActivation, nn.BatchNorm2d):
         act: `"relu"` or None.
     """
 
-    _plain_batch_norm = True
-
     def __init__(
         self,
         num_features: int,
@@ -44,6 +42,8 @@ class BatchNormAct2d(KeepsActivation, nn.BatchNorm2d):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
         return units.batch_norm_act(x, self, residual, self.act)
+
+    _plain_batch_norm = forward
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

@@ -61,8 +61,6 @@ class SyncBatchNormAct2d(KeepsActivation, nn.SyncBatchNorm):
         act: `"relu"` or None.
     """
 
-    _plain_batch_norm = True
-
     def __init__(self, *args: object, act: Act = "relu", **kwargs: object) -> None:
         check_act(act, type(self).__name__)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
@@ -71,6 +69,8 @@ class SyncBatchNormAct2d(KeepsActivation, nn.SyncBatchNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
         return units.batch_norm_act(x, self, residual, self.act)
+
+    _plain_batch_norm = forward
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"

@@ -27,7 +27,7 @@ from resnet_fused.nn.norms import (
     running_statistics,
     sync_group,
 )
-from resnet_fused.nn.plain import computes_as, hooked, watched
+from resnet_fused.nn.plain import not_plain, untouched, watched
 
 
 def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward: bool = True) -> str | None:
@@ -57,9 +57,7 @@ def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward
 
 
 def _plain(module: nn.Module, expected: type[nn.Module], in_forward: bool) -> str | None:
-    if not computes_as(module, expected):
-        return f"{type(module).__name__} is not a plain {expected.__name__}"
-    return watched(module, expected.__name__, in_forward)
+    return not_plain(module, expected) or watched(module, expected.__name__, in_forward)
 
 
 def conv_bn_act(
@@ -251,7 +249,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | 
 
 def plain_pool(pool: nn.Module) -> str | None:
     """Why this is not the stem's max pool, as a plain module that nobody watches; None if it is."""
-    if type(pool) is not nn.MaxPool2d or "forward" in pool.__dict__ or hooked(pool):
+    if type(pool) is not nn.MaxPool2d or not untouched(pool, nn.MaxPool2d):
         return "not a plain nn.MaxPool2d"
     size = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     if [v if isinstance(v, tuple) else (v, v) for v in size] != [(3, 3), (2, 2), (1, 1), (1, 1)]:
