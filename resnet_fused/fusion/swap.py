@@ -1,13 +1,15 @@
 """Give a module the fused forward by changing its class, and give the original class back.
 
-The class of a fused module is a subclass of its original, made once per original: parameters, buffers, children, hooks
-and attributes stay where they are. Its forward runs the plan as long as the plan is known to hold, and the original
-forward otherwise.
+The class of a fused module is a subclass of its original, made once per original, under the same name: parameters,
+buffers, children, hooks and attributes stay where they are. Its forward runs the plan as long as the plan is known to
+hold, and the original forward otherwise. Copies stay fused; a pickle holds the original. `docs/design.md`, "The swap",
+says what this way costs and what others would.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.nn.norms import Norm, RecognisedNorm
 from resnet_fused.nn.plain import hooked, keeps_methods, overridden
+from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
 from .norms import norm_of, signature
@@ -95,7 +98,7 @@ class Binding:
 
     def unobserved(self) -> bool:
         """Whether nobody would notice that these modules are not called. (The units see to their own.)"""
-        if _has_any_global_hook():
+        if _has_any_global_hook() or torch._C._get_tracing_state() is not None:
             return False
         for module, cls in self.bypassed:
             if hooked(module) or overridden(module) or not keeps_methods(original_class(module), cls):
@@ -122,11 +125,12 @@ def _containers(owner: nn.Module, paths: list[str]) -> list[nn.Module]:
     return list(found.values())
 
 
-class FusedMixin:
+class FusedMixin(NotScriptable):
     """The behaviour of a fused module, in front of its original class."""
 
+    _way_out = "call resnet_fused.unfuse(model) first"
     _original: type[nn.Module]
-    _fusion: Binding | None = None  # None: to be recognised anew
+    _fusion: Binding | Recognition | None = None  # a recognition: to be bound; None: to be recognised anew
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keeps the fused class out of what the original's `__init_subclass__` does, such as a registry."""
@@ -141,7 +145,7 @@ class FusedMixin:
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Unit `k` of the plan: pool(relu(bn(conv(x)) + residual))."""
-        assert self._fusion is not None
+        assert isinstance(self._fusion, Binding)
         conv, bn, act, relu = self._fusion.units[k]
         pool = self._fusion.pools[k]
         if pool is not None and conv is not None:
@@ -150,7 +154,7 @@ class FusedMixin:
 
     def _run_block(self, x: Tensor, branch: int) -> Tensor | None:
         """The whole block, whose first `branch` units are its branch; None where its units are to run one by one."""
-        assert self._fusion is not None
+        assert isinstance(self._fusion, Binding)
         layers = [unit[:3] for unit in self._fusion.units]
         shortcut = layers[branch][:2] if len(layers) > branch else None
         pools = self._fusion.shortcut_pools
@@ -175,28 +179,39 @@ class FusedMixin:
 
     def extra_repr(self) -> str:
         original = super().extra_repr()  # type: ignore[misc]
-        plan = self._fusion.plan if self._fusion is not None else None
+        plan = "to be seen when it runs" if self._fusion is None else self._fusion.plan
         if plan is None:
             return original
         separator = "\n" if "\n" in original else ", "
         return f"{original}{separator if original else ''}fused={plan}"
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica gets its own children afterwards, and is bound to them when it runs."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        binding = self._fusion
+        known = isinstance(binding, Binding) and binding.holds()
+        replica.__dict__["_fusion"] = binding.recognition if known else None  # type: ignore[union-attr]
+        return replica
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the original class; they are recognised anew when they first run."""
-        reduced = super().__reduce_ex__(protocol)
+        """A pickle holds a module of the original class, for processes that need not know of this package; a copy is
+        fused, and recognised anew when it first runs."""
+        copying = sys._getframe(1).f_globals.get("__name__") == "copy"  # which asks as pickle does
+        # From protocol 2 on, pickle insists on the class that the module has.
+        reduced = super().__reduce_ex__(protocol if copying else 1)
         if not isinstance(reduced, tuple):
             return reduced
         rebuild, arguments, *rest = reduced
         arguments = tuple(self._original if a is type(self) else a for a in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != "_fusion"}
-        return (_rebuild, (rebuild, arguments), *rest)
+        return (_rebuild, (rebuild, arguments), *rest) if copying else (rebuild, arguments, *rest)
 
 
 def _forget(module: Any, name: str) -> None:
     """An attribute was changed: what was recognised no longer counts if the forward looks it up."""
     binding = module.__dict__.get("_fusion")
-    if binding is not None and name != "training":
+    if isinstance(binding, Binding) and name != "training":
         reads = binding.recognition.reads
         if reads is None or name in reads or name == "forward":
             module.__dict__["_fusion"] = None
@@ -222,9 +237,10 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
         "_original": original,
         "forward": forward,
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(f"Fused{original.__name__}", (FusedMixin, original), namespace)
+    return type(original.__name__, (FusedMixin, original), namespace)
 
 
 def current(module: nn.Module) -> Binding | None:
@@ -232,10 +248,10 @@ def current(module: nn.Module) -> Binding | None:
     binding = module._fusion
     if isinstance(binding, Binding) and binding.holds():
         return binding
-    # Not for a compiler's eyes; the plain forward is always right.
-    if torch.compiler.is_compiling() or is_fx_symbolic_tracing():
+    # Not for a compiler's or a tracer's eyes; the plain forward is always right.
+    if torch.compiler.is_compiling() or is_fx_symbolic_tracing() or torch._C._get_tracing_state() is not None:
         return None
-    return bind(module, recognise(module))
+    return bind(module, binding if isinstance(binding, Recognition) else recognise(module))
 
 
 def bind(module: nn.Module, recognition: Recognition | None) -> Binding:
@@ -257,7 +273,7 @@ def swap_in(module: nn.Module, recognition: Recognition) -> None:
         TypeError: if its class cannot be subclassed or exchanged.
     """
     if not is_fused(module):
-        module.__class__ = fused_class(type(module))  # type: ignore[arg-type]
+        module.__class__ = fused_class(original_class(module))  # type: ignore[arg-type]
     bind(module, recognition)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from resnet_fused.nn import units
 from resnet_fused.nn.plain import untouched
+from resnet_fused.nn.scripting import NotScriptable
 
 
 def residual_block(
@@ -39,7 +40,7 @@ def residual_block(
     return units.conv_bn_act(y, conv, bn, act, relu=True, residual=identity)
 
 
-class _Block(nn.Module):
+class _Block(NotScriptable, nn.Module):
     """What both blocks share: an optional projection and the one forward."""
 
     downsample: nn.Module | None

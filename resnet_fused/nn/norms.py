@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.nn.plain import not_plain, watched
+from resnet_fused.nn.plain import calls_forward, not_plain, watched
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -69,7 +69,7 @@ Norm = nn.Module | RecognisedNorm
 def says_plain(cls: type[nn.Module]) -> bool:
     """Whether a class says of its forward that it is that of a plain batch norm, as our own do."""
     own_forward = cls.__dict__.get("_plain_batch_norm")
-    return own_forward is not None and own_forward is cls.forward
+    return own_forward is not None and own_forward is cls.forward and calls_forward(cls)
 
 
 def module_of(bn: Norm) -> nn.Module:

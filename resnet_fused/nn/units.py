@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -80,8 +81,7 @@ def conv_bn_act(
     Mutates:
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
-    # `fuse` traces a forward to find out what it computes; a tracer must see the modules.
-    if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None or _refuses(conv, x):
+    if traced(x) or plain(conv, bn, act) is not None or _refuses(conv, x):
         z = bn(x if conv is None else conv(x))
         if residual is not None:
             z = z + residual
@@ -113,6 +113,12 @@ def conv_bn_act(
         eps=bn.eps,
         act=name,
     )
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a tracer watches, which must see the modules, and not that their mode was asked for: that of torch.fx, by
+    which `fuse` finds out what a forward computes, or `torch.jit.trace`."""
+    return isinstance(x, fx.Proxy) or torch._C._get_tracing_state() is not None
 
 
 def _refuses(conv: nn.Module | None, x: Tensor) -> bool:
@@ -159,7 +165,7 @@ def conv_bn_chain(
     Mutates:
         The running statistics and `num_batches_tracked` of the batch norms, as their own forwards do.
     """
-    if isinstance(x, fx.Proxy) or functional.common.runs_plain("residual_block", x.device.type):
+    if traced(x) or functional.common.runs_plain("residual_block", x.device.type):
         return None
     units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
     parameters = (p for conv, bn, _ in units for m in (conv, module_of(bn)) for p in m.parameters())
@@ -222,9 +228,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | 
     Mutates:
         As `conv_bn_act`.
     """
-    # A tracer must see the modules, and not that their mode was asked for.
-    traced = isinstance(x, fx.Proxy)
-    separate = traced or not bn.training or plain_pool(pool) is not None
+    separate = traced(x) or not bn.training or plain_pool(pool) is not None
     if separate or plain(conv, bn, act) is not None or _refuses(conv, x):
         pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
         return pooled
