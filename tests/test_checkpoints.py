@@ -54,7 +54,7 @@ def test_strict_load_goes_both_ways(name):
         for model in (plain, fused):
             with pytest.raises(RuntimeError) as error:
                 model.load_state_dict(bad)
-            messages.append(str(error.value).replace("Fused", ""))
+            messages.append(str(error.value))
         assert messages[0] == messages[1]
 
 
@@ -135,11 +135,12 @@ def test_copies_train_on_as_the_original_does(backend, how):
     other = torch.optim.SGD(twin.parameters(), 0.01, momentum=0.9)
     other.load_state_dict(_saved(optimizer.state_dict(), weights_only=True))
     for model, opt in ((fused, optimizer), (twin, other)):
+        fuse(model)  # what was pickled is as it was before it was fused
         for _ in range(2):
             step(model, x, backend)
             opt.step()
     assert_same_step(dict(twin.state_dict()), dict(fused.state_dict()), 0.0)
-    assert report(twin) == report(fused)
+    assert report(fuse(twin)) == report(fused)
     assert type(unfuse(twin)) is SmallResNet
 
 

@@ -45,7 +45,8 @@ def test_only_classes_change(plain):
     assert {name: id(b) for name, b in model.named_buffers()} == buffers
     assert list(model.state_dict()) == list(state) and model.state_dict()._metadata == state._metadata
     assert isinstance(model, Net) and isinstance(model.layer[0], Bottleneck)
-    assert type(model).__name__ == "FusedNet" and type(model.layer[0]).__name__ == "FusedBottleneck"
+    assert type(model) is not Net and type(model).__qualname__ == "Net"
+    assert type(model.layer[0]).__name__ == "Bottleneck" and type(model).__module__ == Net.__module__
     assert type(model.layer[0]) is type(model.layer[1])
     assert type(model.layer) is nn.Sequential and type(model.layer[0].downsample) is nn.Sequential
     assert report(model).fused == ALL_FUSED and report(model).skipped == []
@@ -96,7 +97,7 @@ def test_what_is_not_a_module_is_a_type_error(function, value):
 def test_repr_and_report_read_well(fused):
     text = repr(fused.layer[1])
     assert text.startswith(
-        "FusedBottleneck(\n  fused=Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-add-relu\n  (conv1): Conv2d("
+        "Bottleneck(\n  fused=Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-add-relu\n  (conv1): Conv2d("
     )
     fused.layer[1].scale = 0.5
     lines = str(report(fused)).splitlines()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from contract import assert_within_contract
 from torch import nn
 
 from resnet_fused import ops, use_backend
-from resnet_fused.nn import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, Stem, units
+from resnet_fused.nn import BasicBlock, BatchNormAct2d, Bottleneck, ConvBNAct2d, Stem, SyncBatchNormAct2d, units
 
 BACKENDS = [b for b in ("reference", "aten", "triton", "cuda") if ops.available(b, "cpu")]
 
@@ -194,3 +196,39 @@ def test_a_module_converted_to_half_precision(backend, dtype):
     assert_within_contract(y, plain(x).relu(), truth)
     assert ours.running_var.dtype == dtype
     torch.testing.assert_close(ours.running_var, plain.running_var)
+
+
+SAME_AS = [(BatchNormAct2d, nn.BatchNorm2d), (SyncBatchNormAct2d, nn.SyncBatchNorm)]
+TAKES_BIAS = "bias" in inspect.signature(nn.BatchNorm2d).parameters  # since torch 2.14
+
+
+@pytest.mark.parametrize(("ours", "plain"), SAME_AS)
+def test_batch_norm_act_takes_what_the_installed_torch_takes(ours, plain):
+    expected = inspect.signature(plain).parameters
+    parameters = dict(inspect.signature(ours).parameters)
+    act = parameters.pop("act")
+    assert (act.kind, act.default) == (inspect.Parameter.KEYWORD_ONLY, "relu")
+    assert list(parameters.items()) == list(expected.items())
+    by_position = [4, 1e-3, 0.2, True, False, *([None] if plain is nn.SyncBatchNorm else []), "cpu", torch.float64]
+    assert (
+        str(ours(*by_position)) == str(plain(*by_position)).replace(plain.__name__, ours.__name__)[:-1] + ", act=relu)"
+    )
+    assert ours(*by_position, act=None).weight.dtype == torch.float64
+    for arguments, options in (((), {}), ((4, "eps", 3, 4, 5, 6, 7, 8, 9), {}), ((4,), {"stranger": 1})):
+        with pytest.raises(TypeError) as error:
+            plain(*arguments, **options)
+        with pytest.raises(TypeError, match=re.escape(str(error.value))):
+            ours(*arguments, **options)
+
+
+@pytest.mark.skipif(not TAKES_BIAS, reason="this torch's batch norms have no bias argument")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_norm_act_without_a_bias(backend, training):
+    ours, plain = BatchNormAct2d(3, bias=False, act=None), nn.BatchNorm2d(3, bias=False)
+    nn.init.uniform_(plain.weight, 0.5, 1.5)
+    ours.load_state_dict(plain.state_dict())
+    assert ours.bias is None and list(ours.state_dict()) == list(plain.state_dict())
+    _assert_same_step(ours.train(training), plain.train(training), torch.randn(2, 3, 4, 4), backend)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+    assert type(converted) is SyncBatchNormAct2d and converted.bias is None and converted.act is None

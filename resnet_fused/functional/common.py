@@ -64,8 +64,8 @@ def fits(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype, devi
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd, or a function transform, follows any of these tensors."""
-    if _transformed():
+    """Whether autograd, a function transform or `torch.jit.trace` follows any of these tensors."""
+    if _transformed() or torch._C._get_tracing_state() is not None:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

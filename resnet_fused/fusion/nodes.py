@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules import padding, pooling
 
-from resnet_fused.nn.plain import computes_as
+from resnet_fused.nn.plain import POOLS, keeps_methods, overridden
 
 from .trace import is_number, original_class
 
@@ -41,7 +40,7 @@ def is_relu(node: fx.Node, owner: nn.Module) -> bool:
 
 
 def is_relu_module(module: nn.Module) -> bool:
-    return original_class(module) is nn.ReLU or computes_as(module, nn.ReLU)
+    return keeps_methods(original_class(module), nn.ReLU)
 
 
 def is_sum(node: fx.Node) -> bool:
@@ -82,20 +81,20 @@ def function_name(node: fx.Node) -> str:
 
 
 def is_identity(module: nn.Module) -> bool:
-    return original_class(module) is nn.Identity
+    return original_class(module) is nn.Identity and _runs(module, nn.Identity)
 
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether calling the module is calling its children one after the other."""
-    cls = original_class(module)
-    return (
-        isinstance(module, nn.Sequential)
-        and cls.forward is nn.Sequential.forward
-        and cls.__call__ is nn.Module.__call__
-        and "forward" not in module.__dict__
-    )
+    return _runs(module, nn.Sequential)
 
 
 def is_pool(module: nn.Module) -> bool:
     """Whether the module is one of PyTorch's pools or paddings: it draws no numbers and leaves its input as it is."""
-    return original_class(module).__module__ in (pooling.__name__, padding.__name__)
+    cls = original_class(module)
+    return cls in POOLS and _runs(module, cls)
+
+
+def _runs(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether calling the module, fused or not, runs what PyTorch wrote for `cls`."""
+    return keeps_methods(original_class(module), cls) and not overridden(module)

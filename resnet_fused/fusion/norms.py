@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from resnet_fused.nn.norms import BATCH_NORMS, Norm, RecognisedNorm
-from resnet_fused.nn.plain import computes_as
+from resnet_fused.nn.norms import BATCH_NORMS, Norm, RecognisedNorm, says_plain
+from resnet_fused.nn.plain import calls_forward, computes_as, not_plain, overridden
 
 from .nodes import calls_relu
-from .trace import Traced, Untraceable, original_class, record, trace
+from .trace import Traced, Untraceable, functions, lookups, original_class, record, trace
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("eps", "momentum", "affine", "track_running_stats", "num_features")
@@ -49,14 +49,17 @@ def norm_form(module: nn.Module) -> NormForm | str | None:
         return _PLAIN
     if not looks_like_norm(module):
         return None
-    if any(computes_as(module, expected) for expected in BATCH_NORMS):
+    if not overridden(module) and any(computes_as(module, expected) for expected in BATCH_NORMS):
         return _PLAIN
     cls = original_class(module)
-    if cls.__call__ is not nn.Module.__call__ or "forward" in module.__dict__:
+    if cls in BATCH_NORMS:
+        return not_plain(module, cls)
+    if overridden(module) or not calls_forward(cls):
         return f"{cls.__name__} is called in a way of its own"
     if any(isinstance(getattr(cls, name, None), property) for name in _TENSORS):
         return f"{cls.__name__} computes its parameters"  # as a parametrization does
-    key = (cls, tuple(module._modules), tuple(module.__dict__), *signature(module)[1:])
+    code = tuple(lookups(cls, functions(cls)))
+    key = (cls, code, tuple(module._modules), tuple(module.__dict__), *signature(module)[1:])
     if key not in _forms:
         _forms[key] = _look_into(module)
     return _forms[key]
@@ -73,7 +76,7 @@ def norm_of(module: nn.Module) -> Norm:
 def _is_native(module: nn.Module) -> bool:
     """Whether the module is PyTorch's, or one of ours, which says of itself that its batch norm is PyTorch's."""
     cls = original_class(module)
-    return cls in BATCH_NORMS or bool(cls.__dict__.get("_plain_batch_norm"))
+    return computes_as(module, cls) if cls in BATCH_NORMS else says_plain(cls)
 
 
 def looks_like_norm(module: nn.Module) -> bool:

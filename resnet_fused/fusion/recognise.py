@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from resnet_fused.nn.plain import home
+
 from .block import Mismatch, NoReluAfterSum, joins, match_block
 from .flow import flow_of
 from .norms import looks_like_norm
@@ -66,8 +68,9 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
 
 
 def is_native(module: nn.Module) -> bool:
-    """Whether the module is one of `resnet_fused.nn`."""
-    return original_class(module).__module__.startswith("resnet_fused.nn.")
+    """Whether the module is one of `resnet_fused.nn`, with its own forward."""
+    cls = original_class(module)
+    return all(name.startswith("resnet_fused.nn.") for name in (cls.__module__, home(getattr(cls, "forward", None))))
 
 
 def _own(module: nn.Module) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch.nn.functional as F
 from torch import fx, nn
 
+from resnet_fused.nn.plain import computes_as
 from resnet_fused.nn.sums import Sum
 from resnet_fused.nn.units import plain, plain_pool
 
@@ -263,7 +264,7 @@ class _Rewriter:
         if not self.is_call(node):
             return node.op == "call_module" and node.target == "_run_unit"
         module = self.module(node)
-        return type(module) is nn.Conv2d or norm_form(module) == NormForm()
+        return computes_as(module, nn.Conv2d) or norm_form(module) == NormForm()
 
     def pools(self, node: fx.Node) -> bool:
         """Whether the node is a stem's max pool, called nowhere else."""

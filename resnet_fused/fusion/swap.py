@@ -1,13 +1,15 @@
 """Give a module the fused forward by changing its class, and give the original class back.
 
-The class of a fused module is a subclass of its original, made once per original: parameters, buffers, children, hooks
-and attributes stay where they are. Its forward runs the plan as long as the plan is known to hold, and the original
-forward otherwise.
+The class of a fused module is a subclass of its original, made once per original, under the same name: parameters,
+buffers, children, hooks and attributes stay where they are. Its forward runs the plan as long as the plan is known to
+hold, and the original forward otherwise. Copies stay fused; a pickle holds the original. `docs/design.md`, "The swap",
+says what this way costs and what others would.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -16,14 +18,15 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
 from resnet_fused.nn.norms import Norm, RecognisedNorm
-from resnet_fused.nn.plain import hooked
+from resnet_fused.nn.plain import hooked, keeps_methods, overridden
+from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.sums import PLUS, Sum
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
 from .norms import norm_of, signature
 from .plans import BlockPlan, Plan
 from .recognise import Recognition, recognise
-from .trace import original_class
+from .trace import functions, lookups, original_class
 
 
 class Binding:
@@ -35,10 +38,12 @@ class Binding:
         sums: how each unit adds what it is handed, if anything.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
         shortcut_pools: those that a block's shortcut begins with.
-        bypassed: modules that the plan does not call although the plain forward does.
+        bypassed: modules that the plan does not call although the plain forward does, or calls in another order, and
+            the PyTorch class that each computes as.
         indivisible: units that cannot be run module by module where somebody watches: the plan runs them in another
             order than the plain forward (those around a sum), or runs only a part of what a batch norm's forward does.
         norms: the batch norms that were recognised by their forwards, and on what that depends.
+        lookups: what the owner's forward, and those of `norms`, find on their classes.
         contents: lists and dicts that the forward reads: the owner's attributes, their names, what they held.
     """
 
@@ -48,7 +53,6 @@ class Binding:
         self.units: list[tuple[nn.Module | None, Norm, nn.Module | None, bool]] = []
         self.pools: list[nn.Module | None] = []
         self.sums: list[Sum] = []
-        self.bypassed: list[nn.Module] = []
         paths: list[str] = []
         if self.plan is not None:
             for unit in self.plan.all_units:
@@ -61,18 +65,24 @@ class Binding:
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
             paths += self.plan.pools if isinstance(self.plan, BlockPlan) else ()
-            self.bypassed = [owner.get_submodule(path) for path in self.plan.bypassed]
         block = self.plan if isinstance(self.plan, BlockPlan) else None
         self.shortcut_pools = [owner.get_submodule(path) for path in (block.pools if block else ())]
+        self.bypassed = [(pool, original_class(pool)) for pool in self.shortcut_pools]
+        for module in map(owner.get_submodule, self.plan.bypassed if self.plan else ()):
+            self.bypassed.append((module, nn.Sequential if isinstance(module, nn.Sequential) else nn.Identity))
         reordered = block is not None and (block.shortcut is not None or block.pools != ())
         self.indivisible = [
             unit
             for unit, planned in zip(self.units, self.plan.all_units if self.plan else (), strict=True)
             if reordered or (block is None and planned.add) or isinstance(unit[1], RecognisedNorm)
         ]
-        recognised = (bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm))
+        recognised = [bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm)]
         self.contents = [(vars(owner), name, then) for name, then in self.recognition.contents.items()]
         self.norms = [(module, signature(module)) for module in recognised]
+        cls = original_class(owner)
+        self.lookups = lookups(cls, {"forward", *(self.recognition.reads or ())})
+        for norm in {type(module) for module in recognised}:
+            self.lookups += lookups(norm, functions(norm))
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
     def __reduce__(self) -> Any:
@@ -81,6 +91,9 @@ class Binding:
 
     def holds(self) -> bool:
         """Whether the owner still calls the modules that the recognition was made for."""
+        for cls, name, value in self.lookups:
+            if getattr(cls, name, None) is not value:
+                return False
         return (
             all(list(module._modules.items()) == children for module, children in self.containers)
             and all(signature(module) == then for module, then in self.norms)
@@ -89,10 +102,10 @@ class Binding:
 
     def unobserved(self) -> bool:
         """Whether nobody would notice that these modules are not called. (The units see to their own.)"""
-        if _has_any_global_hook():
+        if _has_any_global_hook() or torch._C._get_tracing_state() is not None:
             return False
-        for module in (*self.bypassed, *self.shortcut_pools):
-            if hooked(module) or "forward" in module.__dict__:
+        for module, cls in self.bypassed:
+            if hooked(module) or overridden(module) or not keeps_methods(original_class(module), cls):
                 return False
         return all(plain(*unit[:3]) is None for unit in self.indivisible)
 
@@ -116,11 +129,12 @@ def _containers(owner: nn.Module, paths: list[str]) -> list[nn.Module]:
     return list(found.values())
 
 
-class FusedMixin:
+class FusedMixin(NotScriptable):
     """The behaviour of a fused module, in front of its original class."""
 
+    _way_out = "call resnet_fused.unfuse(model) first"
     _original: type[nn.Module]
-    _fusion: Binding | None = None  # None: to be recognised anew
+    _fusion: Binding | Recognition | None = None  # a recognition: to be bound; None: to be recognised anew
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keeps the fused class out of what the original's `__init_subclass__` does, such as a registry."""
@@ -135,7 +149,7 @@ class FusedMixin:
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Unit `k` of the plan: pool(relu(bn(conv(x)) + residual))."""
-        assert self._fusion is not None
+        assert isinstance(self._fusion, Binding)
         conv, bn, act, relu = self._fusion.units[k]
         pool = self._fusion.pools[k]
         if pool is not None and conv is not None:
@@ -144,7 +158,7 @@ class FusedMixin:
 
     def _run_block(self, x: Tensor, branch: int) -> Tensor | None:
         """The whole block, whose first `branch` units are its branch; None where its units are to run one by one."""
-        assert self._fusion is not None
+        assert isinstance(self._fusion, Binding)
         layers = [unit[:3] for unit in self._fusion.units]
         shortcut = layers[branch][:2] if len(layers) > branch else None
         pools = self._fusion.shortcut_pools
@@ -169,28 +183,39 @@ class FusedMixin:
 
     def extra_repr(self) -> str:
         original = super().extra_repr()  # type: ignore[misc]
-        plan = self._fusion.plan if self._fusion is not None else None
+        plan = "to be seen when it runs" if self._fusion is None else self._fusion.plan
         if plan is None:
             return original
         separator = "\n" if "\n" in original else ", "
         return f"{original}{separator if original else ''}fused={plan}"
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """A replica gets its own children afterwards, and is bound to them when it runs."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        binding = self._fusion
+        known = isinstance(binding, Binding) and binding.holds()
+        replica.__dict__["_fusion"] = binding.recognition if known else None  # type: ignore[union-attr]
+        return replica
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the original class; they are recognised anew when they first run."""
-        reduced = super().__reduce_ex__(protocol)
+        """A pickle holds a module of the original class, for processes that need not know of this package; a copy is
+        fused, and recognised anew when it first runs."""
+        copying = sys._getframe(1).f_globals.get("__name__") == "copy"  # which asks as pickle does
+        # From protocol 2 on, pickle insists on the class that the module has.
+        reduced = super().__reduce_ex__(protocol if copying else 1)
         if not isinstance(reduced, tuple):
             return reduced
         rebuild, arguments, *rest = reduced
         arguments = tuple(self._original if a is type(self) else a for a in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != "_fusion"}
-        return (_rebuild, (rebuild, arguments), *rest)
+        return (_rebuild, (rebuild, arguments), *rest) if copying else (rebuild, arguments, *rest)
 
 
 def _forget(module: Any, name: str) -> None:
     """An attribute was changed: what was recognised no longer counts if the forward looks it up."""
     binding = module.__dict__.get("_fusion")
-    if binding is not None and name != "training":
+    if isinstance(binding, Binding) and name != "training":
         reads = binding.recognition.reads
         if reads is None or name in reads or name == "forward":
             module.__dict__["_fusion"] = None
@@ -208,15 +233,18 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)  # whoever looks at the signature sees the original's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, FusedMixin):  # somebody kept the bound method, to wrap it, and the module was unfused
+            return original.forward(self, *args, **kwargs)
         return FusedMixin.forward(self, *args, **kwargs)
 
     namespace = {
         "_original": original,
         "forward": forward,
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(f"Fused{original.__name__}", (FusedMixin, original), namespace)
+    return type(original.__name__, (FusedMixin, original), namespace)
 
 
 def current(module: nn.Module) -> Binding | None:
@@ -224,10 +252,10 @@ def current(module: nn.Module) -> Binding | None:
     binding = module._fusion
     if isinstance(binding, Binding) and binding.holds():
         return binding
-    # Not for a compiler's eyes; the plain forward is always right.
-    if torch.compiler.is_compiling() or is_fx_symbolic_tracing():
+    # Not for a compiler's or a tracer's eyes; the plain forward is always right.
+    if torch.compiler.is_compiling() or is_fx_symbolic_tracing() or torch._C._get_tracing_state() is not None:
         return None
-    return bind(module, recognise(module))
+    return bind(module, binding if isinstance(binding, Recognition) else recognise(module))
 
 
 def bind(module: nn.Module, recognition: Recognition | None) -> Binding:
@@ -249,7 +277,7 @@ def swap_in(module: nn.Module, recognition: Recognition) -> None:
         TypeError: if its class cannot be subclassed or exchanged.
     """
     if not is_fused(module):
-        module.__class__ = fused_class(type(module))  # type: ignore[arg-type]
+        module.__class__ = fused_class(original_class(module))  # type: ignore[arg-type]
     bind(module, recognition)
 
 

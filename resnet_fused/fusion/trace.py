@@ -3,7 +3,7 @@
 Every call of a submodule is a leaf. What torch.fx would silently lose or bake in is refused instead: a context such as
 `no_grad` or autocast around a part of the forward, random numbers, tensors made on the way, attributes that the forward
 sets or that can change unnoticed, questions about the type of a value. Nothing global is patched, so other
-threads may run modules meanwhile. What a forward reads from outside the module (globals, class attributes) is taken as
+threads may run modules meanwhile. What a forward reads from outside the module and its class (globals) is taken as
 constant.
 """
 
@@ -19,7 +19,7 @@ import random
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from torch.fx.graph import inplace_methods
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Inputs = Literal["any", "list"]
+Lookup = tuple[type, str, Any]  # a class, a name, what the class had under it
 
 
 class Untraceable(Exception):
@@ -57,6 +58,24 @@ class Traced:
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module as its author wrote it: fused classes name theirs in `_original`."""
     return getattr(type(module), "_original", type(module))
+
+
+def lookups(cls: type[nn.Module], names: Iterable[str]) -> list[Lookup]:
+    """What a class and its bases have under these names; `super()` may ask any of them."""
+    found = []
+    for base in cls.__mro__[:-1]:
+        for name in names:
+            value = getattr(base, name, None)
+            if value is not None and value is getattr(base, name):  # made anew each time: nothing to compare with
+                found.append((base, name, value))
+    return found
+
+
+def functions(cls: type[nn.Module]) -> list[str]:
+    """The names of the functions that a class and its bases define, PyTorch's modules apart, and of what calls them."""
+    bases = [base for base in cls.__mro__ if not base.__module__.startswith("torch.nn.modules.")]
+    names = (name for base in bases for name, value in vars(base).items() if isinstance(value, types.FunctionType))
+    return ["__call__", "forward", *names]
 
 
 def trace(module: nn.Module, training: bool, inputs: Inputs = "any", base: type[nn.Module] | None = None) -> Traced:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.nn import units
+from resnet_fused.nn.plain import untouched
+from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.sums import INTO_BRANCH
 
 
@@ -41,7 +43,7 @@ def residual_block(
     return units.conv_bn_act(y, conv, bn, act, relu=True, residual=identity, add=INTO_BRANCH)
 
 
-class _Block(nn.Module):
+class _Block(NotScriptable, nn.Module):
     """What both blocks share: an optional projection and the one forward."""
 
     downsample: nn.Module | None
@@ -54,12 +56,7 @@ class _Block(nn.Module):
         projection = self.downsample
         if projection is None:
             return residual_block(x, self._layers(), None)
-        if (
-            type(projection) is nn.Sequential
-            and len(projection) == 2
-            and not projection._forward_hooks
-            and not projection._forward_pre_hooks
-        ):
+        if type(projection) is nn.Sequential and len(projection) == 2 and untouched(projection, nn.Sequential):
             return residual_block(x, self._layers(), (projection[0], projection[1]))
         *inner, (conv, bn, act) = self._layers()
         y = x

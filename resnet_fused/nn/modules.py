@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from resnet_fused.functional.common import Act, check_act
 from resnet_fused.nn import units
-from resnet_fused.nn.sync import KeepsActivation
+from resnet_fused.nn.scripting import NotScriptable
+from resnet_fused.nn.sync import KeepsActivation, init_with_act
 
 
 class BatchNormAct2d(KeepsActivation, nn.BatchNorm2d):
@@ -20,36 +21,15 @@ class BatchNormAct2d(KeepsActivation, nn.BatchNorm2d):
 
     Args:
         num_features: C.
-        eps, momentum, affine, track_running_stats, device, dtype: as in `nn.BatchNorm2d`.
-        act: `"relu"` or None.
+        eps, momentum, and what else the installed PyTorch has, such as `bias` since 2.14: as in `nn.BatchNorm2d`.
+        act: `"relu"` or None; by name.
     """
 
-    _plain_batch_norm = True
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        act: Act = "relu",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_act(act, type(self).__name__)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.act = act
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
-        return units.batch_norm_act(x, self, residual, self.act)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act}"
+    __init__ = init_with_act(nn.BatchNorm2d)
+    _plain_batch_norm = KeepsActivation.forward
 
 
-class ConvBNAct2d(nn.Module):
+class ConvBNAct2d(NotScriptable, nn.Module):
     """Convolution, batch norm, residual add and ReLU: `y = act(bn(conv(x)) + residual)`.
 
     Its state_dict holds `conv.*` and `bn.*`, those of the two plain modules.
@@ -90,7 +70,7 @@ class ConvBNAct2d(nn.Module):
         return units.conv_bn_act(x, self.conv, self.bn, None, relu=self.relu, residual=residual)
 
 
-class Stem(nn.Module):
+class Stem(NotScriptable, nn.Module):
     """The stem of an ImageNet ResNet: 7x7 convolution of stride 2, batch norm, ReLU, 3x3 max pool of stride 2.
 
     The names `conv1`, `bn1` and `maxpool` are those of torchvision and timm.

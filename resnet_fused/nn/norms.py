@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_fused.nn.plain import watched
+from resnet_fused.nn.plain import calls_forward, not_plain, watched
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -34,11 +34,11 @@ class RecognisedNorm:
 
     @property
     def weight(self) -> Tensor | None:
-        return self.module.weight  # type: ignore[return-value]
+        return getattr(self.module, "weight", None)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias  # type: ignore[return-value]
+        return getattr(self.module, "bias", None)
 
     @property
     def running_mean(self) -> Tensor | None:
@@ -66,6 +66,12 @@ BatchNorm = nn.BatchNorm2d | nn.SyncBatchNorm | RecognisedNorm
 Norm = nn.Module | RecognisedNorm
 
 
+def says_plain(cls: type[nn.Module]) -> bool:
+    """Whether a class says of its forward that it is that of a plain batch norm, as our own do."""
+    own_forward = cls.__dict__.get("_plain_batch_norm")
+    return own_forward is not None and own_forward is cls.forward and calls_forward(cls)
+
+
 def module_of(bn: Norm) -> nn.Module:
     return bn.module if isinstance(bn, RecognisedNorm) else bn
 
@@ -80,9 +86,12 @@ def plain_norm(bn: Norm, conv: nn.Module | None, *, in_forward: bool = True) -> 
     """
     module = module_of(bn)
     if not isinstance(bn, RecognisedNorm):
-        # A subclass may say of itself that its batch norm is the plain one, as our own do.
-        if type(bn) not in BATCH_NORMS and not type(bn).__dict__.get("_plain_batch_norm"):
-            return f"{type(bn).__name__} is not a plain BatchNorm2d"
+        own = type(bn)
+        problem = not_plain(bn, own) if own in BATCH_NORMS else None
+        if problem is not None:
+            return problem
+        if own not in BATCH_NORMS and not says_plain(own):
+            return f"{own.__name__} is not a plain BatchNorm2d"
         if getattr(bn, "act", None) is not None:
             return f"{type(bn).__name__} has an activation of its own"
     reason = watched(module, "BatchNorm2d", in_forward)

@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.nn.modules import padding, pooling
 
-_METHODS = ("forward", "_conv_forward", "__call__", "__getattr__", "__getattribute__")
+POOLS: tuple[type[nn.Module], ...] = tuple(
+    value
+    for module in (pooling, padding)
+    for value in vars(module).values()
+    if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+)
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential, *POOLS)
+_METHODS = ("__call__", "forward", "_conv_forward")
+_ACCESS = ("__getattr__", "__getattribute__")
+
+
+def home(function: object) -> str:
+    """The name of the module in which a function was written, whatever it wraps."""
+    name: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return name
+
+
+def _as_written(cls: type[nn.Module]) -> tuple[tuple[str, Any], ...]:
+    """The methods that make up a call, None for one that was replaced before it could be seen."""
+    methods = ((name, getattr(cls, name)) for name in _METHODS if hasattr(cls, name))
+    return tuple((name, method if home(method).startswith("torch.nn.modules.") else None) for name, method in methods)
+
+
+# What the kernels stand in for is what PyTorch wrote. Whoever replaces a method of a class wants that to be run.
+_WRITTEN = {cls: _as_written(cls) for cls in _CLASSES}
+_WRITTEN_CALL = dict(_WRITTEN[nn.Identity])["__call__"]
+
+
+def keeps_methods(own: type[nn.Module], cls: type[nn.Module]) -> bool:
+    """Whether calling a module of class `own` still runs what PyTorch wrote for `cls`: itself, or a base of it."""
+    for name, method in _WRITTEN[cls]:
+        if getattr(own, name, None) is not method:
+            return False
+    return own is cls or (issubclass(own, cls) and _keeps_attributes(own))
+
+
+def calls_forward(cls: type[nn.Module]) -> bool:
+    """Whether calling a module of this class is running its hooks and its forward, and nothing more."""
+    return cls.__call__ is _WRITTEN_CALL
+
+
+def _keeps_attributes(own: type[nn.Module]) -> bool:
+    """Whether the modules of a class have their attributes where PyTorch puts them; parametrizations do not."""
+    if any(getattr(own, name) is not getattr(nn.Module, name) for name in _ACCESS):
+        return False
+    return not any(isinstance(getattr(own, name, None), property) for name in ("weight", "bias"))
 
 
 def computes_as(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether the module's class is `cls`, or a subclass of it that leaves its computation alone."""
+    return keeps_methods(type(module), cls)
+
+
+def not_plain(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    """Why the module does not compute as `cls`, or None if it does."""
     own = type(module)
+    if keeps_methods(own, cls):
+        return None
     if own is cls:
-        return True
-    if not issubclass(own, cls) or any(getattr(own, name, None) is not getattr(cls, name, None) for name in _METHODS):
-        return False
-    return not any(isinstance(getattr(own, name, None), property) for name in ("weight", "bias"))  # parametrizations
+        return f"a method of nn.{cls.__name__} was replaced"
+    return f"{own.__name__} is not a plain {cls.__name__}"
+
+
+def overridden(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own, which its class has not."""
+    attributes = module.__dict__
+    return "forward" in attributes or "_conv_forward" in attributes
 
 
 def hooked(module: nn.Module) -> bool:
@@ -32,13 +91,18 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def untouched(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether nobody could tell a call of the module from `cls` as PyTorch wrote it."""
+    return computes_as(module, cls) and not overridden(module) and not hooked(module)
+
+
 def watched(module: nn.Module, name: str, in_forward: bool = True) -> str | None:
     """Why calling a module (a `name`, in the message) is more than its class's forward on plain tensors, or None.
 
     Args:
         in_forward: it is about to run. Before that, FSDP may still have to gather its parameters.
     """
-    if "forward" in module.__dict__:
+    if overridden(module):
         return f"the forward of a {name} was replaced"
     if hooked(module):
         return f"a {name} has hooks"

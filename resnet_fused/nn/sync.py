@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.functional.common import Act, check_act
 from resnet_fused.nn import units
+from resnet_fused.nn.scripting import NotScriptable
 
 
-class KeepsActivation:
+class KeepsActivation(NotScriptable):
     """A batch norm with an activation of its own, which `nn.SyncBatchNorm.convert_sync_batchnorm` must not drop.
 
     PyTorch offers no hook there: a subclass of `nn.BatchNorm2d` is replaced by a new `nn.SyncBatchNorm` with its
@@ -24,10 +27,31 @@ class KeepsActivation:
 
     act: Act
 
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
+        return units.batch_norm_act(x, self, residual, self.act)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"  # type: ignore[misc]
+
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As in `nn.Module`."""
         _hand_over(self, sys._getframe(1))  # type: ignore[arg-type]
         return super().named_children()  # type: ignore[misc, no-any-return]
+
+
+def init_with_act(base: type[nn.Module]) -> Callable[..., None]:
+    """An `__init__` with the arguments that `base` has in the installed PyTorch, and the keyword `act`."""
+
+    def __init__(self: Any, *args: Any, act: Act = "relu", **kwargs: Any) -> None:
+        check_act(act, type(self).__name__)
+        base.__init__(self, *args, **kwargs)
+        self.act = act
+
+    signature = inspect.signature(base.__init__)
+    parameter = inspect.Parameter("act", inspect.Parameter.KEYWORD_ONLY, default="relu", annotation=Act)
+    __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), parameter])  # type: ignore
+    return __init__
 
 
 def _hand_over(module: nn.Module, caller: FrameType) -> None:
@@ -56,21 +80,9 @@ class SyncBatchNormAct2d(KeepsActivation, nn.SyncBatchNorm):
     CPU too.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as in
-            `nn.SyncBatchNorm`.
-        act: `"relu"` or None.
+        num_features, and what else the installed PyTorch has: as in `nn.SyncBatchNorm`.
+        act: `"relu"` or None; by name.
     """
 
-    _plain_batch_norm = True
-
-    def __init__(self, *args: object, act: Act = "relu", **kwargs: object) -> None:
-        check_act(act, type(self).__name__)
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
-        self.act = act
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
-        return units.batch_norm_act(x, self, residual, self.act)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act}"
+    __init__ = init_with_act(nn.SyncBatchNorm)
+    _plain_batch_norm = KeepsActivation.forward

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -27,7 +28,7 @@ from resnet_fused.nn.norms import (
     running_statistics,
     sync_group,
 )
-from resnet_fused.nn.plain import computes_as, hooked, watched
+from resnet_fused.nn.plain import not_plain, untouched, watched
 from resnet_fused.nn.sums import PLUS, Sum
 
 
@@ -58,9 +59,7 @@ def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward
 
 
 def _plain(module: nn.Module, expected: type[nn.Module], in_forward: bool) -> str | None:
-    if not computes_as(module, expected):
-        return f"{type(module).__name__} is not a plain {expected.__name__}"
-    return watched(module, expected.__name__, in_forward)
+    return not_plain(module, expected) or watched(module, expected.__name__, in_forward)
 
 
 def conv_bn_act(
@@ -85,8 +84,7 @@ def conv_bn_act(
     Mutates:
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
-    # `fuse` traces a forward to find out what it computes; a tracer must see the modules.
-    shape = None if isinstance(x, fx.Proxy) or plain(conv, bn, act) is not None else _result_shape(conv, x)
+    shape = None if traced(x) or plain(conv, bn, act) is not None else _result_shape(conv, x)
     if shape is None or not fits(residual, shape, x.dtype if conv is None else conv_dtype(x), x.device):
         if shape is None:
             z = bn(x if conv is None else conv(x))
@@ -122,6 +120,12 @@ def conv_bn_act(
         eps=bn.eps,
         act=name,
     )
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a tracer watches, which must see the modules, and not that their mode was asked for: that of torch.fx, by
+    which `fuse` finds out what a forward computes, or `torch.jit.trace`."""
+    return isinstance(x, fx.Proxy) or torch._C._get_tracing_state() is not None
 
 
 def _result_shape(conv: nn.Module | None, x: Tensor) -> Sequence[int] | None:
@@ -170,7 +174,7 @@ def conv_bn_chain(
     Mutates:
         The running statistics and `num_batches_tracked` of the batch norms, as their own forwards do.
     """
-    if isinstance(x, fx.Proxy) or functional.common.runs_plain("residual_block", x.device.type):
+    if traced(x) or functional.common.runs_plain("residual_block", x.device.type):
         return None
     units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
     parameters = (p for conv, bn, _ in units for m in (conv, module_of(bn)) for p in m.parameters())
@@ -233,9 +237,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | 
     Mutates:
         As `conv_bn_act`.
     """
-    # A tracer must see the modules, and not that their mode was asked for.
-    traced = isinstance(x, fx.Proxy)
-    separate = traced or not bn.training or plain_pool(pool) is not None
+    separate = traced(x) or not bn.training or plain_pool(pool) is not None
     if separate or plain(conv, bn, act) is not None or _result_shape(conv, x) is None:
         pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
         return pooled
@@ -260,7 +262,7 @@ def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | 
 
 def plain_pool(pool: nn.Module) -> str | None:
     """Why this is not the stem's max pool, as a plain module that nobody watches; None if it is."""
-    if type(pool) is not nn.MaxPool2d or "forward" in pool.__dict__ or hooked(pool):
+    if type(pool) is not nn.MaxPool2d or not untouched(pool, nn.MaxPool2d):
         return "not a plain nn.MaxPool2d"
     size = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     if [v if isinstance(v, tuple) else (v, v) for v in size] != [(3, 3), (2, 2), (1, 1), (1, 1)]:

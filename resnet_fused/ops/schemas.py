@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.ops.backends import implementation
+from resnet_fused.ops import backends
 
-_LIBRARY = torch.library.Library("resnet_fused", "DEF")
+# A fragment, and what is defined stays: the modules may be imported again, while compiled graphs hold on to the ops.
+_LIBRARY = torch.library.Library("resnet_fused", "FRAGMENT")
 
 
 def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `schema` (without `backend`) with the decorated function as its fake kernel."""
+    """Register `schema` (without `backend`), once in a process, with the decorated function as its fake kernel."""
     name = schema.partition("(")[0]
     arguments, _, results = schema.partition(" -> ")
 
     def run(*args: Any, backend: str) -> Any:
-        return implementation(backend, name)(*args)
+        newest = sys.modules.get(backends.__name__, backends)
+        return newest.implementation(backend, name)(*args)
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        if hasattr(torch.ops.resnet_fused, name):
+            return fake
         _LIBRARY.define(f"{arguments[:-1]}, *, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"resnet_fused::{name}", lambda *args, backend: fake(*args), lib=_LIBRARY)

@@ -30,7 +30,7 @@ class FrozenBlock(nn.Module):
         super().__init__()
         self.branch = nn.ModuleList(branch)
         self.shortcut = shortcut
-        self.pools = nn.Sequential(*pools)
+        self.pools = nn.ModuleList(pools)
         self.join: Join | None = None
         self.chain: Chain | None = None
         self._look()
@@ -92,10 +92,15 @@ class FrozenBlock(nn.Module):
         assert self.join is not None
         for conv in list(self.branch)[1:]:
             y = conv(y)
-        return self.join(y, self.pools(x)), None
+        return self.join(y, self._pooled(x)), None
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        for pool in self.pools:
+            x = pool(x)
+        return x
 
     def _residual(self, x: Tensor) -> Tensor:
-        y: Tensor = self.pools(x)
+        y = self._pooled(x)
         return y if self.shortcut is None else self.shortcut(y)
 
     def _layers(self, x: Tensor, first: Tensor | None, overwrite_input: bool) -> Tensor:

@@ -15,6 +15,7 @@ from resnet_fused.fusion.plans import BlockPlan, SequencePlan
 from resnet_fused.fusion.recognise import is_native, recognise
 from resnet_fused.fusion.swap import Binding, current, is_fused, swap_in
 from resnet_fused.nn import units
+from resnet_fused.nn.plain import untouched
 
 from .block import FrozenBlock, FrozenSequence, FrozenStage
 from .conv import EpilogueConv, Example, FrozenConv, Source, freeze_conv
@@ -171,7 +172,7 @@ class _Freezer:
         following: dict[nn.Module, FrozenBlock] = {}
         for module in network.modules():
             frozen = any(isinstance(child, FrozenBlock) for child in module.children())
-            if type(module) is nn.Sequential and frozen and not _hooked(module):
+            if type(module) is nn.Sequential and frozen and untouched(module, nn.Sequential):
                 module.__class__ = FrozenStage
                 following.update((a, b) for a, b in pairwise(module) if isinstance(b, FrozenBlock))
         for module in list(network.modules()):
