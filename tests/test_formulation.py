@@ -138,6 +138,9 @@ def test_the_network_asks_the_table_about_its_blocks(monkeypatch):
     class OnGpu:
         device, shape = torch.device("cuda"), (N, 256, 56, 56)
 
+        def __init__(self, dtype=DTYPE):
+            self.dtype = dtype
+
         def dim(self):
             return 4
 
@@ -145,9 +148,11 @@ def test_the_network_asks_the_table_about_its_blocks(monkeypatch):
     problem = Problem(choice.BLOCK, BLOCK, DTYPE)
     for ms, expected in ((9.0, "triton"), (11.0, "aten")):
         with choice.assuming(table_of(Entry(problem, ((Choice("aten"), 10.0), (Choice("triton"), ms))))):
-            assert blocks._measured(OnGpu(), DTYPE, branch, None, True) == expected
-            assert blocks._measured(OnGpu(), DTYPE, branch, None, False) is None
-            assert blocks._measured(OnGpu(), torch.float16, branch, None, True) is None
+            x, half, full = OnGpu(), OnGpu(torch.float16), OnGpu(torch.float32)
+            assert blocks._measured(x, DTYPE, branch, None, x) == expected
+            assert blocks._measured(x, DTYPE, branch, None, None) is None
+            assert blocks._measured(half, torch.float16, branch, None, half) is None
+            assert blocks._measured(full, DTYPE, branch, None, full) is None  # autocast's: a sum of two dtypes
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "residual", "none"])
