@@ -308,11 +308,11 @@ class TimmBlock(Block):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
-def test_copies_are_recognised_when_they_run(duplicate):
+def test_copies_and_pickles_are_recognised(duplicate):
     plain = TimmBlock().double()
     twin = duplicate(fuse(copy.deepcopy(plain)))
     assert_same(plain, twin, picture())
-    assert isinstance(plan_of(twin), BlockPlan)
+    assert isinstance(plan_of(fuse(twin)), BlockPlan)
     assert type(unfuse(twin)) is TimmBlock
 
 

@@ -22,7 +22,13 @@ def fuse(model: M) -> M:
 
     In place and idempotent. Parameters, buffers, names, state_dict and hooks stay as they are; the model trains and
     evaluates as before. What cannot be fused keeps its own forward (see `report`). A change of a fused module - an
-    attribute set, a child replaced - is noticed, and what it computes is recognised anew on its next call.
+    attribute set, a child replaced, another method put into its class or into PyTorch's - is noticed, and what it
+    computes is recognised anew on its next call.
+
+    A fused module has a subclass of its original class, under the same name. `isinstance` holds; code that compares
+    exact classes (`type(m) is BasicBlock`, as `fuse_model(is_qat=True)` of torchvision's quantizable models does)
+    passes it over: run it before `fuse`, or after `unfuse`. Copies are fused; pickles, and so `torch.save(model)`, hold
+    the plain model.
 
     Args:
         model: any module, with or without fused parts.
