@@ -194,7 +194,7 @@ def test_under_autocast(backend):
 @pytest.mark.parametrize("backend", FORCED)
 @pytest.mark.parametrize("edited", ["conv1.weight", "bn1.weight", "bn1.bias", "bn2.bias", "x"])
 def test_edits_in_place_before_backward(backend, edited):
-    """What plain PyTorch saves is watched; what it does not save, the biases, may change, and gradients are as before."""
+    """What plain PyTorch saves is watched; a bias, which it does not save, may change, and gradients are as before."""
     outcomes = []
     for fused in (False, True):
         torch.manual_seed(0)
