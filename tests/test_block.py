@@ -332,7 +332,7 @@ def test_in_place_edits_of_saved_tensors_are_noticed():
             y.sum().backward()
 
 
-def test_backward_twice_and_double_backward_say_so():
+def test_backward_twice():
     plain, x = _made("basic")
     module = fuse(plain)
     with use_backend("reference"):
@@ -341,10 +341,6 @@ def test_backward_twice_and_double_backward_say_so():
         y.sum().backward()
         with pytest.raises(RuntimeError, match="second time"):
             y.sum().backward()
-        x.requires_grad_()
-        (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
 
 
 def test_a_chain_compiles_without_graph_breaks():
@@ -427,6 +423,6 @@ def test_what_is_saved_for_backward():
 def test_functional_conv_bn_act_is_a_chain_of_one(chains):
     x, weight, residual = torch.randn(2, 4, 5, 5), torch.randn(6, 4, 3, 3, requires_grad=True), torch.randn(2, 6, 5, 5)
     with use_backend("reference"):
-        functional.conv_bn_act(x, weight, None, None, residual=residual, padding=1).sum().backward()
+        functional.conv_bn_act(x, weight, None, None, residual=residual, padding=1, training=True).sum().backward()
     assert len(chains) == 1 and not chains[0].identity
     assert weight.grad is not None

@@ -129,20 +129,6 @@ def test_part_of_the_graph(taken):
     assert taken == [False, True, False, True, False, False, True, True]
 
 
-def test_double_backward_says_so_still():
-    module, x = made()
-    ours = fuse(copy.deepcopy(module))
-    x.requires_grad_()
-    with use_backend("reference"):
-        (gradient,) = torch.autograd.grad(loss_of(ours(x)), x, create_graph=True)
-    (expected,) = torch.autograd.grad(loss_of(module(x)), x)
-    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
-    with use_backend("reference"):
-        (gradient,) = torch.autograd.grad(ours(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-
-
 def _packed(pack, unpack):
     def run(module, x):
         with saved_tensors_hooks(pack, unpack):

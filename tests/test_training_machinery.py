@@ -105,27 +105,6 @@ def test_retain_graph_gives_the_same_gradient_twice(backend):
         torch.autograd.grad(y, parameters)
 
 
-@quick_backends
-def test_double_backward_is_right_or_a_clear_error(backend):
-    plain, fused = _pair()
-    plain, fused = plain.eval().double(), fused.eval().double()
-    x = pictures(dtype=torch.float64)
-    penalties = []
-    for model, name in ((plain, "auto"), (fused, backend)):
-        leaf = x.clone().requires_grad_()
-        try:
-            with use_backend(name):
-                y = model(leaf)
-            (dx,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-            dx.square().sum().backward()
-            penalties.append(model.conv1.weight.grad)
-        except RuntimeError as error:
-            assert name != "auto" and ("once_differentiable" in str(error) or "cannot run here" in str(error))
-            return
-    assert backend == "auto"
-    torch.testing.assert_close(penalties[1], penalties[0])
-
-
 def test_forward_mode_and_function_transforms_take_the_plain_path():
     plain, fused = _pair()
     x, tangent = pictures(3), torch.randn_like(pictures(3))

@@ -28,9 +28,9 @@ from resnet_fused.functional.common import (
     conv_shape,
     dense,
     fits,
-    mixes_dtypes,
     pixels,
     refused,
+    refuses_batch_norm,
 )
 from resnet_fused.functional.statistics import constant_affine, finalize
 from resnet_fused.plan.conv import ConvShape, training_refusal, uses_tf32
@@ -58,12 +58,6 @@ class ConvBN:
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
-
-    @property
-    def raises(self) -> bool:
-        """Whether PyTorch refuses such a batch norm."""
-        constants = self.running_mean is not None and self.running_var is not None
-        return self.eps <= 0 or not (self.training or constants)
 
     @property
     def vectors(self) -> tuple[Tensor | None, ...]:
@@ -164,14 +158,13 @@ def _choose_layer(
     """How to run one layer on an input of `shape`, and the shape of its result."""
     weight = layer.weight
     out = conv_shape(shape, weight, layer.geometry)
-    if out is None or 0 in out or layer.raises or mixes_dtypes(weight, layer.vectors):
+    if out is None or 0 in out or refuses_batch_norm(x, layer.vectors, layer.training, layer.eps):
         return None, None
     if any(v is not None and v.shape != weight.shape[:1] for v in layer.vectors):
         return None, None
     if layer.training and out[0] * out[2] * out[3] == 1:
         return None, None  # an error, and PyTorch's to raise
-    cast = torch.is_autocast_enabled(x.device.type) if x.device.type in ("cpu", "cuda") else False
-    if weight.device != x.device or not (weight.dtype == dtype or (cast and weight.dtype != torch.float64)):
+    if weight.device != x.device or conv_dtype(weight) != dtype:
         return None, None
     problem, arch = _problem(shape, layer), _arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None

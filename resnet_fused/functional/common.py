@@ -83,7 +83,12 @@ def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
         return x, weight
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))  # type: ignore[return-value]
+    return tuple(t.to(dtype) if autocasts(t.dtype) else t for t in (x, weight))  # type: ignore[return-value]
+
+
+def autocasts(dtype: torch.dtype) -> bool:
+    """Whether autocast casts a convolution's operand of this dtype."""
+    return dtype.is_floating_point and dtype != torch.float64
 
 
 def choose_batch_norm(
@@ -95,18 +100,18 @@ def choose_batch_norm(
     training: bool,
     eps: float,
 ) -> str:
-    """`choose` for a batch norm, also where PyTorch refuses it; `vectors` begins with the running statistics."""
-    if eps <= 0 or not (training or (vectors[0] is not None and vectors[1] is not None)) or mixes_dtypes(x, vectors):
+    """`choose` for a batch norm, whose arguments are those of `refuses_batch_norm`."""
+    if x.numel() == 0 or refuses_batch_norm(x, vectors, training, eps):
         return "aten"
-    return "aten" if x.numel() == 0 else choose(op, function, x, others, vectors)
+    return choose(op, function, x, others, vectors)
 
 
-def conv_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a convolution's result: that of `x`, or autocast's."""
-    device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+def conv_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which a convolution takes this operand, and gives its result: its own, or autocast's."""
+    device = t.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and autocasts(t.dtype):
         return torch.get_autocast_dtype(device)
-    return x.dtype
+    return t.dtype
 
 
 def choose(
@@ -226,8 +231,16 @@ def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def mixes_dtypes(x: Tensor, vectors: tuple[Tensor | None, ...]) -> bool:
-    """Whether PyTorch's batch norm refuses these per-channel tensors: on a CPU they are of one dtype."""
+def refuses_batch_norm(x: Tensor, vectors: tuple[Tensor | None, ...], training: bool, eps: float) -> bool:
+    """Whether PyTorch refuses a batch norm, which the kernels would run, or may: then it is PyTorch's to decide.
+
+    Args:
+        x: its device counts.
+        vectors: running mean and variance, weight, bias.
+        training, eps: as in `torch.nn.functional.batch_norm`.
+    """
+    if eps <= 0 or (vectors[0] is None) != (vectors[1] is None) or (vectors[0] is None and not training):
+        return True
     return x.device.type == "cpu" and len({v.dtype for v in vectors if v is not None}) > 1
 
 

@@ -23,9 +23,9 @@ from resnet_fused.functional.common import (
     choose_conv,
     conv_operands,
     geometry_of,
-    mixes_dtypes,
     raises_as_pytorch,
     refused,
+    refuses_batch_norm,
     runs_plain,
     wants_gradient,
 )
@@ -90,7 +90,7 @@ def conv_bn_act(
     relu = check_act(act, "conv_bn_act")
     geometry = geometry_of(stride, padding, dilation, groups)
     vectors = (running_mean, running_var, bn_weight, bn_bias)
-    if eps <= 0 or (bias is not None and bias.dtype != weight.dtype) or mixes_dtypes(x, vectors):
+    if (bias is not None and bias.dtype != weight.dtype) or refuses_batch_norm(x, vectors, training, eps):
         geometry = None  # PyTorch's to raise
     if (
         training

@@ -191,10 +191,13 @@ def conv_bn_chain(
         units, shortcut = layers, None
     described = [_describe(conv, bn) for conv, bn, _ in units]  # type: ignore[arg-type]
     branch, projection = described[: len(layers)], described[len(layers) :]
-    chain = functional.block.choose_chain(
-        "residual_block", x, branch, projection[0] if projection else None,
-        identity=residual is None and shortcut is None, residual=residual,
-    )  # fmt: skip
+    try:
+        chain = functional.block.choose_chain(
+            "residual_block", x, branch, projection[0] if projection else None,
+            identity=residual is None and shortcut is None, residual=residual,
+        )  # fmt: skip
+    except functional.common.Refused:
+        chain = None  # the layers, one by one, refuse it as well, behind what PyTorch refuses
     if chain is None:
         return None if residual is None else _one_by_one(x, layers, residual, add)
     for i, (_, bn, _) in enumerate(units):
