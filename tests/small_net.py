@@ -62,7 +62,7 @@ ALL_FUSED = [
     ("", "conv1-bn1-relu"),
     (
         "layer.0",
-        "Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-relu; shortcut downsample.0-downsample.1",
+        "Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-add-relu; shortcut downsample.0-downsample.1",
     ),
-    ("layer.1", "Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-relu"),
+    ("layer.1", "Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-add-relu"),
 ]

@@ -96,7 +96,7 @@ def test_what_is_not_a_module_is_a_type_error(function, value):
 def test_repr_and_report_read_well(fused):
     text = repr(fused.layer[1])
     assert text.startswith(
-        "FusedBottleneck(\n  fused=Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-relu\n  (conv1): Conv2d("
+        "FusedBottleneck(\n  fused=Bottleneck: conv1-bn1-relu, conv2-bn2-relu, conv3-bn3-add-relu\n  (conv1): Conv2d("
     )
     fused.layer[1].scale = 0.5
     lines = str(report(fused)).splitlines()

@@ -7,6 +7,7 @@ from typing import Literal
 
 from resnet_fused.nn.units import plain
 
+from .convs import conv_form, conv_of
 from .flow import Flow, Op, ancestors
 from .norms import norm_form, norm_of
 from .plans import BlockPlan, Unit
@@ -126,6 +127,10 @@ def _units(branch: list[Op]) -> list[Unit]:
         conv = rest.pop(0)
         if conv.kind != "conv":
             raise Mismatch(_between(conv, branch))
+        assert conv.module is not None
+        known = conv_form(conv.module)
+        if isinstance(known, str):
+            raise Mismatch(f"{conv.name}: {known}")
         if not rest or rest[0].kind == "conv":
             raise Mismatch(f"no batch norm follows {conv.name}")
         bn = rest.pop(0)
@@ -134,7 +139,7 @@ def _units(branch: list[Op]) -> list[Unit]:
         assert bn.module is not None
         form = norm_form(bn.module)
         if isinstance(form, str):
-            raise Mismatch(form)
+            raise Mismatch(f"{bn.name}: {form}")
         act = rest.pop(0) if rest else None
         if act is not None and act.kind == "conv":
             raise Mismatch(f"no relu between {bn.name} and {act.name}")
@@ -157,6 +162,6 @@ def _check_plain(flow: Flow, plan: BlockPlan) -> None:
     for unit in plan.all_units:
         conv, bn, act = (modules[path] if path is not None else None for path in (unit.conv, unit.bn, unit.act))
         assert bn is not None
-        reason = plain(conv, norm_of(bn), act, in_forward=False)
+        reason = plain(conv_of(conv), norm_of(bn), act, in_forward=False)
         if reason is not None:
             raise Mismatch(f"{unit}: {reason}")

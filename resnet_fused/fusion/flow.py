@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from .convs import ConvForm, conv_form
 from .nodes import (
     IN_PLACE_ADDS,
     factor,
@@ -25,7 +26,8 @@ from .nodes import (
     is_sum,
 )
 from .norms import NormForm, norm_form
-from .trace import is_number, original_class
+from .questions import is_number
+from .trace import original_class
 
 Kind = Literal["input", "conv", "bn", "relu", "add", "pool", "other"]
 
@@ -121,8 +123,8 @@ class _Builder:
                 if child is not None:
                     x = self.call(f"{path}.{name}", child, x, direct=False)
             return x
-        form = norm_form(module)
         kind: Kind = "other"
+        form = conv_form(module) or norm_form(module)
         if isinstance(module, nn.Conv2d):
             kind = "conv"
         elif form is not None:
@@ -133,7 +135,7 @@ class _Builder:
             kind = "pool"
         label = f"`{path}` ({original_class(module).__name__})"
         op = self.add(kind, label, [x], path=path, module=module, direct=direct)
-        for called in form.tail if isinstance(form, NormForm) else ():
+        for called in form.tail if isinstance(form, (ConvForm, NormForm)) else ():
             if called is None:
                 op = self.add("relu", "relu", [op], direct=direct)
             else:

@@ -111,6 +111,9 @@ def _survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recognition | No
         elif recognition is not None and recognition.plan is not None:
             for child in map(module.get_submodule, recognition.plan.bypassed):
                 inside.update(map(id, child.modules() if isinstance(recognition.plan, BlockPlan) else [child]))
+            for unit in recognition.plan.all_units:
+                if unit.conv and unit.bn.startswith(f"{unit.conv}."):  # its own forward calls the norm
+                    inside.add(id(module.get_submodule(unit.conv)))
         yield name, module, recognition
 
 

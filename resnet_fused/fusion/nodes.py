@@ -12,7 +12,8 @@ from torch.nn.modules import padding, pooling
 
 from resnet_fused.nn.plain import computes_as
 
-from .trace import is_number, original_class
+from .questions import is_number
+from .trace import original_class
 
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")

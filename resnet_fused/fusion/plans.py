@@ -8,7 +8,7 @@ prepacked units.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Unit:
     """pool(relu(bn(conv(x)) + residual)), with the absent parts left out.
 
     Args:
-        conv: path of the `nn.Conv2d`; None where the batch norm's input is not a convolution's.
+        conv: path of the `nn.Conv2d`, empty for the owner itself; None where no convolution precedes the batch norm.
         bn: path of the `nn.BatchNorm2d`.
         act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
         relu: whether a ReLU follows.
@@ -50,7 +50,13 @@ class Unit:
         return tuple(path for path in (self.conv, self.bn, self.act) if path is not None)
 
     def __str__(self) -> str:
-        names = [self.conv, self.bn, "add" if self.add else None, "relu" if self.relu else None, self.pool]
+        names = [
+            "conv" if self.conv == "" else self.conv,
+            self.bn,
+            "add" if self.add else None,
+            "relu" if self.relu else None,
+            self.pool,
+        ]
         return "-".join(name for name in names if name is not None)
 
 
@@ -102,7 +108,8 @@ class BlockPlan:
         return owner._run_unit(last, y, residual)
 
     def __str__(self) -> str:
-        text = f"{self.kind}: {', '.join(map(str, self.units))}"
+        units = (*self.units[:-1], replace(self.units[-1], add=True))
+        text = f"{self.kind}: {', '.join(map(str, units))}"
         shortcut = [*self.pools, *([] if self.shortcut is None else [str(self.shortcut)])]
         return f"{text}; shortcut {'-'.join(shortcut)}" if shortcut else text
 

@@ -30,6 +30,7 @@ class Recognition:
         skipped: (path, reason) of chains that the plan leaves alone.
         reads: the attributes that the forward looks up; None where it could not be traced.
         contents: what the lists and dicts among them hold.
+        full: the modes in which all that holds for inputs with elements only.
     """
 
     plan: Plan | None = None
@@ -38,6 +39,7 @@ class Recognition:
     skipped: tuple[tuple[str, str], ...] = ()
     reads: frozenset[str] | None = None
     contents: dict[str, Any] = field(default_factory=dict)
+    full: frozenset[bool] = frozenset()
 
 
 def recognise(module: nn.Module, into_native: bool = False) -> Recognition | None:
@@ -71,10 +73,10 @@ def is_native(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> Iterator[nn.Module]:
-    """What a module may call itself: its children, and the children of its lists, dicts and Sequentials."""
+    """What a module may call itself: its children, and those of its lists, dicts, Sequentials and convolutions."""
     for child in module.children():
         yield child
-        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d)):
             yield from _own(child)
 
 
@@ -87,7 +89,8 @@ def _recognise(module: nn.Module) -> Recognition:
         traces = _traces(module, inputs)
     recognition = _match(module, traces, inputs) or Recognition()
     contents = traces[0].contents | traces[1].contents
-    return replace(recognition, reads=traces[0].reads | traces[1].reads, contents=contents)
+    full = frozenset(mode for mode, traced in zip((True, False), traces, strict=True) if traced.full)
+    return replace(recognition, reads=traces[0].reads | traces[1].reads, contents=contents, full=full)
 
 
 def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recognition | None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
+from resnet_fused.nn.convs import RecognisedConv
 from resnet_fused.nn.norms import Norm, RecognisedNorm
 from resnet_fused.nn.plain import hooked
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
+from .convs import ConvForm, conv_form, conv_of
 from .norms import norm_of, signature
 from .plans import BlockPlan, Plan
 from .recognise import Recognition, recognise
@@ -37,13 +39,15 @@ class Binding:
         indivisible: units that cannot be run module by module where somebody watches: the plan runs them in another
             order than the plain forward (those around a sum), or runs only a part of what a batch norm's forward does.
         norms: the batch norms that were recognised by their forwards, and on what that depends.
-        contents: lists and dicts that the forward reads: the owner's attributes, their names, what they held.
+        contents: lists and dicts that the forward reads, and what a convolution was recognised by: the attributes of
+            their owner, their names, what they held.
+        full: the modes in which the recognition holds for inputs with elements only.
     """
 
     def __init__(self, owner: nn.Module, recognition: Recognition | None) -> None:
         self.recognition = recognition or Recognition()
         self.plan: Plan | None = self.recognition.plan
-        self.units: list[tuple[nn.Module | None, Norm, nn.Module | None, bool]] = []
+        self.units: list[tuple[nn.Module | RecognisedConv | None, Norm, nn.Module | None, bool]] = []
         self.pools: list[nn.Module | None] = []
         self.bypassed: list[nn.Module] = []
         paths: list[str] = []
@@ -53,7 +57,7 @@ class Binding:
                     None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act)
                 )
                 assert bn is not None
-                self.units.append((conv, norm_of(bn), act, unit.relu))
+                self.units.append((conv_of(conv, unit.conv == ""), norm_of(bn), act, unit.relu))
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
             paths += self.plan.pools if isinstance(self.plan, BlockPlan) else ()
@@ -64,10 +68,16 @@ class Binding:
         self.indivisible = [
             unit
             for unit, planned in zip(self.units, self.plan.all_units if self.plan else (), strict=True)
-            if reordered or planned.add or isinstance(unit[1], RecognisedNorm)
+            if reordered or planned.add or isinstance(unit[1], RecognisedNorm) or isinstance(unit[0], RecognisedConv)
         ]
         recognised = (bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm))
         self.contents = [(vars(owner), name, then) for name, then in self.recognition.contents.items()]
+        self.full = set(self.recognition.full)
+        for conv in (conv.module for conv, *_ in self.units if isinstance(conv, RecognisedConv)):
+            form = conv_form(conv)
+            if conv is not owner and isinstance(form, ConvForm):
+                self.contents += [(vars(conv), name, vars(conv)[name]) for name in form.reads]
+                self.full |= form.full
         self.norms = [(module, signature(module)) for module in recognised]
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
@@ -125,7 +135,7 @@ class FusedMixin:
         binding = current(self)  # type: ignore[arg-type]
         if binding is not None and binding.plan is not None and not kwargs and binding.unobserved():
             body = binding.plan.body(self.training, args)  # type: ignore[attr-defined]
-            if body is not None:
+            if body is not None and not (self.training in binding.full and _any_empty(args)):  # type: ignore[attr-defined]
                 return body(self, *args)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -181,6 +191,10 @@ class FusedMixin:
         if rest and isinstance(rest[0], dict):
             rest[0] = {name: value for name, value in rest[0].items() if name != "_fusion"}
         return (_rebuild, (rebuild, arguments), *rest)
+
+
+def _any_empty(inputs: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs)
 
 
 def _forget(module: Any, name: str) -> None:

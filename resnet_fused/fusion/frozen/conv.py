@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from resnet_fused import ops, plan
 from resnet_fused.functional.common import conv_operands
 from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.ops import aten
 from resnet_fused.plan.conv import ConvShape, uses_tf32
@@ -48,7 +49,7 @@ class Source:
     """
 
     layer: str
-    conv: nn.Conv2d
+    conv: Conv
     bn: BatchNorm
     relu: bool
     with_residual: bool
