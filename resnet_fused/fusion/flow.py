@@ -43,6 +43,7 @@ class Op:
     module: nn.Module | None = None
     direct: bool = True  # called by the traced forward itself, not by an nn.Sequential in it
     in_place: bool = False
+    function: Any = None  # that is called, where it is no module
     constant: Any = None  # the factor of a multiplication with a number
     users: list[Op] = field(default_factory=list)
 
@@ -157,7 +158,8 @@ class _Builder:
             return self.add("add", "the sum", self.activations_in(node.args), in_place=in_place)
         constant = factor(node) if len(inputs) == 1 else None
         module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return self.add("other", label, inputs, module=module, constant=constant)
+        function = node.target if node.op == "call_function" else None
+        return self.add("other", label, inputs, module=module, function=function, constant=constant)
 
 
 def ancestors(ops: list[Op]) -> Iterator[Op]:

@@ -90,6 +90,11 @@ def is_sequential(module: nn.Module) -> bool:
     )
 
 
+def is_holder(module: nn.Module) -> bool:
+    """Whether the module only holds others, which somebody else calls, as those of a `torch.fx.GraphModule` do."""
+    return type(module) is nn.Module
+
+
 def is_pool(module: nn.Module) -> bool:
     """Whether the module is one of PyTorch's pools or paddings: it draws no numbers and leaves its input as it is."""
     return original_class(module).__module__ in (pooling.__name__, padding.__name__)

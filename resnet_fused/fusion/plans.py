@@ -7,11 +7,11 @@ prepacked units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 
 class Owner(Protocol):
@@ -138,8 +138,17 @@ class Forward:
         if len(inputs) != self.arity or self.training not in (None, training):
             return False
         if self.inputs == "list":
-            return type(inputs[0]) is list
-        return all(isinstance(x, (Tensor, list, tuple)) for x in inputs)
+            return type(inputs[0]) is list and _are_activations(inputs)
+        return _are_activations(inputs)
+
+
+def _are_activations(inputs: Iterable[Any]) -> bool:
+    """Whether all are tensors, perhaps in lists or tuples with what else; a tracer's values are none."""
+    return all(isinstance(x, Tensor) or (isinstance(x, (list, tuple)) and not any(map(_is_traced, x))) for x in inputs)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, fx.Proxy) or (isinstance(value, (list, tuple)) and any(map(_is_traced, value)))
 
 
 @dataclass(frozen=True)

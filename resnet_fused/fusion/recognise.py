@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .block import Mismatch, NoReluAfterSum, joins, match_block
-from .flow import flow_of
+from .flow import Flow, flow_of
+from .nodes import is_holder
 from .norms import looks_like_norm
 from .plans import Forward, Plan, SequencePlan
 from .sequence import Rewritten, generate, rewrite
 from .trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
 
 # Their forwards are generated, or act on processes, devices and compilers; what they wrap is looked at by itself.
-_FOREIGN = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.jit.", "torch.fx.")
+_FOREIGN = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.jit.")
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ def is_native(module: nn.Module) -> bool:
 
 
 def _own(module: nn.Module) -> Iterator[nn.Module]:
-    """What a module may call itself: its children, and those of its lists, dicts, Sequentials and convolutions."""
+    """What a module may call itself: its children, and those of what only holds modules or calls one by one."""
     for child in module.children():
         yield child
-        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d)):
+        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d)) or is_holder(child):
             yield from _own(child)
 
 
@@ -104,20 +107,28 @@ def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recogniti
             reason = "training and evaluation compute different blocks"
         except Mismatch as error:
             reason, linear = str(error), isinstance(error, NoReluAfterSum)
-    rewritten = [rewrite(traced.graph, module) for traced in traces]
-    recognition = _sequence(module, traces[0].arity, inputs, *rewritten)
+    rewritten = [rewrite(traced.graph, module) for traced in (traces if traces[0] is not traces[1] else traces[:1])]
+    recognition = _sequence(module, traces[0].arity, inputs, rewritten[0], rewritten[-1])
+    if recognition is None and any(map(_calls_norm, flows)):
+        return Recognition(reason="its forward calls batch norm as a function, which is not fused")
     if recognition is None or recognition.plan is None:
         return Recognition(reason=reason) if reason and any(joins(flow, direct=True) for flow in flows) else recognition
-    # Only where something of a block is left over is it worth a word that it is none.
-    sums = any(op.kind == "add" for flow in flows for op in flow.ops)
-    done = all(r.complete or (linear and r.sums == 0) for r in rewritten)
+    # Only where something of a block is left over is it worth a word that it is none; a network of many is none anyway.
+    sums = max(sum(op.kind == "add" for op in flow.ops) for flow in flows)
+    done = all(r.complete or (r.sums == 0 and (linear or sums > 1)) for r in rewritten)
     if reason is None or not sums or done:
         return recognition
     return replace(recognition, skipped=(("", f"unit by unit, not as one block: {reason}"), *recognition.skipped))
 
 
+def _calls_norm(flow: Flow) -> bool:
+    return any(op.kind == "other" and op.function in (F.batch_norm, torch.batch_norm) for op in flow.ops)
+
+
 def _traces(module: nn.Module, inputs: Inputs) -> list[Traced]:
-    return [trace(module, training, inputs) for training in (True, False)]
+    """The forward in training and in evaluation, one and the same where it does not ask."""
+    training = trace(module, True, inputs)
+    return [training, trace(module, False, inputs) if "training" in training.reads else training]
 
 
 def _sequence(

@@ -7,11 +7,14 @@ forward otherwise.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -193,6 +196,45 @@ class FusedMixin:
         return (_rebuild, (rebuild, arguments), *rest)
 
 
+class FusedGraphMixin(FusedMixin):
+    """The behaviour of a fused `torch.fx.GraphModule`, which has a class of its own, and its forward on that."""
+
+    @contextlib.contextmanager
+    def _as_original(self) -> Iterator[Any]:
+        self.__class__ = self._original  # type: ignore[assignment]
+        try:
+            yield self
+        finally:
+            self.__class__ = fused_class(type(self))  # type: ignore[assignment, arg-type]
+
+    def recompile(self) -> Any:
+        """Sets the forward of the original class, which is recognised anew."""
+        self.__dict__["_fusion"] = None
+        with self._as_original() as module:
+            return module.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        with self._as_original() as module:
+            return _fused_anew(copy.deepcopy(module, memo))
+
+    def __copy__(self) -> nn.Module:
+        with self._as_original() as module:
+            return _fused_anew(copy.copy(module))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with self._as_original() as module:
+            rebuild, (state, *arguments) = module.__reduce_ex__(protocol)
+        state = {name: value for name, value in state.items() if name != "_fusion"}
+        return _rebuild, (rebuild, (state, *arguments))
+
+
+def _fused_anew(module: nn.Module) -> nn.Module:
+    """A copy with the fused forward, to be recognised when it first runs."""
+    module.__dict__.pop("_fusion", None)
+    module.__class__ = fused_class(original_class(module))  # type: ignore[assignment]
+    return module
+
+
 def _any_empty(inputs: tuple[Any, ...]) -> bool:
     return any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs)
 
@@ -207,14 +249,22 @@ def _forget(module: Any, name: str) -> None:
 
 
 def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> nn.Module:
-    module = rebuild(*arguments)
-    module.__class__ = fused_class(original_class(module))  # type: ignore[arg-type]
-    return module
+    return _fused_anew(rebuild(*arguments))
+
+
+def fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The fused subclass of a class."""
+    if issubclass(original, fx.GraphModule):  # one for each module, which nobody else is to keep alive
+        return _make_class(original, FusedGraphMixin)
+    return _shared_class(original)  # type: ignore[arg-type]
 
 
 @functools.cache
-def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The fused subclass of a class."""
+def _shared_class(original: type[nn.Module]) -> type[nn.Module]:
+    return _make_class(original, FusedMixin)
+
+
+def _make_class(original: type[nn.Module], mixin: type[FusedMixin]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)  # whoever looks at the signature sees the original's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -226,7 +276,7 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
         "__module__": original.__module__,
         "__doc__": original.__doc__,
     }
-    return type(f"Fused{original.__name__}", (FusedMixin, original), namespace)
+    return type(f"Fused{original.__name__}", (mixin, original), namespace)
 
 
 def current(module: nn.Module) -> Binding | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.fusion.plans import SequencePlan
 from resnet_fused.nn import units
 
@@ -187,11 +188,13 @@ def _still_called(module: nn.Module, path: str, replaced: set[str]) -> nn.Module
 
     Of a replaced module, that is what it called itself, such as the activation in a batch norm.
     """
-    if path not in replaced:
+    if path not in replaced and not is_holder(module):
         return module
     rest = nn.Module()
+    if path not in replaced:
+        rest.__dict__.update(module.__dict__, _modules={})
     for name, child in module.named_children():
         kept = _still_called(child, f"{path}.{name}", replaced)
         if kept is not None:
             rest.add_module(name, kept)
-    return rest if rest._modules else None
+    return rest if rest._modules or path not in replaced else None

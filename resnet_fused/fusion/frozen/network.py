@@ -27,7 +27,7 @@ Seen = dict[tuple[nn.Module, int], Example]
 
 def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """A fused copy in which the modules of `resnet_fused.nn` have plans too; why other modules have none, by name."""
-    network = fuse(copy.deepcopy(model))
+    network = fuse(copy.deepcopy(model).eval())  # a copy of a torchvision feature extractor starts in training mode
     reasons = dict(report(network).skipped)
     for name, module in list(network.named_modules()):
         recognition = recognise(module, into_native=True) if is_native(module) else None
