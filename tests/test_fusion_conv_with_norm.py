@@ -166,11 +166,11 @@ FORMS = [
     (lambda: Conv2d(4, 4, 3, activation=F.relu_), (None,)),
     (lambda: ThroughSuper(4, 4, 3, padding=1, norm=nn.BatchNorm2d(4)), ("norm",)),
     (lambda: Conv2d(4, 4, 3, norm=nn.BatchNorm2d(4), activation=F.gelu), "calls `norm` and goes on"),
-    (lambda: Scaled(4, 4, 3), "computes something else"),
-    (lambda: Standardised(4, 4, 3), "computes something else"),
-    (lambda: OtherGeometry(4, 4, 3, padding=1, norm=nn.BatchNorm2d(4)), "computes something else"),
-    (lambda: Clamped(4, 4, 3, norm=nn.BatchNorm2d(4)), "computes something else"),
-    (lambda: Doubled(4, 4, 3, norm=nn.BatchNorm2d(4)), "computes something else"),
+    (lambda: Scaled(4, 4, 3), "a forward of its own"),
+    (lambda: Standardised(4, 4, 3), "a forward of its own"),
+    (lambda: OtherGeometry(4, 4, 3, padding=1, norm=nn.BatchNorm2d(4)), "a forward of its own"),
+    (lambda: Clamped(4, 4, 3, norm=nn.BatchNorm2d(4)), "a forward of its own"),
+    (lambda: Doubled(4, 4, 3, norm=nn.BatchNorm2d(4)), "a forward of its own"),
     (lambda: nn.Linear(4, 4), None),
 ]
 

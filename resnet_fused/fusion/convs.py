@@ -36,16 +36,16 @@ _forms: dict[Any, ConvForm | str] = {}  # by class and what else decides
 
 
 def conv_form(module: nn.Module) -> ConvForm | str | None:
-    """What a module does as a convolution; why it is none although it is an `nn.Conv2d`; None where it is not."""
+    """What a module does as a convolution; what it is instead although it is an `nn.Conv2d`; None where it is not."""
     if not isinstance(module, nn.Conv2d):
         return None
     cls = original_class(module)
     if cls is nn.Conv2d or computes_as(module, nn.Conv2d):
         return _PLAIN
     if cls.__call__ is not nn.Module.__call__ or "forward" in module.__dict__:
-        return f"{cls.__name__} is called in a way of its own"
+        return f"is a {cls.__name__}, which is called in a way of its own"
     if any(isinstance(getattr(cls, name, None), property) for name in ("weight", "bias")):
-        return f"{cls.__name__} computes its parameters"
+        return f"is a {cls.__name__}, which computes its parameters"
     settings = [(name, v) for name, v in module.__dict__.items() if name != "training" and immutable(v)]
     children = [(name, None if child is None else original_class(child)) for name, child in module._modules.items()]
     key = (cls, cls.forward, tuple(settings), tuple(children), module.bias is None)
@@ -74,13 +74,13 @@ def _look_into(module: nn.Conv2d) -> ConvForm | str:
         traces = [trace(module, training) for training in (True, False)]
         cores, tails = zip(*(split(traced.graph) for traced in traces), strict=True)
     except Untraceable as error:
-        return f"{name} is no convolution that is understood: {error}"
+        return f"is a {name}, a subclass of Conv2d that is not understood: {error}"
     if tails[0] != tails[1]:
-        return f"{name} calls other modules in training than in evaluation"
+        return f"is a {name}, which calls other modules in training than in evaluation"
     if any(traced.arity != 1 or traced.contents for traced in traces) or not all(
         _is_conv(core, module) for core in cores
     ):
-        return f"{name} is a subclass of Conv2d that computes something else"
+        return f"is a {name}, a subclass of Conv2d with a forward of its own"
     reads = (traces[0].reads | traces[1].reads) & module.__dict__.keys() - {"training"}
     full = {training for training, traced in zip((True, False), traces, strict=True) if traced.full}
     return ConvForm(tails[0], frozenset(reads), frozenset(full))

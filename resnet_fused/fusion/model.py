@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import swap
+from .norms import other_norm
 from .plans import BlockPlan, Plan
-from .recognise import Recognition, recognise
+from .recognise import Recognition, own, recognise
 from .report import FusionReport
 from .trace import original_class
 
@@ -23,6 +26,9 @@ def fuse(model: M) -> M:
     In place and idempotent. Parameters, buffers, names, state_dict and hooks stay as they are; the model trains and
     evaluates as before. What cannot be fused keeps its own forward (see `report`). A change of a fused module - an
     attribute set, a child replaced - is noticed, and what it computes is recognised anew on its next call.
+
+    A `torch.fx.GraphModule` is fused, too. What is traced from a fused model, such as torchvision's feature extractors,
+    is a plain one, to be fused by itself.
 
     Args:
         model: any module, with or without fused parts.
@@ -71,10 +77,11 @@ def report(model: nn.Module) -> FusionReport:
         TypeError: if `model` is not an `nn.Module`.
     """
     _check_module("report", model)
-    result = FusionReport()
+    result, told = FusionReport(), set[nn.Module]()
     for name, module, recognition in _survey(model):
         if swap.is_fused(module):
             swap.bind(module, recognition)  # so that what is said here is what the next forward does
+        result.skipped.extend(_not_fused(name, module, told))
         if recognition is None:
             continue
         result.skipped.extend((".".join(filter(None, (name, path))), why) for path, why in recognition.skipped)
@@ -89,6 +96,20 @@ def report(model: nn.Module) -> FusionReport:
     if not result.fused and not result.skipped:
         result.skipped.append(("", "none of its modules runs an nn.BatchNorm2d itself"))
     return result
+
+
+def _not_fused(name: str, module: nn.Module, told: set[nn.Module]) -> Iterator[tuple[str, str]]:
+    """What is not looked into, or not fused whatever stands around it, and was not `told` of before."""
+    if isinstance(module, torch.jit.ScriptModule) and module not in told:
+        told.update(module.modules())
+        yield name, "its forward is TorchScript's, which is not looked into"
+    below = list(own(module))
+    if isinstance(module, _ConvNd) or any(isinstance(child, _ConvNd) for _, child in below):
+        for path, child in below:
+            kind = other_norm(child)
+            if kind is not None and child not in told:
+                told.add(child)
+                yield ".".join(filter(None, (name, path))), f"its norm is {kind}, which is not fused"
 
 
 def plan_of(module: nn.Module) -> Plan | None:

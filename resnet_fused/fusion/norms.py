@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from resnet_fused.nn.norms import BATCH_NORMS, Norm, RecognisedNorm
 from resnet_fused.nn.plain import computes_as
+from resnet_fused.nn.units import plain
 
 from .nodes import calls_relu
 from .trace import AsksForGradient, Traced, Untraceable, original_class, record, trace
@@ -70,6 +71,25 @@ def norm_of(module: nn.Module) -> Norm:
     if _is_native(module) or not isinstance(form, NormForm):
         return module
     return RecognisedNorm(module, form.constant, bool(form.tail))
+
+
+_ANY = nn.BatchNorm2d(1, device="cpu")
+
+
+def culprit(conv: Any, bn: Norm, act: nn.Module | None) -> tuple[int, str] | None:
+    """Which of (conv, bn, act) cannot be run in one fused call, and why; None if they can."""
+    for k, modules in enumerate(((conv, _ANY, None), (conv, bn, None), (conv, bn, act))):
+        reason = plain(*modules, in_forward=False)
+        if reason is not None:
+            return k, reason
+    return None
+
+
+def other_norm(module: nn.Module) -> str | None:
+    """The name of a normalisation that is not fused, whatever it follows."""
+    known = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+    other = isinstance(module, known) and not looks_like_norm(module)
+    return original_class(module).__name__ if other else None
 
 
 def _is_native(module: nn.Module) -> bool:

@@ -14,12 +14,13 @@ from .block import Mismatch, NoReluAfterSum, joins, match_block
 from .flow import Flow, flow_of
 from .nodes import is_holder
 from .norms import looks_like_norm
-from .plans import Forward, Plan, SequencePlan
+from .plans import BlockPlan, Forward, Plan, SequencePlan
 from .sequence import Rewritten, generate, rewrite
 from .trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
 
 # Their forwards are generated, or act on processes, devices and compilers; what they wrap is looked at by itself.
 _FOREIGN = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.jit.")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
     cls = original_class(module)
     if is_native(module) and not into_native:
         return Recognition(native=cls.__name__)
-    if getattr(cls, "forward", None) is nn.Module.forward or not any(looks_like_norm(child) for child in _own(module)):
+    if getattr(cls, "forward", None) is nn.Module.forward or not any(
+        looks_like_norm(child) for _, child in own(module)
+    ):
         return None
     try:
         # FSDP2 makes a class of its own for each module, which inherits the module's forward.
@@ -66,7 +69,7 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
             raise Untraceable(f"its forward is that of {author}, which is not looked into")
         return _recognise(module)
     except Untraceable as error:
-        direct = any(looks_like_norm(child) for child in module.children())
+        direct = any(looks_like_norm(child) for _, child in own(module, (nn.ModuleList, nn.ModuleDict)))
         return Recognition(reason=str(error)) if direct else None
 
 
@@ -75,12 +78,14 @@ def is_native(module: nn.Module) -> bool:
     return original_class(module).__module__.startswith("resnet_fused.nn.")
 
 
-def _own(module: nn.Module) -> Iterator[nn.Module]:
-    """What a module may call itself: its children, and those of what only holds modules or calls one by one."""
-    for child in module.children():
-        yield child
-        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Conv2d)) or is_holder(child):
-            yield from _own(child)
+def own(
+    module: nn.Module, containers: tuple[type[nn.Module], ...] = (*_CONTAINERS, nn.Conv2d), prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """What a module may call itself, by path: its children, and those of what holds modules or calls one by one."""
+    for name, child in module.named_children():
+        yield f"{prefix}{name}", child
+        if isinstance(child, containers) or is_holder(child):
+            yield from own(child, containers, f"{prefix}{name}.")
 
 
 def _recognise(module: nn.Module) -> Recognition:
@@ -100,13 +105,11 @@ def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recogniti
     flows = [flow_of(traced.graph, module) for traced in traces]
     reason, linear = None, False
     if any(joins(flow, direct=False) for flow in flows) and inputs == "any":
-        try:
-            plan, other = map(match_block, flows)
-            if plan == other:
-                return Recognition(plan)
-            reason = "training and evaluation compute different blocks"
-        except Mismatch as error:
-            reason, linear = str(error), isinstance(error, NoReluAfterSum)
+        training, evaluation = map(_match_block, flows)
+        if isinstance(training, BlockPlan) and training == evaluation:
+            return Recognition(training)
+        reason = _why_no_block(training, evaluation)
+        linear = isinstance(training, NoReluAfterSum) and isinstance(evaluation, NoReluAfterSum)
     rewritten = [rewrite(traced.graph, module) for traced in (traces if traces[0] is not traces[1] else traces[:1])]
     recognition = _sequence(module, traces[0].arity, inputs, rewritten[0], rewritten[-1])
     if recognition is None and any(map(_calls_norm, flows)):
@@ -119,6 +122,22 @@ def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recogniti
     if reason is None or not sums or done:
         return recognition
     return replace(recognition, skipped=(("", f"unit by unit, not as one block: {reason}"), *recognition.skipped))
+
+
+def _match_block(flow: Flow) -> BlockPlan | Mismatch:
+    try:
+        return match_block(flow)
+    except Mismatch as error:
+        return error
+
+
+def _why_no_block(training: BlockPlan | Mismatch, evaluation: BlockPlan | Mismatch) -> str:
+    if isinstance(training, BlockPlan) and isinstance(evaluation, BlockPlan):
+        return "training and evaluation compute different blocks"
+    if str(training) == str(evaluation):
+        return str(training)
+    found = {"in training": training, "in evaluation": evaluation}
+    return ", ".join(f"{mode} {error}" for mode, error in found.items() if isinstance(error, Mismatch))
 
 
 def _calls_norm(flow: Flow) -> bool:

@@ -12,11 +12,11 @@ from typing import Any, TypeGuard
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.nn.units import plain, plain_pool
+from resnet_fused.nn.units import plain_pool
 
 from .convs import ConvForm, conv_form, conv_of, own_call
 from .nodes import IN_PLACE_ADDS, is_activation, is_identity, is_relu, is_relu_module, is_sequential, is_sum
-from .norms import NormForm, norm_form, norm_of
+from .norms import NormForm, culprit, norm_form, norm_of
 from .plans import Unit
 
 
@@ -197,7 +197,7 @@ class _Rewriter:
     def replace(self, bn: fx.Node, result: Rewritten) -> None:
         form, conv = norm_form(self.module(bn)), bn.args[0]
         chain = self.chain(bn)
-        reason = form if isinstance(form, str) else self.refusal(chain)
+        reason = (str(bn.target), form) if isinstance(form, str) else self.refusal(chain)
         if (
             reason is not None and isinstance(conv, fx.Node) and conv in self.opened
         ):  # it is called whole, and looked at by itself
@@ -206,15 +206,17 @@ class _Rewriter:
         if isinstance(form, str):
             result.skipped.append((str(bn.target), form))
             return
-        if reason is not None and chain.conv is not None:  # the convolution may be what stands in the way
-            shorter = replace(chain, conv=None, above=[], pool=None)
-            if (chain.has_relu or chain.add is not None) and self.refusal(shorter) is None:
-                result.skipped.append((str(chain.conv.target), reason))
-                chain, reason = shorter, None
         if reason is not None:
-            result.skipped.append((str(bn.target), reason))
-        elif chain.conv is not None or chain.has_relu or chain.add is not None:
+            result.skipped.append(reason)
+            if chain.conv is None:
+                return
+            chain = replace(chain, conv=None, above=[], pool=None)  # the convolution may be all that stands in the way
+            if self.refusal(chain) is not None:
+                return
+        if chain.conv is not None or chain.has_relu or chain.add is not None:
             self.substitute(chain, result)
+        elif reason is None:
+            result.skipped.append((str(bn.target), "no convolution belongs to it alone, and no ReLU follows it"))
 
     def chain(self, bn: fx.Node) -> _Chain:
         """The longest chain around a batch norm."""
@@ -328,19 +330,25 @@ class _Rewriter:
         """Whether the node is a stem's max pool, called nowhere else."""
         return self.calls[self.module(node)] == 1 and plain_pool(self.module(node)) is None
 
-    def refusal(self, chain: _Chain) -> str | None:
+    def refusal(self, chain: _Chain) -> tuple[str, str] | None:
+        """Which module of the chain cannot be part of a unit, and why; None if all can."""
         called = [node for node in (chain.conv, chain.bn) if node is not None]
         for node in called:
-            calls = self.calls[self.module(node)]
+            path, calls = str(node.target), self.calls[self.module(node)]
             if calls > 1:
-                return f"`{node.target}` is called {calls} times"
-            if str(node.target) in self.read:
-                return f"its forward also reads the parameters of `{node.target}`"
+                return path, f"`{path}` is called {calls} times"
+            if path in self.read:
+                return path, f"the forward that calls `{path}` also reads its parameters"
+            form = conv_form(self.module(node))
+            if isinstance(form, str) and node is not self.owner_conv:
+                return path, f"`{path}` {form}"
         conv = None if chain.conv is None else conv_of(self.module(chain.conv), chain.conv is self.owner_conv)
         act = self.act(chain)
-        return plain(
-            conv, norm_of(self.module(chain.bn)), self.owner.get_submodule(act) if act else None, in_forward=False
-        )
+        found = culprit(conv, norm_of(self.module(chain.bn)), self.owner.get_submodule(act) if act else None)
+        if found is None:
+            return None
+        k, reason = found
+        return str((chain.conv.target if chain.conv else None, chain.bn.target, act)[k]), reason
 
     def act(self, chain: _Chain) -> str | None:
         """Path of the ReLU that ends the chain, where it is a module."""
