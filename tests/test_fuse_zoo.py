@@ -135,7 +135,7 @@ KNOWN_REASONS = (
     "(AvgPool2d) between",  # anti-aliasing
     "(BlurPool2d) between",
     "(SEModule) between",
-    "none of its modules runs an nn.BatchNorm2d itself",  # but group norm, or none
+    "which is not fused",  # group norm
     "no relu follows the sum",  # pre-activation
 )
 
@@ -190,7 +190,7 @@ def test_every_timm_resnet_is_fused_or_explained(survey, capsys):
         ("resnetblur18", 5, 4, "`aa` (BlurPool2d) between `act1` and `conv2`"),
         ("resnetrs50", 0, 18, "`se` (SEModule) between `bn3` and the sum"),
         ("resnetv2_50", 0, 17, "no relu follows the sum"),
-        ("resnet50_gn", 0, 0, "none of its modules runs an nn.BatchNorm2d itself"),
+        ("resnet50_gn", 0, 0, "its norm is GroupNorm, which is not fused"),
     ],
 )
 def test_what_is_fused_in_timm_resnets(survey, name, blocks, chains, reason):

@@ -126,10 +126,6 @@ def test_own_blocks_are_fused_already():
 
 
 def test_generated_forwards_are_left_alone():
-    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
-    assert report(fuse(traced)).skipped == [
-        ("", "its forward is that of torch.fx.graph_module, which is not looked into")
-    ]
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     assert report(fuse(scripted)).fused == []
 

@@ -164,7 +164,7 @@ class RetainedNorm(SharedNormChain):
     [
         (SharedNormChain, [], [("bn", "`bn` is called 2 times")]),
         (UsedTwice, [("", "bn-relu")], []),
-        (OwnWeight, [("", "bn-relu")], [("a", "its forward also reads the parameters of `a`")]),
+        (OwnWeight, [("", "bn-relu")], [("a", "the forward that calls `a` also reads its parameters")]),
         (RetainedNorm, [("", "a-bn")], []),
     ],
 )

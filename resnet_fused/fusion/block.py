@@ -6,11 +6,11 @@ import itertools
 from typing import Literal
 
 from resnet_fused.nn.sums import Sum
-from resnet_fused.nn.units import plain
 
+from .convs import conv_form, conv_of
 from .flow import Flow, Op, ancestors
 from .nodes import IN_PLACE_ADDS
-from .norms import norm_form, norm_of
+from .norms import culprit, norm_form, norm_of
 from .plans import BlockPlan, Unit
 
 _KINDS: dict[int, Literal["BasicBlock", "Bottleneck"]] = {2: "BasicBlock", 3: "Bottleneck"}
@@ -54,6 +54,10 @@ def match_block(flow: Flow) -> BlockPlan:
         map(_branch, total.inputs), key=lambda ops: sum(op.kind == "conv" for op in ops), reverse=True
     )
     _check_all_used_once(flow, [*branch, *shortcut, total, final])
+    for ops in (branch, shortcut):
+        unknown = next((op for op in ops if op.kind == "other"), None)
+        if unknown is not None:
+            raise Mismatch(_between(unknown, ops))
     units = _units(branch)
     if len(units) not in _KINDS:
         raise Mismatch(f"its branch has {len(units)} convolution{'s' * (len(units) != 1)}, a block has two or three")
@@ -129,6 +133,10 @@ def _units(branch: list[Op]) -> list[Unit]:
         conv = rest.pop(0)
         if conv.kind != "conv":
             raise Mismatch(_between(conv, branch))
+        assert conv.module is not None
+        known = conv_form(conv.module)
+        if isinstance(known, str):
+            raise Mismatch(f"{conv.name} {known}")
         if not rest or rest[0].kind == "conv":
             raise Mismatch(f"no batch norm follows {conv.name}")
         bn = rest.pop(0)
@@ -137,7 +145,7 @@ def _units(branch: list[Op]) -> list[Unit]:
         assert bn.module is not None
         form = norm_form(bn.module)
         if isinstance(form, str):
-            raise Mismatch(form)
+            raise Mismatch(f"{bn.name}: {form}")
         act = rest.pop(0) if rest else None
         if act is not None and act.kind == "conv":
             raise Mismatch(f"no relu between {bn.name} and {act.name}")
@@ -160,6 +168,7 @@ def _check_plain(flow: Flow, plan: BlockPlan) -> None:
     for unit in plan.all_units:
         conv, bn, act = (modules[path] if path is not None else None for path in (unit.conv, unit.bn, unit.act))
         assert bn is not None
-        reason = plain(conv, norm_of(bn), act, in_forward=False)
-        if reason is not None:
-            raise Mismatch(f"{unit}: {reason}")
+        found = culprit(conv_of(conv), norm_of(bn), act)
+        if found is not None:
+            k, reason = found
+            raise Mismatch(f"`{(unit.conv, unit.bn, unit.act)[k]}`: {reason}")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
+from .convs import ConvForm, conv_form
 from .nodes import (
     factor,
     function_name,
@@ -25,7 +26,8 @@ from .nodes import (
     sum_function,
 )
 from .norms import NormForm, norm_form
-from .trace import is_number, original_class
+from .questions import is_number
+from .trace import original_class
 
 Kind = Literal["input", "conv", "bn", "relu", "add", "pool", "other"]
 
@@ -40,7 +42,7 @@ class Op:
     path: str | None = None
     module: nn.Module | None = None
     direct: bool = True  # called by the traced forward itself, not by an nn.Sequential in it
-    function: Any = None  # that a sum calls
+    function: Any = None  # that is called, where it is no module
     constant: Any = None  # the factor of a multiplication with a number
     users: list[Op] = field(default_factory=list)
 
@@ -121,8 +123,8 @@ class _Builder:
                 if child is not None:
                     x = self.call(f"{path}.{name}", child, x, direct=False)
             return x
-        form = norm_form(module)
         kind: Kind = "other"
+        form = conv_form(module) or norm_form(module)
         if isinstance(module, nn.Conv2d):
             kind = "conv"
         elif form is not None:
@@ -133,7 +135,7 @@ class _Builder:
             kind = "pool"
         label = f"`{path}` ({original_class(module).__name__})"
         op = self.add(kind, label, [x], path=path, module=module, direct=direct)
-        for called in form.tail if isinstance(form, NormForm) else ():
+        for called in form.tail if isinstance(form, (ConvForm, NormForm)) else ():
             if called is None:
                 op = self.add("relu", "relu", [op], direct=direct)
             else:
@@ -154,7 +156,8 @@ class _Builder:
             return self.add("add", "the sum", self.activations_in(node.args), function=sum_function(node))
         constant = factor(node) if len(inputs) == 1 else None
         module = self.owner.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return self.add("other", label, inputs, module=module, constant=constant)
+        function = node.target if node.op == "call_function" else None
+        return self.add("other", label, inputs, module=module, function=function, constant=constant)
 
 
 def ancestors(ops: list[Op]) -> Iterator[Op]:

@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import swap
+from .norms import other_norm
 from .plans import BlockPlan, Plan
-from .recognise import Recognition, recognise
+from .recognise import Recognition, own, recognise
 from .report import FusionReport
 from .trace import original_class
 
@@ -29,6 +32,9 @@ def fuse(model: M) -> M:
     exact classes (`type(m) is BasicBlock`, as `fuse_model(is_qat=True)` of torchvision's quantizable models does)
     passes it over: run it before `fuse`, or after `unfuse`. Copies are fused; pickles, and so `torch.save(model)`, hold
     the plain model.
+
+    A `torch.fx.GraphModule` is fused, too. What is traced from a fused model, such as torchvision's feature extractors,
+    is a plain one, to be fused by itself.
 
     Args:
         model: any module, with or without fused parts.
@@ -77,10 +83,11 @@ def report(model: nn.Module) -> FusionReport:
         TypeError: if `model` is not an `nn.Module`.
     """
     _check_module("report", model)
-    result = FusionReport()
+    result, told = FusionReport(), set[nn.Module]()
     for name, module, recognition in _survey(model):
         if swap.is_fused(module):
             swap.bind(module, recognition)  # so that what is said here is what the next forward does
+        result.skipped.extend(_not_fused(name, module, told))
         if recognition is None:
             continue
         result.skipped.extend((".".join(filter(None, (name, path))), why) for path, why in recognition.skipped)
@@ -95,6 +102,20 @@ def report(model: nn.Module) -> FusionReport:
     if not result.fused and not result.skipped:
         result.skipped.append(("", "none of its modules runs an nn.BatchNorm2d itself"))
     return result
+
+
+def _not_fused(name: str, module: nn.Module, told: set[nn.Module]) -> Iterator[tuple[str, str]]:
+    """What is not looked into, or not fused whatever stands around it, and was not `told` of before."""
+    if isinstance(module, torch.jit.ScriptModule) and module not in told:
+        told.update(module.modules())
+        yield name, "its forward is TorchScript's, which is not looked into"
+    below = list(own(module))
+    if isinstance(module, _ConvNd) or any(isinstance(child, _ConvNd) for _, child in below):
+        for path, child in below:
+            kind = other_norm(child)
+            if kind is not None and child not in told:
+                told.add(child)
+                yield ".".join(filter(None, (name, path))), f"its norm is {kind}, which is not fused"
 
 
 def plan_of(module: nn.Module) -> Plan | None:
@@ -117,6 +138,9 @@ def _survey(model: nn.Module) -> Iterator[tuple[str, nn.Module, Recognition | No
         elif recognition is not None and recognition.plan is not None:
             for child in map(module.get_submodule, recognition.plan.bypassed):
                 inside.update(map(id, child.modules() if isinstance(recognition.plan, BlockPlan) else [child]))
+            for unit in recognition.plan.all_units:
+                if unit.conv and unit.bn.startswith(f"{unit.conv}."):  # its own forward calls the norm
+                    inside.add(id(module.get_submodule(unit.conv)))
         yield name, module, recognition
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from resnet_fused.nn.plain import POOLS, keeps_methods, overridden
 
-from .trace import is_number, original_class
+from .questions import is_number
+from .trace import original_class
 
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")
@@ -87,6 +88,11 @@ def is_identity(module: nn.Module) -> bool:
 def is_sequential(module: nn.Module) -> bool:
     """Whether calling the module is calling its children one after the other."""
     return _runs(module, nn.Sequential)
+
+
+def is_holder(module: nn.Module) -> bool:
+    """Whether the module only holds others, which somebody else calls, as those of a `torch.fx.GraphModule` do."""
+    return type(module) is nn.Module
 
 
 def is_pool(module: nn.Module) -> bool:

@@ -7,19 +7,22 @@ statistics, what a batch norm does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from resnet_fused.nn.norms import BATCH_NORMS, Norm, RecognisedNorm, says_plain
 from resnet_fused.nn.plain import calls_forward, computes_as, not_plain, overridden
+from resnet_fused.nn.units import plain
 
 from .nodes import calls_relu
-from .trace import Traced, Untraceable, functions, lookups, original_class, record, trace
+from .trace import AsksForGradient, Traced, Untraceable, functions, lookups, original_class, record, trace
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("eps", "momentum", "affine", "track_running_stats", "num_features")
@@ -73,6 +76,25 @@ def norm_of(module: nn.Module) -> Norm:
     return RecognisedNorm(module, form.constant, bool(form.tail))
 
 
+_ANY = nn.BatchNorm2d(1, device="cpu")
+
+
+def culprit(conv: Any, bn: Norm, act: nn.Module | None) -> tuple[int, str] | None:
+    """Which of (conv, bn, act) cannot be run in one fused call, and why; None if they can."""
+    for k, modules in enumerate(((conv, _ANY, None), (conv, bn, None), (conv, bn, act))):
+        reason = plain(*modules, in_forward=False)
+        if reason is not None:
+            return k, reason
+    return None
+
+
+def other_norm(module: nn.Module) -> str | None:
+    """The name of a normalisation that is not fused, whatever it follows."""
+    known = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+    other = isinstance(module, known) and not looks_like_norm(module)
+    return original_class(module).__name__ if other else None
+
+
 def _is_native(module: nn.Module) -> bool:
     """Whether the module is PyTorch's, or one of ours, which says of itself that its batch norm is PyTorch's."""
     cls = original_class(module)
@@ -89,10 +111,12 @@ def looks_like_norm(module: nn.Module) -> bool:
 
 
 def signature(module: nn.Module) -> tuple[Any, ...]:
-    """What decides the form of modules of one class: children, settings, and which parameters and buffers there are."""
+    """What decides the form of modules of one class: children, settings, which parameters and buffers there are, and
+    how many processes, which a norm may ask for."""
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     settings = tuple(module.__dict__.get(name) for name in _SETTINGS)
     tensors = {**module._parameters, **module._buffers}
-    return (tuple(module._modules.items()), settings, tuple(tensors.get(name) is None for name in _TENSORS))
+    return (tuple(module._modules.items()), settings, tuple(tensors.get(name) is None for name in _TENSORS), world)
 
 
 def _super_forward(x: Tensor) -> Tensor:
@@ -117,26 +141,36 @@ def _look_into(module: nn.Module) -> NormForm | str:
     name = original_class(module).__name__
     base = next((stub for cls, stub in _STUBS.items() if isinstance(module, cls)), None)
     try:
-        traces = [trace(module, training, base=base) for training in (True, False)]
+        modes, traces = zip(*_traces(module, base), strict=True)
         for traced in traces:
             _check_reads(module, traced)
-        cores, tails = zip(*(_split(module, traced.graph) for traced in traces), strict=True)
+        cores, tails = zip(*(split(traced.graph) for traced in traces), strict=True)
     except Untraceable as error:
         return f"{name} is no batch norm that is understood: {error}"
-    if tails[0] != tails[1]:
+    if len(set(tails)) > 1:
         return f"{name} calls other modules in training than in evaluation"
     for constant in (False, True):
-        if all(
-            _computes(module, core, training, constant) for core, training in zip(cores, (True, False), strict=True)
-        ):
+        if all(_computes(module, core, training, constant) for core, training in zip(cores, modes, strict=True)):
             return NormForm(constant, tails[0])
     return f"{name} computes something else than a batch norm"
+
+
+def _traces(module: nn.Module, base: type[nn.Module] | None) -> Iterator[tuple[bool, Traced]]:
+    """The forward in each mode and, where it asks for that, for inputs with and without a gradient."""
+    for training in (True, False):
+        try:
+            yield training, trace(module, training, base=base)
+        except AsksForGradient:
+            for gradient in (True, False):
+                yield training, trace(module, training, base=base, gradient=gradient)
 
 
 def _check_reads(module: nn.Module, traced: Traced) -> None:
     """What the form depends on must be what the signature tells."""
     if traced.arity != 1:
         raise Untraceable(f"its forward takes {traced.arity} inputs")
+    if traced.full:
+        raise Untraceable("its forward treats empty inputs in a way of its own")
     if not isinstance(getattr(module, "eps", None), float):
         raise Untraceable("it has no eps")
     for name in sorted(traced.reads - _KNOWN - set(module._modules) - set(nn.Module().__dict__)):
@@ -144,11 +178,12 @@ def _check_reads(module: nn.Module, traced: Traced) -> None:
             raise Untraceable(f"its forward reads the attribute `{name}`")
 
 
-def _split(module: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, tuple[str | None, ...]]:
+def split(graph: fx.Graph) -> tuple[fx.Graph, tuple[str | None, ...]]:
     """The graph up to the first call of a child, and what is called from there on."""
     output = next(iter(reversed(graph.nodes)))
     value = output.args[0]
     tail: list[str | None] = []
+    behind = {output}
     while isinstance(value, fx.Node) and len(value.all_input_nodes) == 1 and len(value.users) == 1:
         if value.op == "call_module" and len(value.args) == 1 and not value.kwargs:
             tail.insert(0, str(value.target))
@@ -156,13 +191,14 @@ def _split(module: nn.Module, graph: fx.Graph) -> tuple[fx.Graph, tuple[str | No
             tail.insert(0, None)
         else:
             break
+        behind.add(value)
         value = value.args[0]
     if not isinstance(value, fx.Node) or len(value.users) > 1:
         raise Untraceable("its forward returns more than one value")
     core = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     for node in graph.nodes:
-        if node is output or (tail and node.op == "call_module" and node.target in tail):
+        if node in behind:
             continue
         if node.op == "call_module":
             raise Untraceable(f"its forward calls `{node.target}` and goes on")

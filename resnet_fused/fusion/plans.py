@@ -7,11 +7,11 @@ prepacked units.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from resnet_fused.nn.sums import Sum
 
@@ -31,7 +31,7 @@ class Unit:
     """pool(relu(bn(conv(x)) + residual)), with the absent parts left out.
 
     Args:
-        conv: path of the `nn.Conv2d`; None where the batch norm's input is not a convolution's.
+        conv: path of the `nn.Conv2d`, empty for the owner itself; None where no convolution precedes the batch norm.
         bn: path of the `nn.BatchNorm2d`.
         act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
         relu: whether a ReLU follows.
@@ -52,7 +52,13 @@ class Unit:
         return tuple(path for path in (self.conv, self.bn, self.act) if path is not None)
 
     def __str__(self) -> str:
-        names = [self.conv, self.bn, "add" if self.add else None, "relu" if self.relu else None, self.pool]
+        names = [
+            "conv" if self.conv == "" else self.conv,
+            self.bn,
+            "add" if self.add else None,
+            "relu" if self.relu else None,
+            self.pool,
+        ]
         return "-".join(name for name in names if name is not None)
 
 
@@ -129,8 +135,17 @@ class Forward:
         if len(inputs) != self.arity or self.training not in (None, training):
             return False
         if self.inputs == "list":
-            return type(inputs[0]) is list
-        return all(isinstance(x, (Tensor, list, tuple)) for x in inputs)
+            return type(inputs[0]) is list and _are_activations(inputs)
+        return _are_activations(inputs)
+
+
+def _are_activations(inputs: Iterable[Any]) -> bool:
+    """Whether all are tensors, perhaps in lists or tuples with what else; a tracer's values are none."""
+    return all(isinstance(x, Tensor) or (isinstance(x, (list, tuple)) and not any(map(_is_traced, x))) for x in inputs)
+
+
+def _is_traced(value: Any) -> bool:
+    return isinstance(value, fx.Proxy) or (isinstance(value, (list, tuple)) and any(map(_is_traced, value)))
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from resnet_fused.nn.plain import home
 
 from .block import Mismatch, NoReluAfterSum, joins, match_block
-from .flow import flow_of
+from .flow import Flow, flow_of
+from .nodes import is_holder
 from .norms import looks_like_norm
-from .plans import Forward, Plan, SequencePlan
+from .plans import BlockPlan, Forward, Plan, SequencePlan
 from .sequence import Rewritten, generate, rewrite
 from .trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
 
 # Their forwards are generated, or act on processes, devices and compilers; what they wrap is looked at by itself.
-_FOREIGN = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.jit.", "torch.fx.")
+_FOREIGN = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.jit.")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Recognition:
         skipped: (path, reason) of chains that the plan leaves alone.
         reads: the attributes that the forward looks up; None where it could not be traced.
         contents: what the lists and dicts among them hold.
+        full: the modes in which all that holds for inputs with elements only.
     """
 
     plan: Plan | None = None
@@ -40,6 +45,7 @@ class Recognition:
     skipped: tuple[tuple[str, str], ...] = ()
     reads: frozenset[str] | None = None
     contents: dict[str, Any] = field(default_factory=dict)
+    full: frozenset[bool] = frozenset()
 
 
 def recognise(module: nn.Module, into_native: bool = False) -> Recognition | None:
@@ -54,7 +60,9 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
     cls = original_class(module)
     if is_native(module) and not into_native:
         return Recognition(native=cls.__name__)
-    if getattr(cls, "forward", None) is nn.Module.forward or not any(looks_like_norm(child) for child in _own(module)):
+    if getattr(cls, "forward", None) is nn.Module.forward or not any(
+        looks_like_norm(child) for _, child in own(module)
+    ):
         return None
     try:
         # FSDP2 makes a class of its own for each module, which inherits the module's forward.
@@ -63,7 +71,7 @@ def recognise(module: nn.Module, into_native: bool = False) -> Recognition | Non
             raise Untraceable(f"its forward is that of {author}, which is not looked into")
         return _recognise(module)
     except Untraceable as error:
-        direct = any(looks_like_norm(child) for child in module.children())
+        direct = any(looks_like_norm(child) for _, child in own(module, (nn.ModuleList, nn.ModuleDict)))
         return Recognition(reason=str(error)) if direct else None
 
 
@@ -73,12 +81,14 @@ def is_native(module: nn.Module) -> bool:
     return all(name.startswith("resnet_fused.nn.") for name in (cls.__module__, home(getattr(cls, "forward", None))))
 
 
-def _own(module: nn.Module) -> Iterator[nn.Module]:
-    """What a module may call itself: its children, and the children of its lists, dicts and Sequentials."""
-    for child in module.children():
-        yield child
-        if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            yield from _own(child)
+def own(
+    module: nn.Module, containers: tuple[type[nn.Module], ...] = (*_CONTAINERS, nn.Conv2d), prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """What a module may call itself, by path: its children, and those of what holds modules or calls one by one."""
+    for name, child in module.named_children():
+        yield f"{prefix}{name}", child
+        if isinstance(child, containers) or is_holder(child):
+            yield from own(child, containers, f"{prefix}{name}.")
 
 
 def _recognise(module: nn.Module) -> Recognition:
@@ -90,34 +100,57 @@ def _recognise(module: nn.Module) -> Recognition:
         traces = _traces(module, inputs)
     recognition = _match(module, traces, inputs) or Recognition()
     contents = traces[0].contents | traces[1].contents
-    return replace(recognition, reads=traces[0].reads | traces[1].reads, contents=contents)
+    full = frozenset(mode for mode, traced in zip((True, False), traces, strict=True) if traced.full)
+    return replace(recognition, reads=traces[0].reads | traces[1].reads, contents=contents, full=full)
 
 
 def _match(module: nn.Module, traces: list[Traced], inputs: Inputs) -> Recognition | None:
     flows = [flow_of(traced.graph, module) for traced in traces]
     reason, linear = None, False
     if any(joins(flow, direct=False) for flow in flows) and inputs == "any":
-        try:
-            plan, other = map(match_block, flows)
-            if plan == other:
-                return Recognition(plan)
-            reason = "training and evaluation compute different blocks"
-        except Mismatch as error:
-            reason, linear = str(error), isinstance(error, NoReluAfterSum)
-    rewritten = [rewrite(traced.graph, module) for traced in traces]
-    recognition = _sequence(module, traces[0].arity, inputs, *rewritten)
+        training, evaluation = map(_match_block, flows)
+        if isinstance(training, BlockPlan) and training == evaluation:
+            return Recognition(training)
+        reason = _why_no_block(training, evaluation)
+        linear = isinstance(training, NoReluAfterSum) and isinstance(evaluation, NoReluAfterSum)
+    rewritten = [rewrite(traced.graph, module) for traced in (traces if traces[0] is not traces[1] else traces[:1])]
+    recognition = _sequence(module, traces[0].arity, inputs, rewritten[0], rewritten[-1])
+    if recognition is None and any(map(_calls_norm, flows)):
+        return Recognition(reason="its forward calls batch norm as a function, which is not fused")
     if recognition is None or recognition.plan is None:
         return Recognition(reason=reason) if reason and any(joins(flow, direct=True) for flow in flows) else recognition
-    # Only where something of a block is left over is it worth a word that it is none.
-    sums = any(op.kind == "add" for flow in flows for op in flow.ops)
-    done = all(r.complete or (linear and r.sums == 0) for r in rewritten)
+    # Only where something of a block is left over is it worth a word that it is none; a network of many is none anyway.
+    sums = max(sum(op.kind == "add" for op in flow.ops) for flow in flows)
+    done = all(r.complete or (r.sums == 0 and (linear or sums > 1)) for r in rewritten)
     if reason is None or not sums or done:
         return recognition
     return replace(recognition, skipped=(("", f"unit by unit, not as one block: {reason}"), *recognition.skipped))
 
 
+def _match_block(flow: Flow) -> BlockPlan | Mismatch:
+    try:
+        return match_block(flow)
+    except Mismatch as error:
+        return error
+
+
+def _why_no_block(training: BlockPlan | Mismatch, evaluation: BlockPlan | Mismatch) -> str:
+    if isinstance(training, BlockPlan) and isinstance(evaluation, BlockPlan):
+        return "training and evaluation compute different blocks"
+    if str(training) == str(evaluation):
+        return str(training)
+    found = {"in training": training, "in evaluation": evaluation}
+    return ", ".join(f"{mode} {error}" for mode, error in found.items() if isinstance(error, Mismatch))
+
+
+def _calls_norm(flow: Flow) -> bool:
+    return any(op.kind == "other" and op.function in (F.batch_norm, torch.batch_norm) for op in flow.ops)
+
+
 def _traces(module: nn.Module, inputs: Inputs) -> list[Traced]:
-    return [trace(module, training, inputs) for training in (True, False)]
+    """The forward in training and in evaluation, one and the same where it does not ask."""
+    training = trace(module, True, inputs)
+    return [training, trace(module, False, inputs) if "training" in training.reads else training]
 
 
 def _sequence(

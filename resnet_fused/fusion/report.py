@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
+
+_WIDTH = 160
 
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What `fuse` did to a model; `str()` is a table.
+    """What `fuse` did to a model; `str()` is a table, in which long entries are cut.
 
     Attributes:
         fused: (module name, what it computes fused), in the order of `named_modules`; the model itself is `""`.
@@ -20,7 +23,8 @@ class FusionReport:
 
     def __str__(self) -> str:
         parts = {name for name, _ in self.fused}
-        rows = [(name or "(model)", "fused", what) for name, what in self.fused]
+        shortened = ((name, textwrap.shorten(what, _WIDTH, placeholder=" ...")) for name, what in self.fused)
+        rows = [(name or "(model)", "fused", what) for name, what in shortened]
         for name, reason in self.skipped:
             rows.append((name or "(model)", "in part" if name in parts else "left alone", reason))
         rows = [("module", "", "what, or why not"), *rows]

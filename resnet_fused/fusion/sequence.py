@@ -12,10 +12,10 @@ from typing import Any, TypeGuard
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.nn.plain import computes_as
 from resnet_fused.nn.sums import Sum
-from resnet_fused.nn.units import plain, plain_pool
+from resnet_fused.nn.units import plain_pool
 
+from .convs import ConvForm, conv_form, conv_of, own_call
 from .nodes import (
     IN_PLACE_ADDS,
     is_activation,
@@ -26,7 +26,7 @@ from .nodes import (
     is_sum,
     sum_function,
 )
-from .norms import NormForm, norm_form, norm_of
+from .norms import NormForm, culprit, norm_form, norm_of
 from .plans import Unit
 
 
@@ -97,6 +97,7 @@ def rewrite(graph: fx.Graph, owner: nn.Module) -> Rewritten:
     result = Rewritten(graph)
     result.bypassed += open_sequentials(graph, owner)
     rewriter = _Rewriter(owner, graph)
+    rewriter.open_convs()
     for node in list(graph.nodes):
         if rewriter.is_norm(node):
             rewriter.replace(node, result)
@@ -137,6 +138,9 @@ def _crosses_end(module: nn.Module, user: fx.Node | None, owner: nn.Module) -> b
         last = list(last.children())[-1]
     if user is None:
         return False
+    conv = conv_form(last)
+    if isinstance(conv, ConvForm) and len(conv.tail) == 1 and conv.tail[0] is not None:
+        last = last.get_submodule(conv.tail[0])
     if isinstance(last, nn.Conv2d):
         return user.op == "call_module" and norm_form(owner.get_submodule(str(user.target))) is not None
     form = norm_form(last)
@@ -148,7 +152,50 @@ class _Rewriter:
     def __init__(self, owner: nn.Module, graph: fx.Graph) -> None:
         self.owner = owner
         self.calls = Counter(self.module(node) for node in graph.nodes if node.op == "call_module")
+        self.opened: dict[fx.Node, list[fx.Node]] = {}
+        self.graph = graph
+        self.owner_conv = self.own_conv()
         self.read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+
+    def own_conv(self) -> fx.Node | None:
+        """Where the owner is a convolution itself, which calls its norm: the node that becomes a call of it alone."""
+        call = own_call(self.graph, self.owner) if isinstance(self.owner, nn.Conv2d) else None
+        if call is None:
+            return None
+        with self.graph.inserting_before(call):
+            node = self.graph.create_node("call_module", "", (call.args[0],))
+        call.replace_all_uses_with(node)
+        for unused in (call, *call.all_input_nodes[1:]):
+            if not unused.users:
+                self.graph.erase_node(unused)
+        return node
+
+    def open_convs(self) -> None:
+        """Put in the graph what the forwards of convolutions call behind them, such as a norm."""
+        for node in list(self.graph.nodes):
+            form = conv_form(self.module(node)) if self.is_call(node) else None
+            if node is self.owner_conv or not isinstance(form, ConvForm) or not form.tail or form.tail[0] is None:
+                continue
+            if norm_form(self.module(node).get_submodule(form.tail[0])) is None or self.calls[self.module(node)] > 1:
+                continue
+            value, users = node, list(node.users)
+            self.opened[node] = []
+            for name in form.tail:
+                with self.graph.inserting_after(value):
+                    if name is None:
+                        value = self.graph.create_node("call_function", F.relu, (value,))
+                    else:
+                        value = self.graph.create_node("call_module", f"{node.target}.{name}", (value,))
+                        self.calls[self.module(value)] += 1
+                self.opened[node].append(value)
+            for user in users:
+                user.replace_input_with(node, value)
+
+    def close(self, conv: fx.Node) -> None:
+        """Take out again what `open_convs` put behind a convolution."""
+        for value in reversed(self.opened.pop(conv)):
+            value.replace_all_uses_with(value.args[0])  # type: ignore[arg-type]
+            self.graph.erase_node(value)
 
     def module(self, node: fx.Node) -> nn.Module:
         return self.owner.get_submodule(str(node.target))
@@ -160,21 +207,28 @@ class _Rewriter:
         return self.is_call(node) and norm_form(self.module(node)) is not None
 
     def replace(self, bn: fx.Node, result: Rewritten) -> None:
-        form = norm_form(self.module(bn))
+        form, conv = norm_form(self.module(bn)), bn.args[0]
+        chain = self.chain(bn)
+        reason = (str(bn.target), form) if isinstance(form, str) else self.refusal(chain)
+        if (
+            reason is not None and isinstance(conv, fx.Node) and conv in self.opened
+        ):  # it is called whole, and looked at by itself
+            self.close(conv)
+            return
         if isinstance(form, str):
             result.skipped.append((str(bn.target), form))
             return
-        chain = self.chain(bn)
-        reason = self.refusal(chain)
-        if reason is not None and chain.conv is not None:  # the convolution may be what stands in the way
-            shorter = replace(chain, conv=None, above=[], pool=None)
-            if (chain.has_relu or chain.add is not None) and self.refusal(shorter) is None:
-                result.skipped.append((str(chain.conv.target), reason))
-                chain, reason = shorter, None
         if reason is not None:
-            result.skipped.append((str(bn.target), reason))
-        elif chain.conv is not None or chain.has_relu or chain.add is not None:
+            result.skipped.append(reason)
+            if chain.conv is None:
+                return
+            chain = replace(chain, conv=None, above=[], pool=None)  # the convolution may be all that stands in the way
+            if self.refusal(chain) is not None:
+                return
+        if chain.conv is not None or chain.has_relu or chain.add is not None:
             self.substitute(chain, result)
+        elif reason is None:
+            result.skipped.append((str(bn.target), "no convolution belongs to it alone, and no ReLU follows it"))
 
     def chain(self, bn: fx.Node) -> _Chain:
         """The longest chain around a batch norm."""
@@ -184,7 +238,7 @@ class _Rewriter:
         while self.is_call(conv) and is_identity(self.module(conv)) and len(conv.users) == 1:
             above.append(conv)
             conv = conv.args[0]
-        if self.is_call(conv) and isinstance(self.module(conv), nn.Conv2d) and len(conv.users) == 1:
+        if self.is_call(conv) and self.is_conv(conv) and len(conv.users) == 1:
             chain.conv, chain.above = conv, above
         self.look_inside(chain)
         if not chain.rest:
@@ -194,8 +248,8 @@ class _Rewriter:
     def look_inside(self, chain: _Chain) -> None:
         """What the batch norm's own forward calls."""
         form = norm_form(self.module(chain.bn))
-        assert isinstance(form, NormForm)
-        for k, name in enumerate(form.tail):
+        tail = form.tail if isinstance(form, NormForm) else ()
+        for k, name in enumerate(tail):
             path = None if name is None else f"{chain.bn.target}.{name}"
             child = None if path is None else self.owner.get_submodule(path)
             if child is not None and is_identity(child):
@@ -203,7 +257,7 @@ class _Rewriter:
             elif not chain.has_relu and (child is None or is_relu_module(child)):
                 chain.has_relu, chain.act = True, path
             else:
-                chain.rest = list(form.tail[k:])
+                chain.rest = list(tail[k:])
                 return
 
     def look_below(self, chain: _Chain) -> None:
@@ -264,25 +318,38 @@ class _Rewriter:
         if not self.is_call(node):
             return node.op == "call_module" and node.target == "_run_unit"
         module = self.module(node)
-        return computes_as(module, nn.Conv2d) or norm_form(module) == NormForm()
+        known = node is self.owner_conv or isinstance(conv_form(module), ConvForm)
+        return (self.is_conv(node) and known) or norm_form(module) == NormForm()
+
+    def is_conv(self, node: fx.Node) -> bool:
+        """Whether the call is a convolution, perhaps one that is not understood, with nothing called behind it."""
+        form = conv_form(self.module(node))
+        alone = node is self.owner_conv or node in self.opened
+        return form is not None and (alone or not isinstance(form, ConvForm) or not form.tail)
 
     def pools(self, node: fx.Node) -> bool:
         """Whether the node is a stem's max pool, called nowhere else."""
         return self.calls[self.module(node)] == 1 and plain_pool(self.module(node)) is None
 
-    def refusal(self, chain: _Chain) -> str | None:
+    def refusal(self, chain: _Chain) -> tuple[str, str] | None:
+        """Which module of the chain cannot be part of a unit, and why; None if all can."""
         called = [node for node in (chain.conv, chain.bn) if node is not None]
         for node in called:
-            calls = self.calls[self.module(node)]
+            path, calls = str(node.target), self.calls[self.module(node)]
             if calls > 1:
-                return f"`{node.target}` is called {calls} times"
-            if str(node.target) in self.read:
-                return f"its forward also reads the parameters of `{node.target}`"
-        conv = self.module(chain.conv) if chain.conv is not None else None
+                return path, f"`{path}` is called {calls} times"
+            if path in self.read:
+                return path, f"the forward that calls `{path}` also reads its parameters"
+            form = conv_form(self.module(node))
+            if isinstance(form, str) and node is not self.owner_conv:
+                return path, f"`{path}` {form}"
+        conv = None if chain.conv is None else conv_of(self.module(chain.conv), chain.conv is self.owner_conv)
         act = self.act(chain)
-        return plain(
-            conv, norm_of(self.module(chain.bn)), self.owner.get_submodule(act) if act else None, in_forward=False
-        )
+        found = culprit(conv, norm_of(self.module(chain.bn)), self.owner.get_submodule(act) if act else None)
+        if found is None:
+            return None
+        k, reason = found
+        return str((chain.conv.target if chain.conv else None, chain.bn.target, act)[k]), reason
 
     def act(self, chain: _Chain) -> str | None:
         """Path of the ReLU that ends the chain, where it is a module."""

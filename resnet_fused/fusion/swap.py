@@ -8,21 +8,26 @@ says what this way costs and what others would.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
+from resnet_fused.nn.convs import RecognisedConv
 from resnet_fused.nn.norms import Norm, RecognisedNorm
 from resnet_fused.nn.plain import hooked, keeps_methods, overridden
 from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.sums import PLUS, Sum
 from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 
+from .convs import ConvForm, conv_form, conv_of
 from .norms import norm_of, signature
 from .plans import BlockPlan, Plan
 from .recognise import Recognition, recognise
@@ -43,14 +48,16 @@ class Binding:
         indivisible: units that cannot be run module by module where somebody watches: the plan runs them in another
             order than the plain forward (those around a sum), or runs only a part of what a batch norm's forward does.
         norms: the batch norms that were recognised by their forwards, and on what that depends.
-        lookups: what the owner's forward, and those of `norms`, find on their classes.
-        contents: lists and dicts that the forward reads: the owner's attributes, their names, what they held.
+        lookups: what the owner's forward, and those of `norms` and recognised convolutions, find on their classes.
+        contents: lists and dicts that the forward reads, and what a convolution was recognised by: the attributes of
+            their owner, their names, what they held.
+        full: the modes in which the recognition holds for inputs with elements only.
     """
 
     def __init__(self, owner: nn.Module, recognition: Recognition | None) -> None:
         self.recognition = recognition or Recognition()
         self.plan: Plan | None = self.recognition.plan
-        self.units: list[tuple[nn.Module | None, Norm, nn.Module | None, bool]] = []
+        self.units: list[tuple[nn.Module | RecognisedConv | None, Norm, nn.Module | None, bool]] = []
         self.pools: list[nn.Module | None] = []
         self.sums: list[Sum] = []
         paths: list[str] = []
@@ -60,7 +67,7 @@ class Binding:
                     None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act)
                 )
                 assert bn is not None
-                self.units.append((conv, norm_of(bn), act, unit.relu))
+                self.units.append((conv_of(conv, unit.conv == ""), norm_of(bn), act, unit.relu))
                 self.sums.append(unit.add or PLUS)
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
@@ -74,15 +81,25 @@ class Binding:
         self.indivisible = [
             unit
             for unit, planned in zip(self.units, self.plan.all_units if self.plan else (), strict=True)
-            if reordered or (block is None and planned.add) or isinstance(unit[1], RecognisedNorm)
+            if reordered
+            or (block is None and planned.add)
+            or isinstance(unit[1], RecognisedNorm)
+            or isinstance(unit[0], RecognisedConv)
         ]
         recognised = [bn.module for _, bn, _, _ in self.units if isinstance(bn, RecognisedNorm)]
         self.contents = [(vars(owner), name, then) for name, then in self.recognition.contents.items()]
+        self.full = set(self.recognition.full)
+        convs = [conv.module for conv, *_ in self.units if isinstance(conv, RecognisedConv)]
+        for conv in convs:
+            form = conv_form(conv)
+            if conv is not owner and isinstance(form, ConvForm):
+                self.contents += [(vars(conv), name, vars(conv)[name]) for name in form.reads]
+                self.full |= form.full
         self.norms = [(module, signature(module)) for module in recognised]
         cls = original_class(owner)
         self.lookups = lookups(cls, {"forward", *(self.recognition.reads or ())})
-        for norm in {type(module) for module in recognised}:
-            self.lookups += lookups(norm, functions(norm))
+        for cls in {original_class(module) for module in (*recognised, *convs)}:
+            self.lookups += lookups(cls, functions(cls))
         self.containers = [(module, list(module._modules.items())) for module in _containers(owner, paths)]
 
     def __reduce__(self) -> Any:
@@ -143,7 +160,7 @@ class FusedMixin(NotScriptable):
         binding = current(self)  # type: ignore[arg-type]
         if binding is not None and binding.plan is not None and not kwargs and binding.unobserved():
             body = binding.plan.body(self.training, args)  # type: ignore[attr-defined]
-            if body is not None:
+            if body is not None and not (self.training in binding.full and _any_empty(args)):  # type: ignore[attr-defined]
                 return body(self, *args)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
@@ -212,6 +229,49 @@ class FusedMixin(NotScriptable):
         return (_rebuild, (rebuild, arguments), *rest) if copying else (rebuild, arguments, *rest)
 
 
+class FusedGraphMixin(FusedMixin):
+    """The behaviour of a fused `torch.fx.GraphModule`, which has a class of its own, and its forward on that."""
+
+    @contextlib.contextmanager
+    def _as_original(self) -> Iterator[Any]:
+        self.__class__ = self._original  # type: ignore[assignment]
+        try:
+            yield self
+        finally:
+            self.__class__ = fused_class(type(self))  # type: ignore[assignment, arg-type]
+
+    def recompile(self) -> Any:
+        """Sets the forward of the original class, which is recognised anew."""
+        self.__dict__["_fusion"] = None
+        with self._as_original() as module:
+            return module.recompile()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        with self._as_original() as module:
+            return _fused_anew(copy.deepcopy(module, memo))
+
+    def __copy__(self) -> nn.Module:
+        with self._as_original() as module:
+            return _fused_anew(copy.copy(module))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with self._as_original() as module:
+            rebuild, (state, *arguments) = module.__reduce_ex__(protocol)
+        state = {name: value for name, value in state.items() if name != "_fusion"}
+        return _rebuild, (rebuild, (state, *arguments))
+
+
+def _fused_anew(module: nn.Module) -> nn.Module:
+    """A copy with the fused forward, to be recognised when it first runs."""
+    module.__dict__.pop("_fusion", None)
+    module.__class__ = fused_class(original_class(module))  # type: ignore[assignment]
+    return module
+
+
+def _any_empty(inputs: tuple[Any, ...]) -> bool:
+    return any(isinstance(x, Tensor) and x.numel() == 0 for x in inputs)
+
+
 def _forget(module: Any, name: str) -> None:
     """An attribute was changed: what was recognised no longer counts if the forward looks it up."""
     binding = module.__dict__.get("_fusion")
@@ -222,14 +282,22 @@ def _forget(module: Any, name: str) -> None:
 
 
 def _rebuild(rebuild: Any, arguments: tuple[Any, ...]) -> nn.Module:
-    module = rebuild(*arguments)
-    module.__class__ = fused_class(original_class(module))  # type: ignore[arg-type]
-    return module
+    return _fused_anew(rebuild(*arguments))
+
+
+def fused_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The fused subclass of a class."""
+    if issubclass(original, fx.GraphModule):  # one for each module, which nobody else is to keep alive
+        return _make_class(original, FusedGraphMixin)
+    return _shared_class(original)  # type: ignore[arg-type]
 
 
 @functools.cache
-def fused_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The fused subclass of a class."""
+def _shared_class(original: type[nn.Module]) -> type[nn.Module]:
+    return _make_class(original, FusedMixin)
+
+
+def _make_class(original: type[nn.Module], mixin: type[FusedMixin]) -> type[nn.Module]:
 
     @functools.wraps(original.forward)  # whoever looks at the signature sees the original's
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -244,7 +312,7 @@ def fused_class(original: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original.__name__, (FusedMixin, original), namespace)
+    return type(original.__name__, (mixin, original), namespace)
 
 
 def current(module: nn.Module) -> Binding | None:

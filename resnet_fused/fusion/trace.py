@@ -2,9 +2,9 @@
 
 Every call of a submodule is a leaf. What torch.fx would silently lose or bake in is refused instead: a context such as
 `no_grad` or autocast around a part of the forward, random numbers, tensors made on the way, attributes that the forward
-sets or that can change unnoticed, questions about the type of a value. Nothing global is patched, so other
-threads may run modules meanwhile. What a forward reads from outside the module and its class (globals) is taken as
-constant.
+sets or that can change unnoticed, questions about the type of a value. (Whether an input is empty may be asked: a trace
+holds for inputs that are not.) Nothing global is patched, so other threads may run modules meanwhile. What a forward
+reads from outside the module and its class (globals) is taken as constant.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import inplace_methods
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .questions import erase_questions, is_number, read_of_input, says_full
+
 Inputs = Literal["any", "list"]
 Lookup = tuple[type, str, Any]  # a class, a name, what the class had under it
 
@@ -40,6 +42,10 @@ class AsksForInputType(Untraceable):
     """The forward depends on the type of its inputs."""
 
 
+class AsksForGradient(Untraceable):
+    """The forward depends on whether its input requires a gradient."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """A traced forward of `arity` inputs.
@@ -47,12 +53,14 @@ class Traced:
     Attributes:
         reads: the names of the attributes that it looked up on its module.
         contents: what the lists and dicts among them held.
+        full: whether it holds for inputs with elements only.
     """
 
     graph: fx.Graph
     arity: int
     reads: frozenset[str]
     contents: dict[str, Any]
+    full: bool = False
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -78,7 +86,13 @@ def functions(cls: type[nn.Module]) -> list[str]:
     return ["__call__", "forward", *names]
 
 
-def trace(module: nn.Module, training: bool, inputs: Inputs = "any", base: type[nn.Module] | None = None) -> Traced:
+def trace(
+    module: nn.Module,
+    training: bool,
+    inputs: Inputs = "any",
+    base: type[nn.Module] | None = None,
+    gradient: bool | None = None,
+) -> Traced:
     """Trace `module`'s own forward, called with its required arguments, in the given mode.
 
     Args:
@@ -87,38 +101,50 @@ def trace(module: nn.Module, training: bool, inputs: Inputs = "any", base: type[
         inputs: `"list"` to trace what the forward does with lists, where it asks.
         base: stands between the module's class and the base that it shares with it, so that `super().forward` is
             `base.forward`.
+        gradient: whether its input requires a gradient.
 
     Raises:
         AsksForInputType: with `"any"`, where it asks.
+        AsksForGradient: with `gradient=None`, where it asks.
         Untraceable: with another reason.
     """
     if "forward" in module.__dict__:
         raise Untraceable("its forward is overridden on the instance")
     # Twice: a forward that gives the same graph with gradients on and autocast off, and the other way round, asks for
-    # neither and holds no context that changes either.
-    first, second = (_trace_once(module, training, inputs, ambient, base) for ambient in (True, False))
+    # neither and holds no context that changes either. So it is with the mode of its children.
+    tracers = [_Tracer(inputs, ambient, gradient) for ambient in (True, False)]
+    first, second = (_trace_once(module, training, tracer, base) for tracer in tracers)
     if str(first.graph) != str(second.graph):
-        raise Untraceable("its forward depends on whether gradients or autocast are enabled")
-    return replace(first, reads=first.reads | second.reads, contents=first.contents | second.contents)
+        modes = next(iter(tracers[0].modes | tracers[1].modes), None)
+        what = "depends on whether gradients or autocast are enabled" if modes is None else f"reads `{modes}`"
+        raise Untraceable(f"its forward {what}")
+    result = replace(first, reads=first.reads | second.reads, contents=first.contents | second.contents)
+    if not tracers[0].asks_for_elements:
+        return result
+    try:
+        empty = _trace_once(module, training, _Tracer(inputs, True, gradient, full=False), base)
+    except Untraceable:  # raises, for one
+        return replace(result, full=True)
+    return replace(result, full=str(empty.graph) != str(first.graph))
 
 
-def _trace_once(
-    module: nn.Module, training: bool, inputs: Inputs, ambient: bool, base: type[nn.Module] | None
-) -> Traced:
-    tracer = _Tracer(inputs)
+def _trace_once(module: nn.Module, training: bool, tracer: _Tracer, base: type[nn.Module] | None) -> Traced:
     try:
         stand_in = _stand_in(module, "", tracer, {}, training, base)
         forward = type(stand_in).forward
         names = _required_inputs(forward)
-        with _reproducible(), _surroundings(ambient), _NoTensorWork():
+        with _reproducible(), _surroundings(tracer.alternative), _NoTensorWork():
             tracer.ambient = _ambient()
             proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
             # What is left out takes its default, as in a plain call.
             result = forward(stand_in, *proxies)
             tracer.create_node("output", "output", (tracer.create_arg(result),), {})
+            erase_questions(tracer.graph, tracer.asked)
     except Untraceable:
         raise
     except Exception as error:  # a forward may raise anything when it is handed proxies
+        if tracer.modes:  # not in the mode that it has, perhaps
+            raise Untraceable(f"its forward reads `{next(iter(tracer.modes))}`") from error
         first_line = (str(error).strip() or "no message").splitlines()[0]
         raise Untraceable(f"its forward cannot be traced: {type(error).__name__}: {first_line}") from error
     if _registered(stand_in) != _registered(module):
@@ -176,24 +202,28 @@ for _name in inplace_methods:  # torch.fx itself records `x += y` as `x + y`, wh
         setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
-def is_number(node: fx.Node) -> bool:
-    """Whether a value derives from shapes and numbers only."""
-    if node.op == "call_method" and node.target in ("size", "dim", "numel", "stride"):
-        return True
-    if node.op == "call_function" and node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    inputs = node.all_input_nodes
-    return node.op == "call_function" and bool(inputs) and all(map(is_number, inputs))
-
-
 class _Tracer(fx.Tracer):
-    """Records nodes; the calls and parameters of modules come to it from their stand-ins."""
+    """Records nodes; the calls and parameters of modules come to it from their stand-ins.
 
-    def __init__(self, inputs: Inputs) -> None:
+    Attributes:
+        alternative: which of two surroundings the forward is traced in, which must make no difference.
+        gradient: the answer where it asks whether its input requires a gradient.
+        modes: the modes of children that it looked up.
+        full: whether its inputs have elements, and whether that was asked.
+        asked: what it took for true or false.
+    """
+
+    def __init__(self, inputs: Inputs, alternative: bool, gradient: bool | None, full: bool = True) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.inputs = inputs
+        self.alternative = alternative
+        self.gradient = gradient
+        self.full = full
+        self.asks_for_elements = False
         self.reads: set[str] = set()
+        self.modes: set[str] = set()
+        self.asked: set[fx.Node] = set()
         self.contents: dict[str, Any] = {}
         self.ambient: tuple[Any, ...] = ()
 
@@ -206,6 +236,18 @@ class _Tracer(fx.Tracer):
                 "a part of its forward runs under a context of its own (no_grad, autocast, checkpoint, ...)"
             )
         return super().create_proxy(kind, *args, **kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if read_of_input(obj.node) == "requires_grad":
+            answer = self.gradient
+            if answer is None:
+                raise AsksForGradient("its forward depends on whether its input requires a gradient")
+        else:
+            answer = says_full(obj.node)
+            self.asks_for_elements |= answer is not None
+            answer = answer if self.full or answer is None else not answer
+        self.asked.add(obj.node)
+        return super().to_bool(obj) if answer is None else answer
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
@@ -275,17 +317,17 @@ _IMMUTABLE = (
 )
 
 
-def _immutable(value: Any) -> bool:
+def immutable(value: Any) -> bool:
     if isinstance(value, tuple):
-        return all(map(_immutable, value))
+        return all(map(immutable, value))
     return isinstance(value, _IMMUTABLE)
 
 
 def _is_container(value: Any) -> bool:
     """Whether the value is a list or dict that can be compared with what it was."""
     if type(value) in (dict, OrderedDict):
-        return all(map(_immutable, value)) and all(map(_immutable, value.values()))
-    return type(value) is list and all(map(_immutable, value))
+        return all(map(immutable, value)) and all(map(immutable, value.values()))
+    return type(value) is list and all(map(immutable, value))
 
 
 class _Unregistered:
@@ -312,7 +354,8 @@ def _probe_class(original: type[nn.Module], base: type[nn.Module] | None = None)
                 place.tracer.reads.add(name)
             value = super().__getattribute__(name)
             if name == "training" and place.path:
-                raise Untraceable(f"its forward reads `{place.attribute(name)}`")
+                place.tracer.modes.add(place.attribute(name))
+                return place.tracer.alternative
             if name in _INTERNALS or name not in object.__getattribute__(self, "__dict__"):
                 return value
             if isinstance(value, Tensor):
@@ -321,7 +364,7 @@ def _probe_class(original: type[nn.Module], base: type[nn.Module] | None = None)
             # without being noticed.
             if not place.path and _is_container(value):
                 return place.tracer.contents.setdefault(name, copy.copy(value))
-            if place.path or not _immutable(value):
+            if place.path or not immutable(value):
                 raise Untraceable(
                     f"its forward reads the {'' if place.path else 'mutable '}attribute `{place.attribute(name)}`"
                 )

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resnet_fused.nn.convs import CONVS, RecognisedConv
 from resnet_fused.nn.plain import calls_forward, not_plain, watched
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -72,11 +73,11 @@ def says_plain(cls: type[nn.Module]) -> bool:
     return own_forward is not None and own_forward is cls.forward and calls_forward(cls)
 
 
-def module_of(bn: Norm) -> nn.Module:
-    return bn.module if isinstance(bn, RecognisedNorm) else bn
+def module_of(layer: Norm | RecognisedConv) -> nn.Module:
+    return layer.module if isinstance(layer, (RecognisedNorm, RecognisedConv)) else layer
 
 
-def plain_norm(bn: Norm, conv: nn.Module | None, *, in_forward: bool = True) -> str | None:
+def plain_norm(bn: Norm, conv: nn.Module | RecognisedConv | None, *, in_forward: bool = True) -> str | None:
     """Why a batch norm cannot be run fused, or None if it can.
 
     Args:
@@ -102,9 +103,9 @@ def plain_norm(bn: Norm, conv: nn.Module | None, *, in_forward: bool = True) -> 
     return reason
 
 
-def _other_dtype(bn: RecognisedNorm, conv: nn.Module | None, in_forward: bool) -> str | None:
+def _other_dtype(bn: RecognisedNorm, conv: nn.Module | RecognisedConv | None, in_forward: bool) -> str | None:
     """Why an affine map written as arithmetic gives another dtype than a batch norm."""
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, CONVS):
         return f"{type(bn.module).__name__} does not follow a convolution"
     device, dtype = conv.weight.device.type, conv.weight.dtype
     if in_forward and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):

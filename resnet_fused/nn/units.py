@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from resnet_fused import functional
 from resnet_fused.functional.common import Act, add_relu, conv_dtype, fits
 from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
+from resnet_fused.nn.convs import CONVS, Conv, RecognisedConv
 from resnet_fused.nn.norms import (
     BATCH_NORMS,
     BatchNorm,
@@ -32,7 +33,9 @@ from resnet_fused.nn.plain import not_plain, untouched, watched
 from resnet_fused.nn.sums import PLUS, Sum
 
 
-def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward: bool = True) -> str | None:
+def plain(
+    conv: nn.Module | RecognisedConv | None, bn: Norm, act: nn.Module | None, *, in_forward: bool = True
+) -> str | None:
     """Why these modules cannot be run as one fused call, or None if they can.
 
     Args:
@@ -42,17 +45,16 @@ def plain(conv: nn.Module | None, bn: Norm, act: nn.Module | None, *, in_forward
         in_forward: they are about to run. Before that, FSDP may still have to gather their parameters.
     """
     if conv is not None:
-        reason = _plain(conv, nn.Conv2d, in_forward)
+        if isinstance(conv, RecognisedConv):
+            reason = watched(conv.module, "Conv2d", in_forward)
+        else:
+            reason = _plain(conv, nn.Conv2d, in_forward)
         if reason is not None:
             return reason
     reason = plain_norm(bn, conv, in_forward=in_forward)
     if reason is None and act is not None:
         reason = _plain(act, nn.ReLU, in_forward)
-    if (
-        reason is None
-        and isinstance(conv, nn.Conv2d)
-        and (conv.padding_mode != "zeros" or isinstance(conv.padding, str))
-    ):
+    if reason is None and isinstance(conv, CONVS) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
         mode = conv.padding if isinstance(conv.padding, str) else conv.padding_mode
         return f"the convolution pads in mode {mode!r}"
     return reason
@@ -64,7 +66,7 @@ def _plain(module: nn.Module, expected: type[nn.Module], in_forward: bool) -> st
 
 def conv_bn_act(
     x: Tensor,
-    conv: nn.Module | None,
+    conv: nn.Module | RecognisedConv | None,
     bn: Norm,
     act: nn.Module | None,
     *,
@@ -99,7 +101,7 @@ def conv_bn_act(
     name: Act = "relu" if relu else None
     if conv is None or sync_group(bn) is not None:
         return batch_norm_act(x if conv is None else _conv(x, conv), bn, residual, name)
-    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(conv, CONVS)
     training, momentum = begin_batch_norm(bn)
     running_mean, running_var = running_statistics(bn)
     return functional.conv_bn_act(
@@ -128,18 +130,18 @@ def traced(x: Tensor) -> bool:
     return isinstance(x, fx.Proxy) or torch._C._get_tracing_state() is not None
 
 
-def _result_shape(conv: nn.Module | None, x: Tensor) -> Sequence[int] | None:
+def _result_shape(conv: nn.Module | RecognisedConv | None, x: Tensor) -> Sequence[int] | None:
     """The shape of bn(conv(x)); None where the convolution, or batch norm for want of a batch, will raise: which must
     happen before either counts the batch."""
-    if not isinstance(conv, nn.Conv2d):
+    if not isinstance(conv, CONVS):
         return x.shape if x.dim() == 4 else None
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return functional.common.conv_shape(x.shape, conv.weight, geometry)  # type: ignore[arg-type]
 
 
-def _conv(x: Tensor, conv: nn.Module) -> Tensor:
+def _conv(x: Tensor, conv: nn.Module | RecognisedConv) -> Tensor:
     """A plain convolution alone, on the chosen backend where it has no bias to add behind it."""
-    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(conv, CONVS)
     if conv.bias is not None:
         biased: Tensor = conv(x)
         return biased
@@ -147,13 +149,13 @@ def _conv(x: Tensor, conv: nn.Module) -> Tensor:
     return functional.conv_affine_act(x, conv.weight, **geometry, act=None)  # type: ignore[arg-type]
 
 
-Layers = Sequence[tuple[nn.Module, Norm, nn.Module | None]]
+Layers = Sequence[tuple[nn.Module | RecognisedConv, Norm, nn.Module | None]]
 
 
 def conv_bn_chain(
     x: Tensor,
     layers: Layers,
-    shortcut: tuple[nn.Module, Norm] | None,
+    shortcut: tuple[nn.Module | RecognisedConv, Norm] | None,
     pool: Callable[[Tensor], Tensor] | None = None,
     add: Sum = PLUS,
 ) -> Tensor | None:
@@ -177,7 +179,7 @@ def conv_bn_chain(
     if traced(x) or functional.common.runs_plain("residual_block", x.device.type):
         return None
     units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
-    parameters = (p for conv, bn, _ in units for m in (conv, module_of(bn)) for p in m.parameters())
+    parameters = (p for conv, bn, _ in units for m in (module_of(conv), module_of(bn)) for p in m.parameters())
     if not functional.common.wants_gradient(x, *parameters):
         return None
     for conv, bn, act in units:
@@ -214,7 +216,7 @@ def _one_by_one(x: Tensor, layers: Layers, residual: Tensor, add: Sum) -> Tensor
     return conv_bn_act(x, *last, relu=True, residual=residual, add=add)
 
 
-def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
+def _describe(conv: Conv, bn: BatchNorm) -> functional.block.ConvBN:
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return functional.block.ConvBN(
         conv.weight,
@@ -227,7 +229,9 @@ def _describe(conv: nn.Conv2d, bn: BatchNorm) -> functional.block.ConvBN:
     )
 
 
-def conv_bn_act_max_pool(x: Tensor, conv: nn.Module, bn: Norm, act: nn.Module | None, pool: nn.Module) -> Tensor:
+def conv_bn_act_max_pool(
+    x: Tensor, conv: nn.Module | RecognisedConv, bn: Norm, act: nn.Module | None, pool: nn.Module
+) -> Tensor:
     """pool(relu(bn(conv(x)))) with the modules' own parameters and buffers: the stem of a ResNet.
 
     In training on the fused kernels neither the normalised activation nor int64 winners are stored.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.fusion.plans import SequencePlan
 from resnet_fused.nn import units
 from resnet_fused.nn.sums import PLUS
@@ -152,14 +153,15 @@ class FrozenSequence(nn.Module):
         super().__init__()
         replaced = {path for k in frozen for path in (plan.units[k].conv, plan.units[k].bn) if path is not None}
         for name, child in module.named_children():
-            if name not in replaced or child._modules:  # what a batch norm itself calls may still be called
-                self.add_module(name, child)
+            still = _still_called(child, name, replaced)
+            if still is not None:
+                self.add_module(name, still)
         opened = [path for path in plan.bypassed if isinstance(module.get_submodule(path), nn.Sequential)]
         for path in replaced:  # the Sequentials are not called any more
             parent, _, name = path.rpartition(".")
             if parent in opened:
                 setattr(module.get_submodule(parent), name, nn.Identity())
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False) if "" not in replaced else ():
             self.register_parameter(name, parameter)
         for name, buffer in module.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
@@ -185,3 +187,20 @@ class FrozenSequence(nn.Module):
             conv, bn, act, relu = self._kept_units[k]
             y = units.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual, add=unit.add or PLUS)
         return y if unit.pool is None else self.get_submodule(unit.pool)(y)
+
+
+def _still_called(module: nn.Module, path: str, replaced: set[str]) -> nn.Module | None:
+    """What of a module a forward may still call when it no longer calls the modules at `replaced`.
+
+    Of a replaced module, that is what it called itself, such as the activation in a batch norm.
+    """
+    if path not in replaced and not is_holder(module):
+        return module
+    rest = nn.Module()
+    if path not in replaced:
+        rest.__dict__.update(module.__dict__, _modules={})
+    for name, child in module.named_children():
+        kept = _still_called(child, f"{path}.{name}", replaced)
+        if kept is not None:
+            rest.add_module(name, kept)
+    return rest if rest._modules or path not in replaced else None

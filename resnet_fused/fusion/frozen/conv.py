@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from resnet_fused import ops, plan
 from resnet_fused.functional.common import conv_operands, conv_shape, fits, operand_reason
 from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.nn.sums import PLUS, Sum
 from resnet_fused.ops import aten
@@ -54,7 +55,7 @@ class Source:
     """
 
     layer: str
-    conv: nn.Conv2d
+    conv: Conv
     bn: BatchNorm
     relu: bool
     add: Sum | None

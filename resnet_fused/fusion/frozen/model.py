@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from resnet_fused.fusion.nodes import is_holder
+
 from .conv import FoldedConv, keep_nan
 from .graph import Graphs
 from .network import freeze_network, observe, prepare
@@ -48,7 +50,8 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(example_input, Tensor):
         raise TypeError(f"freeze: example_input must be a torch.Tensor, got {type(example_input).__name__}")
-    training = next((name or "the model itself" for name, module in model.named_modules() if module.training), None)
+    modes = ((name, module.training and not is_holder(module)) for name, module in model.named_modules())
+    training = next((name or "the model itself" for name, training in modes if training), None)
     if training is not None:
         raise RuntimeError(f"freeze: the model is in training mode ({training}); call .eval() on it first")
     with torch.no_grad():

@@ -15,6 +15,7 @@ from resnet_fused.fusion.plans import BlockPlan, SequencePlan
 from resnet_fused.fusion.recognise import is_native, recognise
 from resnet_fused.fusion.swap import Binding, current, is_fused, swap_in
 from resnet_fused.nn import units
+from resnet_fused.nn.norms import module_of
 from resnet_fused.nn.plain import untouched
 
 from .block import FrozenBlock, FrozenSequence, FrozenStage
@@ -27,7 +28,7 @@ Seen = dict[tuple[nn.Module, int], Example]
 
 def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     """A fused copy in which the modules of `resnet_fused.nn` have plans too; why other modules have none, by name."""
-    network = fuse(copy.deepcopy(model))
+    network = fuse(copy.deepcopy(model).eval())  # a copy of a torchvision feature extractor starts in training mode
     reasons = dict(report(network).skipped)
     for name, module in list(network.named_modules()):
         recognition = recognise(module, into_native=True) if is_native(module) else None
@@ -117,6 +118,15 @@ class _Freezer:
         binding = current(module)
         if binding is None or binding.plan is None:
             return module
+        if False in binding.full:
+            self.reasons.update(
+                {
+                    self.names[module_of(conv)]: "its module treats empty inputs in a way of its own"
+                    for conv, *_ in binding.units
+                    if conv is not None
+                }
+            )
+            return module
         units_seen = [(module, k) in self.seen for k in range(len(binding.units))]
         hooked = _hooked(module) or not binding.unobserved()
         problems = [
@@ -130,11 +140,11 @@ class _Freezer:
         for k, ((conv, bn, _, relu), problem) in enumerate(zip(binding.units, problems, strict=True)):
             if problem is None:
                 add = binding.plan.all_units[k].add
-                unit = (self.names[conv], conv, bn, relu, add, self.seen[module, k])  # type: ignore[index]
+                unit = (self.names[module_of(conv)], conv, bn, relu, add, self.seen[module, k])  # type: ignore[arg-type]
                 source = self.sources[unit[0]] = Source(*unit)  # type: ignore[arg-type]
                 frozen[k] = freeze_conv(source)
             elif conv is not None:
-                self.reasons[self.names[conv]] = problem
+                self.reasons[self.names[module_of(conv)]] = problem
         if hooked or not any(units_seen):
             return module
         if isinstance(binding.plan, SequencePlan):
