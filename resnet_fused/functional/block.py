@@ -22,11 +22,11 @@ from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
 from resnet_fused.functional.common import (
     Geometry,
     add_relu,
-    autocasts,
     channels_last,
     common_reason,
     conv_shape,
     dense,
+    operand_dtype,
     pixels,
     refused,
     refuses_batch_norm,
@@ -82,7 +82,7 @@ def choose_chain(
     if residual is x:
         identity, residual = True, None
     forced = plan.forced_backend()
-    dtype = _dtype_under_autocast(x)
+    dtype = operand_dtype(x)
     measured = None if forced else _measured(x, dtype, branch, shortcut, identity)
     if measured == "aten":
         return Chain((), None, identity, relu, "aten")
@@ -116,14 +116,6 @@ def choose_chain(
         refused(forced, function, reason)
         return None
     return Chain(tuple(layers), projection, identity, relu, backend)
-
-
-def _dtype_under_autocast(t: Tensor) -> torch.dtype:
-    """Of an operand of a convolution."""
-    device, dtype = t.device.type, t.dtype
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and autocasts(dtype):
-        return torch.get_autocast_dtype(device)
-    return dtype
 
 
 def _measured(
@@ -172,7 +164,7 @@ def _choose_layer(
         return None, None
     if layer.training and out[0] * out[2] * out[3] == 1:
         return None, None  # an error, and PyTorch's to raise
-    if weight.device != x.device or _dtype_under_autocast(weight) != dtype:
+    if weight.device != x.device or operand_dtype(weight) != dtype:
         return None, None
     problem, arch = _problem(shape, layer), _arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None
@@ -223,7 +215,7 @@ def run_chain(
     if not chain.branch:
         return _plain(chain, x, branch, shortcut, residual)
     residual = None if chain.identity else residual
-    x = dense(x.to(_dtype_under_autocast(x)))
+    x = dense(x.to(operand_dtype(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
     nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
     if nhwc:

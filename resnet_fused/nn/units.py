@@ -122,8 +122,11 @@ def _refuses(conv: nn.Module | None, x: Tensor) -> bool:
     the batch."""
     if not isinstance(conv, nn.Conv2d):
         return x.dim() != 4
+    common, weight = functional.common, conv.weight
+    if x.dtype != weight.dtype and common.operand_dtype(x) != common.operand_dtype(weight):
+        return True
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return functional.common.conv_shape(x.shape, conv.weight, geometry) is None  # type: ignore[arg-type]
+    return common.conv_shape(x.shape, weight, geometry) is None  # type: ignore[arg-type]
 
 
 def _conv(x: Tensor, conv: nn.Module) -> Tensor:
