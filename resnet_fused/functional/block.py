@@ -24,10 +24,10 @@ from resnet_fused.functional.common import (
     add_relu,
     channels_last,
     common_reason,
-    conv_dtype,
     conv_shape,
     dense,
     fits,
+    operand_dtype,
     pixels,
     refused,
     refuses_batch_norm,
@@ -83,7 +83,7 @@ def choose_chain(
     if residual is x:
         identity, residual = True, None
     forced = plan.forced_backend()
-    dtype = conv_dtype(x)
+    dtype = operand_dtype(x)
     added = x if identity else residual
     measured = None if forced else _measured(x, dtype, branch, shortcut, added)
     if measured == "aten":
@@ -164,7 +164,7 @@ def _choose_layer(
         return None, None
     if layer.training and out[0] * out[2] * out[3] == 1:
         return None, None  # an error, and PyTorch's to raise
-    if weight.device != x.device or conv_dtype(weight) != dtype:
+    if weight.device != x.device or operand_dtype(weight) != dtype:
         return None, None
     problem, arch = _problem(shape, layer), _arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None
@@ -215,7 +215,7 @@ def run_chain(
     if not chain.branch:
         return _plain(chain, x, branch, shortcut, residual)
     residual = None if chain.identity else residual
-    x = dense(x.to(conv_dtype(x)))
+    x = dense(x.to(operand_dtype(x)))
     nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
     nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
     if nhwc:

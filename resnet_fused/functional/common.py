@@ -77,18 +77,17 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def operand_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which a convolution takes an operand, cast by autocast or not."""
+    device, dtype = t.device.type, t.dtype
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) if dtype.is_floating_point and dtype != torch.float64 else dtype
+    return dtype
+
+
 def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A convolution's operands in the dtype autocast gives them; batch norm's parameters stay as they are."""
-    device = x.device.type
-    if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
-        return x, weight
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if autocasts(t.dtype) else t for t in (x, weight))  # type: ignore[return-value]
-
-
-def autocasts(dtype: torch.dtype) -> bool:
-    """Whether autocast casts a convolution's operand of this dtype."""
-    return dtype.is_floating_point and dtype != torch.float64
+    return x.to(operand_dtype(x)), weight.to(operand_dtype(weight))
 
 
 def choose_batch_norm(
@@ -104,14 +103,6 @@ def choose_batch_norm(
     if x.numel() == 0 or refuses_batch_norm(x, vectors, training, eps):
         return "aten"
     return choose(op, function, x, others, vectors)
-
-
-def conv_dtype(t: Tensor) -> torch.dtype:
-    """The dtype in which a convolution takes this operand, and gives its result: its own, or autocast's."""
-    device = t.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and autocasts(t.dtype):
-        return torch.get_autocast_dtype(device)
-    return t.dtype
 
 
 def choose(

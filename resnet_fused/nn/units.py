@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused import functional
-from resnet_fused.functional.common import Act, add_relu, conv_dtype, fits
+from resnet_fused.functional.common import Act, add_relu, fits, operand_dtype
 from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
 from resnet_fused.nn.convs import CONVS, Conv, RecognisedConv
 from resnet_fused.nn.norms import (
@@ -87,7 +87,7 @@ def conv_bn_act(
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
     shape = None if traced(x) or plain(conv, bn, act) is not None else _result_shape(conv, x)
-    if shape is None or not fits(residual, shape, x.dtype if conv is None else conv_dtype(x), x.device):
+    if shape is None or not fits(residual, shape, x.dtype if conv is None else operand_dtype(x), x.device):
         if shape is None:
             z = bn(x if conv is None else conv(x))
         else:
@@ -135,8 +135,11 @@ def _result_shape(conv: nn.Module | RecognisedConv | None, x: Tensor) -> Sequenc
     happen before either counts the batch."""
     if not isinstance(conv, CONVS):
         return x.shape if x.dim() == 4 else None
+    common, weight = functional.common, conv.weight
+    if x.dtype != weight.dtype and common.operand_dtype(x) != common.operand_dtype(weight):
+        return None
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return functional.common.conv_shape(x.shape, conv.weight, geometry)  # type: ignore[arg-type]
+    return common.conv_shape(x.shape, weight, geometry)  # type: ignore[arg-type]
 
 
 def _conv(x: Tensor, conv: nn.Module | RecognisedConv) -> Tensor:
