@@ -41,7 +41,7 @@ def refuse(
     return (
         refuse_half(shortcut=shortcut, shortcut_mean=shortcut_mean, shortcut_invstd=shortcut_invstd)
         or refuse_like(dy, (dy.shape[0], channels, *size), x=x, shortcut=shortcut)
-        or refuse_vectors(dy.device, channels, **means)
+        or refuse_vectors(dy.device, channels, None, **means)
         or refuse_bits(x, mask=mask)
     )
 
