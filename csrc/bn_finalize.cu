@@ -28,16 +28,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_finalize(const Tensor& mean, const
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                                        const OptionalTensor& running_mean,
                                                        const OptionalTensor& running_var, double momentum, double eps) {
-  STD_TORCH_CHECK(mean.dim() == 2 && mean.scalar_type() == ScalarType::Float && mean.is_contiguous(),
-                  "bn_finalize: mean must be contiguous Float [rows, C], got ", text(mean));
+  STD_TORCH_CHECK(mean.dim() == 2 && mean.scalar_type() == ScalarType::Double && mean.is_contiguous(),
+                  "bn_finalize: mean must be contiguous Double [rows, C], got ", text(mean));
   const int64_t rows = mean.size(0), C = mean.size(1);
   STD_TORCH_CHECK(same(m2.sizes(), mean.sizes()) && m2.scalar_type() == ScalarType::Float && m2.is_contiguous(),
-                  "bn_finalize: m2 must be like mean, ", text(mean), "; got ", text(m2));
+                  "bn_finalize: m2 must be contiguous Float of the shape of mean, ", text(mean), "; got ", text(m2));
   check_vector("bn_finalize", "count", count, rows, mean);
   const Device device(mean);
   const Tensor scale = float_like(mean, {C}), shift = float_like(mean, {C}), save_mean = float_like(mean, {C}),
                save_invstd = float_like(mean, {C});
-  const Finalize p{data(mean),
+  const Finalize p{data<double>(mean),
                    data(m2),
                    data(count),
                    parameter("weight", weight, C, mean, false),

@@ -4,8 +4,8 @@
 //     LeVeque 1979) invstd = 1 / sqrt(m2 / count + eps)        scale = weight invstd        shift = bias - mean scale
 //     running = (1 - momentum) running + momentum {mean, m2 / (count - 1)}
 //
-// mean, m2 [rows, C] and count [rows], fp32; the per-channel vectors are fp32, the parameters and running statistics of
-// any of the three types. The arithmetic is fp64: [rows, C] is small beside the activations. Bytes: 16 per partial row
+// mean [rows, C], fp64; m2 [rows, C] and count [rows], fp32; the per-channel vectors are fp32, the parameters and running statistics of
+// any of the three types. The arithmetic is fp64: [rows, C] is small beside the activations. Bytes: 24 per partial row
 // and channel, half of them from L2.
 #pragma once
 
@@ -38,7 +38,8 @@ struct Parameter {
 };
 
 struct Finalize {
-  const float *mean, *m2, *count;
+  const double* mean;
+  const float *m2, *count;
   Parameter weight, bias, running_mean, running_var;
   float *scale, *shift, *save_mean, *save_invstd;
   int64_t rows, C;

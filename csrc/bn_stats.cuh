@@ -39,6 +39,11 @@ struct Moments {
 
 __device__ __forceinline__ float pivot_of(float first) { return fabsf(first) <= 3.4028234e38f ? first : 0.0f; }
 
+// In fp64, as the mean that is stored must not round away what was taken relative to the pivot.
+__device__ __forceinline__ double mean_of(float pivot, float sum, float count) {
+  return count == 0.0f ? 0.0 : static_cast<double>(pivot) + static_cast<double>(sum / count);
+}
+
 // The moments of the first `valid` of `kChunk` vectors that are in registers.
 template <class T, int V, int kChunk>
 __device__ __forceinline__ Moments<V> chunk_moments(const Vec<T, V>* loaded, int valid, const float (&pivot)[V]) {
@@ -70,7 +75,7 @@ __device__ __forceinline__ Moments<V> chunk_moments(const Vec<T, V>* loaded, int
 // x [M, C]; mean, m2 [rows, C]; count [rows]. A block owns one range of `per_row` pixels and one tile of channels.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
-    bn_stats_nhwc(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
+    bn_stats_nhwc(const T* __restrict__ x, double* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
                   int64_t pixels, int64_t per_row, int rows, Columns tiling) {
   constexpr int kChunk = V == 8 ? 4 : 8, kGroups = V == 8 && sizeof(T) == 2 ? 2 : 1;
   const int64_t C = tiling.vectors * V;
@@ -109,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!at.active || at.lane != 0) return;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    mean[row * C + at.vector * V + j] = moments.count == 0.0f ? 0.0f : pivot[j] + moments.sum[j] / moments.count;
+    mean[row * C + at.vector * V + j] = mean_of(pivot[j], moments.sum[j], moments.count);
     m2[row * C + at.vector * V + j] = moments.m2[j];
   }
   if (at.vector == 0) count[row] = moments.count;
@@ -118,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // x [N, C, HW] as planes; the rest as above. A warp owns one range of pixels of one channel.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    bn_stats_nchw(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
+    bn_stats_nchw(const T* __restrict__ x, double* __restrict__ mean, float* __restrict__ m2, float* __restrict__ count,
                   int64_t pixels, int64_t per_row, int64_t rows, int64_t C, Divider plane) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (item >= rows * C) return;
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   merge_warp(moments);
   if (lane != 0) return;
-  mean[item] = moments.count == 0.0f ? 0.0f : pivot + moments.sum[0] / moments.count;
+  mean[item] = mean_of(pivot, moments.sum[0], moments.count);
   m2[item] = moments.m2[0];
   if (c == 0) count[row] = moments.count;
 }

@@ -37,9 +37,25 @@ def _like(value: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x).copy_(value)
 
 
+def _is_nchw(t: Tensor) -> bool:
+    """Whether an activation with a bit mask is NCHW in memory; else it is NHWC.
+
+    Raises:
+        RuntimeError: it is neither, and so has no memory order that the bits could follow.
+    """
+    if t.is_contiguous():
+        return True
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return False
+    raise RuntimeError(
+        "the bits of a mask follow the memory of an activation that is dense in NCHW or NHWC order, got strides "
+        f"{tuple(t.stride())} for shape {tuple(t.shape)}"
+    )
+
+
 def in_memory_order(t: Tensor) -> Tensor:
     """A dense NCHW or NHWC tensor as a 1-D tensor in the order of its memory."""
-    return (t if t.is_contiguous() else t.permute(0, 2, 3, 1)).reshape(-1)
+    return (t if _is_nchw(t) else t.permute(0, 2, 3, 1)).reshape(-1)
 
 
 def pack_bits(keep: Tensor) -> Tensor:
@@ -53,7 +69,7 @@ def unpack_bits(mask: Tensor, like: Tensor) -> Tensor:
     bits = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
     flat = (mask[:, None] & bits).ne(0).reshape(-1)[: like.numel()]
     n, c, h, w = like.shape
-    return flat.view(n, c, h, w) if like.is_contiguous() else flat.view(n, h, w, c).permute(0, 3, 1, 2)
+    return flat.view(n, c, h, w) if _is_nchw(like) else flat.view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 def _select(keep: Tensor, dy: Tensor) -> Tensor:
@@ -140,8 +156,8 @@ def conv_dgrad(
         addend = _up(residual)
         dx = dx + (addend if residual_mask is None else _select(unpack_bits(residual_mask, residual), addend))
     if x is None or scale is None or shift is None or mean is None or invstd is None:
-        return _rounded(dx, dy), dx.new_empty(0), dx.new_empty(0)
-    dx = _rounded(_select(~(_normalise(x, scale, shift).to(x.dtype) <= 0), dx), dy)
+        return rounded(dx, dy), dx.new_empty(0), dx.new_empty(0)
+    dx = rounded(_select(~(_normalise(x, scale, shift).to(x.dtype) <= 0), dx), dy)
     return (dx, *_sums(_up(dx), x, mean, invstd))
 
 
@@ -174,7 +190,7 @@ def conv_dgrad_join(
     return (dx, *sums, _sums(dz, shortcut, shortcut_mean, shortcut_invstd)[1])
 
 
-def _rounded(value: Tensor, like: Tensor) -> Tensor:
+def rounded(value: Tensor, like: Tensor) -> Tensor:
     """`value` in the dtype and the memory order of `like`, whose shape may be another."""
     nhwc = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
     return value.to(like.dtype).contiguous(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
@@ -255,7 +271,7 @@ def conv_join(
 
 
 def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    # float64: an oracle must not lose digits to a mean that is large beside the deviations.
+    # float64, and so the mean: else a mean that is large beside the deviations loses the digits that they are made of.
     pixels = _pixels(x).double()
     total, channels = pixels.shape
     chunk = -(-total // rows)
@@ -267,7 +283,7 @@ def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     mean = torch.where(inside, tiles, 0).sum(1) / at_least_one
     m2 = torch.where(inside, tiles - mean[:, None], 0).square().sum(1)
     out = compute_dtype(x.dtype)
-    return mean.to(out), m2.to(out), count.to(out)
+    return mean, m2.to(out), count.to(out)
 
 
 def bn_finalize(
@@ -288,7 +304,7 @@ def bn_finalize(
     deviations = (rows_m2 + n * (rows_mean - merged).square()).sum(0)
     variance = deviations / total
     invstd = (variance + eps).rsqrt()
-    out = mean.dtype
+    out = m2.dtype
     # The shift takes the scale as it will be used, rounded: then its rounding costs nothing where the mean is large.
     scale = (invstd if weight is None else invstd * weight.double()).to(out)
     shift = (0.0 if bias is None else bias.double()) - merged * scale.double()
@@ -322,8 +338,10 @@ def bn_apply(
         else:
             value = value + _up(residual)
     y = _like(value.relu() if relu else value, x)
-    mask = pack_bits(~(in_memory_order(y) <= 0)) if with_mask else x.new_empty(0, dtype=torch.uint8)
-    return y, mask
+    if not with_mask:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    _is_nchw(x)  # the bits are read beside x
+    return y, pack_bits(~(in_memory_order(y) <= 0))
 
 
 def behind_relu(dy: Tensor, x: Tensor, mask: Tensor | None, scale: Tensor, shift: Tensor, relu: bool) -> Tensor:

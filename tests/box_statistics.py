@@ -19,6 +19,7 @@ def assert_statistics_of_boxes(shape, config, y, mean, m2, count):
     for i, start in enumerate(starts):
         box = pixels[tuple(slice(a, a + b) for a, b in zip(start, tiles.box, strict=True))].reshape(-1, shape.k)
         assert count[i] == len(box)
-        torch.testing.assert_close(mean[i].double(), box.mean(0), rtol=1e-6, atol=1e-6)
+        assert mean.dtype == torch.float64
+        torch.testing.assert_close(mean[i], box.mean(0), rtol=1e-7, atol=1e-7)
         expected = (box - box.mean(0)).square().sum(0)
         torch.testing.assert_close(m2[i].double(), expected, rtol=1e-5, atol=1e-5)

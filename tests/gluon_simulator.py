@@ -27,6 +27,8 @@ class Tensor(np.ndarray):
         return SimpleNamespace(layout=None)
 
     def to(self, dtype):
+        if "64" in str(dtype):
+            return self.astype(np.float64).view(Tensor)
         return self.astype(np.float16).astype(np.float32).view(Tensor) if "16" in str(dtype) else self
 
 
@@ -325,6 +327,7 @@ class Machine:
 
         gl = SimpleNamespace(
             float32="fp32",
+            float64="fp64",
             int64="int64",
             constexpr=lambda value: value,
             program_id=lambda axis: self.program,
@@ -337,6 +340,8 @@ class Machine:
             load=load,
             store=store,
             minimum=min,
+            abs=np.abs,
+            fma=lambda a, b, c: _tensor(a.astype(np.float64) * b + c),
             sum=lambda value, axis: value.sum(axis),
             static_range=range,
             allocate_shared_memory=self.allocate,
@@ -379,7 +384,10 @@ def run(modules, kernel, programs, arguments, constants, seed=0):
         constants: keyword arguments.
         seed: of the schedule.
     """
-    arguments = [Pointer(a.float().numpy().reshape(-1)) if hasattr(a, "numpy") else a for a in arguments]
+    arguments = [
+        Pointer((a.float() if a.element_size() < 4 else a).numpy().reshape(-1)) if hasattr(a, "numpy") else a
+        for a in arguments
+    ]
     before = [(module, dict(vars(module))) for module in modules]
     try:
         for program in range(programs):

@@ -49,6 +49,8 @@ AMBIGUOUS = {
     "one channel, nhwc": lambda: torch.randn(3, 1, 5, 4).contiguous(memory_format=NHWC),
     "one pixel": lambda: torch.randn(6, 4, 1, 1),
     "one pixel, nhwc": lambda: torch.randn(6, 4, 1, 1).contiguous(memory_format=NHWC),
+    "one channel, nhwc by its strides": lambda: torch.randn(3, 1, 5, 4).to(memory_format=NHWC),
+    "one pixel, nhwc by its strides": lambda: torch.randn(6, 4, 1, 1).to(memory_format=NHWC),
     "one row": lambda: torch.randn(3, 4, 1, 5),
     "odd strides of a dimension of one": lambda: torch.randn(3, 4, 1, 5).as_strided((3, 4, 1, 5), (20, 5, 77, 1)),
     "one image of one channel": lambda: torch.randn(1, 1, 4, 4).as_strided((1, 1, 4, 4), (3, 1, 4, 1)),
@@ -61,6 +63,7 @@ def test_strides_that_are_two_layouts_at_once(backend, name):
     x = AMBIGUOUS[name]().to(DEVICE)
     assert_agreement(_unit(x.shape[1]), x, backend)
     assert_agreement(_unit(x.shape[1], kernel=1), x, backend)
+    assert_agreement(_unit(x.shape[1], kernel=1).to(memory_format=NHWC), x, backend)  # a weight that is both, too
 
 
 NOT_DENSE = {

@@ -39,7 +39,9 @@ def batch_norm_cases(arch: int, quick: bool) -> Iterator[Case]:
     yield (
         "rows 256",
         Expect(wide_loads=True),
-        lambda: op("bn_finalize", *(vector(256, 256),) * 2, vector(256), *(vector(256),) * 4, 0.1, 1e-5),
+        lambda: op(
+            "bn_finalize", vector(256, 256).double(), vector(256, 256), vector(256), *(vector(256),) * 4, 0.1, 1e-5
+        ),
     )
     yield "rows 256", Expect(wide_loads=True), lambda: op("reduce_rows", vector(256, 256))
     weight = activation((256, 256, 3, 3), torch.bfloat16, True)

@@ -53,7 +53,7 @@ def _ones(name: str) -> object:
 def _merge(tiles: int, channels: int, rows: int) -> object:
     from resnet_fused.kernels.merge_statistics import merge_statistics
 
-    return merge_statistics(vector(tiles, channels), vector(tiles, channels), vector(tiles), rows)
+    return merge_statistics(vector(tiles, channels).double(), vector(tiles, channels), vector(tiles), rows)
 
 
 def _training_cases(dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> Iterator[Case]:

@@ -325,7 +325,7 @@ def memory_arguments(op: str, problem: Problem, make: Operands) -> tuple[Any, ..
     if op == "bn_stats":
         return make.activation(*shape), rows
     if op == "bn_finalize":
-        statistics = (make.vector(rows * c).view(rows, c), make.vector(rows * c, positive=True).view(rows, c))
+        statistics = (make.vector(rows * c).double().view(rows, c), make.vector(rows * c, positive=True).view(rows, c))
         parts = torch.full((rows,), float(count // rows), device=make.device)
         return *statistics, parts, make.vector(c), make.vector(c), None, None, 0.1, 1e-5
     if op == "add_act":

@@ -25,8 +25,10 @@ from resnet_fused.functional.common import (
     channels_last,
     common_reason,
     conv_shape,
+    convolves_to_nchw,
     dense,
     fits,
+    in_layout_of,
     operand_dtype,
     pixels,
     refused,
@@ -216,7 +218,7 @@ def run_chain(
         return _plain(chain, x, branch, shortcut, residual)
     residual = None if chain.identity else residual
     x = dense(x.to(operand_dtype(x)))
-    nchw = x.is_contiguous() and all(layer.weight.is_contiguous() for layer in branch)
+    nchw = convolves_to_nchw(x, *(layer.weight for layer in branch))
     nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
     if nhwc:
         x, residual = channels_last(x), None if residual is None else channels_last(residual)
@@ -227,7 +229,9 @@ def run_chain(
             made.append(_layer(value, affine, layer, static, chain.backend, nhwc))
             value, affine = made[-1].z, (made[-1].scale, made[-1].shift)
         if shortcut is not None and chain.shortcut is not None:
-            made.append(_layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc))
+            projected = _layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc)
+            # At the join both lie alike in memory, as the bits of its ReLU do.
+            made.append(projected._replace(z=in_layout_of(projected.z, made[-1].z)))
     layers = [*branch, *([] if shortcut is None else [shortcut])]
     parameters = [p for layer in layers for p in (layer.weight, layer.bn_weight, layer.bn_bias)]
     y: Tensor = ConvChain.apply(chain, x, residual, *parameters, *(t for one in made for t in one))
@@ -271,7 +275,7 @@ def _layer(
         z = dense(z)
         if layer.training:
             statistics = _op.bn_stats(z, plan.partial_rows(pixels(z), z.shape[1]), backend=backend)
-    if nhwc:  # of an image of one channel or one pixel the convolution's result may be NCHW
+    if nhwc:  # where PyTorch's convolution ran beside Triton's
         z = z.contiguous(memory_format=torch.channels_last)
     if layer.training:
         vectors = finalize(

@@ -332,6 +332,8 @@ class _Backward:
         is an `offer`, whose sums it forms if it can.
         """
         layer, dy = self.chain.layers[k], gradient.dy
+        if addend is not None and layer.dgrad == "triton":  # whose projection PyTorch may have run
+            addend = addend.contiguous(memory_format=torch.channels_last)
         if offer is not None and layer.dgrad != "aten" and layer.fusion.dgrad_epilogue:
             weight = self.made[k].weight
             assert weight is not None

@@ -10,6 +10,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused import ops, plan
@@ -268,6 +269,17 @@ def dense(x: Tensor) -> Tensor:
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x
     return x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)
+
+
+def convolves_to_nchw(*operands: Tensor) -> bool:
+    """Whether PyTorch's convolutions of these give an NCHW result: none of them is channels_last. Where one is both, or
+    neither, PyTorch goes by its strides.
+    """
+    for t in operands:
+        nchw, nhwc = t.is_contiguous(), t.is_contiguous(memory_format=torch.channels_last)
+        if nhwc if nchw != nhwc else suggest_memory_format(t) == torch.channels_last:
+            return False
+    return True
 
 
 def in_layout_of(t: Tensor, x: Tensor) -> Tensor:

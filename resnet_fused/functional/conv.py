@@ -22,6 +22,7 @@ from resnet_fused.functional.common import (
     check_act,
     choose_conv,
     conv_operands,
+    convolves_to_nchw,
     geometry_of,
     raises_as_pytorch,
     refused,
@@ -193,7 +194,7 @@ def _fprop(
     backend: str,
 ) -> Tensor:
     """`conv_fprop` with operands and result in the memory format PyTorch's convolution would give."""
-    nchw = backend == "triton" and x.is_contiguous() and weight.is_contiguous()
+    nchw = backend == "triton" and convolves_to_nchw(x, weight)
     operands = conv_operands(backend, x, weight, residual)
     y: Tensor = _op.conv_fprop(operands[0], operands[1], scale, shift, operands[2], *geometry, relu, backend=backend)
     return y.contiguous() if nchw else y

@@ -14,6 +14,7 @@ from resnet_fused import ops, plan
 from resnet_fused.functional import native
 from resnet_fused.functional.common import Act, add_relu, check_act, choose, common_reason, dense, in_layout_of, pixels
 from resnet_fused.functional.statistics import finalize
+from resnet_fused.reference import compute_dtype
 
 _op = torch.ops.resnet_fused
 
@@ -134,19 +135,21 @@ def _affine(
             if int(total) == 1:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
         layer = (running_mean, running_var, weight, bias, momentum, eps, backend)
-        return *finalize((mean, m2, count.squeeze(1)), *layer), total
+        up = compute_dtype(x.dtype)
+        return *finalize((mean, m2.to(up), count.squeeze(1).to(up)), *layer), total.to(up)
 
 
 def _statistics(x: Tensor, backend: str) -> Tensor:
-    """`[1 + 2C]`: pixels, mean and sum of squared deviations of this rank's batch; zeros where it is empty."""
+    """`[1 + 2C]`: pixels, mean and sum of squared deviations of this rank's batch; zeros where it is empty. In float64,
+    as a mean far from zero would lose the digits that its deviations are made of.
+    """
     if x.numel() == 0:
-        return x.new_zeros(1 + 2 * x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return x.new_zeros(1 + 2 * x.shape[1], dtype=torch.float64)
     mean, m2, count = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
-    # In float64, as a mean far from zero would lose the digits that its deviations are made of.
     n = count.double().unsqueeze(1)
-    merged = (mean.double() * n).sum(0) / n.sum()
+    merged = (mean * n).sum(0) / n.sum()
     deviations = (m2 + n * (mean - merged).square()).sum(0)
-    return torch.cat([n.sum(0), merged, deviations]).to(mean.dtype)
+    return torch.cat([n.sum(0), merged, deviations])
 
 
 def _gather(row: Tensor, group: dist.ProcessGroup) -> Tensor:

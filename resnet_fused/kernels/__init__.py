@@ -7,7 +7,10 @@ beforehand why it cannot run. Importing this package imports triton, so import i
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from resnet_fused.kernels.add_act import add_act, add_act_backward
 from resnet_fused.kernels.bn_act_max_pool import bn_act_max_pool
@@ -66,6 +69,39 @@ def refuse(op: str, *args: Any) -> str | None:
     return refusal(*args)
 
 
+_accepted: set[Any] = set()
+
+
+def _described(argument: Any) -> Any:
+    """All of an argument that a refusal may depend on."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    return tuple(argument) if isinstance(argument, list) else argument
+
+
+def checked(op: str) -> Callable[..., Any]:
+    """The launcher of `op`, behind the question whether it can run on its arguments: asked once of every combination of
+    shapes, strides, dtypes and devices.
+
+    Raises:
+        RuntimeError: it cannot, with the reason; it never misreads.
+    """
+    launcher = OPS[op]
+
+    def run(*args: Any) -> Any:
+        asked = (op, *map(_described, args))
+        if asked not in _accepted:
+            reason = refuse(op, *args)
+            if reason is not None:
+                raise RuntimeError(f"{op}: the Triton kernel cannot run on these arguments: {reason}")
+            if len(_accepted) >= 10_000:
+                _accepted.clear()
+            _accepted.add(asked)
+        return launcher(*args)
+
+    return run
+
+
 __all__ = [
     "OPS",
     "add_act",
@@ -79,6 +115,7 @@ __all__ = [
     "bn_backward_reduce",
     "bn_finalize",
     "bn_stats",
+    "checked",
     "conv_chain",
     "conv_dgrad",
     "conv_dgrad_join",

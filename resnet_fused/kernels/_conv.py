@@ -1,4 +1,4 @@
-"""What the convolution kernels share: taps inside the image, prologues, precision, and the checks of operands."""
+"""What the convolution kernels share: taps inside the image, prologues, precision, the problem."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
-from resnet_fused.kernels._launch import INTERPRETED, is_nhwc, name_of, refuse_activations
+from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.kernels._launch import MAX_REGISTERS as MAX_REGISTERS  # for the kernels' files
 from resnet_fused.kernels._tile import affine, round_to, to_fp32
 from resnet_fused.plan.conv import ConvShape
@@ -80,90 +79,8 @@ def conv_shape(
     )
 
 
-def empty_nhwc(like: Tensor, *size: int) -> Tensor:
-    """An activation of this size in NHWC order, of the dtype and on the device of `like`."""
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def in_pytorchs_order(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """y, in NCHW order where x is NCHW and NHWC at once and PyTorch's rule, which looks at the strides, says so."""
-    ambiguous = x.is_contiguous()
-    if ambiguous and torch.contiguous_format == suggest_memory_format(x) == suggest_memory_format(weight):
-        return y.contiguous()
-    return y
-
-
-def refuse_operands(x: Tensor, weight: Tensor) -> str | None:
-    """Why an activation and a weight are no operands of a Triton convolution, or None."""
-    reason = refuse_activations(x)
-    if reason is not None:
-        return reason
-    if not is_nhwc(x):
-        strides, shape = tuple(x.stride()), tuple(x.shape)
-        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
-    if weight.dim() != 4:
-        return f"the weight must be 4-D [K, C/groups, R, S], got {weight.dim()}-D"
-    if weight.dtype != x.dtype:
-        return f"weight is {name_of(weight.dtype)}, the activations are {name_of(x.dtype)}: one dtype for both"
-    if weight.device != x.device:
-        return f"weight is on {weight.device}, the activations on {x.device}"
-    return None
-
-
 def refuse_groups(weight: Tensor, inputs: int, groups: int) -> str | None:
     """Why a weight does not fit a number of input channels, or None."""
     if groups < 1 or weight.shape[0] % groups or inputs != weight.shape[1] * groups:
         return f"groups={groups} and weight {tuple(weight.shape)} do not fit {inputs} input channels"
-    return None
-
-
-def refuse_like(like: Tensor, shape: tuple[int, ...], **others: Tensor | None) -> str | None:
-    """Why further activations are not of this shape, the dtype and device of `like`, and NHWC order, or None."""
-    for name, other in others.items():
-        if other is None:
-            continue
-        agrees = other.dtype == like.dtype and other.device == like.device and other.dim() == 4 and is_nhwc(other)
-        if tuple(other.shape) != shape or not agrees:
-            got = f"{name_of(other.dtype)} {tuple(other.shape)} with strides {tuple(other.stride())} on {other.device}"
-            return f"{name} must be {name_of(like.dtype)} {shape} in NHWC order on {like.device}, got {got}"
-    return None
-
-
-def refuse_vectors(device: torch.device, size: int, **vectors: Tensor | None) -> str | None:
-    """Why per-channel vectors are not contiguous ones of `size` on `device`, or None."""
-    for name, vector in vectors.items():
-        if vector is not None and (
-            tuple(vector.shape) != (size,) or (vector.stride(0) != 1 and size > 1) or vector.device != device
-        ):
-            got = f"shape {tuple(vector.shape)} with strides {tuple(vector.stride())} on {vector.device}"
-            return f"{name} must be a contiguous vector of {size} on {device}, got {got}"
-    return None
-
-
-def refuse_half(**pair: Tensor | None) -> str | None:
-    """Why arguments that only come together do not, or None."""
-    given = [name for name, tensor in pair.items() if tensor is not None]
-    if given and len(given) < len(pair):
-        return f"{', '.join(pair)} come together or not at all, got only {', '.join(given)}"
-    return None
-
-
-def refuse_coefficients(coefficients: Tensor, outputs: int, device: torch.device) -> str | None:
-    """Why these are not the coefficients of a batch norm's backward over so many channels, or None."""
-    if (
-        tuple(coefficients.shape) != (3, outputs)
-        or coefficients.dtype != torch.float32
-        or not coefficients.is_contiguous()
-        or coefficients.device != device
-    ):
-        got = f"{name_of(coefficients.dtype)} {list(coefficients.shape)} with strides {list(coefficients.stride())}"
-        return f"dy_coefficients must be contiguous float32 [3, {outputs}] on {device}, got {got}"
-    return None
-
-
-def refuse_bits(name: str, mask: Tensor, like: Tensor) -> str | None:
-    """Why a bit mask is not one of the elements of `like`, or None."""
-    size = (like.numel() + 7) // 8
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != (size,) or mask.device != like.device:
-        return f"{name} must be uint8 [{size}], got {mask.dtype} {list(mask.shape)} on {mask.device}"
     return None

@@ -1,4 +1,4 @@
-"""What every launcher shares: refusals, the width of an index, and the launch."""
+"""What every launcher shares: the devices, the width of an index, and the launch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from resnet_fused._compiling import constant
 
@@ -69,35 +68,6 @@ def _try_a_loop() -> str | None:
         return (
             f"the interpreter of Triton {triton.__version__} does not work with numpy {numpy} ({error}); try numpy<2.4"
         )
-    return None
-
-
-def is_nhwc(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
-
-
-def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
-    """Why `x`, and the activations that must agree with it in all but values, cannot be processed, or None."""
-    reason = refuse_device(x.device)
-    if reason is not None:
-        return reason
-    if x.dtype not in DTYPES:
-        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(x.dtype)}"
-    if x.dim() != 4:
-        return f"activations are 4-D [N, C, H, W], got {x.dim()}-D"
-    if not (x.is_contiguous() or is_nhwc(x)):
-        strides, shape = tuple(x.stride()), tuple(x.shape)
-        return f"activations must be dense in NCHW or NHWC order, got strides {strides} for shape {shape}"
-    for name, other in others.items():
-        if other is None:
-            continue
-        for what in ("shape", "dtype", "device"):
-            if getattr(other, what) != getattr(x, what):
-                return f"{name} has {what} {getattr(other, what)}, the others have {getattr(x, what)}"
-        if not ((x.is_contiguous() and other.is_contiguous()) or (is_nhwc(x) and is_nhwc(other))):
-            return (
-                f"{name} has strides {tuple(other.stride())}, the others {tuple(x.stride())}: one memory order for all"
-            )
     return None
 
 

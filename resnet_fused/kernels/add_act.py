@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.kernels._operands import refuse_activations
 from resnet_fused.kernels._tile import TILE, relu, round_to, to_fp32
 
 

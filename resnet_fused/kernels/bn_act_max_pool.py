@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, is_nhwc, launch, refuse_activations
+from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.kernels._operands import is_nhwc, refuse_activations, refuse_vectors
 from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to, to_fp32
 
 # Elements of a tile by "is NHWC". In NCHW order neighbours in a thread share no address, and more than this many spill.
@@ -77,7 +78,7 @@ def _bn_act_max_pool_kernel(
 
 def refuse(x: Tensor, scale: Tensor, shift: Tensor) -> str | None:
     """Why `bn_act_max_pool` cannot run on these arguments, or None."""
-    return refuse_activations(x)
+    return refuse_activations(x) or refuse_vectors(x.device, x.shape[1], torch.float32, scale=scale, shift=shift)
 
 
 def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

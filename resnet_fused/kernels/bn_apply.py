@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, launch, refuse_activations
+from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.kernels._operands import refuse_activations, refuse_vectors
 from resnet_fused.kernels._tile import affine, mask_tile, octet_tile, octets_of, relu, round_to, to_fp32
 
 
@@ -67,7 +68,10 @@ def refuse(
     """Why `bn_apply` cannot run on these arguments, or None."""
     if (residual_scale is None) != (residual_shift is None):
         return "residual_scale and residual_shift come together"
-    return refuse_activations(x, residual=residual)
+    if residual_scale is not None and residual is None:
+        return "residual_scale comes with a residual, got none"
+    vectors = {"scale": scale, "shift": shift, "residual_scale": residual_scale, "residual_shift": residual_shift}
+    return refuse_activations(x, residual=residual) or refuse_vectors(x.device, x.shape[1], torch.float32, **vectors)
 
 
 def bn_apply(

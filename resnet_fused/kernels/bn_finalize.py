@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import launch, refuse_device
+from resnet_fused.kernels._launch import DTYPES, launch, name_of, refuse_device
+from resnet_fused.kernels._operands import refuse_vectors
 from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import row_blocks
 
 
 @triton.jit
 def _bn_finalize_kernel(
-    mean,  # [rows, C]
+    mean,  # [rows, C] fp64
     m2,  # [rows, C]
     count,  # [rows]
     weight,  # [C] or None; so are bias and the running statistics, each with the stride that follows
@@ -42,7 +43,7 @@ def _bn_finalize_kernel(
     channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     exists = channel < C
     lane = tl.arange(0, BLOCK_ROWS)
-    # Row means relative to the first row's: their differences are exact where |mean| >> std.
+    # Row means relative to the first row's: their differences, and no more, are what fp32 has to hold.
     reference = tl.load(mean + channel, mask=exists, other=0.0)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
     pixels = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -53,7 +54,7 @@ def _bn_finalize_kernel(
         n = tl.load(count + row, mask=row < rows, other=0.0)
         row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         pixels += n
-        total += tl.where(n[:, None] > 0.0, n[:, None] * (row_mean - reference[None, :]), 0.0)
+        total += tl.where(n[:, None] > 0.0, n[:, None] * (row_mean - reference[None, :]).to(tl.float32), 0.0)
     n_all = sum_lanes(pixels)
     delta = sum_lanes(total) / n_all
 
@@ -64,11 +65,12 @@ def _bn_finalize_kernel(
         n = tl.load(count + row, mask=row < rows, other=0.0)[:, None]
         row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         row_m2 = tl.load(m2 + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        spread = (row_mean - reference[None, :]) - delta[None, :]
+        spread = (row_mean - reference[None, :]).to(tl.float32) - delta[None, :]
         deviations += tl.where(n > 0.0, tl.fma(n * spread, spread, row_m2), 0.0)
     variance = sum_lanes(deviations) / n_all
 
-    merged = reference + delta
+    exact = reference + delta.to(tl.float64)
+    merged = exact.to(tl.float32)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     factor = invstd
     if weight is not None:
@@ -77,7 +79,8 @@ def _bn_finalize_kernel(
     if bias is not None:
         offset = to_fp32(tl.load(bias + channel * bias_stride, mask=exists, other=0.0))
     tl.store(scale + channel, factor, mask=exists)
-    tl.store(shift + channel, tl.fma(-merged, factor, offset), mask=exists)
+    # Rounded once, and with the scale as it will be used: no more is lost where |mean| >> std.
+    tl.store(shift + channel, (offset.to(tl.float64) - exact * factor.to(tl.float64)).to(tl.float32), mask=exists)
     tl.store(save_mean + channel, merged, mask=exists)
     tl.store(save_invstd + channel, invstd, mask=exists)
     if running_mean is not None:
@@ -93,9 +96,37 @@ def _bn_finalize_kernel(
         tl.store(place, round_to(new, running_var.dtype.element_ty), mask=exists)
 
 
-def refuse(mean: Tensor, *rest: object) -> str | None:
+def refuse(
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> str | None:
     """Why `bn_finalize` cannot run on these arguments, or None."""
-    return refuse_device(mean.device)
+    reason = refuse_device(mean.device)
+    if reason is None and mean.dim() != 2:
+        return f"mean must be [rows, C], got {tuple(mean.shape)}"
+    for name, rows, dtype in (("mean", mean, torch.float64), ("m2", m2, torch.float32)):
+        fits = rows.shape == mean.shape and rows.dtype == dtype and rows.device == mean.device
+        if reason is None and not (fits and rows.is_contiguous()):
+            got = f"{name_of(rows.dtype)} {tuple(rows.shape)} with strides {tuple(rows.stride())} on {rows.device}"
+            reason = f"{name} must be contiguous {name_of(dtype)} {tuple(mean.shape)} on {mean.device}, got {got}"
+    reason = reason or refuse_vectors(mean.device, mean.shape[0], torch.float32, count=count)
+    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in parameters.items():
+        if reason is not None or vector is None:
+            continue
+        if vector.shape != mean.shape[1:] or vector.dtype not in DTYPES or vector.device != mean.device:
+            got = f"{name_of(vector.dtype)} {tuple(vector.shape)} on {vector.device}"
+            reason = f"{name} must be a vector of {mean.shape[1]} on {mean.device}, got {got}"
+        elif name.startswith("running") and vector.stride(0) == 0 and vector.shape[0] > 1:
+            reason = f"{name} is written, and its elements lie on one another: strides {tuple(vector.stride())}"
+    return reason
 
 
 def bn_finalize(
@@ -113,9 +144,9 @@ def bn_finalize(
     LeVeque 1979.
 
     Args:
-        mean: [rows, C] fp32, contiguous; m2 and count ([rows]) likewise.
-        m2: sums of squared deviations.
-        count: pixels of each row; 0 marks a row to pass over.
+        mean: [rows, C] fp64, contiguous.
+        m2: [rows, C] fp32, contiguous: sums of squared deviations.
+        count: [rows] fp32, contiguous: pixels of each row; 0 marks a row to pass over.
         weight: [C] or None for 1; any floating dtype and stride. So are bias (None for 0), running_mean and running_var
             (None: not tracked).
         bias: see weight.

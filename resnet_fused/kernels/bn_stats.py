@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, launch, refuse_activations
-from resnet_fused.kernels._tile import partials_like, pixel_offset, reduction_of, reduction_tile, sum_lanes, to_fp32
+from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.kernels._operands import refuse_activations, refuse_rows
+from resnet_fused.kernels._tile import pixel_offset, reduction_of, reduction_tile, sum_lanes, to_fp32
 
 
 @triton.jit
 def _bn_stats_kernel(
     x,  # NHWC or NCHW
-    mean,  # [rows, C]
+    mean,  # [rows, C] fp64
     m2,  # [rows, C]
     count,  # [rows]
     channel_units,  # C / UNIT
@@ -67,14 +68,14 @@ def _bn_stats_kernel(
     merged_m2 = sum_lanes(tl.where(n > 0.0, tl.fma(n * spread, spread, lane_m2), 0.0))
 
     out = row * C + channel
-    tl.store(mean + out, reference + merged, mask=exists)
+    tl.store(mean + out, reference.to(tl.float64) + merged.to(tl.float64), mask=exists)
     tl.store(m2 + out, merged_m2, mask=exists)
     tl.store(count + row + tl.zeros((BLOCK_CHANNELS,), tl.int32), (end - first).to(tl.float32), mask=channel == 0)
 
 
 def refuse(x: Tensor, rows: int) -> str | None:
     """Why `bn_stats` cannot run on these arguments, or None."""
-    return refuse_activations(x)
+    return refuse_activations(x) or refuse_rows(rows)
 
 
 def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,10 +87,12 @@ def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         rows: how many ranges; the last may be short or empty (0, 0, 0).
 
     Returns:
-        mean [rows, C], m2 [rows, C], count [rows], fp32.
+        mean: [rows, C] fp64, which holds what fp32 would round away where |mean| >> std.
+        m2, count: [rows, C], [rows], fp32.
     """
     view = reduction_of(x, rows)
-    mean, m2 = partials_like(x, rows)
+    mean = torch.empty((rows, view.channels), dtype=torch.float64, device=x.device)
+    m2 = torch.empty((rows, view.channels), dtype=torch.float32, device=x.device)
     count = torch.empty(rows, dtype=torch.float32, device=x.device)
     launch(
         _bn_stats_kernel,

@@ -7,16 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._conv import (
-    conv_shape,
-    dot_dtype,
-    empty_nhwc,
-    refuse_like,
-    refuse_operands,
-    refuse_vectors,
-    taps_inside,
-)
+from resnet_fused.kernels._conv import conv_shape, dot_dtype, taps_inside
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._operands import empty_nhwc, refuse_like, refuse_operands, refuse_vectors
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig

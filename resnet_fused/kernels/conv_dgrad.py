@@ -14,19 +14,21 @@ from resnet_fused.kernels._conv import (
     bn_gradient,
     conv_shape,
     dot_dtype,
-    empty_nhwc,
-    refuse_bits,
-    refuse_coefficients,
     refuse_groups,
-    refuse_half,
-    refuse_like,
-    refuse_operands,
-    refuse_vectors,
     taps_inside,
     uses_tf32,
 )
 from resnet_fused.kernels._dgrad import JOIN_TILE, class_pixel, join_sums
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._operands import (
+    empty_nhwc,
+    refuse_bits,
+    refuse_coefficients,
+    refuse_half,
+    refuse_like,
+    refuse_operands,
+    refuse_vectors,
+)
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
 from resnet_fused.plan import conv_config
@@ -248,7 +250,7 @@ def refuse(
         reason = (
             "residual_mask comes with a residual, got none"
             if residual is None
-            else refuse_bits("residual_mask", residual_mask, residual)
+            else refuse_bits(residual, residual_mask=residual_mask)
         )
     return (
         reason
@@ -386,5 +388,4 @@ def run(
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,
     )
-    # NCHW and NHWC at once: as a convolution's result would be ordered.
-    return dx.contiguous() if dy.is_contiguous() else dx, *partials
+    return dx, *partials

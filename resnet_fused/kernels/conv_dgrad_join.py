@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet_fused.kernels._conv import refuse_bits, refuse_half, refuse_like, refuse_vectors
+from resnet_fused.kernels._operands import refuse_bits, refuse_half, refuse_like, refuse_vectors
 from resnet_fused.kernels.conv_dgrad import refuse as refuse_dgrad
 from resnet_fused.kernels.conv_dgrad import run
 from resnet_fused.kernels.reduce_rows import reduce_pair, reduce_rows
@@ -41,8 +41,8 @@ def refuse(
     return (
         refuse_half(shortcut=shortcut, shortcut_mean=shortcut_mean, shortcut_invstd=shortcut_invstd)
         or refuse_like(dy, (dy.shape[0], channels, *size), x=x, shortcut=shortcut)
-        or refuse_vectors(dy.device, channels, **means)
-        or refuse_bits("mask", mask, x)
+        or refuse_vectors(dy.device, channels, None, **means)
+        or refuse_bits(x, mask=mask)
     )
 
 

@@ -14,18 +14,21 @@ from resnet_fused.kernels._conv import (
     activation_tile,
     conv_shape,
     dot_dtype,
-    empty_nhwc,
-    in_pytorchs_order,
     refuse_groups,
-    refuse_half,
-    refuse_like,
-    refuse_operands,
-    refuse_vectors,
     taps_inside,
     uses_tf32,
 )
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
-from resnet_fused.kernels._tile import channel_unit, relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels._operands import (
+    empty_nhwc,
+    refuse_half,
+    refuse_like,
+    refuse_operands,
+    refuse_rows,
+    refuse_vectors,
+)
+from resnet_fused.kernels._statistics import store_tile_statistics
+from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
 from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
@@ -41,7 +44,7 @@ def _conv_fprop_kernel(
     x_scale,  # [C], or None: x is the activation itself
     x_shift,  # [C] or None
     y,  # [N, P, Q, K]
-    mean,  # [tiles of pixels, K], or None: no statistics
+    mean,  # [tiles of pixels, K] fp64, or None: no statistics
     m2,  # [tiles of pixels, K] or None
     count,  # [tiles of pixels] or None
     M,  # N * P * Q
@@ -174,14 +177,9 @@ def _conv_fprop_kernel(
     tl.store(y + out, rounded, mask=out_mask)
 
     if mean is not None:
-        # Two steps, the mean and the squares of the deviations from it, stay exact where |mean| >> std.
-        pixels = tl.minimum(M - pid_m.to(INDEX) * BLOCK_M, BLOCK_M).to(tl.float32)
-        value = tl.where((m < M)[:, None], to_fp32(rounded), 0.0)
-        tile_mean = sum_lanes(value) / pixels
-        deviation = tl.where((m < M)[:, None], value - tile_mean[None, :], 0.0)
-        tl.store(mean + pid_m.to(INDEX) * K + channel, tile_mean, mask=stored)
-        tl.store(m2 + pid_m.to(INDEX) * K + channel, sum_lanes(deviation * deviation), mask=stored)
-        tl.store(count + pid_m, pixels, mask=pid_n == 0)
+        row = pid_m.to(INDEX)
+        pixels = tl.minimum(M - row * BLOCK_M, BLOCK_M)
+        store_tile_statistics(rounded, m < M, pixels, mean, m2, count, row, K, channel, stored, pid_n == 0)
 
 
 def refuse(
@@ -221,10 +219,9 @@ def refuse_conv_fprop_stats(
 ) -> str | None:
     """Why `conv_fprop_stats` cannot run on these arguments, or None."""
     reason = refuse(x, weight, None, None, None, stride, padding, dilation, groups, False)
-    if reason is None and rows < 1:
-        return f"the statistics need at least one row, got rows={rows}"
     return (
         reason
+        or refuse_rows(rows)
         or refuse_half(x_scale=x_scale, x_shift=x_shift)
         or refuse_vectors(x.device, x.shape[1], x_scale=x_scale, x_shift=x_shift)
     )
@@ -272,7 +269,7 @@ def conv_fprop(
     else:
         y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
         _launch(x, krsc, (scale, shift, residual, None, None), y, (None, None, None), shape, relu, config)
-    return in_pytorchs_order(y, x, weight)
+    return y
 
 
 def conv_fprop_stats(
@@ -300,8 +297,9 @@ def conv_fprop_stats(
 
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
-        mean, m2, count: [rows, K], [rows, K], [rows] fp32: of consecutive parts of the pixels the mean, the sum of
-            squared deviations from it and the number of pixels; a row left over is zero.
+        mean: [rows, K] fp64, of consecutive parts of the pixels.
+        m2: [rows, K] fp32, the sums of squared deviations from it.
+        count: [rows] fp32, the numbers of pixels. A row left over is zero.
 
     Source: the tiles merge as in Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
         variances, 1979.
@@ -317,17 +315,17 @@ def conv_fprop_stats(
             raise ValueError(f"conv_fprop_stats: the formulation {config.kernel!r} has no prologue; choose 'pointer'")
         y, mean, m2, count = experimental.conv_fprop_stats(x, krsc, shape, config)
         mean, m2, count = merge_statistics(mean, m2, count, rows)
-        return in_pytorchs_order(y, x, weight), mean, m2, count
+        return y, mean, m2, count
     y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
     # A row for each tile where they suffice: what is left over is zero from the start.
     new = x.new_zeros if tiles <= rows else x.new_empty
-    mean, m2 = (new((max(tiles, rows), shape.k), dtype=torch.float32) for _ in range(2))
+    mean, m2 = (new((max(tiles, rows), shape.k), dtype=dtype) for dtype in (torch.float64, torch.float32))
     count = new(max(tiles, rows), dtype=torch.float32)
     _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, False, config)
     if tiles > rows:
         mean, m2, count = merge_statistics(mean, m2, count, rows)
-    return in_pytorchs_order(y, x, weight), mean, m2, count
+    return y, mean, m2, count
 
 
 def _planned(

@@ -6,17 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._conv import (
-    MAX_REGISTERS,
-    dot_dtype,
-    empty_nhwc,
-    in_pytorchs_order,
-    refuse_like,
-    refuse_operands,
-    refuse_vectors,
-    uses_tf32,
-)
+from resnet_fused.kernels._conv import MAX_REGISTERS, dot_dtype, uses_tf32
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._operands import empty_nhwc, refuse_like, refuse_operands, refuse_vectors
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.plan import conv_config
 from resnet_fused.plan.conv import ConvConfig, ConvShape
@@ -202,4 +194,4 @@ def conv_join(
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,
     )
-    return in_pytorchs_order(y, x, weight)
+    return y

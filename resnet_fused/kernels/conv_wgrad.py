@@ -7,17 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._conv import (
-    bn_gradient,
-    dot_dtype,
+from resnet_fused.kernels._conv import bn_gradient, dot_dtype, relu_affine, uses_tf32
+from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._operands import (
     refuse_coefficients,
     refuse_half,
     refuse_like,
+    refuse_nhwc,
     refuse_vectors,
-    relu_affine,
-    uses_tf32,
 )
-from resnet_fused.kernels._launch import compute_capability, index_type, is_nhwc, launch, refuse_activations
 from resnet_fused.kernels._tile import channel_unit, round_to
 from resnet_fused.kernels.reduce_rows import reduce_rows
 from resnet_fused.plan import conv_config
@@ -245,15 +243,12 @@ def refuse(
 ) -> str | None:
     """Why `conv_wgrad` cannot run on these arguments, or None."""
     reason = (
-        refuse_activations(x)
+        refuse_nhwc(x)
         or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients)
         or refuse_half(x_scale=x_scale, x_shift=x_shift)
     )
     if reason is not None:
         return reason
-    if not is_nhwc(x):
-        strides, shape = tuple(x.stride()), tuple(x.shape)
-        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
     if dy.dim() != 4:
         return f"dy is 4-D [N, K, P, Q], got {dy.dim()}-D"
     inputs, outputs = x.shape[1], dy.shape[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,10 +13,10 @@ from resnet_fused.kernels.reduce_rows import row_blocks
 
 @triton.jit
 def _merge_statistics_kernel(
-    mean,  # [tiles, C]
+    mean,  # [tiles, C] fp64
     m2,  # [tiles, C]
     count,  # [tiles]
-    merged_mean,  # [rows, C]
+    merged_mean,  # [rows, C] fp64
     merged_m2,  # [rows, C]
     merged_count,  # [rows]
     tiles,
@@ -38,7 +37,7 @@ def _merge_statistics_kernel(
     first = tl.minimum(row.to(tl.int64) * span, tiles)
     end = tl.minimum(first + span, tiles)
     lane = tl.arange(0, BLOCK_ROWS)
-    # Means relative to that of the first tile: their differences are exact where |mean| >> std.
+    # Means relative to that of the first tile: their differences, and no more, are what fp32 has to hold.
     reference = tl.load(mean + tl.minimum(first, tiles - 1) * C + channel, mask=exists, other=0.0)
     reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
     pixels = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -49,7 +48,7 @@ def _merge_statistics_kernel(
         n = tl.load(count + tile, mask=tile < end, other=0.0)
         tile_mean = tl.load(mean + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         pixels += n
-        total += tl.where(valid, n[:, None] * (tile_mean - reference[None, :]), 0.0)
+        total += tl.where(valid, n[:, None] * (tile_mean - reference[None, :]).to(tl.float32), 0.0)
     n_all = sum_lanes(pixels)
     delta = sum_lanes(total) / tl.maximum(n_all, 1.0)
 
@@ -60,11 +59,11 @@ def _merge_statistics_kernel(
         n = tl.load(count + tile, mask=tile < end, other=0.0)[:, None]
         tile_mean = tl.load(mean + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         tile_m2 = tl.load(m2 + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        spread = (tile_mean - reference[None, :]) - delta[None, :]
+        spread = (tile_mean - reference[None, :]).to(tl.float32) - delta[None, :]
         deviations += tl.where(valid, tl.fma(n * spread, spread, tile_m2), 0.0)
 
     out = row.to(tl.int64) * C + channel
-    tl.store(merged_mean + out, tl.where(n_all > 0.0, reference + delta, 0.0), mask=exists)
+    tl.store(merged_mean + out, tl.where(n_all > 0.0, reference + delta.to(tl.float64), 0.0), mask=exists)
     tl.store(merged_m2 + out, sum_lanes(deviations), mask=exists)
     tl.store(merged_count + row, n_all, mask=pid == row * blocks)
 
@@ -73,19 +72,19 @@ def merge_statistics(mean: Tensor, m2: Tensor, count: Tensor, rows: int) -> tupl
     """Mean, sum of squared deviations and number of pixels of `rows` consecutive ranges of tiles.
 
     Args:
-        mean: [tiles, C] fp32, contiguous; so is m2, and count is [tiles]. At least one pixel a tile.
+        mean: [tiles, C] fp64, contiguous; m2 is [tiles, C] and count [tiles], fp32. At least one pixel a tile.
         m2: see mean.
         count: see mean.
         rows: how many ranges, of ceil(tiles / rows) tiles each; the last may be short or empty (0, 0, 0).
 
     Returns:
-        mean, m2, count: [rows, C], [rows, C], [rows].
+        mean, m2, count: [rows, C], [rows, C], [rows], likewise.
 
     Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
     tiles, channels = mean.shape
-    merged_mean, merged_m2 = (mean.new_empty(rows, channels, dtype=torch.float32) for _ in range(2))
-    merged_count = mean.new_empty(rows, dtype=torch.float32)
+    merged_mean, merged_m2 = (t.new_empty(rows, channels) for t in (mean, m2))
+    merged_count = count.new_empty(rows)
     span = triton.cdiv(tiles, rows)
     block_rows, block_channels = row_blocks(span, channels)
     launch(

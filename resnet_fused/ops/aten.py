@@ -12,7 +12,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from resnet_fused import reference
 from resnet_fused._compiling import constant
-from resnet_fused.reference import compute_dtype, unpack_bits
+from resnet_fused.reference import compute_dtype, rounded, unpack_bits
 
 bn_backward_finalize = reference.bn_backward_finalize
 
@@ -53,7 +53,8 @@ def conv_fprop(
     weight = fold(weight, scale)
     if onednn_runs(x, weight):
         # ReLU as a pass of its own: oneDNN's turns a NaN into 0, PyTorch's keeps it.
-        bias = None if shift is None else shift.to(bias_dtype(x.dtype, residual is not None))
+        # Contiguous, because oneDNN's reads a bias without its stride.
+        bias = None if shift is None else shift.to(bias_dtype(x.dtype, residual is not None)).contiguous()
         y = onednn_conv(x, weight, bias, residual, stride, padding, dilation, groups, relu=False)
     else:
         bias = None if shift is None else shift.to(weight.dtype)
@@ -122,8 +123,9 @@ def conv_dgrad(
     if residual is not None:
         dx += residual if residual_mask is None else torch.where(unpack_bits(residual_mask, residual), residual, 0)
     if x is None or scale is None or shift is None or mean is None or invstd is None:
-        return dx, dx.new_empty(0), dx.new_empty(0)
-    dx = torch.where(_affine(x, scale, shift).to(x.dtype) <= 0, 0, dx)
+        none = dy.new_empty(0, dtype=compute_dtype(dy.dtype))
+        return rounded(dx, dy), none, none.clone()
+    dx = rounded(torch.where(_affine(x, scale, shift).to(x.dtype) <= 0, 0, dx), dy)
     up = dx.to(mean.dtype)
     return dx, up.sum((0, 2, 3)), (up * _normalised(x, mean, invstd)).sum((0, 2, 3))
 

@@ -163,7 +163,8 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "aten" and hasattr(aten, op):
         return getattr(aten, op)
     if backend == "triton" and implements(backend, op):
-        return getattr(importlib.import_module("resnet_fused.kernels"), op)
+        checked: Callable[[str], Callable[..., Any]] = importlib.import_module("resnet_fused.kernels").checked
+        return checked(op)
     if backend == "cuda" and implements(backend, op):
         problem = _library.load()
         if problem is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,10 @@ _LIBRARY = torch.library.Library("resnet_fused", "FRAGMENT")
 
 
 def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register `schema` (without `backend`), once in a process, with the decorated function as its fake kernel."""
+    """Register `schema` (without `backend`), once in a process, with the decorated function as its fake kernel.
+
+    That one gives the memory order of `reference` and `aten`; what Triton's convolutions return is NHWC.
+    """
     name = schema.partition("(")[0]
     arguments, _, results = schema.partition(" -> ")
 
@@ -24,20 +28,35 @@ def _op(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         newest = sys.modules.get(backends.__name__, backends)
         return newest.implementation(backend, name)(*args)
 
+    def run_fake(fake: Callable[..., Any], *args: Any, backend: str) -> Any:
+        returned = fake(*args)
+        if backend != "triton" or not name.startswith("conv_"):
+            return returned
+        return tuple(map(_nhwc, returned)) if isinstance(returned, tuple) else _nhwc(returned)
+
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         if hasattr(torch.ops.resnet_fused, name):
             return fake
         _LIBRARY.define(f"{arguments[:-1]}, *, str backend) -> {results}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"resnet_fused::{name}", lambda *args, backend: fake(*args), lib=_LIBRARY)
+        torch.library.register_fake(f"resnet_fused::{name}", functools.partial(run_fake, fake), lib=_LIBRARY)
         return fake
 
     return register
 
 
+def _nhwc(t: Tensor) -> Tensor:
+    """Of an activation one like it in NHWC order; anything else as it is."""
+    return torch.empty_like(t, memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
 def _vector(x: Tensor, *shape: int) -> Tensor:
     """An fp32 tensor (fp64 for fp64 data) on the device of `x`."""
     return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _statistics(x: Tensor, rows: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((rows, channels), dtype=torch.float64), _vector(x, rows, channels), _vector(x, rows)
 
 
 @_op(
@@ -55,7 +74,7 @@ def _(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu
 )
 def _(x, weight, x_scale, x_shift, stride, padding, dilation, groups, rows):  # type: ignore[no-untyped-def]
     y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, groups)
-    return y, _vector(x, rows, weight.shape[0]), _vector(x, rows, weight.shape[0]), _vector(x, rows)
+    return (y, *_statistics(x, rows, weight.shape[0]))
 
 
 @_op(
@@ -122,7 +141,7 @@ def _(x, weight, shortcut, shortcut_weight, shift, shortcut_stride, relu):  # ty
 
 @_op("bn_stats(Tensor x, SymInt rows) -> (Tensor mean, Tensor m2, Tensor count)")
 def _(x, rows):  # type: ignore[no-untyped-def]
-    return _vector(x, rows, x.shape[1]), _vector(x, rows, x.shape[1]), _vector(x, rows)
+    return _statistics(x, rows, x.shape[1])
 
 
 @_op(
@@ -131,7 +150,7 @@ def _(x, rows):  # type: ignore[no-untyped-def]
     "-> (Tensor scale, Tensor shift, Tensor save_mean, Tensor save_invstd)"
 )
 def _(mean, m2, count, weight, bias, running_mean, running_var, momentum, eps):  # type: ignore[no-untyped-def]
-    return tuple(_vector(mean, mean.shape[1]) for _ in range(4))
+    return tuple(_vector(m2, mean.shape[1]) for _ in range(4))
 
 
 @_op(

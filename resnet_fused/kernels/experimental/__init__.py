@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.kernels._launch import INTERPRETED, compute_capability, refuse_device
+from resnet_fused.kernels._operands import empty_nhwc
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.experimental import KERNELS, refuse_shape, tiling
 
@@ -89,7 +90,7 @@ def conv_fprop(
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
     """
-    y = _output(x, shape)
+    y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     nothing = (None, None, None)
     _module(config.kernel).run(x, krsc, scale, shift, residual, y, nothing, shape, relu, config)
     return y
@@ -108,19 +109,15 @@ def conv_fprop_stats(
 
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
-        mean, m2, count: [boxes, K], [boxes, K], [boxes] fp32: of the boxes that `plan.experimental.tiling` cuts the
-            output into (a partition of its pixels), as in `conv_fprop_stats`.
+        mean, m2, count: [boxes, K] fp64, [boxes, K] and [boxes] fp32: of the boxes that `plan.experimental.tiling` cuts
+            the output into (a partition of its pixels), as in `conv_fprop_stats`.
     """
-    y, boxes = _output(x, shape), tiling(shape, config).tiles
-    mean, m2 = (torch.empty((boxes, shape.k), dtype=torch.float32, device=x.device) for _ in range(2))
+    y, boxes = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q), tiling(shape, config).tiles
+    dtypes = (torch.float64, torch.float32)
+    mean, m2 = (torch.empty((boxes, shape.k), dtype=dtype, device=x.device) for dtype in dtypes)
     count = torch.empty(boxes, dtype=torch.float32, device=x.device)
     _module(config.kernel).run(x, krsc, None, None, None, y, (mean, m2, count), shape, False, config)
     return y, mean, m2, count
-
-
-def _output(x: Tensor, shape: ConvShape) -> Tensor:
-    size = (shape.n, shape.k, shape.p, shape.q)
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 __all__ = ["KERNELS", "available", "conv_fprop", "conv_fprop_stats", "refuse"]

@@ -88,16 +88,20 @@ def store_statistics(
     BOX_P: gl.constexpr,
     BOX_Q: gl.constexpr,
 ):
-    """Row `row` of the statistics: of the pixels of a box that are inside the output, the mean and the sum of squared
-    deviations from it, two steps that stay exact where |mean| >> std.
+    """Row `row` of the statistics, of the pixels of a box that are inside the output: `store_tile_statistics` of values
+    in fp16 or bf16.
     """
     m = gl.arange(0, BOX_N * BOX_P * BOX_Q, layout=gl.SliceLayout(1, value.type.layout))
     inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
     pixels = gl.minimum(N - n0, BOX_N) * gl.minimum(P - p0, BOX_P) * gl.minimum(Q - q0, BOX_Q) * 1.0
-    tile_mean = gl.sum(gl.where(inside[:, None], value, 0.0), axis=0) / pixels
+    total = gl.sum(gl.where(inside[:, None], value, 0.0), axis=0)
+    tile_mean = total / pixels
     deviation = gl.where(inside[:, None], value - tile_mean[None, :], 0.0)
-    gl.store(mean + (row * K + k), tile_mean, mask=k < K)
-    gl.store(m2 + (row * K + k), gl.sum(deviation * deviation, axis=0), mask=k < K)
+    rest = gl.fma(-tile_mean, total * 0.0 + pixels, total) / pixels
+    rest = gl.where(gl.abs(rest) < float("inf"), rest, 0.0)
+    squares = gl.sum(deviation * deviation, axis=0)
+    gl.store(mean + (row * K + k), tile_mean.to(gl.float64) + rest.to(gl.float64), mask=k < K)
+    gl.store(m2 + (row * K + k), squares - rest * rest * pixels, mask=k < K)
     gl.store(count + row, pixels)  # by the tiles of all channels alike
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._tile import relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels._statistics import store_tile_statistics
+from resnet_fused.kernels._tile import relu, round_to, to_fp32
 from resnet_fused.kernels.experimental._grid import launch
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.experimental import View, tiling
@@ -29,18 +30,6 @@ def _affine(acc, scale, shift, n, K):
 
 
 @triton.jit
-def _store_statistics(value, inside, pixels, mean, m2, count, row, n, K, first):
-    """Row `row` of the statistics: of the `pixels` rows of a tile that are inside, the mean and the sum of squared
-    deviations from it, two steps that stay exact where |mean| >> std.
-    """
-    tile_mean = sum_lanes(tl.where(inside[:, None], value, 0.0)) / pixels.to(tl.float32)
-    deviation = tl.where(inside[:, None], value - tile_mean[None, :], 0.0)
-    tl.store(mean + row * K + n, tile_mean, mask=n < K)
-    tl.store(m2 + row * K + n, sum_lanes(deviation * deviation), mask=n < K)
-    tl.store(count + row, pixels.to(tl.float32), mask=first)
-
-
-@triton.jit
 def _tma_gemm_kernel(
     x,  # descriptor of [M, C], boxes [BLOCK_M, BLOCK_K]
     weight,  # descriptor of [K, C], boxes [BLOCK_N, BLOCK_K]
@@ -48,7 +37,7 @@ def _tma_gemm_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [M, K], boxes [BLOCK_M, BLOCK_N], or None
     y,  # descriptor of [M, K], boxes [BLOCK_M, BLOCK_N]
-    mean,  # [tiles of M, K] or None
+    mean,  # [tiles of M, K] fp64 or None
     m2,  # [tiles of M, K] or None
     count,  # [tiles of M] or None
     M,
@@ -88,7 +77,7 @@ def _tma_gemm_kernel(
             inside = m0 + tl.arange(0, BLOCK_M) < M
             pixels = tl.minimum(M - m0, BLOCK_M)
             n = n0 + tl.arange(0, BLOCK_N)
-            _store_statistics(to_fp32(rounded), inside, pixels, mean, m2, count, tile // tiles_n, n, K, n0 == 0)
+            store_tile_statistics(rounded, inside, pixels, mean, m2, count, tile // tiles_n, K, n, n < K, n0 == 0)
 
 
 @triton.jit
@@ -99,7 +88,7 @@ def _tma_conv_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N], or None
     y,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N]
-    mean,  # [boxes, K] or None
+    mean,  # [boxes, K] fp64 or None
     m2,  # [boxes, K] or None
     count,  # [boxes] or None
     N,
@@ -166,7 +155,7 @@ def _tma_conv_kernel(
             inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
             pixels = tl.minimum(N - n0, BOX_N) * tl.minimum(P - p0, BOX_P) * tl.minimum(Q - q0, BOX_Q)
             k = k0 + tl.arange(0, BLOCK_N)
-            _store_statistics(to_fp32(rounded), inside, pixels, mean, m2, count, box, k, K, k0 == 0)
+            store_tile_statistics(rounded, inside, pixels, mean, m2, count, box, K, k, k < K, k0 == 0)
 
 
 def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:

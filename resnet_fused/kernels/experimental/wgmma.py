@@ -118,7 +118,7 @@ def _wgmma_conv_kernel(
     shift,  # [K] or None
     residual,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N], or None
     y,  # descriptor of [N, P, Q, K], boxes [BOX_N, BOX_P, BOX_Q, BLOCK_N]
-    mean,  # [boxes, K] or None
+    mean,  # [boxes, K] fp64 or None
     m2,  # [boxes, K] or None
     count,  # [boxes] or None
     N,

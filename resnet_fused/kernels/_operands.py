@@ -1,0 +1,137 @@
+"""Which tensors the kernels take, and the one place that says in what order a tensor lies in memory.
+
+A dimension of size 1 may carry any stride and says nothing of the order: an activation of one channel or one pixel is
+NCHW and NHWC at once. The memory-bound kernels take either order, alike in all activations of a call, and return it.
+The convolutions read NHWC and return NHWC, whatever else the strides of their operands could be read as.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fused.kernels._launch import DTYPES, name_of, refuse_device
+
+
+def is_nhwc(x: Tensor) -> bool:
+    """Whether `x` fills its memory in the order (n, h, w, c); it may fill it in the order (n, c, h, w) too."""
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
+    """Why `x`, and the activations that must agree with it in all but values, cannot be processed, or None."""
+    reason = refuse_device(x.device)
+    if reason is not None:
+        return reason
+    if x.dtype not in DTYPES:
+        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(x.dtype)}"
+    if x.dim() != 4:
+        return f"activations are 4-D [N, C, H, W], got {x.dim()}-D"
+    if not (x.is_contiguous() or is_nhwc(x)):
+        strides, shape = tuple(x.stride()), tuple(x.shape)
+        return f"activations must be dense in NCHW or NHWC order, got strides {strides} for shape {shape}"
+    for name, other in others.items():
+        if other is None:
+            continue
+        for what in ("shape", "dtype", "device"):
+            if getattr(other, what) != getattr(x, what):
+                return f"{name} has {what} {getattr(other, what)}, the others have {getattr(x, what)}"
+        if not ((x.is_contiguous() and other.is_contiguous()) or (is_nhwc(x) and is_nhwc(other))):
+            return (
+                f"{name} has strides {tuple(other.stride())}, the others {tuple(x.stride())}: one memory order for all"
+            )
+    return None
+
+
+def refuse_vectors(
+    device: torch.device, size: int, dtype: torch.dtype | None = None, **vectors: Tensor | None
+) -> str | None:
+    """Why per-channel vectors are not contiguous ones of `size` (and `dtype`) on `device`, or None."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        fits = vector.shape == (size,) and vector.is_contiguous() and vector.device == device
+        if not fits or (dtype is not None and vector.dtype != dtype):
+            wanted = f"a contiguous {'' if dtype is None else name_of(dtype) + ' '}vector of {size} on {device}"
+            got = f"{name_of(vector.dtype)} {tuple(vector.shape)} with strides {tuple(vector.stride())}"
+            return f"{name} must be {wanted}, got {got} on {vector.device}"
+    return None
+
+
+def refuse_rows(rows: int) -> str | None:
+    """Why a reduction cannot be split into so many rows, or None."""
+    return None if rows >= 1 else f"a reduction needs at least one row, got rows={rows}"
+
+
+def refuse_half(**pair: Tensor | None) -> str | None:
+    """Why arguments that only come together do not, or None."""
+    given = [name for name, tensor in pair.items() if tensor is not None]
+    if given and len(given) < len(pair):
+        return f"{', '.join(pair)} come together or not at all, got only {', '.join(given)}"
+    return None
+
+
+def refuse_bits(like: Tensor, **masks: Tensor | None) -> str | None:
+    """Why bit masks are not of the elements of `like`, or None."""
+    size = (like.numel() + 7) // 8
+    for name, mask in masks.items():
+        if mask is None:
+            continue
+        fits = mask.shape == (size,) and mask.dtype == torch.uint8 and mask.device == like.device
+        if not fits or not mask.is_contiguous():
+            got = f"{name_of(mask.dtype)} {list(mask.shape)} with strides {list(mask.stride())} on {mask.device}"
+            return f"{name} must be contiguous uint8 [{size}] on {like.device}, got {got}"
+    return None
+
+
+def empty_nhwc(like: Tensor, *size: int) -> Tensor:
+    """An activation of this size, of the dtype and on the device of `like`: what every convolution here returns."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def refuse_nhwc(x: Tensor) -> str | None:
+    """Why `x` is no activation that a convolution reads, or None."""
+    reason = refuse_activations(x)
+    if reason is None and not is_nhwc(x):
+        strides, shape = tuple(x.stride()), tuple(x.shape)
+        return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
+    return reason
+
+
+def refuse_operands(x: Tensor, weight: Tensor) -> str | None:
+    """Why an activation and a weight are no operands of a Triton convolution, or None."""
+    reason = refuse_nhwc(x)
+    if reason is not None:
+        return reason
+    if weight.dim() != 4:
+        return f"the weight must be 4-D [K, C/groups, R, S], got {weight.dim()}-D"
+    if weight.dtype != x.dtype:
+        return f"weight is {name_of(weight.dtype)}, the activations are {name_of(x.dtype)}: one dtype for both"
+    if weight.device != x.device:
+        return f"weight is on {weight.device}, the activations on {x.device}"
+    return None
+
+
+def refuse_like(like: Tensor, shape: tuple[int, ...], **others: Tensor | None) -> str | None:
+    """Why further activations are not of this shape, the dtype and device of `like`, and NHWC order, or None."""
+    for name, other in others.items():
+        if other is None:
+            continue
+        agrees = other.dtype == like.dtype and other.device == like.device and other.dim() == 4 and is_nhwc(other)
+        if tuple(other.shape) != shape or not agrees:
+            got = f"{name_of(other.dtype)} {tuple(other.shape)} with strides {tuple(other.stride())} on {other.device}"
+            return f"{name} must be {name_of(like.dtype)} {shape} in NHWC order on {like.device}, got {got}"
+    return None
+
+
+def refuse_coefficients(coefficients: Tensor, outputs: int, device: torch.device) -> str | None:
+    """Why these are not the coefficients of a batch norm's backward over so many channels, or None."""
+    if (
+        tuple(coefficients.shape) != (3, outputs)
+        or coefficients.dtype != torch.float32
+        or not coefficients.is_contiguous()
+        or coefficients.device != device
+    ):
+        got = f"{name_of(coefficients.dtype)} {list(coefficients.shape)} with strides {list(coefficients.stride())}"
+        return f"dy_coefficients must be contiguous float32 [3, {outputs}] on {device}, got {got}"
+    return None
