@@ -222,7 +222,7 @@ def test_one_nan_or_infinity(backend, dtype, layout, value, where):
 def test_a_nan_gradient_where_the_mask_is_zero_is_dropped(backend, dtype, layout, mask_from):
     x = activation((2, 16, 4, 4), dtype, layout)
     weight, bias = torch.ones(16, device=DEVICE), torch.zeros(16, device=DEVICE)
-    y = plain(dtype, x, weight, bias, x)["y"]
+    y = plain(x, weight, bias, x)["y"]
     dy = torch.where(y <= 0, torch.full_like(x, float("nan")), torch.ones_like(x))
     actual = check_train(backend, x, weight, bias, dy, mask_from=mask_from)
     assert all(t.isfinite().all() for t in actual.values())
