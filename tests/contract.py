@@ -10,9 +10,7 @@ from torch import Tensor
 from resnet_fused import contract
 
 
-def assert_within_contract(
-    actual: Tensor, plain: Tensor, truth: Tensor, what: str = "result", **how: Any
-) -> None:
+def assert_within_contract(actual: Tensor, plain: Tensor, truth: Tensor, what: str = "result", **how: Any) -> None:
     """`actual` errs no more than the contract allows; what `how` may hold, `contract.breach` says.
 
     One run of plain PyTorch may be lucky: prefer `assert_no_worse`, which runs it again where it has to.
@@ -31,6 +29,7 @@ def assert_no_worse(
     terms: Mapping[str, Tensor | None] | None = None,
     around: Sequence[Any] = (),
     norm: bool = False,
+    joint: bool = False,
 ) -> None:
     """`actual` is what `plain(*arguments)` gives, within the contract: None for None, integers exactly.
 
@@ -43,12 +42,14 @@ def assert_no_worse(
         terms: by name, the terms of `contract.breach`.
         around: two results in float64 whose difference rounding may make.
         norm: by the Euclidean norm.
+        joint: the floor is that of the largest of all results, and of 1: for gradients that are sums which cancel.
     """
     expected = _named(plain(*contract.changed(arguments, lambda t: t)), what)
     truth = _named(plain(*contract.in_double(arguments)), what)
     sides = [_named(side, what) for side in around]
     actual = _named(actual, what)
     assert list(actual) == list(expected)
+    scale = max([1.0, *(largest(t) for t in truth.values() if t is not None)]) if joint else None
     addends = contract.longest_sum(*arguments) if addends is None else addends
     for name, value in expected.items():
         if value is None or not value.is_floating_point():
@@ -65,10 +66,17 @@ def assert_no_worse(
                 for run, exact in contract.realisations(plain, arguments)
             ),
             addends=addends,
+            scale=scale,
             terms=(terms or {}).get(name),
             around=[side[name] for side in sides],
             norm=norm,
         )
+
+
+def largest(t: Tensor) -> float:
+    """The largest finite magnitude."""
+    finite = t[t.isfinite()].abs()
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _named(results: Any, what: str) -> dict[str, Tensor | None]:

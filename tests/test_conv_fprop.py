@@ -29,6 +29,7 @@ from conv_cases import (
     runs_kernels,
 )
 
+from resnet_fused.contract import in_double
 from resnet_fused.kernels import conv_fprop, refuse
 from resnet_fused.plan.conv import ConvConfig, conv_fprop_configurations, conv_fprop_heuristic, tf32_allowed
 
