@@ -29,14 +29,14 @@ def breach(
     *,
     again: Iterable[tuple[Tensor, Tensor]] = (),
     addends: int = 1,
-    scale: float | None = None,
+    scale: float = 0.0,
     terms: Tensor | None = None,
     norm: bool = False,
     around: Sequence[Tensor] = (),
 ) -> str | None:
     """How `actual` breaks the contract, in one line, or None.
 
-    |actual - truth| <= 2 max |plain - truth| + max(4 eps(dtype), sqrt(n) eps(fp32)) max |truth|, where the first maximum
+    |actual - truth| <= 2 max |plain - truth| + max(4 eps(dtype), sqrt(n) eps(fp32)) max |truth|; the first maximum
     is over plain PyTorch's runs too; shapes, dtypes and the places of NaN and inf are plain PyTorch's.
 
     Args:
@@ -46,7 +46,7 @@ def breach(
         name: of the tensor, for the message.
         again: further runs of plain PyTorch and float64 (`realisations`); asked for only where one does not suffice.
         addends: how many numbers the longest sum behind an element adds up: the n of the floor.
-        scale: stands for max |truth| in the floor, where that is small because what was rounded cancels.
+        scale: what max |truth| in the floor is at least, where what was rounded cancels.
         terms: the same of sums in fp32: what the magnitudes of the addends add up to.
         norm: measure errors and magnitudes by the Euclidean norm of the tensor, not by its largest element.
         around: two results in float64 whose difference rounding may make: it is added to what is allowed.
@@ -71,7 +71,7 @@ def breach(
         return float(v.norm() if norm else v.abs().max())
 
     error, yardstick = size(a - t), size(p - t)
-    slack = floor(actual.dtype, addends) * (size(t) if scale is None else scale)
+    slack = floor(actual.dtype, addends) * max(size(t), scale)
     if terms is not None:
         slack = max(slack, floor(torch.float32, addends) * size(terms.detach().double()))
     if around:

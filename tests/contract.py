@@ -49,7 +49,7 @@ def assert_no_worse(
     sides = [_named(side, what) for side in around]
     actual = _named(actual, what)
     assert list(actual) == list(expected)
-    scale = max([1.0, *(largest(t) for t in truth.values() if t is not None)]) if joint else None
+    scale = max([1.0, *(largest(t) for t in truth.values() if t is not None)]) if joint else 0.0
     addends = contract.longest_sum(*arguments) if addends is None else addends
     for name, value in expected.items():
         if value is None or not value.is_floating_point():

@@ -109,7 +109,7 @@ def _compare(ours: Callable[[], Results], plain: Callable[..., Results], argumen
                 assert torch.allclose(a, e) if e.is_complex() else torch.equal(a, e), f"{kind} {k}"
                 continue
             again = ([getattr(r, kind)[k] for r in runs] for runs in realisations(plain, arguments))  # noqa: B023
-            how = {"again": again, "addends": addends, "scale": None if kind == "outputs" else scale}
+            how = {"again": again, "addends": addends, "scale": 0.0 if kind == "outputs" else scale}
             assert_within_contract(a, e, t, f"{kind} {k}", **how)
     return True
 
