@@ -143,7 +143,7 @@ def test_a_backend_that_cannot_run_a_convolution_leaves_it_to_pytorch():
     model, x = _bottlenecks().double(), torch.randn(1, 16, 6, 6, dtype=torch.float64)
     frozen = _frozen(model, x, "triton")
     with torch.no_grad():
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-12, atol=1e-12)
     assert {(row.backend, row.op) for row in frozen.plan.layers} == {("aten", "conv_fprop")}
     assert all("float64" in row.reason or "triton is not installed" in row.reason for row in frozen.plan.layers)
 
