@@ -1,10 +1,11 @@
 # Two commands on a fresh machine (Python >= 3.10, a C++ compiler; nvcc and a GPU optional):
 #
 #   make bench    build what can be built here and measure ResNet-50: table, out/bench.json, out/bench.png
-#   make test     build the CUDA kernels for the CPU and run the tests
+#   make test     build the CUDA kernels for the CPU and run the tests; with a GPU also those that need one
 #
 # Both create .venv once and reuse it. Knobs: PYTHON (which Python), VENV (where), TORCH (what to install),
 # BUILD (auto|cuda|none|host, for bench), ARGS (passed on), JOBS (parallel test processes).
+# Inner loop: make check (lint, types, a case of everything); whole suite: make test-all.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,15 +16,20 @@ ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# objects are kept per kind of build; the library is linked anew, so that one kind never stands in for another
-LIBRARY = rm -f resnet_fused/_C.so && $(PY) setup.py --quiet build_ext --inplace
+# each kind of build has its own objects and its own library: one never replaces another
+LIBRARY = $(PY) setup.py --quiet build_ext --inplace
+# The same on every machine: without a GPU, one thread a process. What needs a GPU runs behind it, where there is one.
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: help bench bench-check docs test lint types digits gate install library-test clean
+.PHONY: help bench bench-check docs check test test-all test-gpu test-machines lint types digits gate install \
+  library-test clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '3,7p' Makefile | cut -c3-
-	@echo "also: make lint | types | digits | gate (compile every kernel for every architecture) | clean |"
+	@sed -n '3,8p' Makefile | cut -c3-
+	@echo "also: make check | test-all | test-gpu | test-machines (other vector units and threads) | lint | types | digits |"
+	@echo "  gate (compile every kernel for every architecture) | clean |"
 	@echo "  bench-check (against the last recorded result of this device) | docs (pages and charts from the results) |"
 	@echo "  properties (a longer search by hypothesis)"
 
@@ -60,12 +66,43 @@ library-test: install
 	@export RESNET_FUSED_BUILD=host; $(LIBRARY)
 	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
 
+# three samples of one suite, each a part of the next (tests/tiers.py)
+check: lint types library-test
+	$(PYTEST) --tier=check $(ARGS)
+
 test: library-test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PYTEST) --tier=test $(ARGS)
+	@if $(HAS_GPU); then $(MAKE) --no-print-directory test-gpu; fi
+
+test-all: library-test
+	$(PYTEST) --tier=all $(ARGS)
+	@if $(HAS_GPU); then $(MAKE) --no-print-directory test-gpu; fi
+
+test-gpu: install
+	@export RESNET_FUSED_BUILD=auto; $(LIBRARY)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m gpu --tier=all $(ARGS)
+
+# The suite as older and smaller machines would run it. TIER and SETTINGS choose; every setting runs, then failures count.
+TIER ?= test
+SETTINGS ?= default two-threads avx2 oldest
+test-machines: library-test
+	@failed=; for setting in $(SETTINGS); do \
+	  case $$setting in \
+	    default) vars=; tier=$(TIER);; \
+	    two-threads) vars=OMP_NUM_THREADS=2; tier=$(TIER);; \
+	    avx2) vars='ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2'; tier=$(TIER);; \
+	    oldest) vars='ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41'; tier=check;; \
+	    *) echo "unknown setting $$setting"; exit 2;; \
+	  esac; \
+	  echo "=== $$setting: $$vars, tier $$tier"; \
+	  env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $$vars $(PY) -m pytest -q -n $(JOBS) --tier=$$tier $(ARGS) \
+	    || failed="$$failed $$setting"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "=== FAILED under:$$failed"; exit 1; fi; echo "=== passed under: $(SETTINGS)"
 
 # many random cases, others each time; EXAMPLES per test
 properties: library-test
-	OMP_NUM_THREADS=1 RESNET_FUSED_EXAMPLES=$(or $(EXAMPLES),2000) $(PY) -m pytest -n $(JOBS) tests/test_properties.py $(ARGS)
+	RESNET_FUSED_EXAMPLES=$(or $(EXAMPLES),2000) $(PYTEST) tests/test_properties.py $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .
@@ -83,5 +120,5 @@ gate: install
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
-	rm -f resnet_fused/_C.so resnet_fused/_build_info.json
+	rm -f resnet_fused/_C*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

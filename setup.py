@@ -25,7 +25,10 @@ build = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = build  # dataclasses look their module up
 _spec.loader.exec_module(build)
 
-LIBRARY, RECORD = "_C.so", "_build_info.json"
+
+def files(kind: str) -> list[str]:
+    """What a build of this kind leaves in the package: its record, and the library. Each kind has its own."""
+    return [f"_C_{kind}.json"] if kind == "none" else [f"_C_{kind}.json", f"_C_{kind}.so"]
 
 
 def choose() -> build.Target:  # type: ignore[name-defined]
@@ -36,31 +39,34 @@ def choose() -> build.Target:  # type: ignore[name-defined]
 
 
 class BuildLibrary(build_ext):
-    """Compiles the library, no Python extension but a plain shared library of operators, and records what was built."""
+    """Compiles the library, no Python extension but a plain shared library of operators, and records what was built.
+
+    In the checkout a build leaves libraries of other kinds alone; a wheel has no library but the one it was built with.
+    """
 
     def run(self) -> None:
         target = choose()
-        package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "resnet_fused"
+        inplace = self.inplace or self.editable_mode
+        package = (ROOT if inplace else Path(self.build_lib)) / "resnet_fused"
         package.mkdir(parents=True, exist_ok=True)
         print(target, file=sys.stderr, flush=True)
-        if target.kind == "none":
-            (package / LIBRARY).unlink(missing_ok=True)
-        else:
-            # Each kind has its own folder, so that one is never taken for the other; replaced, so that a process that
-            # has the old library loaded keeps it.
+        for left in () if inplace else package.glob("_C_*"):
+            left.unlink()
+        record, *library = files(target.kind)
+        for name in library:
             work = ROOT / "build" / f"resnet_fused-{target.kind}"
             try:
-                build.compile_library(target, work / LIBRARY, work)
+                build.compile_library(target, work / name, work)
             except subprocess.CalledProcessError as problem:
                 code = problem.returncode
                 raise SystemExit(f"resnet_fused: compilation failed, see above (exit code {code})") from None
-            shutil.copy2(work / LIBRARY, package / f"{LIBRARY}.new")
-            (package / f"{LIBRARY}.new").replace(package / LIBRARY)
-        (package / RECORD).write_text(target.describe())
+            # Replaced, so that a process that has the old library loaded keeps it.
+            shutil.copy2(work / name, package / f"{name}.new")
+            (package / f"{name}.new").replace(package / name)
+        (package / record).write_text(target.describe())
 
     def get_outputs(self) -> list[str]:
-        names = [RECORD] if choose().kind == "none" else [LIBRARY, RECORD]
-        return [str(Path(self.build_lib) / "resnet_fused" / name) for name in names]
+        return [str(Path(self.build_lib) / "resnet_fused" / name) for name in files(choose().kind)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

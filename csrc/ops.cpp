@@ -3,7 +3,19 @@
 
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
+// A namespace each: the library for CUDA tensors and the one executed on the CPU may be loaded into one process.
+#ifdef RESNET_FUSED_HOST
+#define NAMESPACE resnet_fused_host
+#define DEVICE CPU
+#else
+#define NAMESPACE resnet_fused_cuda
+#define DEVICE CUDA
+#endif
+// The macros of the library paste their arguments; here they are expanded first.
+#define DEFINE(ns, m) STABLE_TORCH_LIBRARY(ns, m)
+#define IMPLEMENT(ns, device, m) STABLE_TORCH_LIBRARY_IMPL(ns, device, m)
+
+DEFINE(NAMESPACE, m) {
   m.def("bn_stats(Tensor x, SymInt rows) -> (Tensor mean, Tensor m2, Tensor count)");
   m.def(
       "bn_finalize(Tensor mean, Tensor m2, Tensor count, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -36,11 +48,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cuda, m) {
   m.def("pack_weight(Tensor weight, bool flip) -> Tensor");
 }
 
-#ifdef RESNET_FUSED_HOST
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cuda, CUDA, m) {
-#endif
+IMPLEMENT(NAMESPACE, DEVICE, m) {
   m.impl("bn_stats", TORCH_BOX(&resnet_fused::bn_stats));
   m.impl("bn_finalize", TORCH_BOX(&resnet_fused::bn_finalize));
   m.impl("bn_apply", TORCH_BOX(&resnet_fused::bn_apply));

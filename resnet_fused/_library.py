@@ -1,55 +1,63 @@
-"""The compiled kernels of csrc/: whether they were built, for what, and the one place that loads them."""
+"""The compiled kernels of csrc/: which were built, for what, and the one place that loads them.
+
+A library for CUDA tensors and one that executes the same kernels on CPU tensors, for tests, may stand side by side.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _PACKAGE = Path(__file__).resolve().parent
-_LIBRARY, _RECORD = _PACKAGE / "_C.so", _PACKAGE / "_build_info.json"
-_DEVICE_TYPES = {"cuda": "cuda", "host": "cpu"}
+_KINDS = {"cuda": "cuda", "cpu": "host"}  # of the build that takes tensors on this type of device
 
 
 @functools.cache
-def _record() -> dict[str, Any]:
-    """What setup.py wrote beside the library: kind, reason, architectures, nvcc, torch."""
-    if not _RECORD.exists():
-        return {"kind": "none", "reason": "this checkout has not been built; run python setup.py build_ext --inplace"}
-    return json.loads(_RECORD.read_text())
+def _record(kind: str) -> dict[str, Any] | None:
+    """What setup.py wrote beside a library: reason, architectures, nvcc, torch. Of kind "none", why there is none."""
+    path = _PACKAGE / f"_C_{kind}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 @functools.cache
-def load() -> str | None:
-    """Load the library, once. Returns why it cannot be, in one line, or None."""
-    if device_type() is None:
-        return f"the compiled kernels are not built: {_record()['reason']}"
+def load(device_type: str) -> str | None:
+    """Load the library for tensors on `device_type`, once. Returns why that is not possible, in one line, or None."""
+    kind = _KINDS.get(device_type, "none")
+    if kind == "none" or _record(kind) is None:
+        others = ", ".join(device for device, other in _KINDS.items() if _record(other) is not None)
+        if not others:
+            return f"the compiled kernels are {status()}"
+        return f"the compiled kernels ({status()}) run on {others} tensors; these are on {device_type}"
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(_PACKAGE / f"_C_{kind}.so"))
     except OSError as problem:
-        return f"the compiled kernels ({status()}) cannot be loaded: {problem}"
+        return f"the compiled kernels ({_describe(kind)}) cannot be loaded: {problem}"
     return None
 
 
-def device_type() -> str | None:
-    """The type of device whose tensors the library takes: "cuda", "cpu" (a host build), or None without one."""
-    return _DEVICE_TYPES.get(_record()["kind"])
-
-
-def has(op: str) -> bool:
-    """Whether the library can be loaded and has a kernel for the op of this name."""
-    return load() is None and hasattr(torch.ops.resnet_fused_cuda, op)
+def operators(op: str) -> dict[str, Callable[..., Any]]:
+    """The kernels of this name of every library that can be loaded, by the type of device whose tensors they take."""
+    built = [device for device, kind in _KINDS.items() if _record(kind) is not None and load(device) is None]
+    return {device: getattr(getattr(torch.ops, f"resnet_fused_{_KINDS[device]}"), op).default for device in built}
 
 
 def status() -> str:
-    """What is built, in one line: "cuda sm_80, ...", "host ..." or "not built: why"."""
-    record = _record()
-    if record["kind"] == "cuda":
-        names = ", ".join(f"sm_{name}" for name in record["architectures"])
-        return f"cuda {names} (nvcc {record['nvcc']}, torch {record['torch']})"
-    if record["kind"] == "host":
+    """What is built, in one line: "cuda sm_80, ...", "host ...", both, or "not built: why"."""
+    return "; ".join(_describe(kind) for kind in _KINDS.values() if _record(kind) is not None) or _describe("none")
+
+
+def _describe(kind: str) -> str:
+    record = _record(kind)
+    if kind == "none":
+        never = "this checkout has not been built; run python setup.py build_ext --inplace"
+        return f"not built: {record['reason'] if record else never}"
+    assert record is not None
+    if kind == "host":
         return f"host, the CUDA kernels on CPU tensors (torch {record['torch']})"
-    return f"not built: {record['reason']}"
+    names = ", ".join(f"sm_{name}" for name in record["architectures"])
+    return f"cuda {names} (nvcc {record['nvcc']}, torch {record['torch']})"

@@ -14,7 +14,45 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 import pytest
+import tiers
 from ranks import Ranks
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tier", choices=tiers.TIERS, help="how much of the suite runs (tests/tiers.py); default: all")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    kept = tiers.select(items, config.getoption("tier") or "all")
+    config.stash[LEFT_OUT] = len(items) - len(kept)
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Of pytest-xdist: every worker collects the same tests."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """The last line, for who asked for a tier."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if config.getoption("tier") is None or reporter is None or hasattr(config, "workerinput"):
+        return
+    stats = {name: len(reports) for name, reports in reporter.stats.items()}
+    print(tiers.verdict(config.getoption("tier"), torch.__version__, stats, config.stash.get(LEFT_OUT, 0)))
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import assert_no_worse
+from op_cases import pixels
 from torch import Tensor
 
 from resnet_fused import ops
+from resnet_fused.contract import in_double
 from resnet_fused.plan.conv import ConvShape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,13 +92,23 @@ def geometry(shape: ConvShape) -> tuple[list[int], list[int], list[int], int]:
     return list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
 
 
+def assert_sums(found, dz, factors):
+    """The sums over all pixels: of dz, and of dz * (z - mean) * invstd for each of `factors`, by channel."""
+
+    def addends(dz, factors):
+        dz = pixels(dz).to(torch.promote_types(dz.dtype, torch.float32))
+        products = (dz * ((pixels(z).to(dz.dtype) - mean) * invstd) for z, mean, invstd in factors.values())
+        return dict(zip(found, (dz, *products), strict=True))
+
+    def sums(dz, factors):
+        return {name: v.sum(0) for name, v in addends(dz, factors).items()}
+
+    terms = {name: v.abs().sum(0) for name, v in addends(*in_double((dz, factors))).items()}
+    assert_no_worse(found, sums, (dz, factors), terms=terms)
+
+
 def placed(value):
     """A tensor on DEVICE with the strides it has, which `Tensor.to` gives up where they leave gaps."""
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)
-
-
-def in_double(arguments):
-    """The same arguments in float64, whose results are the truth."""
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]

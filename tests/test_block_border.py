@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from border_cases import check, gradients, loss_of, made, seeded, watched  # noqa: F401
-from contract import assert_within_contract
+from contract import assert_no_worse
 from op_cases import DEVICE
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -41,15 +41,9 @@ def test_every_block_but_the_last_has_its_sums_from_the_one_behind(taken):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_within_the_contract(backend, dtype, taken):
     module, x = made(dtype=dtype)
-    expected = gradients(copy.deepcopy(module), x)
-    truth = gradients(copy.deepcopy(module).double(), x.double())
     actual = gradients(fuse(copy.deepcopy(module)), x, backend=backend)
-    for name, exact in truth.items():
-        if dtype == torch.float32:
-            assert_within_contract(actual[name], expected[name], exact, name)
-        else:  # a value that rounding carries across zero changes a mask: compared as vectors
-            ours, theirs = ((v[name].double() - exact).norm() for v in (actual, expected))
-            assert ours <= 2 * theirs + 4 * torch.finfo(dtype).eps * exact.norm(), name
+    # In 16 bits a value that rounding carries across zero changes a mask: compared as vectors.
+    assert_no_worse(actual, gradients, (module, x), norm=dtype != torch.float32)
     assert taken == [False, *[backend != "cuda"] * 2]  # whose convolutions are PyTorch's
 
 

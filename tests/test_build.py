@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 from resnet_fused import _library
+from resnet_fused.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLES = ("RESNET_FUSED_BUILD", "FORCE_CUDA", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH", "NVCC_THREADS")
@@ -156,7 +159,7 @@ def test_a_second_build_compiles_nothing(tmp_path):
     status, text = choose(code)
     assert (status, text) == (0, "ninja: no work to do.") and library.stat().st_mtime_ns == stamp
     ops = f"import torch; torch.ops.load_library({str(library)!r}); x = torch.randn(2, 8, 3, 3)\n"
-    ops += "print(torch.equal(torch.ops.resnet_fused_cuda.add_act(x, x, True), (x + x).relu()))"
+    ops += "print(torch.equal(torch.ops.resnet_fused_host.add_act(x, x, True), (x + x).relu()))"
     run = subprocess.run([sys.executable, "-c", ops], capture_output=True, text=True)
     assert run.stdout.strip() == "True", run.stderr
 
@@ -183,20 +186,96 @@ def test_without_ninja_all_is_compiled(tmp_path, breaks):
     assert made == {"csrc_a.o", "csrc_b.o", "csrc_ops.o", "host_fibre.o"}
 
 
-def record_of(monkeypatch, tmp_path, text: str | None):
-    monkeypatch.setattr(_library, "_RECORD", tmp_path / "_build_info.json")
-    monkeypatch.setattr(_library, "_LIBRARY", tmp_path / "_C.so")
-    if text is not None:
-        (tmp_path / "_build_info.json").write_text(text)
+# Several kinds beside each other
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What a build needs, with a compiler that writes which kind it was asked for; a library for a GPU is there."""
+    package = tmp_path / "resnet_fused"
+    package.mkdir()
+    (package / "__init__.py").write_text('__version__ = "1"\n')
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+    stub = "\ndef compile_library(target, library, work):\n    work.mkdir(parents=True, exist_ok=True)\n"
+    stub += "    library.write_text(target.kind)\n"
+    (tmp_path / "csrc" / "build.py").write_text((ROOT / "csrc" / "build.py").read_text() + stub)
+    for name in ("_C_cuda.so", "_C_cuda.json"):
+        (package / name).write_text("of a GPU")
+    return tmp_path
+
+
+def setup(checkout: Path, kind: str, *command: str) -> None:
+    environment = {**os.environ, "RESNET_FUSED_BUILD": kind, "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *command], cwd=checkout, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_building_for_tests_leaves_the_library_for_a_gpu(checkout):
+    for kind in ("host", "none"):
+        setup(checkout, kind, "build_ext", "--inplace")
+    package = checkout / "resnet_fused"
+    found = {path.name: path.read_text() for path in package.glob("_C_*")}
+    assert found.keys() == {"_C_cuda.so", "_C_cuda.json", "_C_host.so", "_C_host.json", "_C_none.json"}
+    assert found["_C_cuda.so"] == found["_C_cuda.json"] == "of a GPU" and found["_C_host.so"] == "host"
+    assert json.loads(found["_C_host.json"])["kind"] == "host"
+
+
+def test_a_wheel_has_the_library_it_was_built_with_and_no_other(checkout):
+    for kind, expected in (("host", {"_C_host.so", "_C_host.json"}), ("none", {"_C_none.json"})):
+        setup(checkout, kind, "bdist_wheel", "--dist-dir", kind)
+        (wheel,) = (checkout / kind).glob("*.whl")
+        assert ("none-any" in wheel.name) == (kind == "none")
+        names = zipfile.ZipFile(wheel).namelist()
+        assert {name.removeprefix("resnet_fused/") for name in names if "_C" in name} == expected
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """A package of whose libraries only the records are there: `package(kind, **record)` adds one."""
+    monkeypatch.setattr(_library, "_PACKAGE", tmp_path)
     for function in (_library._record, _library.load):
         monkeypatch.setattr(_library, function.__name__, getattr(function, "__wrapped__", function))  # past the cache
 
+    def record(kind: str, **values: object) -> None:
+        (tmp_path / f"_C_{kind}.json").write_text(json.dumps({"kind": kind, "reason": "", "torch": "2.11.0", **values}))
 
-def test_status_says_what_was_built_and_why_not(monkeypatch, tmp_path):
-    record_of(monkeypatch, tmp_path, None)
-    assert _library.status().startswith("not built: ") and _library.device_type() is None
-    assert "build_ext --inplace" in str(_library.load()) and not _library.has("bn_stats")
-    built = {"kind": "cuda", "reason": "", "architectures": ["80", "90+PTX"], "nvcc": "13.0", "torch": "2.11.0"}
-    record_of(monkeypatch, tmp_path, json.dumps(built))
+    return record
+
+
+CUDA = {"architectures": ["80", "90+PTX"], "nvcc": "13.0"}
+
+
+def test_status_says_what_was_built_and_why_not(package):
+    assert _library.status().startswith("not built: ") and _library.operators("bn_stats") == {}
+    assert "build_ext --inplace" in str(_library.load("cuda"))
+    package("none", reason="no toolkit")
+    assert _library.load("cpu") == "the compiled kernels are not built: no toolkit"
+    package("cuda", **CUDA)
     assert _library.status() == "cuda sm_80, sm_90+PTX (nvcc 13.0, torch 2.11.0)"
-    assert _library.device_type() == "cuda" and "cannot be loaded" in str(_library.load())
+    assert "cannot be loaded" in str(_library.load("cuda"))
+    assert str(_library.load("cpu")).endswith("torch 2.11.0)) run on cuda tensors; these are on cpu")
+    package("host")
+    assert _library.status().endswith("torch 2.11.0); host, the CUDA kernels on CPU tensors (torch 2.11.0)")
+    assert str(_library.load("cpu")).startswith("the compiled kernels (host, ")
+    assert str(_library.load("mps")).endswith("run on cuda, cpu tensors; these are on mps")
+
+
+def test_each_library_takes_the_tensors_of_its_device(package, monkeypatch):
+    """Both in one process; the meta device stands for a GPU."""
+    monkeypatch.setattr(_library, "_KINDS", {"meta": "cuda", "cpu": "host"})
+    monkeypatch.setattr(_library, "load", lambda device_type: None)
+    implementation = backends.implementation.__wrapped__
+    libraries = [torch.library.Library(f"resnet_fused_{kind}", "FRAGMENT") for kind in ("cuda", "host")]
+    for library, key, answer in zip(libraries, ("Meta", "CPU"), (1, 2), strict=True):
+        library.define("twin(Tensor x) -> Tensor")
+        library.impl("twin", lambda x, answer=answer: x.new_empty(answer), key)
+    monkeypatch.setattr(backends, "_MEMORY_OPS", frozenset({"twin"}))
+    package("host")
+    assert implementation("cuda", "twin") is torch.ops.resnet_fused_host.twin.default
+    package("cuda", **CUDA)
+    run = implementation("cuda", "twin")
+    assert len(run(torch.ones(1, device="meta"))) == 1 and len(run(torch.ones(1))) == 2

@@ -244,14 +244,15 @@ def test_the_watch_samples_while_it_lasts(driver, tmp_path, monkeypatch):
         f"""#!/bin/sh
 case "$*" in *{unknown}*) exit 2;; esac
 echo "1980, 2619, 61, 650.21, 0x4"
-case "$*" in *loop-ms*) sleep 60 >/dev/null & wait;; esac
+case "$*" in *loop-ms*) touch {tmp_path}/sampled; sleep 60 >/dev/null & wait;; esac
 """
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(clocks.torch.cuda, "get_device_properties", lambda device: object())
     with clocks.Watch(torch.device("cuda", 0)) as watch:
-        time.sleep(0.5)
+        while driver != "none" and not (tmp_path / "sampled").exists():
+            time.sleep(0.01)
     seen = watch.seen()
     assert (seen is None) == (driver == "none")
     assert driver == "none" or (seen["samples"] == 1 and seen["throttled"] == {"software power cap": 1.0})

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 import torchvision
-from contract import assert_within_contract
+from contract import assert_no_worse
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -58,7 +58,7 @@ def _check(model, x, backend="reference"):
     frozen = _frozen(model, x, backend)
     with torch.no_grad():
         plain = model(x)
-        assert_within_contract(frozen(x), plain, copy.deepcopy(model).double()(x.double()))
+        assert_no_worse(frozen(x), nn.Module.__call__, (model, x))
     if backend == "reference":  # oneDNN's results are NHWC wherever nobody minds
         assert frozen(x).stride() == plain.stride()
     return frozen
@@ -143,7 +143,7 @@ def test_a_backend_that_cannot_run_a_convolution_leaves_it_to_pytorch():
     model, x = _bottlenecks().double(), torch.randn(1, 16, 6, 6, dtype=torch.float64)
     frozen = _frozen(model, x, "triton")
     with torch.no_grad():
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-12, atol=1e-12)
     assert {(row.backend, row.op) for row in frozen.plan.layers} == {("aten", "conv_fprop")}
     assert all("float64" in row.reason or "triton is not installed" in row.reason for row in frozen.plan.layers)
 
@@ -245,7 +245,7 @@ def test_other_sizes_copies_and_a_later_use_backend(ops_run):
     frozen = _frozen(model, x)
     other = torch.randn(3, 16, 11, 5)
     with torch.no_grad():
-        assert_within_contract(frozen(other), model(other), copy.deepcopy(model).double()(other.double()))
+        assert_no_worse(frozen(other), nn.Module.__call__, (model, other))
     expected = frozen(x)
     assert torch.equal(copy.deepcopy(frozen)(x), expected)
     assert copy.deepcopy(frozen).plan == frozen.plan
@@ -269,7 +269,7 @@ def test_operands_that_a_backend_refuses_at_run_time_take_pytorchs_convolution(r
     large = torch.randn(3, 16, 6, 6)
     ops_run.clear()
     with torch.no_grad():
-        assert_within_contract(frozen(large), model(large), copy.deepcopy(model).double()(large.double()))
+        assert_no_worse(frozen(large), nn.Module.__call__, (model, large))
     assert ops_run and refused not in ops_run
     frozen(x)
     assert refused in ops_run

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import assert_within_contract
+from contract import assert_no_worse
 from op_cases import (
     BACKENDS,
     DEVICE,
@@ -50,7 +50,7 @@ def test_add_act(backend, dtype, layout, shape, relu):
 def test_reduce_rows(backend, dtype, shape):
     partials = torch.randn(shape).to(DEVICE, dtype)
     total = OPS.reduce_rows(partials, backend=backend)
-    assert_within_contract(total, partials.sum(0), partials.double().sum(0))
+    assert_no_worse(total, lambda v: v.sum(0), (partials,), addends=max(1, len(partials)))
 
 
 @backends

@@ -291,13 +291,13 @@ def test_a_lookup_takes_microseconds(cache):
     write(cache, make_table(*entries))
     assert choice.choose(problem(), 90) == Choice("triton", FAST)
     count = 10_000
-    start = time.perf_counter()
+    start = time.thread_time()  # of the processor: others may use this machine
     for _ in range(count):
         choice.choose(problem(), 90)
-    assert (time.perf_counter() - start) / count < 100e-6  # some 3 us on an idle machine
-    start = time.perf_counter()
+    assert (time.thread_time() - start) / count < 100e-6  # some 3 us
+    start = time.thread_time()
     choice.choose(problem(shape=dataclasses.replace(SHAPE, n=200)), 90)
-    assert time.perf_counter() - start < 0.1
+    assert time.thread_time() - start < 0.1
 
 
 def test_shipped_tables_are_tables():

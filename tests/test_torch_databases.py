@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import assert_within_contract
+from contract import assert_within_contract, largest
 from networks import AVAILABLE, DEVICE
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from resnet_fused import functional, fuse, use_backend
+from resnet_fused.contract import changed, in_double, longest_sum, realisations
 from resnet_fused.nn import BatchNormAct2d
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
@@ -53,15 +54,8 @@ def _every_layout(t: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         yield lambda v: v.contiguous(memory_format=NHWC) if v.dim() == 4 else v
 
 
-def _leaves(arguments: Any, dtype: torch.dtype | None, layout: Callable[[Tensor], Tensor]) -> Any:
-    def leaf(t: Tensor) -> Tensor:
-        wants = t.requires_grad
-        t = layout(t.detach().clone())
-        if dtype is not None and (t.is_floating_point() or t.is_complex()):
-            t = t.to(dtype)
-        return t.requires_grad_(wants)
-
-    return tree_map_only(Tensor, leaf, arguments)
+def _leaves(arguments: Any, layout: Callable[[Tensor], Tensor]) -> Any:
+    return tree_map_only(Tensor, lambda t: layout(t.detach().clone()).requires_grad_(t.requires_grad), arguments)
 
 
 class Results(NamedTuple):
@@ -88,10 +82,10 @@ def _results(call: Callable[..., Any], arguments: Any, modules: tuple[nn.Module,
     return Results([t.detach() for t in outputs], gradients, [t.detach() for t in state])
 
 
-def _compare(ours: Any, plain: Any, truth: Any, backend: str) -> bool:
-    """Whether `ours()` ran; it must do what `plain()` does. A forced backend may refuse instead."""
+def _compare(ours: Callable[[], Results], plain: Callable[..., Results], arguments: Any, backend: str) -> bool:
+    """Whether `ours()` ran; it must do what `plain(*arguments)` does. A forced backend may refuse instead."""
     try:
-        expected = plain()
+        expected = plain(*changed(arguments, lambda t: t))
     except Exception as error:
         with pytest.raises(type(error)) as raised, use_backend(backend):
             ours()
@@ -103,42 +97,31 @@ def _compare(ours: Any, plain: Any, truth: Any, backend: str) -> bool:
     except RuntimeError as error:
         assert backend in ("triton", "cuda") and REFUSALS.search(str(error)), error
         return False
-    exact = truth()
+    exact = plain(*in_double(arguments))
     # A gradient or a mean may be a sum that cancels, as that of a bias behind batch norm: the floor is then that of
     # what is summed, which is as large as the outputs and the gradients (or their own gradient, 1) are.
-    largest = max([1.0, *(_largest(t) for t in (*exact.outputs, *exact.gradients))])
+    scale = max([1.0, *(largest(t) for t in (*exact.outputs, *exact.gradients))])
+    addends = longest_sum(*tree_leaves(arguments))
     for kind, *tensors in zip(Results._fields, actual, expected, exact, strict=True):
         for k, (a, e, t) in enumerate(zip(*tensors, strict=True)):
             if not e.is_floating_point():
                 assert torch.allclose(a, e) if e.is_complex() else torch.equal(a, e), f"{kind} {k}"
-            elif kind == "outputs":
-                assert_within_contract(a, e, t, f"{kind} {k}")
-            else:
-                assert_within_contract(*(_beside(v, largest) for v in (a, e, t)), f"{kind} {k}")
+                continue
+            again = ([getattr(r, kind)[k] for r in runs] for runs in realisations(plain, arguments))  # noqa: B023
+            how = {"again": again, "addends": addends, "scale": 0.0 if kind == "outputs" else scale}
+            assert_within_contract(a, e, t, f"{kind} {k}", **how)
     return True
 
 
-def _largest(t: Tensor) -> float:
-    finite = t[t.isfinite()].abs()
-    return float(finite.max()) if finite.numel() else 0.0
-
-
-def _beside(t: Tensor, largest: float) -> Tensor:
-    """The tensor with one value more, which sets the floor."""
-    return torch.cat([t.flatten(), t.new_tensor([largest])])
-
-
-def _check_function(
-    ours: Callable[..., Any], plain: Callable[..., Any], arguments: Any, dtype: torch.dtype, backend: str
-) -> int:
+def _check_function(ours: Callable[..., Any], plain: Callable[..., Any], arguments: Any, backend: str) -> int:
     """How many of the layouts of one sample ours ran on."""
     ran = 0
-    exact = torch.float64 if dtype.is_floating_point else None
     for layout in _every_layout(arguments[0][0]):
+        own = _leaves(arguments, layout)
         ran += _compare(
-            lambda layout=layout: _results(ours, _leaves(arguments, None, layout)),
-            lambda layout=layout: _results(plain, _leaves(arguments, None, layout)),
-            lambda layout=layout: _results(plain, _leaves(arguments, exact, layout)),
+            lambda own=own: _results(ours, changed(own, lambda t: t)),
+            lambda args, kwargs: _results(plain, (args, kwargs)),
+            own,
             backend,
         )
     return ran
@@ -172,7 +155,7 @@ def test_batch_norm(backend, dtype):
                 x, mean, var, weight, bias, training=training, momentum=momentum, eps=eps, act=None
             )
 
-        ran += _check_function(ours, F.batch_norm, arguments, dtype, backend)
+        ran += _check_function(ours, F.batch_norm, arguments, backend)
     assert ran >= 10
 
 
@@ -196,9 +179,9 @@ def test_conv2d(backend, dtype):
             return F.conv2d(x, weight, bias, **geometry)
 
         arguments = ((*args, None)[:3], {})
-        ran += _check_function(ours, plain, arguments, dtype, backend)
+        ran += _check_function(ours, plain, arguments, backend)
         without = tree_map_only(Tensor, lambda t: t.detach(), arguments)  # inference: one kernel
-        ran += _check_function(ours, plain, without, dtype, backend)
+        ran += _check_function(ours, plain, without, backend)
     assert ran > 0
 
 
@@ -239,7 +222,7 @@ def _conv_bn(samples: list[Any], dtype: torch.dtype, backend: str, mode: str) ->
         arguments = ((x, weight, bias, mean, var, scale.requires_grad_(), shift.requires_grad_()), {})
         if mode == "inference":
             arguments = tree_map_only(Tensor, lambda t: t.detach(), arguments)
-        ran += _check_function(ours, plain, arguments, dtype, backend)
+        ran += _check_function(ours, plain, arguments, backend)
     return ran
 
 
@@ -256,7 +239,7 @@ def test_relu(backend, dtype):
         for shaped in (x, x.reshape(1, -1, *x.shape[-2:])) if x.dim() > 1 and x.numel() else (x,):
             zero = torch.zeros_like(shaped)
             arguments = ((shaped.requires_grad_(gradients), zero.requires_grad_(gradients)), {})
-            ran += _check_function(functional.add_act, lambda x, other: F.relu(x + other), arguments, dtype, backend)
+            ran += _check_function(functional.add_act, lambda x, other: F.relu(x + other), arguments, backend)
             shaped = shaped.detach()
     assert ran > 0
 
@@ -277,18 +260,19 @@ class _Pooled(nn.Module):
         return self.pool(F.relu(self.bn(self.conv(x))))
 
 
-def _check_module(
-    plain: nn.Module, ours: nn.Module, arguments: Any, backend: str, judge: torch.dtype = torch.float64
-) -> int:
-    exact = copy.deepcopy(plain).to(judge)
+def _check_module(plain: nn.Module, ours: nn.Module, arguments: Any, backend: str) -> int:
+    def run(module: nn.Module, args: Any, kwargs: Any) -> Results:
+        return _results(module, (args, kwargs), (module,))
+
     ran = 0
     for layout in _every_layout(arguments[0][0]):
-        models = [copy.deepcopy(m) for m in (ours, plain, exact)]
-        runs = [
-            lambda m=m, d=d, layout=layout: _results(m, _leaves(arguments, d, layout), (m,))
-            for m, d in zip(models, (None, None, judge), strict=True)
-        ]
-        ran += _compare(*runs, backend)
+        own = _leaves(arguments, layout)
+        ran += _compare(
+            lambda own=own: run(*changed((ours, *own), lambda t: t)),
+            run,
+            (plain, *own),
+            backend,
+        )
     return ran
 
 

@@ -15,7 +15,6 @@ from resnet_fused import _library, reference
 from resnet_fused._compiling import constant
 from resnet_fused.ops import aten
 
-CUDA_NAMESPACE = "resnet_fused_cuda"
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CONV_OPS = frozenset(
     {
@@ -78,13 +77,7 @@ def _unavailable(backend: str, device_type: str) -> str | None:
         where = "CUDA tensors, or on CPU tensors under TRITON_INTERPRET=1"
         return f"Triton kernels run on {where}; these are on {device_type}"
     if backend == "cuda":
-        problem = _library.load()
-        if problem is not None:
-            return problem
-        if _library.device_type() == device_type:
-            return None
-        built = _library.status()
-        return f"the compiled kernels ({built}) run on {_library.device_type()} tensors; these are on {device_type}"
+        return _library.load(device_type)
     return None
 
 
@@ -166,9 +159,11 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
         checked: Callable[[str], Callable[..., Any]] = importlib.import_module("resnet_fused.kernels").checked
         return checked(op)
     if backend == "cuda" and implements(backend, op):
-        problem = _library.load()
-        if problem is not None:
-            raise RuntimeError(f"{op}: backend 'cuda' cannot run: {problem}")
-        return getattr(getattr(torch.ops, CUDA_NAMESPACE), op).default
+        kernels = _library.operators(op)
+        if not kernels:
+            raise RuntimeError(f"{op}: backend 'cuda' cannot run: {_library.load('cuda')}")
+        if len(kernels) == 1:
+            return next(iter(kernels.values()))
+        return lambda x, *others: kernels[x.device.type](x, *others)
     have = [name for name in ("reference", "triton", "cuda", "aten") if implements(name, op)]
     raise ValueError(f"{op}: no backend {backend!r}; choose one of {', '.join(map(repr, have))}")
