@@ -59,12 +59,15 @@ class Here:
         """By op, why the choice is not right, or None."""
         problem = job.problem
         torch.backends.cudnn.benchmark = False  # not for float64
-        if problem.op == BLOCK:
-            return {BLOCK: blocks.check(job, choice, self.device, table)}
-        images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
-        if ALONE in problem.flags:
-            return {problem.op: check(problem.with_batch(images), problem.op, None, choice, self.device)}
-        return check_all(job, choice, self.device, images)
+        try:
+            if problem.op == BLOCK:
+                return {BLOCK: blocks.check(job, choice, self.device, table)}
+            images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
+            if ALONE in problem.flags:
+                return {problem.op: check(problem.with_batch(images), problem.op, None, choice, self.device)}
+            return check_all(job, choice, self.device, images)
+        except Exception as error:  # what does not fit, among others
+            return {problem.op: first_line(error)}
 
     def prepare(self, job: Job, choice: Choice, table: Table) -> str | None:
         """Make ready to time this choice with the others of its job; why that fails, or None."""

@@ -93,6 +93,16 @@ def blocks(network: Network, batch: int, dtype: torch.dtype, tf32: bool) -> list
     return list(found.values())
 
 
+def elements(problem: Problem) -> int:
+    """Of the activations that a problem reads and writes, about."""
+    s = problem.shape
+    if isinstance(s, BlockShape):
+        return sum(conv.n * (conv.c * conv.h * conv.w + conv.k * conv.p * conv.q) for conv in s.branch)
+    if isinstance(s, ConvShape):
+        return s.n * (s.c * s.h * s.w + s.k * s.p * s.q)
+    return 4 * math.prod(s)
+
+
 def check_images(problem: Problem, least: int) -> int:
     """The fewest images, and at least so many, that launch the same kernel as the problem's own number: Triton compiles
     another one where the number of pixels is no multiple of a tile, or of 16.

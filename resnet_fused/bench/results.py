@@ -36,7 +36,7 @@ class CaseReport:
     """All contestants on one case, in the order of the table."""
 
     case: Case
-    flops: int
+    flops: int | None  # of a step; None where they could not be counted
     rounds: int
     results: tuple[Result, ...]
     roof: Roof | None = None
@@ -56,7 +56,7 @@ class CaseReport:
         return self.case.batch / result.timing.p50 * 1e3 if result.timing else None
 
     def flops_per_s(self, result: Result) -> float | None:
-        return self.flops / result.timing.p50 * 1e3 if result.timing else None
+        return self.flops / result.timing.p50 * 1e3 if result.timing and self.flops else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Report:
     left_out: tuple[str, ...] = ()
     pictures: dict[str, Any] | None = None
     loader: tuple[dict[str, Any], ...] = ()  # training fed by a real input pipeline
+    interrupted: bool = False  # by Ctrl-C: it holds what was measured until then
 
     def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
         """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
@@ -80,6 +81,11 @@ class Report:
                 if speedup:
                     logs.setdefault(result.contestant, []).append(math.log(speedup))
         return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in logs.items()}
+
+    @property
+    def measured(self) -> bool:
+        """Whether anybody has a speed."""
+        return any(result.timing for report in self.cases for result in report.results)
 
     def modes(self) -> list[str]:
         return list(dict.fromkeys(report.case.mode for report in self.cases))

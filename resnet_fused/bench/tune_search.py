@@ -13,7 +13,6 @@ import torch
 
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.choice import ALONE, ATEN, BLOCK
-from resnet_fused.plan.conv import BlockShape, ConvShape
 from resnet_fused.plan.lookup import measured
 from resnet_fused.plan.table import Choice, Entry, Problem, Table
 
@@ -21,7 +20,7 @@ from .candidates import candidates
 from .checks import REFUSED, crashed
 from .compile_ahead import LATE_S, Ahead
 from .device_process import Apart, Here, LostError
-from .problems import Job
+from .problems import Job, elements
 from .results import write_json
 from .tuning import Tuning
 
@@ -318,14 +317,8 @@ def order(job: Job) -> tuple[bool, bool, float]:
     """What moves most in a step goes first; after all that a network runs as it is what it might run instead; what
     competes with several convolutions after these.
     """
-    s = job.problem.shape
-    if isinstance(s, BlockShape):
-        elements = sum(conv.n * (conv.c * conv.h * conv.w + conv.k * conv.p * conv.q) for conv in s.branch)
-    elif isinstance(s, ConvShape):
-        elements = s.n * (s.c * s.h * s.w + s.k * s.p * s.q)
-    else:
-        elements = 4 * math.prod(s)
-    return job.problem.op in ("conv_chain", "conv_join"), job.weight == 0, -max(1, job.weight) * elements
+    moved = max(1, job.weight) * elements(job.problem)
+    return job.problem.op in ("conv_chain", "conv_join"), job.weight == 0, -moved
 
 
 def _formulation(choice: Choice) -> str:
