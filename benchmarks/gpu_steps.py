@@ -215,14 +215,6 @@ def steps() -> list[Step]:
             _ours("triton", {**both, "--contestants": "fused,frozen", "--backend": "triton"}, 120, 45, small),
             absent=lambda rehearse: _missing("timm") if rehearse else None,
         ),
-        # cuDNN's training graphs take fp16 alone
-        _ours(
-            "fp16 train",
-            {**train, "--dtype": "fp16", "--contestants": "cudnn-graphs,fused"},
-            120,
-            60,
-            {"--contestants": "fused"},
-        ),
         _ours("loader", {**train, "--contestants": "fused", "--loader": None}, 120, 45),
         dataclasses.replace(
             _ours("cuda", {**both, "--contestants": "fused,frozen", "--backend": "cuda"}, 90, 45, small),
