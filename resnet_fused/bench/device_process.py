@@ -23,9 +23,9 @@ from resnet_fused.plan.table import Choice, Problem, Table
 from . import blocks
 from .cases import UsageError
 from .checks import check, check_all, crashed
-from .harness import first_line, time_interleaved
+from .harness import clock_for, first_line, time_interleaved
 from .problems import Job, Operands, check_images
-from .replay import captured, clock_for
+from .replay import captured
 from .timed import operands_of, timed
 
 START_S = 120.0  # until a process has imported PyTorch and made its context
