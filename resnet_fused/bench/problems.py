@@ -260,6 +260,25 @@ class Operands:
         return inner.view(value.shape)
 
 
+class Shapes(Operands):
+    """Operands without values, in NHWC order."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device("meta"), dtype
+
+    def activation(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta", memory_format=torch.channels_last)
+
+    def weight(self, k: int, c: int, r: int, s: int) -> Tensor:
+        return self.activation(k, c, r, s)
+
+    def vector(self, channels: int, positive: bool = False) -> Tensor:
+        return torch.empty(channels, device="meta")
+
+    def bits(self, elements: int) -> Tensor:
+        return torch.empty((elements + 7) // 8, dtype=torch.uint8, device="meta")
+
+
 def arguments(job: Job, make: Operands) -> tuple[Any, ...]:
     """The arguments of a convolution op, in its order."""
     s = job.problem.shape

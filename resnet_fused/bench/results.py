@@ -15,6 +15,7 @@ from .harness import Timing
 from .roof import Roof
 
 SCHEMA = 1
+INTERRUPTED = "interrupted"  # how a line of what was left out ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,6 @@ class Report:
     left_out: tuple[str, ...] = ()
     pictures: dict[str, Any] | None = None
     loader: tuple[dict[str, Any], ...] = ()  # training fed by a real input pipeline
-    interrupted: bool = False  # by Ctrl-C: it holds what was measured until then
 
     def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
         """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
@@ -81,6 +81,11 @@ class Report:
                 if speedup:
                     logs.setdefault(result.contestant, []).append(math.log(speedup))
         return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in logs.items()}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it: it holds what was measured until then."""
+        return any(line.endswith(INTERRUPTED) for line in self.left_out)
 
     @property
     def measured(self) -> bool:

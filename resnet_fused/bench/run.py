@@ -23,7 +23,7 @@ from .contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from .correctness import Errors, breach, errors_of
 from .harness import Call, Measured, clock_for, first_line, time_interleaved
 from .progress import Reporter
-from .results import CaseReport, Report, Result
+from .results import INTERRUPTED, CaseReport, Report, Result
 from .runner import GraphMemory, Outcome, Runner, device_captures, reference
 from .saved import saved_bytes
 
@@ -88,12 +88,11 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
     reports: list[CaseReport] = []
     loaded: list[dict[str, Any]] = []
     agreement: dict[str, Any] | None = None
-    interrupted = False
 
     def report() -> Report:
         cases = tuple(dataclasses.replace(one, roof=race.roofs.get(one.case.dtype)) for one in reports)
         left_out = tuple(race.left_out)
-        return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded), interrupted)
+        return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded))
 
     try:
         reporter.start(f"creating {options.model}")
@@ -115,9 +114,9 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
         except KeyboardInterrupt:
             if not reports:
                 raise
-            interrupted = True
             done = {one.case for one in reports}
-            race.left_out += [f"{case.label}: interrupted" for case in options.cases if case not in done]
+            undone = [case.label for case in options.cases if case not in done] or ["loader and pictures"]
+            race.left_out += [f"{what}: {INTERRUPTED}" for what in undone]
     finally:
         torch.backends.cudnn.benchmark = benchmark_before
     return report()
