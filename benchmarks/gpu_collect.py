@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import resnet_fused
-from resnet_fused.bench import answers, goals, schema, sitting
+from resnet_fused.bench import goals, schema, sitting
 from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.results import Report, write_atomically, write_json
 from resnet_fused.plan import table as tables
@@ -28,7 +28,7 @@ def read(path: Path, default: Any) -> Any:
 
 
 def measured(results: dict[str, Any]) -> Iterator[str]:
-    """The goals, and the means of the questions, for a summary; what cannot be read is said by `collect`."""
+    """The goals, for a summary; what cannot be read is said by `collect`."""
     reports = []
     for name, data in results.items():
         try:
@@ -37,15 +37,6 @@ def measured(results: dict[str, Any]) -> Iterator[str]:
             yield str(error)
     yield ""
     yield from goals.lines(reports)
-    try:
-        rows = answers.from_json(results["questions"]) if "questions" in results else ()
-    except UsageError as error:
-        yield str(error)
-        return
-    if rows:
-        yield ""
-    for (question, kernel), (mean, count, faster) in answers.geometric_means(rows).items():
-        yield f"{question}, {kernel}: {mean:.2f}x of PyTorch's own, faster in {faster} of {count}"
 
 
 def collect(out: Path, root: Path) -> Iterator[str]:
@@ -116,6 +107,4 @@ def _lines(found: sitting.Sitting, report: Report | None, written: list[Path], w
         for case in run.cases:
             rates = [f"{r.contestant} {case.images_per_s(r):,.0f}" for r in case.results if r.timing]
             yield f"- {name}, {case.case.label}: measured {', '.join(rates) or 'nothing'} images/s"
-    for (question, kernel), (mean, count, faster) in answers.geometric_means(found.answers).items():
-        yield f"- {question}, {kernel}: measured {mean:.2f}x of PyTorch's own over {count}, faster in {faster}"
     yield "then: make docs, and commit"

@@ -19,7 +19,6 @@ from resnet_fused import _library
 ROOT = Path(__file__).resolve().parents[1]
 CLI = (sys.executable, "-m", "resnet_fused.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-QUESTIONS = (sys.executable, "-m", "benchmarks.questions")
 OP_TESTS = (
     *("test_*ops.py", "test_conv_*.py", "test_triton_bn.py", "test_experimental*.py"),
     *("test_block*.py", "test_freeze_triton.py"),
@@ -143,7 +142,7 @@ def steps() -> list[Step]:
     products = ("tests/test_conv_fprop.py", "tests/test_conv_dgrad.py", "tests/test_conv_wgrad.py")
     verify: Options = {"--model": "resnet50", "--json": "{work}/{name}.json"}
     little: Options = {"--model": "-", "--rehearse": None, "--mode": "infer", "--dtype": "fp32"}
-    right, json = r"checks against float64|error:", {"--json": "{work}/{name}.json"}
+    right = r"checks against float64|error:"
     train: Options = {"--mode": "train", "--batch": "256"}
     infer: Options = {"--mode": "infer", "--batch": "256,32,1"}
     both: Options = {"--mode": "train,infer", "--batch": "256"}
@@ -170,18 +169,8 @@ def steps() -> list[Step]:
         _pytest("gpu tests", {"-m": "gpu"}, 70, marked, NONE, "tests/test_training_machinery.py"),
         Step("verify", (*CLI, "verify"), {**verify, "--dtype": "bf16,fp16,fp32"}, right, 120, 30, little),
         _sanitized("memcheck", "(3x35x5x7 and bfloat16 or every_epilogue) and not reference", (*memory, *products), 60),
-        Step("roofs", QUESTIONS, {"--roofs": None, **json}, "^roofs:", 30, 15, {"--rehearse": None}),
         _bench("baselines train", {**train, "--contestants": RIVALS}, 120, 90, BASELINES),
         _bench("baselines infer", {**infer, "--contestants": RIVALS}, 150, 90, BASELINES),
-        Step(
-            "questions",
-            QUESTIONS,
-            {"--budget": "{seconds}", **json},
-            r"rows answered",
-            150,
-            45,
-            {"--rehearse": None},
-        ),
         Step(
             "tune",
             (*CLI, "tune"),
@@ -213,14 +202,6 @@ def steps() -> list[Step]:
         dataclasses.replace(
             _ours("triton", {**both, "--contestants": "fused,frozen", "--backend": "triton"}, 120, 45, small),
             absent=lambda rehearse: _missing("timm") if rehearse else None,
-        ),
-        # cuDNN's training graphs take fp16 alone
-        _ours(
-            "fp16 train",
-            {**train, "--dtype": "fp16", "--contestants": "cudnn-graphs,fused"},
-            120,
-            60,
-            {"--contestants": "fused"},
         ),
         _ours("loader", {**train, "--contestants": "fused", "--loader": None}, 120, 45),
         dataclasses.replace(

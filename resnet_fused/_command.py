@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import re
@@ -100,6 +101,23 @@ def resolve_device(text: str | None) -> torch.device:
     if index and int(index) >= count:
         raise UsageError(f"device {text!r}: there are {count} CUDA devices; choices: cpu, cuda:0 ... cuda:{count - 1}")
     return torch.device("cuda", int(index or 0))
+
+
+def check_backend(name: str, device: torch.device) -> str:
+    """Return the backend `name` if it is one, and can run on `device` here; raises UsageError otherwise."""
+    from resnet_fused import ops, plan
+
+    choose(name, plan.BACKENDS, "backend")
+    if name != "auto" and (reason := ops.unavailable(name, device.type)):
+        raise UsageError(f"--backend {name}: {reason}")
+    return name
+
+
+def check_importable(option: str, *packages: str) -> None:
+    """Raise UsageError where one of the packages that an option needs is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"{option} needs {package}, which is not installed: `pip install resnet_fused[bench]`")
 
 
 def check_writable(option: str, path: Path | None) -> None:

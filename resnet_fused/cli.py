@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shlex
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from resnet_fused._command import check_writable
+from resnet_fused._command import check_backend, check_importable, check_writable, one_line
 from resnet_fused.evaluate import command as evaluate
 
 PROGRAM = "resnet-fused"
@@ -152,9 +153,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.roofline:
         return _roofline(arguments, out)
 
-    def measure(options: run.Options) -> results.Report:
+    def measure(options: run.Options, keep: Callable[[results.Report], object] = lambda report: None) -> results.Report:
         with Reporter(Console(stderr=True), options.steps()) as reporter, use_backend(options.backend):
-            return run.run(options, reporter)
+            return run.run(options, reporter, keep)
+
+    def keep(report: results.Report) -> None:
+        """What was measured is on the disk, whatever happens to this process."""
+        if arguments.json:
+            with contextlib.suppress(OSError):
+                results.write_json(report.to_json(), arguments.json)
 
     try:
         if arguments.compare:
@@ -163,28 +170,62 @@ def _bench(arguments: argparse.Namespace) -> int:
         if arguments.check:
             return actions.check(options, arguments.check, measure, out)
         if arguments.profile:
-            with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
-                actions.profile_cases(options, arguments.json, arguments.chart, out, reporter)
-            return _wrote(out, arguments.json, arguments.chart)
-        report = measure(options)
+            return _profile(arguments, options, out)
+        report = measure(options, keep)
     except UsageError as error:
         return _complain(str(error))
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
         return 130
-    table.render(report, out)
-    if arguments.json:
-        results.write_json(report.to_json(), arguments.json)
-    if arguments.chart:
-        chart.save(report, arguments.chart)
-    recorded = schema.record(report, arguments.record) if arguments.record else None
-    return _wrote(out, arguments.json, arguments.chart, recorded)
+    status = 130 if report.interrupted else 0 if report.measured else 1
+    return _show(
+        out,
+        status,
+        lambda: table.render(report, out),
+        ("--json", arguments.json, lambda path: results.write_json(report.to_json(), path)),
+        ("--chart", arguments.chart, lambda path: chart.save(report, path)),
+        ("--record", arguments.record, lambda folder: schema.record(report, folder)),
+    )
 
 
-def _wrote(out: Any, *paths: Path | None) -> int:
-    for path in filter(None, paths):
-        out.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    return 0
+def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
+    from rich.console import Console
+
+    from resnet_fused.bench import actions, profile_view, results
+    from resnet_fused.bench.progress import Reporter
+    from resnet_fused.plan import use_backend
+
+    with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
+        found, facts = actions.profile_cases(options, reporter)
+    content = {"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}
+    return _show(
+        out,
+        0 if any(one.contestants or one.others for one in found) else 1,
+        lambda: profile_view.render(found, facts, out),
+        ("--json", arguments.json, lambda path: results.write_json(content, path)),
+        ("--chart", arguments.chart, lambda path: profile_view.save(found, facts, path)),
+    )
+
+
+def _show(
+    out: Any, status: int, render: Callable[[], object], *targets: tuple[str, Path | None, Callable[[Path], object]]
+) -> int:
+    """Print a result and write it to each (option, path, writer) that was asked for; one that fails leaves the others.
+
+    Returns:
+        `status`, or 2 where one of the targets could not be written.
+    """
+    render()
+    for option, path, write in targets:
+        if path is None:
+            continue
+        try:
+            written = write(path)
+        except Exception as error:  # a disk that has filled up meanwhile, or whatever a chart's library raises
+            status = _complain(f"{option} {path}: {getattr(error, 'strerror', None) or one_line(error)}; not written")
+        else:
+            out.print(f"wrote {written or path}", soft_wrap=True, highlight=False)
+    return status
 
 
 def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-untyped-def]
@@ -198,12 +239,13 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
         found = roofline.rooflines(arguments.model, chosen, size)
     except cases.UsageError as error:
         return _complain(str(error))
-    for one in found:
-        roofline.render(one, out)
-    if arguments.json:
-        write_json({"schema": 1, "cases": [one.to_json() for one in found]}, arguments.json)
-        out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
-    return 0
+
+    def render() -> None:
+        for one in found:
+            roofline.render(one, out)
+
+    content = {"schema": 1, "cases": [one.to_json() for one in found]}
+    return _show(out, 0, render, ("--json", arguments.json, lambda path: write_json(content, path)))
 
 
 def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
@@ -233,30 +275,33 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from resnet_fused.bench import cases, results, verify
+
+    console = Console()
 
     def run(reporter: Any, common: dict[str, Any]) -> int:
         dtypes = cases.choose_many(arguments.dtype, cases.DTYPES, "dtype")
         check_writable("--json", arguments.json)
         common["batch"] = cases.positive_integer(arguments.batch, "--batch")
         found = verify.verify(dtypes=dtypes, every_configuration=arguments.every_configuration, **common)
-        print(found)
-        if arguments.json:
-            results.write_json(found.to_json(), arguments.json)
-            print(f"wrote {arguments.json}")
-        return 0 if found.passed else 1
+        target = ("--json", arguments.json, lambda path: results.write_json(found.to_json(), path))
+        return _show(console, 0 if found.passed else 1, lambda: print(found), target)
 
     return _on_problems(arguments, run)
 
 
 def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any]], int]) -> int:
     """Check what tune and verify share, and run one of them with progress on stderr."""
-    from rich.console import Console
-
     from resnet_fused.bench import cases, models
-    from resnet_fused.bench.progress import Reporter
 
     try:
+        check_importable(arguments.command, "rich", "torchvision", "numpy")
+        from rich.console import Console
+
+        from resnet_fused.bench.progress import Reporter
+
         names = [name.strip() for name in (arguments.model or "resnet50,resnet18").split(",") if name.strip()]
         for name in names:
             models.check(name)
@@ -279,12 +324,11 @@ def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, An
 
 def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Check every choice before anything is built; raises UsageError."""
-    from resnet_fused.bench import cases, contestants, loader, models, run
-    from resnet_fused.plan import BACKENDS
+    from resnet_fused.bench import cases, contestants, loader, models, network, run
 
     device = cases.resolve_device(arguments.device)
     models.check(arguments.model)
-    cases.choose(arguments.backend, BACKENDS, "backend")
+    check_backend(arguments.backend, device)
     entrants = tuple(contestants.CONTESTANTS)
     if arguments.contestants:
         entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
@@ -296,9 +340,16 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     chosen = chosen or DEFAULT_CASES
     if budget is not None and not budget > 0:
         raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise cases.UsageError(f"--seed {arguments.seed} is not an integer of 64 bits")
     entry = arguments.record and arguments.record / "new.json"
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
         check_writable(option, path)
+    if arguments.chart:
+        check_importable("--chart", "matplotlib")
+    for option, wanted in (("--images", arguments.images), ("--loader", arguments.loader)):
+        if wanted:
+            check_importable(option, "PIL", "torchvision")
     if arguments.images and arguments.no_images:
         raise cases.UsageError("--images and --no-images contradict each other")
     source = None
@@ -313,6 +364,7 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         source = loader.Source(None if arguments.loader == GENERATED else arguments.loader, workers)
         if source.folder is not None:
             loader.check(source.folder)
+    network.check_size(arguments.model, size)
     return run.Options(
         model=arguments.model,
         cases=tuple(cases.Case(arguments.model, *case, str(device), size) for case in chosen),

@@ -17,19 +17,17 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 from resnet_fused.bench import models
 from resnet_fused.bench.cudnn_graphs import Library, Spec
 
-data_type = enum.Enum("data_type", ["FLOAT", "HALF", "BFLOAT16", "BOOLEAN", "NOT_SET"])
+data_type = enum.Enum("data_type", ["FLOAT", "HALF", "BFLOAT16", "NOT_SET"])
 heur_mode = enum.Enum("heur_mode", ["A", "B", "FALLBACK"])
 numerical_note = enum.Enum("numerical_note", ["TENSOR_CORE", "DOWN_CONVERT_INPUTS", "NONDETERMINISTIC"])
 DTYPES = {
     data_type.FLOAT: torch.float32,
     data_type.HALF: torch.float16,
     data_type.BFLOAT16: torch.bfloat16,
-    data_type.BOOLEAN: torch.bool,
 }
 STAGES = ("new", "validate", "build_operation_graph", "create_execution_plans", "check_support")
 
@@ -109,72 +107,8 @@ class pygraph:
         assert bias.dim[0] == bias.dim[2] == bias.dim[3] == 1
         return self._node("bias", lambda read: read(input) + read(bias))
 
-    def scale(self, input, scale, name=""):
-        assert scale.data_type is data_type.BOOLEAN or scale.dim[0] == scale.dim[2] == scale.dim[3] == 1
-        return self._node("scale", lambda read: read(input) * read(scale))
-
     def relu(self, input, name=""):
         return self._node("relu", lambda read: read(input).relu())
-
-    def genstats(self, input, name=""):
-        total = self._node("genstats", lambda read: read(input).sum((0, 2, 3), keepdim=True))
-        self.outputs.append(Tensor(value=lambda read: read(input).square().sum((0, 2, 3), keepdim=True)))
-        return total, self.outputs[-1]
-
-    def conv_dgrad(self, loss, filter, pre_padding, post_padding, stride, dilation, name=""):
-        assert pre_padding == post_padding
-
-        def compute(read):
-            groups = dx.dim[1] // filter.dim[1]
-            return conv2d_input(dx.dim, read(filter), read(loss), stride, pre_padding, dilation, groups)
-
-        dx = self._node("conv_dgrad", compute)
-        return dx
-
-    def conv_wgrad(self, image, loss, pre_padding, post_padding, stride, dilation, name=""):
-        assert pre_padding == post_padding
-
-        def compute(read):
-            x = read(image)
-            groups = x.shape[1] // dw.dim[1]
-            return conv2d_weight(x, dw.dim, read(loss), stride, pre_padding, dilation, groups)
-
-        dw = self._node("conv_wgrad", compute)
-        return dw
-
-    def cmp_gt(self, input, comparison, name=""):
-        return self._node("cmp_gt", lambda read: (read(input) > read(comparison)).double())
-
-    def relu_backward(self, loss, input, name=""):
-        return self._node("relu_backward", lambda read: read(loss) * (read(input) > 0))
-
-    def batchnorm_inference(self, input, mean, inv_variance, scale, bias, name=""):
-        def compute(read):
-            return (read(input) - read(mean)) * read(inv_variance) * read(scale) + read(bias)
-
-        return self._node("batchnorm_inference", compute)
-
-    def batchnorm_backward(self, grad, input, scale, mean, inv_variance, name=""):
-        assert all(t.data_type is data_type.FLOAT for t in (scale, mean, inv_variance))
-        total = (0, 2, 3)
-
-        def normal(read):
-            return (read(input) - read(mean)) * read(inv_variance)
-
-        def dbias(read):
-            return read(grad).sum(total, keepdim=True)
-
-        def dscale(read):
-            return (read(grad) * normal(read)).sum(total, keepdim=True)
-
-        def dx(read):
-            count = read(input).numel() // read(input).shape[1]
-            centred = read(grad) - dbias(read) / count - normal(read) * dscale(read) / count
-            return read(scale) * read(inv_variance) * centred
-
-        first = self._node("batchnorm_backward", dx)
-        self.outputs += [Tensor(value=dscale), Tensor(value=dbias)]
-        return [first, *self.outputs[-2:]]
 
     def _advance(self, name):
         assert STAGES[self.stage + 1] == name, f"{name} after {STAGES[self.stage]}"

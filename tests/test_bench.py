@@ -10,7 +10,21 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_fused.bench import cases, chart, images, memory, models, provenance, results, roof, run, table
+from resnet_fused.bench import (
+    cases,
+    chart,
+    device_process,
+    harness,
+    images,
+    memory,
+    models,
+    profile,
+    provenance,
+    results,
+    roof,
+    run,
+    table,
+)
 from resnet_fused.bench.cases import Case, UsageError
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
 from resnet_fused.bench.correctness import FLOORS, Errors, breach, errors_of, max_error, norm_error
@@ -82,6 +96,34 @@ def test_the_budget_bounds_the_rounds(budget, expected):
 
 def test_nobody_to_time_is_no_endless_loop():
     assert time_interleaved({}, cpu_clock).timings == {}
+
+
+def test_one_clock_queues_the_call_behind_the_flush(monkeypatch):
+    """What contestants, roofs, profiles and candidates are timed by, with CUDA's part played by a fake."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, other):
+            return 1.5
+
+    class Scratch:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Scratch())
+    clock = harness.clock_for(torch.device("cuda"))
+    assert clock(lambda: log.append("call")) == 1.5
+    assert log == ["wait", "flush", "record", "call", "record", "wait"]
+    assert harness.clock_for(CPU) is cpu_clock
+    assert {module.clock_for for module in (run, roof, profile, device_process)} == {harness.clock_for}
 
 
 # choices

@@ -180,7 +180,7 @@ def test_bench_records_compares_and_checks(tmp_path, capsys, monkeypatch):
     asked = []
 
     def measured(outcome):
-        monkeypatch.setattr("resnet_fused.bench.run.run", lambda options, _: asked.append(options) or outcome)
+        monkeypatch.setattr("resnet_fused.bench.run.run", lambda options, *_: asked.append(options) or outcome)
 
     monkeypatch.chdir(tmp_path)
     check = ["bench", "--check", "kept", "--device", "cpu", "--rounds", "3"]

@@ -16,10 +16,8 @@ from contract import assert_no_worse, assert_within_contract
 from cudnn_double import CPULibrary, model_of
 
 from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network
-from resnet_fused.bench import cudnn_graphs_training as training
 from resnet_fused.bench.cases import DTYPES, Case
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
-from resnet_fused.bench.correctness import breach, errors_of
 from resnet_fused.bench.cudnn_graphs import Recording, Spec, nhwc_strides
 from resnet_fused.bench.cudnn_graphs_network import build
 from resnet_fused.bench.runner import Runner, reference
@@ -111,36 +109,6 @@ def _all_but_launched(real: DescribedH100, recording: Recording) -> None:
         graph.execute_plan_at_index(pack, workspace, index, handle=None)
 
 
-def test_the_real_library_has_engines_for_training_resnet50():
-    real, recordings = DescribedH100(), []
-
-    def recorded(record, *args):
-        recordings.append(Recording(real, torch.float16))
-        record(recordings[-1], *args)
-
-    specs = {dataclasses.replace(spec, relu=False, residual=False) for spec in _resnet50(torch.float16)}
-    for spec in specs - {spec for spec in specs if spec.x[1] == 3}:
-        for record in (training.convolution, training.weight_gradient):
-            for prologue in (False, True):
-                recorded(record, spec, prologue)
-        recorded(training.data_gradient, spec)
-    for recording in recordings:
-        _all_but_launched(real, recording)
-    # What is compiled at run time cannot be planned without a driver.
-    recordings.clear()
-    for shape in {spec.y for spec in specs}:
-        for residual in ("nothing", "tensor", "batch norm"):
-            for relu in (False, True):
-                recorded(training.normalise, shape, residual, relu)
-        for relu in ("none", "recomputed", "mask"):
-            recorded(training.batch_norm_gradient, shape, relu)
-    for recording in recordings:
-        recording.graph.validate()
-        recording.graph.build_operation_graph()
-        for name, (shape, _) in recording.operands.items():
-            assert list(recording.tensors[name].get_dim()) == list(shape)
-
-
 def _builds(graph, index: int) -> bool:
     """Whether the plan is one of those that PyTorch's flags allow, and needs no compiler."""
     try:
@@ -182,16 +150,3 @@ def test_the_contestant_on_a_gpu(dtype):
     plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
     truth = reference(model, case, images, labels)
     assert_within_contract(runner.evaluate().logits.cpu(), plain.evaluate().logits.cpu(), truth.logits)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_training_on_a_gpu():
-    pytest.importorskip("cudnn")
-    model, case = model_of("resnet50"), Case("resnet50", "train", 8, "fp16", "cuda", 64)
-    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8)
-    with pytest.warns(UserWarning, match="1 of 53 convolutions run through PyTorch"):  # the stem
-        runner = Runner(CONTESTANTS["cudnn-graphs"], model, case, images, labels)
-    plain = Runner(CONTESTANTS[BASELINE], model, case, images, labels)
-    truth = reference(model, case, images, labels)
-    assert breach(errors_of(runner.evaluate(), truth), [errors_of(plain.evaluate(), truth)], "fp16") is None

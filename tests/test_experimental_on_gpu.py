@@ -11,9 +11,9 @@ import pytest
 import torch
 from conv_cases import problem
 
-from resnet_fused.bench.apart import Lost, run_apart
 from resnet_fused.bench.checks import REFUSED, check_all, unusable
 from resnet_fused.bench.problems import Job
+from resnet_fused.bench.workers import TaskFailure, isolated_map
 from resnet_fused.plan.experimental import configurations, refuse_shape
 from resnet_fused.plan.table import Choice, Problem
 
@@ -44,8 +44,8 @@ def test_every_configuration_is_right(op):
     if not todo:
         pytest.skip("no formulation on tensor maps for this GPU")
     wrong = []
-    for index, result in run_apart(check_all, todo, min(8, os.cpu_count() or 1), last=unusable):
-        reason = result.reason if isinstance(result, Lost) else result[op]
+    for index, result in isolated_map(check_all, todo, min(8, os.cpu_count() or 1), spoils=unusable):
+        reason = result.reason if isinstance(result, TaskFailure) else result[op]
         if reason is not None and not reason.startswith(REFUSED):
             wrong.append(f"{todo[index][0].problem}, {todo[index][1]}: {reason}")
     assert not wrong, "\n".join(sorted(wrong))

@@ -7,7 +7,6 @@ import recorded
 from recorded import BASELINE, result
 
 from resnet_fused.bench import goals
-from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.results import Report
 
 GPU = {"name": "NVIDIA Test 1"}
@@ -77,32 +76,3 @@ def test_the_last_result_counts_and_a_forced_backend_does_not():
     assert columns == {"NVIDIA Test 1": [first, last, forced], "other": [report(gpu={"name": "other"})]}
     page = "\n".join(goals.markdown([last, first, forced, report(gpu={"name": "other"})]))
     assert "| NVIDIA Test 1 | other |" in page and "2.50x, 6,400 images/s: goal | not measured |" in page
-
-
-def test_the_answers_of_single_kernels_are_checked():
-    from resnet_fused.bench import answers
-
-    good = answers.Answer("q", "s", "triton", "triton 64x64", 0.5, "conv2d", 1.0, 0.25)
-    lost = answers.Answer("q", "t", "triton", "triton 64x64", 2.0, "conv2d", 1.0, 0.25)
-    none = answers.Answer("q", "u", "triton", problem="it is wrong")
-    data = {"schema": 1, "provenance": {}, "answers": [dataclasses.asdict(row) for row in (good, lost, none)]}
-    assert answers.from_json(data) == (good, lost, none)
-    assert (good.ratio, good.roof, none.ratio) == (2.0, 0.5, None)
-    mean, count, faster = answers.geometric_means([good, lost, none])["q", "triton"]
-    assert (mean, count, faster) == (pytest.approx(1.0), 2, 1)
-    for text in ("\n".join(answers.lines([good, none])), "\n".join(answers.markdown([good, none]))):
-        assert "2.00x" in text and "50%" in text and "it is wrong" in text
-    for change in (
-        {"ours_ms": -1.0},
-        {"ours_ms": None},
-        {"problem": "both"},
-        {"shape": 3},
-        {"plain_ms": float("inf")},
-        {"more": 1},
-    ):
-        with pytest.raises(UsageError, match="benchmarks.questions"):
-            answers.from_json({**data, "answers": [dataclasses.asdict(good) | change]})
-    with pytest.raises(UsageError, match="twice"):
-        answers.from_json({**data, "answers": [dataclasses.asdict(good)] * 2})
-    with pytest.raises(UsageError, match="schema"):
-        answers.from_json({**data, "schema": 2})

@@ -61,12 +61,12 @@ def test_little_is_in_no_place_and_the_kinds_are_right(profiles):
 def test_the_roof_is_the_cost_model_s(profiles):
     one = profiles[0]
     plain = one.contestants[0]
-    (conv,) = one.ops(plain, "layer1", "layer1.conv1")
+    (conv,) = one.ops("eager", "layer1", "layer1.conv1")
     assert conv.op == "conv_fprop" and conv.flops == 2 * 2 * 8 * 8 * 9 * 8 * 8
     least = max(conv.flops / 1e11, conv.bytes / 1e10) * 1e3
     took = plain.ms("layer1", "layer1.conv1")
     assert one.fraction(plain, "layer1", "layer1.conv1") == pytest.approx(least / took)
-    ways = {op.op for op in profiles[1].ops(plain, "layer1", "layer1.conv1")}
+    ways = {op.op for op in profiles[1].ops("eager", "layer1", "layer1.conv1")}
     assert ways == {"conv_fprop", "conv_dgrad", "conv_wgrad"}
     assert one.roof_ms(plain, OTHER) is None and one.contestants[1].scheme == "planned"
 

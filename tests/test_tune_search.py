@@ -19,12 +19,14 @@ from resnet_fused.bench import candidates as listing
 from resnet_fused.bench import tune_search
 from resnet_fused.bench.cases import UsageError
 from resnet_fused.bench.compile_ahead import Ahead
-from resnet_fused.bench.device_process import Apart, LostError
+from resnet_fused.bench.device_process import ProcessWorker
 from resnet_fused.bench.network import networks
 from resnet_fused.bench.problems import blocks, check_images, jobs, parts
 from resnet_fused.bench.progress import Silent
 from resnet_fused.bench.tune_search import SAME, Search
-from resnet_fused.bench.tuning import predict
+from resnet_fused.bench.tuning import predict, summarise
+from resnet_fused.bench.work import Roofs, work
+from resnet_fused.bench.workers import WorkerCrashed
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.choice import ATEN, BLOCK
@@ -63,6 +65,9 @@ class Bench:
         if (job.problem.op, str(choice)) in self.wrong or (job.problem.op, choice.backend) in self.wrong:
             return {job.problem.op: "y errs by 1"}
         return {job.problem.op: None}
+
+    def roofs(self, dtype):
+        return Roofs(1e12, 1e14)
 
     def prepare(self, job, choice, table):
         self.clock.now += PREPARE_S
@@ -237,10 +242,10 @@ def apart(search, tmp_path, monkeypatch):
     few = [job for job in search.jobs if job.problem.op == "conv_fprop_stats" and job.problem.shape.r == 3][:1]
     limits = {"check": 3.0, "prepare": 3.0, "race": 3.0}
 
-    def run(*script, budget_s=1e9, serve=tune_doubles.serve):
+    def run(*script, budget_s=1e9, make=tune_doubles.script):
         Path(f"{log}.script").write_text("".join(f"{'|'.join(line)}\n" for line in script))
         log.write_text("")
-        bench = Apart(CPU, ARCH, None, serve=serve, limits=limits)
+        bench = ProcessWorker(CPU, ARCH, None, make=make, limits=limits)
         made, _ = search(bench=bench)
         done = made.run(few, [], budget_s)
         lines = [line.split() for line in log.read_text().splitlines()]
@@ -308,7 +313,7 @@ def test_what_could_not_be_compared_with_pytorchs_own_is_not_chosen(apart):
 
 def test_a_process_that_does_not_start_is_one_clear_error_and_costs_no_candidate(apart, search):
     with pytest.raises(UsageError, match="does not start.*exit code 3"):
-        apart(serve=tune_doubles.serve_never)
+        apart(make=tune_doubles.never)
     table = tables.read(search.path)
     assert not table.provenance["lost"] if "lost" in table.provenance else True
     assert apart()[0].left == 0
@@ -317,8 +322,8 @@ def test_a_process_that_does_not_start_is_one_clear_error_and_costs_no_candidate
 def test_questions_are_answered_within_their_limits(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DOUBLE_LOG", str(tmp_path / "log"))
     (tmp_path / "log.script").write_text("race|*|hang\n")
-    bench = Apart(CPU, ARCH, None, serve=tune_doubles.serve, limits={"race": 0.5})
-    with pytest.raises(LostError, match="race: not done after 0.5 s"):
+    bench = ProcessWorker(CPU, ARCH, None, make=tune_doubles.script, limits={"race": 0.5})
+    with pytest.raises(WorkerCrashed, match="race: not done after 0.5 s"):
         bench.race(1.0)
     (tmp_path / "log.script").write_text("")
     assert bench.race(1.0) == {}  # by a fresh process
@@ -429,3 +434,40 @@ def test_a_candidate_that_does_not_compile_is_not_checked(search, monkeypatch):
     assert bad not in {choice for _, choice in bench.checked} and done.dropped == [
         (some.problem, bad, "does not compile: no")
     ]
+
+
+def test_what_an_op_moves_is_its_operands_and_results(search):
+    """The kernels' records summed, against a count by hand."""
+    (plain,) = (j for j in search.jobs if str(j.problem).startswith("conv_fprop 256x64x56x56 -> 64, 3x3 "))
+    pixels, element = N * 56 * 56, 2
+    ((moved, flops),) = work(plain)
+    assert moved == 2 * pixels * 64 * element + 9 * 64 * 64 * element + 4 * 64  # x, y, weight, shift
+    assert flops == 2 * pixels * 64 * 64 * 9
+    families = [j for j in search.jobs if j.problem.op == "bn_apply" and j.problem.shape == (N, 64, 56, 56)]
+    (family,) = (j for j in families if not j.problem.flags)
+    large = sum(moved for moved, _ in work(family)) / (pixels * 64 * element)
+    assert 8 <= large < 8.2  # statistics x; apply x, y; reduce dy, x; backward dy, x, dx: and vectors
+    assert Roofs(1e12, 1e30).least_ms(plain) == moved / 1e12 * 1e3
+    assert Roofs(1e30, 1e12).least_ms(plain) == flops / 1e12 * 1e3
+    (chain, *_) = (j for j in search.jobs if j.problem.op == "conv_chain")
+    s, (first, second) = chain.problem.shape, chain.following
+    ((_, flops),) = work(chain)
+    assert flops == 2 * s.n * s.p * s.q * (9 * s.c * s.k + s.k * first + first * second)
+    for job in search.jobs:
+        assert all(moved > 0 for moved, _ in work(job))
+
+
+def test_every_op_is_summarised_with_its_share_of_the_roof(search):
+    made, _ = search()
+    done = made.run(search.jobs, search.blocks, float("inf"))
+    assert done.table.provenance["roofs"] == {"bytes_per_s": 1e12, "flops_per_s": 1e14}
+    ops = {one.op for one in done.summaries}
+    assert {"conv_fprop", "conv_dgrad", "conv_wgrad", "bn_apply"} <= ops
+    assert "of the roof" in str(done) and "of native PyTorch (geometric mean), faster in" in str(done)
+    (wgrad,) = (one for one in done.summaries if one.op == "conv_wgrad")
+    rows = [(j, done.table.entries[j.problem]) for j in search.jobs if j.problem.op == "conv_wgrad"]
+    times = [entry.ms(entry.winner) for _, entry in rows]
+    assert wgrad.problems == len(rows) and wgrad.faster == sum(entry.winner != ATEN for _, entry in rows)
+    assert wgrad.roof_share == pytest.approx(sum(Roofs(1e12, 1e14).least_ms(job) for job, _ in rows) / sum(times))
+    bare = dataclasses.replace(done.table, provenance={})
+    assert all(one.roof_share is None for one in summarise(search.jobs, bare))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from . import compare, models, network, profile, profile_view, provenance, schema
+from . import compare, models, network, profile, provenance, schema
 from .cases import Case
 from .contestants import BASELINE, CONTESTANTS
+from .harness import first_line
 from .progress import Reporter
-from .results import Report, write_json
+from .results import Report
 from .run import Options
 
 PROFILED = (BASELINE, "fused", "frozen")  # the others are the same ops, or not ours
@@ -80,8 +82,8 @@ def _only(report: Report, names: tuple[str, ...]) -> Report:
     return dataclasses.replace(report, cases=cases)
 
 
-def profile_cases(options: Options, json: Path | None, picture: Path | None, out: Console, reporter: Reporter) -> int:
-    """Print, and write where asked, where the steps of these cases go.
+def profile_cases(options: Options, reporter: Reporter) -> tuple[list[profile.CaseProfile], dict[str, Any]]:
+    """Where the steps of these cases go, and the provenance of that. A case that fails has its reason in it.
 
     Raises:
         UsageError: the model is no ResNet that the cost model knows.
@@ -93,15 +95,14 @@ def profile_cases(options: Options, json: Path | None, picture: Path | None, out
     found = []
     known: dict[str, tuple[float, float]] = {}
     for case in options.cases:
-        if case.dtype not in known:
-            reporter.start(f"measuring the roofs of {options.device} in {case.dtype}")
-            known[case.dtype] = profile.roofs(case)
         entrants = [name for name in names if case.mode in CONTESTANTS[name].modes]
-        reporter.start(f"{case.label}: profiling {', '.join(entrants)}")
-        found.append(profile.measure(model, networks[case.image_size], case, entrants, *known[case.dtype]))
-    profile_view.render(found, facts, out)
-    if json:
-        write_json({"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}, json)
-    if picture:
-        profile_view.save(found, facts, picture)
-    return 0
+        try:
+            if case.dtype not in known:
+                reporter.start(f"measuring the roofs of {options.device} in {case.dtype}")
+                known[case.dtype] = profile.roofs(case)
+            reporter.start(f"{case.label}: profiling {', '.join(entrants)}")
+            found.append(profile.measure(model, networks[case.image_size], case, entrants, *known[case.dtype]))
+        except Exception as error:  # a dtype without kernels on this device: nobody can run
+            failures = tuple((name, first_line(error)) for name in entrants)
+            found.append(profile.CaseProfile(case, networks[case.image_size], 0.0, 0.0, {}, (), (), failures))
+    return found, facts

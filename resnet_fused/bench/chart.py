@@ -66,7 +66,7 @@ def _panel(axis, case: CaseReport, baseline: str) -> None:  # type: ignore[no-un
     axis.set_yticks(positions, [result.contestant for result in case.results], fontsize=9)
     axis.invert_yaxis()
     top = max([*rates, 1e-9])
-    if case.roof:
+    if case.roof and case.flops:
         roof_rate = case.roof.best / case.flops * case.case.batch
         if roof_rate < 3 * top:  # further away it would only squeeze the bars
             top = max(top, roof_rate)

@@ -18,12 +18,14 @@ from resnet_fused.ops.backends import implementation
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice, Problem
 
+from . import memory
 from .harness import first_line
-from .problems import FAMILIES, Job, Operands, also, arguments, join_arguments, memory_arguments
+from .problems import FAMILIES, Job, Operands, also, arguments, elements, join_arguments, memory_arguments
 
 FACTOR = 2.0
 FLOOR_ULPS = 4
 REFUSED = "refused: "  # how a reason begins that is no error of the kernel
+CHECK_BYTES = 32  # an element: an operand, its guarded copy, float64's and the results
 VERIFIED_IMAGES = 16  # float64 of more would take longer than all the rest
 
 
@@ -73,11 +75,13 @@ def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: to
         choice: the backend, and the configuration if it takes one.
         device: where.
     """
-    make = Operands(device, problem.dtype)
-    operands = memory_arguments(op, problem, make) if job is None else arguments(job, make)
-    if op == "conv_dgrad_join":
-        operands = join_arguments(operands, make)
     try:
+        if device.type == "cpu":
+            memory.require(CHECK_BYTES * elements(problem))
+        make = Operands(device, problem.dtype)
+        operands = memory_arguments(op, problem, make) if job is None else arguments(job, make)
+        if op == "conv_dgrad_join":
+            operands = join_arguments(operands, make)
         reason = _refusal(op, choice, operands, problem.shape)
         if reason is not None:
             return f"{REFUSED}{reason}"

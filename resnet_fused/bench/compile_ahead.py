@@ -21,7 +21,7 @@ from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice
 
 from .device_process import CHECKED_IMAGES
-from .problems import FAMILIES, Job, also, arguments, check_images, join_arguments, memory_arguments
+from .problems import FAMILIES, Job, Shapes, also, arguments, check_images, join_arguments, memory_arguments
 
 SPARE_CORES = 2  # for the process that times, and the one that asks it
 LATE_S = 60.0  # a kernel that takes longer is compiled where it is run, within that process's limit
@@ -136,10 +136,10 @@ def _compile(job: Job, choice: Choice, arch: int) -> str | None:
     from resnet_fused import kernels
 
     from .compile_gate_triton import SHARED_MEMORY_KB, recording
-    from .compile_gate_triton_network_cases import _as_if_on, _Shapes
+    from .compile_gate_triton_network_cases import _as_if_on
 
     problem = job.problem
-    make = _Shapes(problem.dtype)
+    make = Shapes(problem.dtype)
     start = time.monotonic()
     try:
         options: dict[str, Any] = {} if choice.config is None else {"config": choice.config}

@@ -8,36 +8,16 @@ import sys
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
 from resnet_fused.plan import BlockShape
 from resnet_fused.plan.conv import ConvShape
 
-from .compile_gate_triton_expect import TYPES, Case, Expect, activation, op
+from .compile_gate_triton_expect import TYPES, Case, Expect, op
 from .network import networks
-from .problems import FAMILIES, Job, Operands, also, arguments, jobs, join_arguments, memory_arguments
+from .problems import FAMILIES, Job, Shapes, also, arguments, jobs, join_arguments, memory_arguments
 
 BATCHES = (1, 32, 256)
 DTYPES = (torch.bfloat16,)
-
-
-class _Shapes(Operands):
-    """Operands without values."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.device, self.dtype = torch.device("meta"), dtype
-
-    def activation(self, *shape: int) -> Tensor:
-        return activation(shape, self.dtype, True)
-
-    def weight(self, k: int, c: int, r: int, s: int) -> Tensor:
-        return activation((k, c, r, s), self.dtype, True)
-
-    def vector(self, channels: int, positive: bool = False) -> Tensor:
-        return torch.empty(channels, device="meta")
-
-    def bits(self, elements: int) -> Tensor:
-        return torch.empty((elements + 7) // 8, dtype=torch.uint8, device="meta")
 
 
 def network_cases(model: str, arch: int, batches: Iterable[int] = BATCHES) -> Iterator[Case]:
@@ -56,7 +36,7 @@ def network_cases(model: str, arch: int, batches: Iterable[int] = BATCHES) -> It
 
 
 def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
-    problem, make = job.problem, _Shapes(dtype)
+    problem, make = job.problem, Shapes(dtype)
     if isinstance(problem.shape, ConvShape):
         s = problem.shape
         what = f"n{s.n} {s.c}->{s.k} {s.r}x{s.s}/{s.stride[0]} {s.h}x{s.w}"

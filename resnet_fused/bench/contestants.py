@@ -91,8 +91,9 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "cudnn-graphs",
-            "cuDNN's own fused graphs (nvidia-cudnn-frontend); training in fp16 only",
+            "cuDNN's fused graphs (nvidia-cudnn-frontend)",
             cudnn_graphs,
+            modes=("infer",),
         ),
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
         Contestant("fused", "resnet_fused.fuse(model)", _fused),

@@ -88,5 +88,6 @@ def breach(errors: Errors, plain: Iterable[Errors], dtype: str) -> str | None:
         limit = FACTOR * yardstick + FLOORS[dtype][name]
         if not error <= limit:
             what = name.replace("_", " ")
-            return f"error of {what} {error:.1e} > {limit:.1e} (plain PyTorch: {yardstick:.1e})"
+            beside = f"plain PyTorch: {yardstick:.1e}" if plain else "plain PyTorch did not run"
+            return f"error of {what} {error:.1e} > {limit:.1e} ({beside})"
     return None

@@ -24,7 +24,7 @@ from .cases import Unavailable, reason_of
 
 OLDEST_CUDNN = 90000
 PATIENCE_S = 1.0  # with the plans of one graph; those that are compiled at run time take half a second each
-_NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.bool: "BOOLEAN"}
+_NAMES = {torch.float32: "FLOAT", torch.float16: "HALF", torch.bfloat16: "BFLOAT16"}
 _REQUIRED = ("pygraph", "create_handle", "set_stream", "data_type", "heur_mode", "numerical_note", "backend_version")
 
 Shape = tuple[int, int, int, int]
@@ -172,7 +172,6 @@ class Graph:
 
     Args:
         what: names it in messages.
-        timed: choose among plans as `torch.backends.cudnn.benchmark` says, or take the first that runs.
 
     Attributes:
         index: of that plan among those the heuristics offer.
@@ -182,9 +181,9 @@ class Graph:
         Unavailable: cuDNN has no engine for it here.
     """
 
-    def __init__(self, library: Library, recording: Recording, what: object, timed: bool = True) -> None:
+    def __init__(self, library: Library, recording: Recording, what: object) -> None:
         self.library, self.recording, self.what = library, recording, what
-        self._limit = torch.backends.cudnn.benchmark_limit if timed and torch.backends.cudnn.benchmark else 1
+        self._limit = torch.backends.cudnn.benchmark_limit if torch.backends.cudnn.benchmark else 1
         self._graph = recording.graph
         try:
             offer(library, self._graph, recording.dtype)

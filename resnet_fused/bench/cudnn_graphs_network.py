@@ -2,8 +2,7 @@
 
 Traced by torch.fx, its batch norms folded by PyTorch's own pass, in fp32; then every convolution takes the bias, the
 add and the ReLU behind it into one graph. What is left - pooling, the classifier, a convolution for which cuDNN has no
-engine - is PyTorch's. On a GPU all of it is one CUDA graph, captured as `freeze` captures its networks. For training
-see `cudnn_graphs_training_network`.
+engine - is PyTorch's. On a GPU all of it is one CUDA graph, captured as `freeze` captures its networks.
 """
 
 from __future__ import annotations
@@ -23,21 +22,15 @@ from resnet_fused.fusion.frozen.graph import capture
 from .cases import Case, Unavailable
 from .cudnn_graphs import Convolution, Graph, Library, Spec, graph_of, library
 from .cudnn_graphs_trace import Chains, only_user, own_up, trace
-from .cudnn_graphs_training_network import TrainingNetwork
 
 
 def cudnn_graphs(model: nn.Module, example: Tensor, case: Case) -> Callable[[Tensor], Tensor]:
     """The contestant.
 
     Raises:
-        Unavailable: the package or a GPU is missing, the model cannot be traced, cuDNN has no engine for any layer, or
-            it is to train in another dtype than fp16.
+        Unavailable: the package or a GPU is missing, the model cannot be traced, or cuDNN has no engine for any layer.
     """
     found = library(example.device)
-    if case.mode == "train":
-        if case.dtype != "fp16":
-            raise Unavailable(f"cuDNN's training graphs are fp16 only, not {case.dtype}")
-        return TrainingNetwork(model, example, found)
     with torch.inference_mode():
         network = build(model, example, found)
         try:

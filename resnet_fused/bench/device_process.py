@@ -1,16 +1,12 @@
 """Checks and times candidates on one device, in a process that may be lost: a kernel can crash it, or never end.
 
-`Here` does it in this process. `Apart` does it in one of its own and asks it one thing at a time, each within a limit
-of time, so that whoever is to blame for a loss is known; the next question starts a fresh process.
+`LocalWorker` does it in this process. `ProcessWorker` does it in one of its own and asks it one thing at a time, each
+within a limit of time, so that whoever is to blame for a loss is known; the next question starts a fresh process.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -20,26 +16,25 @@ from resnet_fused.plan.choice import ALONE, BLOCK
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice, Problem, Table
 
-from . import blocks
-from .cases import UsageError
+from . import blocks, roof
+from .cases import DTYPES, UsageError
 from .checks import check, check_all, crashed
-from .harness import first_line, time_interleaved
+from .harness import clock_for, first_line, time_interleaved
 from .problems import Job, Operands, check_images
-from .replay import captured, clock_for
+from .replay import captured
 from .timed import operands_of, timed
+from .work import Roofs
+from .workers import TaskFailure, Worker, WorkerCrashed
 
 START_S = 120.0  # until a process has imported PyTorch and made its context
 CHECK_S = 60.0  # a check, or the first run of what is to be timed: a kernel's compilation is part of it
-RACE_S = 60.0
+RACE_S = ROOFS_S = 60.0
+ROOF_REPEATS = 8
 VERIFIED_IMAGES = 16  # of the first configuration; fewer of the others, which share its code
 CHECKED_IMAGES = 4
 
 
-class LostError(RuntimeError):
-    """The process that had the question has ended; the message says how."""
-
-
-class Here:
+class LocalWorker:
     """Checks and times in this process."""
 
     def __init__(self, device: torch.device, arch: int, rounds: int | None) -> None:
@@ -59,12 +54,21 @@ class Here:
         """By op, why the choice is not right, or None."""
         problem = job.problem
         torch.backends.cudnn.benchmark = False  # not for float64
-        if problem.op == BLOCK:
-            return {BLOCK: blocks.check(job, choice, self.device, table)}
-        images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
-        if ALONE in problem.flags:
-            return {problem.op: check(problem.with_batch(images), problem.op, None, choice, self.device)}
-        return check_all(job, choice, self.device, images)
+        try:
+            if problem.op == BLOCK:
+                return {BLOCK: blocks.check(job, choice, self.device, table)}
+            images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
+            if ALONE in problem.flags:
+                return {problem.op: check(problem.with_batch(images), problem.op, None, choice, self.device)}
+            return check_all(job, choice, self.device, images)
+        except Exception as error:  # what does not fit, among others
+            return {problem.op: first_line(error)}
+
+    def roofs(self, dtype: torch.dtype) -> Roofs:
+        """What this device does at best in this dtype, measured."""
+        repeats = ROOF_REPEATS if self.rounds is None else self.rounds
+        name = next(name for name, value in DTYPES.items() if value == dtype)
+        return Roofs(roof.copy_bandwidth(self.device, repeats), roof.measure(name, self.device, repeats).best)
 
     def prepare(self, job: Job, choice: Choice, table: Table) -> str | None:
         """Make ready to time this choice with the others of its job; why that fails, or None."""
@@ -117,16 +121,16 @@ def _planned(job: Job, choice: Choice, operands: Any, arch: int, table: Table) -
     return call
 
 
-class Apart:
+class ProcessWorker:
     """The same in a process of its own, begun with the first question.
 
     Args:
-        device, arch, rounds: as of `Here`.
-        serve: what the process runs.
+        device, arch, rounds: as of `LocalWorker`.
+        make: what the process asks, made of these three.
         limits: seconds by question; more than that and the process is ended.
 
     Raises (from every question):
-        LostError: the process crashed, or took too long.
+        WorkerCrashed: the process crashed, raised, or took too long.
         UsageError: it does not even start.
     """
 
@@ -135,27 +139,25 @@ class Apart:
         device: torch.device,
         arch: int,
         rounds: int | None,
-        serve: Callable[..., None] | None = None,
+        make: Callable[..., Any] = LocalWorker,
         limits: dict[str, float] | None = None,
     ) -> None:
-        self._made = (str(device), arch, rounds)
-        self._serve = serve or _serve
-        self._limits = {"start": START_S, "check": CHECK_S, "prepare": CHECK_S, "race": RACE_S, **(limits or {})}
-        self._process: Any = None
-        self._pipe: Connection | None = None
+        self._made = (make, device, arch, rounds)
+        usual = {"check": CHECK_S, "prepare": CHECK_S, "race": RACE_S, "roofs": ROOFS_S}
+        self._limits = {**usual, **(limits or {})}
+        self._worker: Worker | None = None
 
     def start(self) -> None:
         """Begin the process without waiting for it."""
-        if self._process is None:
-            context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=self._serve, args=(theirs, *self._made), daemon=True)
-            self._process.start()
-            theirs.close()
-            self._ready = False
+        if self._worker is None:
+            self._worker = Worker(*self._made, spoils=_spoils, start_s=START_S)
 
     def check(self, job: Job, choice: Choice, table: Table, first: bool) -> dict[str, str | None]:
         found: dict[str, str | None] = self._ask("check", job, choice, _about(job, table), first)
+        return found
+
+    def roofs(self, dtype: torch.dtype) -> Roofs:
+        found: Roofs = self._ask("roofs", dtype)
         return found
 
     def prepare(self, job: Job, choice: Choice, table: Table) -> str | None:
@@ -167,42 +169,29 @@ class Apart:
         return found
 
     def close(self) -> None:
-        if self._process is not None:
-            assert self._pipe is not None
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = self._pipe = None
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
 
     def _ask(self, question: str, *arguments: Any) -> Any:
         self.start()
-        if not self._ready:
-            try:
-                self._answer("start")
-            except LostError as error:
-                raise UsageError(f"the process that measures does not start: {error}") from None
-            self._ready = True
-        assert self._pipe is not None
-        with contextlib.suppress(OSError):  # it has ended: `_answer` says how
-            self._pipe.send((question, arguments))
-        return self._answer(question)
+        worker = self._worker
+        assert worker is not None
+        worker.ask(question, *arguments, limit_s=self._limits[question])
+        answer = worker.answer()
+        if isinstance(answer, TaskFailure) or not worker.usable:
+            self.close()  # no later answer of this process would count
+        if isinstance(answer, TaskFailure):
+            if not worker.started:
+                raise UsageError(f"the process that measures does not start: {answer.reason}")
+            raise WorkerCrashed(f"{question}: {answer.reason}")
+        return answer
 
-    def _answer(self, question: str) -> Any:
-        assert self._pipe is not None
-        limit = self._limits[question]
-        try:
-            if self._pipe.poll(limit):
-                raised, answer = self._pipe.recv()
-                if not raised:
-                    return answer
-                reason = str(answer)
-            else:
-                reason = f"not done after {limit:g} s"
-        except (EOFError, OSError):
-            self._process.join(5)
-            reason = f"its process ended with exit code {self._process.exitcode}"
-        self.close()
-        raise LostError(f"{question}: {reason}")
+
+def _spoils(answer: Any) -> bool:
+    """Whether an answer tells of a GPU context that a kernel has broken."""
+    reasons = answer.values() if isinstance(answer, dict) else [answer]
+    return any(isinstance(why, str) and crashed(why) for why in reasons)
 
 
 def _about(job: Job, table: Table) -> Table:
@@ -213,22 +202,3 @@ def _about(job: Job, table: Table) -> Table:
     tail = job.problem.op in ("conv_chain", "conv_join")
     versions = {"triton": table.provenance.get("triton")}
     return Table(table.gpu, table.arch, versions, table.verified, entries if tail else {})
-
-
-def _serve(pipe: Connection, device: str, arch: int, rounds: int | None) -> None:
-    here = Here(torch.device(device), arch, rounds)
-    if device != "cpu":
-        torch.zeros(1, device=device)
-    pipe.send((False, None))
-    with contextlib.suppress(EOFError):
-        while True:
-            question, arguments = pipe.recv()
-            try:
-                answer, raised = getattr(here, question)(*arguments), False
-            except Exception as error:
-                answer, raised = first_line(error), True
-            reasons = answer.values() if question == "check" and not raised else [answer]
-            broken = next((why for why in reasons if isinstance(why, str) and crashed(why)), None)
-            pipe.send((True, broken) if broken else (raised, answer))
-            if raised or broken:
-                os._exit(1)  # no later answer of this process would count

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from . import answers, chart, clocks, goals, loader, provenance, schema, sitting
+from . import chart, clocks, goals, loader, provenance, schema, sitting
 from .cases import UsageError
 from .compare import against_baseline
 from .memory import EXPLANATION
@@ -69,7 +69,7 @@ def _goals(root: Path, reports: Iterable[Report]) -> Iterator[str]:
 
 
 def _sittings(root: Path) -> Iterator[str]:
-    """A chapter a sitting at a GPU: what ran, and single kernels beside PyTorch's own."""
+    """A chapter a sitting at a GPU: what ran."""
     for folder, found in reversed(sitting.recorded(root / RESULTS).items()):
         home = Path("..") / folder.relative_to(root)
         yield f"## Sitting at {found.gpu}, {found.date}\n"
@@ -79,11 +79,6 @@ def _sittings(root: Path) -> Iterator[str]:
             line = entry["headline"].replace("|", "/")
             yield f"| {name} | {entry['status']} | {entry.get('commit') or '-'} | {line} |"
         yield ""
-        if found.answers:
-            yield "### Single kernels\n"
-            yield "Times of the median from a cold L2, PyTorch's own fastest beside ours; above 1x ours is faster.\n"
-            yield from answers.markdown(found.answers)
-            yield ""
         if (folder / "profile.png").exists():
             yield f"![where a step goes]({home / 'profile.png'})\n"
 

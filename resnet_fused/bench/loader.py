@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .cases import Case, UsageError
-from .harness import round_order
+from .harness import first_line, round_order
 from .images import MEAN, STD
 from .runner import Runner
 
@@ -113,6 +113,15 @@ def batches(folder: Path, case: Case, workers: int) -> Iterator[tuple[Tensor, Te
     )
 
 
+class PipelineError(RuntimeError):
+    """The input pipeline has failed, whoever asked for the batch."""
+
+
+def problem(case: Case, contestant: str, reason: str) -> dict[str, Any]:
+    """The row of a contestant that could not be measured."""
+    return {"contestant": contestant, "case": case.label, "batch": case.batch, "dtype": case.dtype, "problem": reason}
+
+
 def measure(
     case: Case,
     runners: Mapping[str, Callable[[], Runner]],
@@ -130,15 +139,26 @@ def measure(
     pipeline holds ready, so that none lives on what was loaded while others were timed.
 
     Returns:
-        A row a contestant: medians over the rounds of the images per second, with the samples.
+        A row a contestant: medians over the rounds of the images per second, with the samples; or its `problem`.
+
+    Raises:
+        PipelineError: no batch could be loaded.
     """
     device = torch.device(case.device)
-    built = {name: build() for name, build in runners.items()}
-    for runner in built.values():
-        runner.step()
-        runner.step()
+    built: dict[str, Runner] = {}
+    problems: dict[str, dict[str, Any]] = {}
     stream = batches(folder, case, workers)
     held = workers * PREFETCH
+
+    @contextlib.contextmanager
+    def alone_if_it_fails(name: str) -> Iterator[None]:
+        try:
+            yield
+        except PipelineError:
+            raise
+        except Exception as error:  # whatever a contestant raises is its result
+            built.pop(name, None)
+            problems[name] = problem(case, name, first_line(error))
 
     def rate(count: int, work: Callable[[], object]) -> float:
         _wait(device)
@@ -148,27 +168,37 @@ def measure(
         _wait(device)
         return case.batch * count / (time.perf_counter() - start)
 
-    def load() -> None:
-        next(stream)
+    def load() -> tuple[Tensor, Tensor]:
+        try:
+            return next(stream)
+        except Exception as error:
+            raise PipelineError(f"the input pipeline: {first_line(error)}") from error
 
     def trained(runner: Runner) -> Callable[[], object]:
         def work() -> object:
-            runner.feed(*next(stream))
+            runner.feed(*load())
             return runner.step()
 
         return work
 
     alone: list[float] = []
-    fed: dict[str, list[float]] = {name: [] for name in built}
-    resident: dict[str, list[float]] = {name: [] for name in built}
+    fed: dict[str, list[float]] = {name: [] for name in runners}
+    resident: dict[str, list[float]] = {name: [] for name in runners}
+    for name, build in runners.items():
+        with alone_if_it_fails(name):
+            runner = build()
+            runner.step()
+            runner.step()
+            built[name] = runner
     try:
-        for index in range(rounds):
+        for index in range(rounds if built else 0):
             for name in round_order(list(built), index):
-                resident[name].append(rate(steps, built[name].step))
-                work = trained(built[name])
-                for _ in range(held + 1):
-                    work()
-                fed[name].append(rate(steps, work))
+                with alone_if_it_fails(name):
+                    resident[name].append(rate(steps, built[name].step))
+                    work = trained(built[name])
+                    for _ in range(held + 1):
+                        work()
+                    fed[name].append(rate(steps, work))
             for _ in range(held):
                 load()
             alone.append(rate(steps, load))
@@ -176,7 +206,8 @@ def measure(
     finally:
         stream.close()  # type: ignore[attr-defined]
     return [
-        {
+        problems.get(name)
+        or {
             "contestant": name,
             "case": case.label,
             "batch": case.batch,
@@ -186,7 +217,7 @@ def measure(
             "loader": _summary(alone),
             "loader_to_loss": _summary(fed[name]),
         }
-        for name in built
+        for name in runners
     ]
 
 
@@ -203,6 +234,9 @@ def _summary(rates: list[float]) -> dict[str, Any]:
 def lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     """A line a contestant."""
     for row in rows:
+        if "problem" in row:
+            yield f"loader to loss, {row['case']}, {row['contestant']}: {row['problem']}"
+            continue
         resident, loader, both = (row[name] for name in ("resident", "loader", "loader_to_loss"))
         bound = "input pipeline" if loader["images_per_s"] < resident["images_per_s"] else "model"
         yield (

@@ -1,4 +1,4 @@
-"""Peak memory of one call.
+"""Peak memory of one call, and whether what comes next fits into what is left.
 
 On a CUDA device: what the contestant holds (its weights, packed copies and graph pools) plus the peak that the caching
 allocator hands out above that during a call. On a CPU: the rise of the process's resident set during a call, read from
@@ -7,13 +7,16 @@ the kernel's high-water mark after freed pages were returned; the weights are no
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
+GROUPS = Path("/sys/fs/cgroup")
 EXPLANATION = {
     "cuda": "weights and graph pools held, plus the allocator's peak during one call",
     "cpu": "rise of the resident set during one call (weights not included)",
@@ -47,6 +50,80 @@ class MemoryMeter:
         return torch.cuda.memory_reserved(self.device)
 
 
+def require(needed: int) -> None:
+    """Raise MemoryError where so many bytes of main memory are not left: a kernel that runs out of it ends the process.
+
+    Args:
+        needed: bytes, an estimate.
+    """
+    left = available()
+    if left is not None and needed > left:
+        raise MemoryError(f"needs about {_gigabytes(needed)} of main memory, {_gigabytes(left)} are left")
+
+
+def available() -> int | None:
+    """Bytes of main memory that this process can still take: of the machine, or less where a control group limits it.
+
+    None where the kernel does not tell.
+    """
+    try:
+        found = [int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    return min([*found, *_group_limits()], default=None)
+
+
+def _group_limits() -> Iterator[int]:
+    """What is left to each control group (v2) that this process is in; pages of files can be given back."""
+    try:
+        own = next((line[3:].strip("/") for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "")
+        folder = GROUPS / own
+        for group in (folder, *folder.parents):
+            if group != GROUPS and GROUPS not in group.parents:
+                return
+            if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+                cache = next(line for line in _lines(group / "memory.stat") if line.startswith("inactive_file "))
+                used = int((group / "memory.current").read_text()) - int(cache.split()[1])
+                yield max(0, int(limit) - used)
+    except (OSError, ValueError, StopIteration):
+        return
+
+
+def _lines(path: str | Path) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
+
+
+def activations(model: nn.Module, mode: str, image_size: int) -> int:
+    """Elements per image that a step of plain PyTorch holds at once, beside weights and input; from shapes alone.
+
+    In training every output that is not written in place, in inference the largest input and output of one layer.
+
+    Args:
+        model: what runs; it is copied.
+        mode: `"infer"` or `"train"`.
+        image_size: side of the square input.
+    """
+    module = copy.deepcopy(model).eval().to("meta")
+    inputs_and_outputs, outputs = [0], [0]
+
+    def note(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if not isinstance(output, torch.Tensor) or not isinstance(inputs[0], torch.Tensor):
+            return
+        inputs_and_outputs.append(inputs[0].numel() + output.numel())
+        outputs.append(0 if getattr(layer, "inplace", False) else output.numel())
+
+    for layer in module.modules():
+        if not any(layer.children()):
+            layer.register_forward_hook(note)
+    with torch.inference_mode():
+        module(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return sum(outputs) if mode == "train" else max(inputs_and_outputs)
+
+
 def _resident_peak(call: Callable[[], object]) -> int | None:
     gc.collect()
     try:
@@ -60,7 +137,7 @@ def _resident_peak(call: Callable[[], object]) -> int | None:
 
 
 def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in _lines("/proc/self/status"):
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise LookupError(key)

@@ -11,6 +11,7 @@ from resnet_fused._command import one_line
 from .cases import UsageError, choose
 
 FAMILIES = ("resnet", "resnext", "wide_resnet")
+CALIBRATED = 128  # side of the pictures that batch norms get their statistics of
 
 
 def names() -> list[str]:
@@ -57,9 +58,10 @@ def create(name: str, seed: int = 0) -> nn.Module:
             model = models.get_model(name, weights=None)
         randomise_batch_norms(model)
         try:
-            calibrate(model, [torch.randn(4, 3, 128, 128) for _ in range(2)])
+            calibrate(model, [torch.randn(4, 3, CALIBRATED, CALIBRATED) for _ in range(2)])
         except Exception as error:  # timm has models of every kind, each with its own way to refuse
-            raise UsageError(f"model {name!r} is none for pictures of 128 x 128: {one_line(error)}") from None
+            size = f"{CALIBRATED} x {CALIBRATED}"
+            raise UsageError(f"model {name!r} is none for pictures of {size}: {one_line(error)}") from None
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resnet_fused._command import one_line
 from resnet_fused.plan.conv import ConvShape
 
 from . import models
@@ -103,8 +104,10 @@ def describe(model: nn.Module, image_size: int = 224) -> Network:
 
     for name, inner in watched.items():
         watch(name, inner)
-    with torch.inference_mode():
-        module(torch.empty(1, 3, image_size, image_size, device="meta"))
+    try:
+        _run_on_shapes(module, image_size)
+    except Exception as error:
+        raise UsageError(f"--image-size {image_size}: the model takes no such pictures: {one_line(error)}") from None
 
     def layer(name: str) -> Layer:
         conv = watched[name]
@@ -136,6 +139,24 @@ def describe(model: nn.Module, image_size: int = 224) -> Network:
     linear = [name for name in order if isinstance(watched[name], nn.Linear)]
     pooled = shapes[pools[0]][1].numel() if pools else None
     return Network(layer(convolutions[0]), pooled, tuple(blocks), shapes[linear[-1]][1].numel() if linear else 0)
+
+
+def _run_on_shapes(module: nn.Module, image_size: int) -> None:
+    with torch.inference_mode():
+        module(torch.empty(1, 3, image_size, image_size, device="meta"))
+
+
+def check_size(name: str, image_size: int) -> None:
+    """Raise UsageError where a model takes no pictures of this size, which shapes alone tell."""
+    try:
+        module = build(name).eval()
+        _run_on_shapes(module, models.CALIBRATED)
+    except Exception:  # a model that does not run on shapes alone: nothing is known before it is built
+        return
+    try:
+        _run_on_shapes(module, image_size)
+    except Exception as error:
+        raise UsageError(f"--image-size {image_size}: {name} takes no such pictures: {one_line(error)}") from None
 
 
 def build(name: str) -> nn.Module:

@@ -93,6 +93,16 @@ def blocks(network: Network, batch: int, dtype: torch.dtype, tf32: bool) -> list
     return list(found.values())
 
 
+def elements(problem: Problem) -> int:
+    """Of the activations that a problem reads and writes, about."""
+    s = problem.shape
+    if isinstance(s, BlockShape):
+        return sum(conv.n * (conv.c * conv.h * conv.w + conv.k * conv.p * conv.q) for conv in s.branch)
+    if isinstance(s, ConvShape):
+        return s.n * (s.c * s.h * s.w + s.k * s.p * s.q)
+    return 4 * math.prod(s)
+
+
 def check_images(problem: Problem, least: int) -> int:
     """The fewest images, and at least so many, that launch the same kernel as the problem's own number: Triton compiles
     another one where the number of pixels is no multiple of a tile, or of 16.
@@ -248,6 +258,25 @@ class Operands:
         inner.copy_(value.flatten())
         self._made.append((storage, value))
         return inner.view(value.shape)
+
+
+class Shapes(Operands):
+    """Operands without values, in NHWC order."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device("meta"), dtype
+
+    def activation(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta", memory_format=torch.channels_last)
+
+    def weight(self, k: int, c: int, r: int, s: int) -> Tensor:
+        return self.activation(k, c, r, s)
+
+    def vector(self, channels: int, positive: bool = False) -> Tensor:
+        return torch.empty(channels, device="meta")
+
+    def bits(self, elements: int) -> Tensor:
+        return torch.empty((elements + 7) // 8, dtype=torch.uint8, device="meta")
 
 
 def arguments(job: Job, make: Operands) -> tuple[Any, ...]:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import cost, kernel_times, roof
+from . import cost, kernel_times, memory, roof
 from .cases import Case
 from .contestants import CONTESTANTS
-from .harness import clock_for
+from .harness import clock_for, first_line
 from .kernel_times import Kernel
 from .network import Network
 from .runner import Runner
@@ -98,6 +98,7 @@ class CaseProfile:
         costs: the ops of a step by scheme.
         contestants: whose modules are the model's.
         others: the rest, whose kernels alone are known.
+        failures: (contestant, reason) of those that could not be profiled.
     """
 
     case: Case
@@ -107,6 +108,7 @@ class CaseProfile:
     costs: dict[str, list[cost.Cost]]
     contestants: tuple[Profiled, ...]
     others: tuple[Profiled, ...] = ()
+    failures: tuple[tuple[str, str], ...] = ()
 
     def places(self) -> list[tuple[str, str | None]]:
         """(block, None), then (block, convolution) for each of its convolutions; in the order of the forward."""
@@ -117,14 +119,14 @@ class CaseProfile:
         rest = dict.fromkeys(p.where for c in self.contestants for p in c.pieces)
         return found + [(place, None) for place in (HEAD, OPTIMIZER, OTHER) if place in rest]
 
-    def ops(self, profiled: Profiled, where: str, layer: str | None) -> list[cost.Cost]:
+    def ops(self, scheme: str, where: str, layer: str | None) -> list[cost.Cost]:
         """The ops of a place; of a convolution's module only the convolution itself."""
-        found = [one for one in self.costs[profiled.scheme] if one.where == where]
+        found = [one for one in self.costs[scheme] if one.where == where]
         return found if layer is None else [o for o in found if o.layer == layer and o.op.startswith("conv_")]
 
     def roof_ms(self, profiled: Profiled, where: str, layer: str | None = None) -> float | None:
         """The least time that the measured roofs allow for a place; None where the cost model knows nothing of it."""
-        ops = self.ops(profiled, where, layer)
+        ops = self.ops(profiled.scheme, where, layer)
         return cost.seconds(ops, self.bandwidth, self.flops_per_s) * 1e3 if ops else None
 
     def fraction(self, profiled: Profiled, where: str, layer: str | None = None) -> float | None:
@@ -134,7 +136,7 @@ class CaseProfile:
 
     def bytes_per_s(self, profiled: Profiled, where: str, layer: str | None = None) -> float | None:
         """What the cost model says that a place moves, over its time."""
-        ops, took = self.ops(profiled, where, layer), profiled.ms(where, layer)
+        ops, took = self.ops(profiled.scheme, where, layer), profiled.ms(where, layer)
         return sum(op.bytes for op in ops) / took * 1e3 if ops and took else None
 
     def to_json(self) -> dict[str, Any]:
@@ -145,9 +147,9 @@ class CaseProfile:
                 "ms": profiled.ms(where, layer),
                 "roof_fraction": self.fraction(profiled, where, layer),
                 "contestant": profiled.contestant,
-                "bytes": sum(op.bytes for op in self.ops(profiled, where, layer)),
+                "bytes": sum(op.bytes for op in self.ops(profiled.scheme, where, layer)),
                 "bytes_per_s": self.bytes_per_s(profiled, where, layer),
-                "flops": sum(op.flops for op in self.ops(profiled, where, layer)),
+                "flops": sum(op.flops for op in self.ops(profiled.scheme, where, layer)),
             }
             for profiled in self.contestants
             for where, layer in self.places()
@@ -157,6 +159,7 @@ class CaseProfile:
             "bandwidth_bytes_per_s": self.bandwidth,
             "roof_flops_per_s": self.flops_per_s,
             "contestants": [dataclasses.asdict(profiled) for profiled in (*self.contestants, *self.others)],
+            "failures": dict(self.failures),
             "rows": rows,
         }
 
@@ -170,9 +173,15 @@ def measure(
         costs = {n: cost.inference(network, s, case.batch, dtype) for n, s in cost.INFERENCE.items()}
     else:
         costs = {n: cost.training(network, s, case.batch, dtype) for n, s in cost.TRAINING.items()}
-    found = [_profile(model, network, case, name) for name in names]
+    found: list[Profiled] = []
+    failures: list[tuple[str, str]] = []
+    for name in names:
+        try:
+            found.append(_profile(model, network, case, name))
+        except Exception as error:  # whatever a contestant raises is its result
+            failures.append((name, first_line(error)))
     whole, others = (tuple(p for p in found if (p.contestant in REPLACED) == it) for it in (False, True))
-    return CaseProfile(case, network, bandwidth, flops_per_s, costs, whole, others)
+    return CaseProfile(case, network, bandwidth, flops_per_s, costs, whole, others, tuple(failures))
 
 
 def roofs(case: Case) -> tuple[float, float]:
@@ -182,6 +191,9 @@ def roofs(case: Case) -> tuple[float, float]:
 
 
 def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profiled:
+    memory.require(4 * case.batch * 3 * case.image_size**2)
+    if torch.device(case.device).type == "cpu":
+        memory.require(case.batch * case.torch_dtype.itemsize * memory.activations(model, case.mode, case.image_size))
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
     labels = torch.randint(max(1, network.classes), (case.batch,), generator=generator)

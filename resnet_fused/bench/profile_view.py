@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -31,6 +32,11 @@ SHADES = {
 def render(profiles: Sequence[CaseProfile], facts: dict[str, Any], console: Console) -> None:
     """Print a table a case: milliseconds and the percentage of the roof, by block and by convolution."""
     for one in profiles:
+        for name, reason in one.failures:
+            text = f"[red]failed[/red] {escape(f'{name}: {reason} ({one.case.label})')}"
+            console.print(text, highlight=False, soft_wrap=True)
+        if not one.contestants:
+            continue
         title = f"{one.case.model}, {one.case.label} on {provenance.device_name(facts)}: ms a step"
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("layer", no_wrap=True)
@@ -40,7 +46,7 @@ def render(profiles: Sequence[CaseProfile], facts: dict[str, Any], console: Cons
             for name in (profiled.contestant, "GB/s", "of roof"):
                 table.add_column(name, justify="right", no_wrap=True)
         for where, layer in one.places():
-            eager = one.ops(one.contestants[0], where, layer)
+            eager = one.ops("eager", where, layer)
             moved, flops = sum(op.bytes for op in eager), sum(op.flops for op in eager)
             cells = [f"{flops / 1e9:.2f}", f"{moved / 1e6:.1f}"] if eager else ["", ""]
             for profiled in one.contestants:
@@ -86,10 +92,13 @@ def _name(kind: str, backward: bool) -> str:
 
 
 def save(profiles: Sequence[CaseProfile], facts: dict[str, Any], path: Path) -> None:
-    """Draw a row a case to a PNG, written atomically."""
+    """Draw a row a case of which there is something to draw to a PNG, written atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    profiles = [one for one in profiles if one.contestants]
+    if not profiles:
+        raise ValueError("there is nothing to draw")
     figure = Figure(figsize=(13, 0.7 + 4.6 * len(profiles)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(profiles), 2, squeeze=False, gridspec_kw={"width_ratios": [1, 1.25]})
@@ -106,7 +115,7 @@ def _roofline(axis: Any, one: CaseProfile) -> None:
     for profiled in one.contestants:
         points = []
         for where, layer in one.places():
-            ops, took = one.ops(profiled, where, layer), profiled.ms(where, layer)
+            ops, took = one.ops(profiled.scheme, where, layer), profiled.ms(where, layer)
             flops, moved = sum(op.flops for op in ops), sum(op.bytes for op in ops)
             if layer is None and took and flops:
                 points.append((flops / moved, flops / took * 1e3))

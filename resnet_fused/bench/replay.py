@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs, and a clock for them: what the GPU does, without the time it takes to launch it.
+"""Calls as CUDA graphs: what the GPU does, without the time it takes to launch each kernel.
 
 Networks that are worth tuning for run as CUDA graphs, or far enough ahead of the GPU: there a launcher's own overhead,
 which differs from candidate to candidate, costs nothing.
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .harness import L2_FLUSH_BYTES, Call, Clock, cpu_clock
+from .harness import Call
 
 WARM_UP = 2
 
@@ -42,22 +42,3 @@ def captured(call: Call, device: torch.device, pool: object | None = None) -> Ca
     graph.replay()
     torch.cuda.synchronize(device)
     return graph.replay
-
-
-def clock_for(device: torch.device) -> Clock:
-    """Milliseconds of a call on a cold L2; on a GPU it is queued behind the flush, so that no launch is waited for."""
-    if device.type != "cuda":
-        return cpu_clock
-    scratch = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def clock(call: Call) -> float:
-        torch.cuda.synchronize(device)
-        scratch.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end))
-
-    return clock

@@ -15,6 +15,7 @@ from .harness import Timing
 from .roof import Roof
 
 SCHEMA = 1
+INTERRUPTED = "interrupted"  # how a line of what was left out ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class CaseReport:
     """All contestants on one case, in the order of the table."""
 
     case: Case
-    flops: int
+    flops: int | None  # of a step; None where they could not be counted
     rounds: int
     results: tuple[Result, ...]
     roof: Roof | None = None
@@ -56,7 +57,7 @@ class CaseReport:
         return self.case.batch / result.timing.p50 * 1e3 if result.timing else None
 
     def flops_per_s(self, result: Result) -> float | None:
-        return self.flops / result.timing.p50 * 1e3 if result.timing else None
+        return self.flops / result.timing.p50 * 1e3 if result.timing and self.flops else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,16 @@ class Report:
                 if speedup:
                     logs.setdefault(result.contestant, []).append(math.log(speedup))
         return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in logs.items()}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it: it holds what was measured until then."""
+        return any(line.endswith(INTERRUPTED) for line in self.left_out)
+
+    @property
+    def measured(self) -> bool:
+        """Whether anybody has a speed."""
+        return any(result.timing for report in self.cases for result in report.results)
 
     def modes(self) -> list[str]:
         return list(dict.fromkeys(report.case.mode for report in self.cases))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import DTYPES, Case
-from .replay import clock_for
+from .harness import clock_for
 
 
 @dataclasses.dataclass(frozen=True)

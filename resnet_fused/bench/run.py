@@ -1,25 +1,29 @@
-"""A bench run: correctness first, then speed, then the pictures."""
+"""A bench run: correctness first, then speed, then the pictures.
+
+Every case, contestant and stage fails alone: what went wrong is in its row, and what was measured is in the report.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import images, loader, models, provenance, roof
-from .cases import Case, UsageError
+from . import images, loader, memory, models, provenance, roof
+from .cases import Case
 from .clocks import Watch
 from .contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from .correctness import Errors, breach, errors_of
-from .harness import Call, clock_for, first_line, time_interleaved
-from .memory import MemoryMeter
+from .harness import Call, Measured, clock_for, first_line, time_interleaved
 from .progress import Reporter
-from .results import CaseReport, Report, Result
+from .results import INTERRUPTED, CaseReport, Report, Result
 from .runner import GraphMemory, Outcome, Runner, device_captures, reference
 from .saved import saved_bytes
 
@@ -60,11 +64,19 @@ class Options:
         ]
 
 
-def run(options: Options, reporter: Reporter) -> Report:
+def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] = lambda report: None) -> Report:
     """Measure everything that was asked for.
 
+    Args:
+        options: what.
+        reporter: gets `start(text)` per step and `detail(text)`.
+        keep: called after each case with the report so far, so that nothing that was measured can be lost.
+
+    Returns:
+        The report; after a KeyboardInterrupt that of the cases that were done, if there are any.
+
     Raises:
-        UsageError: an unreadable picture, or a forced backend that cannot run.
+        UsageError: an unreadable picture, or a model that cannot be built.
     """
     start = time.monotonic()
     facts = provenance.collect(options.device, options.command)  # first: it notes the load others put on the machine
@@ -73,6 +85,15 @@ def run(options: Options, reporter: Reporter) -> Report:
         pictures = images.load_folder(options.images) if options.images else images.load_samples()
     benchmark_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
+    reports: list[CaseReport] = []
+    loaded: list[dict[str, Any]] = []
+    agreement: dict[str, Any] | None = None
+
+    def report() -> Report:
+        cases = tuple(dataclasses.replace(one, roof=race.roofs.get(one.case.dtype)) for one in reports)
+        left_out = tuple(race.left_out)
+        return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded))
+
     try:
         reporter.start(f"creating {options.model}")
         model = models.create(options.model, options.seed)
@@ -80,16 +101,25 @@ def run(options: Options, reporter: Reporter) -> Report:
         race = _Race(options, model, reporter, start)
         for dtype in {case.dtype for case in options.cases}:
             race.measure_roof(dtype)
-        reports = [report for report in map(race.run_case, options.cases) if report]
-        loaded = _load_and_train(options, model, reports, reporter)
-        agreement = None
-        if pictures is not None:
-            reporter.start("real pictures through plain and fused models")
-            agreement = _compare_pictures(options, model, pictures)
+        try:
+            for case in options.cases:
+                if found := race.run_case(case):
+                    reports.append(found)
+                    keep(report())
+            for rows in _load_and_train(options, model, reports, reporter):
+                loaded += rows
+            if pictures is not None:
+                reporter.start("real pictures through plain and fused models")
+                agreement = _compare_pictures(options, model, pictures)
+        except KeyboardInterrupt:
+            if not reports:
+                raise
+            done = {one.case for one in reports}
+            undone = [case.label for case in options.cases if case not in done] or ["loader and pictures"]
+            race.left_out += [f"{what}: {INTERRUPTED}" for what in undone]
     finally:
         torch.backends.cudnn.benchmark = benchmark_before
-    under_roofs = tuple(dataclasses.replace(report, roof=race.roofs.get(report.case.dtype)) for report in reports)
-    return Report(options.model, BASELINE, facts, under_roofs, tuple(race.left_out), agreement, tuple(loaded))
+    return report()
 
 
 class _Race:
@@ -103,12 +133,13 @@ class _Race:
         self.setup_s = 0.0  # the longest set-up of a case so far, as of inference
         self.pending = list(options.cases)
         self.references: dict[tuple[str, int, int], Outcome] = {}
+        self.activations: dict[tuple[str, int], int] = {}  # elements per image, by mode and size
 
     def measure_roof(self, dtype: str) -> None:
         """Measure a dtype's roof, or raise it: the best of all attempts counts, and they are spread over the run."""
         try:
             found = roof.measure(dtype, self.options.device, min(ROOF_REPEATS, self.options.rounds or ROOF_REPEATS))
-        except RuntimeError:  # a dtype without kernels on this device
+        except Exception:  # a dtype without kernels on this device, or no memory left for it
             return
         before = self.roofs.get(dtype, found)
         self.roofs[dtype] = roof.Roof(max(before.gemm, found.gemm), max(before.conv, found.conv))
@@ -119,13 +150,18 @@ class _Race:
             self.left_out.append(f"{case.label}: no time left in --budget {self.options.budget_s:g}")
             return None
         began = time.monotonic()
-        generator = torch.Generator().manual_seed(self.options.seed)
-        pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
-        labels = torch.randint(1000, (case.batch,), generator=generator)
-        memory = None
-        if case.mode == "train" and device_captures(case):
-            memory = GraphMemory(torch.device(case.device))
-        built = [self._build(contestant, case, pixels, labels, memory) for contestant in self.options.entrants(case)]
+        entrants = self.options.entrants(case)
+        try:
+            pixels, labels = self._input(case)
+            judge = self._reference(case, pixels, labels)
+            shared = None
+            if case.mode == "train" and device_captures(case):
+                shared = GraphMemory(torch.device(case.device))
+        except Exception as error:  # no input, or no judge: nobody can run
+            reason = first_line(error)
+            return CaseReport(case, None, 0, tuple(Result(one.name, "failed", reason) for one in entrants))
+        labels = labels % judge.logits.shape[1]
+        built = [self._build(contestant, case, pixels, labels, judge, shared) for contestant in entrants]
         plain = [result.errors for _, result in built if result.errors and CONTESTANTS[result.contestant].plain]
         results = {result.contestant: _judged(result, plain, case.dtype) for _, result in built}
         calls: dict[str, Call] = {}
@@ -137,7 +173,17 @@ class _Race:
 
         self.reporter.start(f"{case.label}: timing {', '.join(calls) or 'nobody'}")
         with Watch(torch.device(case.device)) as watch:
-            measured = time_interleaved(
+            measured = self._time(case, calls, budget)
+        for name, timing in measured.timings.items():
+            results[name] = dataclasses.replace(results[name], timing=timing)
+        for name, reason in measured.failures.items():
+            results[name] = dataclasses.replace(results[name], status="failed", reason=reason)
+        self.measure_roof(case.dtype)
+        return CaseReport(case, self._flops(case), measured.rounds, tuple(results.values()), conditions=watch.seen())
+
+    def _time(self, case: Case, calls: dict[str, Call], budget: float) -> Measured:
+        try:
+            return time_interleaved(
                 calls,
                 clock_for(torch.device(case.device)),
                 rounds=self.options.rounds,
@@ -145,13 +191,37 @@ class _Race:
                 warmup=0 if self.options.rounds == 1 else 2,  # one round is a rehearsal
                 on_round=lambda done: self.reporter.detail(f"round {done}"),
             )
-        for name, timing in measured.timings.items():
-            results[name] = dataclasses.replace(results[name], timing=timing)
-        for name, reason in measured.failures.items():
-            results[name] = dataclasses.replace(results[name], status="failed", reason=reason)
-        self.measure_roof(case.dtype)
-        flops = roof.flops(self.model, case)
-        return CaseReport(case, flops, measured.rounds, tuple(results.values()), conditions=watch.seen())
+        except Exception as error:  # a GPU that has no memory left for the clock
+            return Measured({}, dict.fromkeys(calls, first_line(error)), 0)
+
+    def _flops(self, case: Case) -> int | None:
+        try:
+            return roof.flops(self.model, case)
+        except Exception:  # of a model that does not run on shapes alone
+            return None
+
+    def _input(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels and labels; raises MemoryError where they would not fit."""
+        pixels = 4 * 3 * case.image_size**2
+        memory.require(case.batch * pixels)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        shape = (case.batch, 3, case.image_size, case.image_size)
+        return torch.randn(shape, generator=generator), torch.randint(1000, (case.batch,), generator=generator)
+
+    def _require_memory(self, case: Case, images: int, width: int) -> None:
+        """Raise MemoryError where a step on so many images, `width` bytes a number, would not fit beside all else.
+
+        A GPU that runs out of memory raises an error of its own.
+        """
+        if torch.device(case.device).type != "cpu":
+            return
+        key = (case.mode, case.image_size)
+        if key not in self.activations:
+            try:
+                self.activations[key] = memory.activations(self.model, *key)
+            except Exception:  # of a model that does not run on shapes alone
+                self.activations[key] = 0
+        memory.require(images * width * (3 * case.image_size**2 + self.activations[key]))
 
     def _seconds_for(self, case: Case) -> float | None:
         """Seconds of timed rounds for this case; None when not even its set-up fits into what is left."""
@@ -170,6 +240,7 @@ class _Race:
         count = min(case.batch, CHECKED_IMAGES)
         key = (case.mode, count, case.image_size)
         if key not in self.references:
+            self._require_memory(case, count, 8)
             self.references[key] = reference(self.model, case, pixels[:count], labels[:count])
         return self.references[key]
 
@@ -179,16 +250,16 @@ class _Race:
         case: Case,
         pixels: torch.Tensor,
         labels: torch.Tensor,
-        memory: GraphMemory | None,
+        judge: Outcome,
+        shared: GraphMemory | None,
     ) -> tuple[Runner | None, Result]:
         """Build a contestant, run it once against float64, and measure the memory of one step."""
         self.reporter.start(f"{case.label}: {contestant.name} against float64")
-        judge = self._reference(case, pixels, labels)
-        labels = labels % judge.logits.shape[1]
-        meter = MemoryMeter(torch.device(case.device))
-        start = time.perf_counter()
         try:
-            runner = Runner(contestant, self.model, case, pixels, labels, memory)
+            self._require_memory(case, case.batch, case.torch_dtype.itemsize)
+            meter = memory.MemoryMeter(torch.device(case.device))
+            start = time.perf_counter()
+            runner = Runner(contestant, self.model, case, pixels, labels, shared)
             outcome = runner.evaluate(min(case.batch, CHECKED_IMAGES))
             setup_s = time.perf_counter() - start
             errors = errors_of(outcome, judge)
@@ -199,42 +270,47 @@ class _Race:
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
-            if self.options.backend != "auto" and contestant.name in ("fused", "frozen"):
-                raise UsageError(f"--backend {self.options.backend}: {first_line(error)}") from None
             return None, Result(contestant.name, "failed", first_line(error))
         return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved)
 
 
 def _load_and_train(
     options: Options, model: nn.Module, reports: list[CaseReport], reporter: Reporter
-) -> list[dict[str, Any]]:
-    """Training from the loader of every contestant that was right, by case."""
-    rows: list[dict[str, Any]] = []
+) -> Iterator[list[dict[str, Any]]]:
+    """Training from the loader of every contestant that was right, case by case."""
     if options.loader is None:
-        return rows
-    with loader.opened(options.loader) as folder:
+        return
+    with contextlib.ExitStack() as stack:
+        folder: Path | None = None
         for report in reports:
             case = report.case
-            if case.mode != "train":
-                continue
             names = [result.contestant for result in report.results if result.timing]
+            if case.mode != "train" or not names:
+                continue
             reporter.start(f"{case.label}: from the loader to the loss, {', '.join(names)}")
-            generator = torch.Generator().manual_seed(options.seed)
-            pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
-            labels = torch.zeros(case.batch, dtype=torch.int64)
-            builders = {
-                name: functools.partial(Runner, CONTESTANTS[name], model, case, pixels, labels) for name in names
-            }
-            workers = options.loader.processes(options.device)
-            rows += loader.measure(
-                case,
-                builders,
-                folder,
-                workers,
-                rounds=options.rounds or loader.ROUNDS,
-                on_round=lambda done: reporter.detail(f"round {done}"),
-            )
-    return rows
+            try:
+                folder = folder or stack.enter_context(loader.opened(options.loader))
+                yield _loaded(options, model, case, names, folder, reporter)
+            except Exception as error:  # of the pictures: whoever trains on them
+                yield [loader.problem(case, name, first_line(error)) for name in names]
+
+
+def _loaded(
+    options: Options, model: nn.Module, case: Case, names: list[str], folder: Path, reporter: Reporter
+) -> list[dict[str, Any]]:
+    assert options.loader is not None
+    generator = torch.Generator().manual_seed(options.seed)
+    pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
+    labels = torch.zeros(case.batch, dtype=torch.int64)
+    builders = {name: functools.partial(Runner, CONTESTANTS[name], model, case, pixels, labels) for name in names}
+    return loader.measure(
+        case,
+        builders,
+        folder,
+        options.loader.processes(options.device),
+        rounds=options.rounds or loader.ROUNDS,
+        on_round=lambda done: reporter.detail(f"round {done}"),
+    )
 
 
 def _saved_bytes(runner: Runner) -> int:
@@ -262,15 +338,20 @@ def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor
             runner = Runner(CONTESTANTS[name], model, case, pictures[:batch], labels)
             return images.logits_of(runner.infer, pictures, batch)
 
-        plain = logits(BASELINE)
-        for name in ("fused", "frozen"):
-            if name not in options.contestants:
-                continue
+        ours = [name for name in ("fused", "frozen") if name in options.contestants]
+        plain, problem = None, ""
+        try:
+            plain = logits(BASELINE)
+        except Exception as error:  # shown, not fatal: the timings stand on their own
+            problem = f"{BASELINE}: {first_line(error)}"
+        for name in ours:
+            outcome: dict[str, Any] = {"problem": problem}
             try:
-                outcome: dict[str, Any] = dict(images.compare(logits(name), plain))
+                if plain is not None:
+                    outcome = dict(images.compare(logits(name), plain))
             except Unavailable:
                 continue  # the table says so
-            except Exception as error:  # shown, not fatal: the timings stand on their own
+            except Exception as error:
                 outcome = {"problem": first_line(error)}
             answer["comparisons"].append({"contestant": name, "dtype": dtype, **outcome})
     return answer

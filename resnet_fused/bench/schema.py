@@ -103,7 +103,7 @@ def _case(data: Any, file: dict[str, Any]) -> CaseReport:
     _need(len(set(names)) == len(names), f"a contestant of {case.label} is there twice")
     report = CaseReport(
         case,
-        data.get("flops_per_step", 0),
+        data.get("flops_per_step"),
         data["rounds"],
         results,
         Roof(roof["gemm"], roof["conv"]) if roof else None,

@@ -1,4 +1,4 @@
-"""What a sitting at a GPU left behind (`python -m benchmarks.gpu_run`): read back, checked, as reports and answers."""
+"""What a sitting at a GPU left behind (`python -m benchmarks.gpu_run`): read back, checked, as reports."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import answers, schema
-from .answers import Answer
+from . import schema
 from .cases import UsageError
 from .results import Report
 
@@ -24,14 +23,12 @@ class Sitting:
     state: by the step's name: status, seconds, headline, commit, date_utc.
     data: by the step's name what it wrote.
     reports: of the steps that are runs of the bench.
-    answers: of the questions.
     """
 
     gpu: str
     state: dict[str, dict[str, Any]]
     data: dict[str, Any]
     reports: dict[str, Report]
-    answers: tuple[Answer, ...]
 
     @property
     def date(self) -> str:
@@ -53,18 +50,15 @@ def load(folder: Path) -> Sitting:
         if not all(isinstance(entry.get(field), str) for field in ("status", "headline", "date_utc")):
             raise UsageError(f"{folder / STATE}: not the state of a step: {name}")
     reports = {name: schema.parse(one, f"{folder / RESULTS}, {name}") for name, one in data.items() if is_report(one)}
-    found: tuple[Answer, ...] = ()
-    if "questions" in data:
-        found = answers.from_json(data["questions"], f"{folder / RESULTS}, questions")
     for name, one in data.items():
         facts = one.get("provenance") if isinstance(one, dict) else None
         if facts is not None and (facts.get("gpu") or {}).get("name") != gpu:
             raise UsageError(f"{folder / RESULTS}, {name}: measured on {facts.get('gpu')}, the sitting's is {gpu}")
-    return Sitting(gpu, steps, data, reports, found)
+    return Sitting(gpu, steps, data, reports)
 
 
 def is_report(value: Any) -> bool:
-    """Whether it is one of the bench's: the profile and the questions have no baseline."""
+    """Whether it is one of the bench's: the profile has no baseline."""
     return isinstance(value, dict) and "cases" in value and "baseline" in value
 
 

@@ -50,7 +50,7 @@ def _cells(report: Report, case: CaseReport, result: Result) -> dict[str, Text |
     status: Text | str = Text(result.status, style="yellow" if result.status == "unavailable" else "red")
     cells: dict[str, Text | str] = {"images/s": status, "p50": "", "p20 - p80": "", "x": ""}
     rate = case.flops_per_s(result)
-    if timing and rate:
+    if timing:
         cells["images/s"] = f"{case.images_per_s(result):.1f}"
         cells["p50"] = f"{timing.p50:.2f}"
         cells["p20 - p80"] = f"{timing.p20:.2f} - {timing.p80:.2f}"

@@ -26,7 +26,7 @@ from . import provenance
 from .candidates import backends
 from .cases import DTYPES, UsageError
 from .compile_ahead import SPARE_CORES, Ahead
-from .device_process import Apart, Here
+from .device_process import LocalWorker, ProcessWorker
 from .network import Network, networks
 from .problems import Job, blocks, jobs, parts
 from .progress import Silent
@@ -95,7 +95,7 @@ def tune(
     facts = provenance.collect(device, command)
     if processes is None:
         processes = 0 if rehearse else max(1, (os.cpu_count() or 1) - SPARE_CORES)
-    bench = Here(device, arch, rounds=1) if rehearse else Apart(device, arch, rounds=None)
+    bench = LocalWorker(device, arch, rounds=1) if rehearse else ProcessWorker(device, arch, rounds=None)
     compiles = processes if ops.available("triton", device.type) and not rehearse else 0
     path = path or _default_path(gpu, rehearse)
     search = Search(device, arch, gpu, facts, path, again, rehearse, bench, Ahead(arch, compiles), reporter or Silent())

@@ -13,17 +13,17 @@ import torch
 
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.choice import ALONE, ATEN, BLOCK
-from resnet_fused.plan.conv import BlockShape, ConvShape
 from resnet_fused.plan.lookup import measured
 from resnet_fused.plan.table import Choice, Entry, Problem, Table
 
 from .candidates import candidates
 from .checks import REFUSED, crashed
 from .compile_ahead import LATE_S, Ahead
-from .device_process import Apart, Here, LostError
-from .problems import Job
+from .device_process import LocalWorker, ProcessWorker
+from .problems import Job, elements
 from .results import write_json
-from .tuning import Tuning
+from .tuning import Tuning, summarise
+from .workers import WorkerCrashed
 
 SAME = ("package", "torch", "triton", "commit")  # what must agree for a table to be continued
 # Seconds of timed rounds: of a first look, of all candidates side by side, of a block.
@@ -55,7 +55,7 @@ class Search:
         path: Path,
         again: bool,
         rehearse: bool,
-        bench: Here | Apart,
+        bench: LocalWorker | ProcessWorker,
         ahead: Ahead,
         reporter: Any,
     ) -> None:
@@ -98,6 +98,7 @@ class Search:
                     for job in ops:
                         for choice in self._todo(job, quick):
                             self.ahead.submit(job, choice)
+                self._measure_roofs(ops)
             for quick in stages:
                 self._stage(ops, quick)
                 self._stage(whole, quick)
@@ -116,7 +117,20 @@ class Search:
             [(*pair, why) for pair, why in self.refuted.items()],
             self.dropped,
             self.lost,
+            summaries=summarise(ops, self.table),
         )
+
+    def _measure_roofs(self, ops: list[Job]) -> None:
+        """What the times are held against; a table that is continued keeps its own."""
+        if "roofs" in self.table.provenance or not ops:
+            return
+        self.reporter.start("measuring the roofs of this GPU")
+        try:
+            roofs = dataclasses.asdict(self.bench.roofs(ops[0].problem.dtype))
+        except WorkerCrashed as error:
+            self.reporter.detail(str(error))
+            return
+        self.table = dataclasses.replace(self.table, provenance={**self.table.provenance, "roofs": roofs})
 
     def _stage(self, jobs: list[Job], quick: bool) -> None:
         """Every problem that has candidates left, the next one being the first whose kernels are compiled."""
@@ -191,7 +205,7 @@ class Search:
         if why is None:
             try:
                 results = self.bench.check(job, choice, self.table, first)
-            except LostError as error:
+            except WorkerCrashed as error:
                 self._lose(job, choice, str(error), first)
                 return False
             why = next((f"{op}: {reason}" for op, reason in results.items() if reason), None)
@@ -225,7 +239,7 @@ class Search:
                 for choice in remaining:
                     why = self.bench.prepare(job, choice, self.table)
                     if why is not None and crashed(why):
-                        raise LostError(why)
+                        raise WorkerCrashed(why)
                     if why is None:
                         running.append(choice)
                     else:
@@ -234,7 +248,7 @@ class Search:
                 choice = None
                 times = self.bench.race(seconds)
                 return tuple((choice, times[str(choice)]) for choice in running if times.get(str(choice), 0) > 0)
-            except LostError as error:
+            except WorkerCrashed as error:
                 # Side by side nobody knows who it was: then none but PyTorch's own is timed.
                 blamed = [choice] if choice is not None else [one for one in remaining if one != ATEN]
                 for one in blamed:
@@ -318,14 +332,8 @@ def order(job: Job) -> tuple[bool, bool, float]:
     """What moves most in a step goes first; after all that a network runs as it is what it might run instead; what
     competes with several convolutions after these.
     """
-    s = job.problem.shape
-    if isinstance(s, BlockShape):
-        elements = sum(conv.n * (conv.c * conv.h * conv.w + conv.k * conv.p * conv.q) for conv in s.branch)
-    elif isinstance(s, ConvShape):
-        elements = s.n * (s.c * s.h * s.w + s.k * s.p * s.q)
-    else:
-        elements = 4 * math.prod(s)
-    return job.problem.op in ("conv_chain", "conv_join"), job.weight == 0, -max(1, job.weight) * elements
+    moved = max(1, job.weight) * elements(job.problem)
+    return job.problem.op in ("conv_chain", "conv_join"), job.weight == 0, -moved
 
 
 def _formulation(choice: Choice) -> str:

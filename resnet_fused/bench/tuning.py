@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from resnet_fused.plan.lookup import entry_of
 from resnet_fused.plan.table import Choice, Problem, Table
 
 from .problems import Job
+from .work import Roofs
 
 CHANGES_SHOWN = 40
 REHEARSAL = "rehearsal on a CPU"
@@ -69,6 +71,49 @@ def predict(label: str, parts: Iterable[Job], table: Table) -> Prediction:
 
 
 @dataclass(frozen=True)
+class Summary:
+    """The winners of an op over all problems of it that were measured.
+
+    Attributes:
+        op: its name.
+        problems: how many.
+        ratio: native PyTorch's time over the winner's, the geometric mean.
+        faster: in how many of them a kernel of ours won.
+        roof_share: of the least time that the measured roofs allow, over the winners' times; None without roofs.
+    """
+
+    op: str
+    problems: int
+    ratio: float
+    faster: int
+    roof_share: float | None
+
+    def __str__(self) -> str:
+        share = f", {self.roof_share:.0%} of the roof" if self.roof_share is not None else ""
+        of = f"faster in {self.faster} of {self.problems}"
+        return f"{self.op}: {self.ratio:.2f}x of native PyTorch (geometric mean), {of}{share}"
+
+
+def summarise(jobs: Iterable[Job], table: Table) -> list[Summary]:
+    """A summary of each op, in the order of `jobs`; an op that stands alone in no race has none."""
+    noted = table.provenance.get("roofs")
+    roofs = Roofs(**noted) if noted else None
+    found: dict[str, list[tuple[Job, float, float]]] = {}
+    for job in jobs:
+        entry = table.entries.get(job.problem)
+        native = entry.best("aten") if entry is not None else None
+        if entry is not None and native is not None:
+            found.setdefault(job.problem.op, []).append((job, entry.ms(entry.winner), native[1]))
+    summaries = []
+    for op, rows in found.items():
+        ratios = [native / best for _, best, native in rows]
+        share = sum(roofs.least_ms(job) for job, *_ in rows) / sum(best for _, best, _ in rows) if roofs else None
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        summaries.append(Summary(op, len(rows), mean, sum(ratio > 1 for ratio in ratios), share))
+    return summaries
+
+
+@dataclass(frozen=True)
 class Tuning:
     """What a call of `tune` did; `str()` is a summary.
 
@@ -83,6 +128,7 @@ class Tuning:
         dropped: (problem, choice, why) of candidates that were not right, or did not run, in this call.
         lost: (problem, choice, why) of candidates that crashed or hung, in any call; none is tried again.
         predictions: for each network, mode and batch.
+        summaries: for each op.
     """
 
     path: Path
@@ -95,6 +141,7 @@ class Tuning:
     dropped: list[tuple[Problem, Choice, str]] = field(default_factory=list)
     lost: list[tuple[str, str, str]] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
+    summaries: list[Summary] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{problem}: {old} -> {new}" for problem, old, new in self.changes[:CHANGES_SHOWN]]
@@ -108,5 +155,6 @@ class Tuning:
         if self.table.gpu == REHEARSAL:
             lines.append("a rehearsal: these times say nothing, and no plan reads the table")
         else:
+            lines += [str(summary) for summary in self.summaries]
             lines += [str(prediction) for prediction in self.predictions if prediction.measured]
         return "\n".join([*lines, f"wrote {self.path}"])

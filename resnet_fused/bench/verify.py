@@ -19,13 +19,13 @@ from resnet_fused.plan.conv import tf32_allowed
 from resnet_fused.plan.table import Choice, Problem
 
 from . import provenance
-from .apart import Lost, run_apart
 from .candidates import backends, candidates
 from .cases import DTYPES, UsageError
 from .checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
 from .network import networks
 from .problems import Job, jobs
 from .progress import Silent
+from .workers import TaskFailure, isolated_map
 
 BUILT_IN = ("resnet50", "resnet18")
 
@@ -160,13 +160,13 @@ def _checks(
     """In the order of `pairs`."""
     tasks = [(job, choice, device, images) for job, choice in pairs]
     if processes > 1:
-        results: Iterable[tuple[int, Any]] = run_apart(check_all, tasks, processes, last=unusable)
+        results: Iterable[tuple[int, Any]] = isolated_map(check_all, tasks, processes, spoils=unusable)
     else:
         results = ((index, check_all(*task)) for index, task in enumerate(tasks))
     found: dict[int, dict[str, str | None]] = {}
     for index, result in results:
         job, choice = pairs[index]
         reporter.start(f"{job.problem}: {choice}")
-        found[index] = {job.problem.op: result.reason} if isinstance(result, Lost) else result
+        found[index] = {job.problem.op: result.reason} if isinstance(result, TaskFailure) else result
     for index, (job, choice) in enumerate(pairs):
         yield from (Check(job.problem, op, choice, reason) for op, reason in found[index].items())

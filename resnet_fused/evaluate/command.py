@@ -70,10 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
         chosen = _command.choose_many(arguments.protocol, runner.PROTOCOLS, "protocol")
         device = _command.resolve_device(arguments.device)
         _check(arguments)
-        _check_backend(arguments.backend, device)
+        _command.check_backend(arguments.backend, device)
         source = pictures.open_data(arguments.data)
         loaded = _load(arguments)
         settings = _settings(arguments, loaded[0].crop, device)
+        _check_memory(settings, chosen)
         contestants = []
         for one in loaded:
             if not arguments.plain:
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:  # a disk that has filled up meanwhile
             return _complain(f"--json {arguments.json}: {error.strerror}; nothing written")
         out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
-    return 0
+    return 130 if evaluation.interrupted else 0
 
 
 def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -146,13 +147,23 @@ def _check(arguments: argparse.Namespace) -> None:
     _command.check_writable("--json", arguments.json)  # before an hour's work, not after it
 
 
-def _check_backend(name: str, device: Any) -> None:
-    from resnet_fused import ops
-    from resnet_fused.plan import BACKENDS
+def _check_memory(settings: Any, chosen: tuple[str, ...]) -> None:
+    """Raise UsageError where the pictures of one batch, as a protocol sees them, would not fit into memory."""
+    from resnet_fused.bench import memory
 
-    _command.choose(name, BACKENDS, "backend")
-    if name != "auto" and (reason := ops.unavailable(name, device.type)):
-        raise UsageError(f"--backend {name}: {reason}")
+    s = settings
+    views = {
+        "single": s.crop**2,
+        "ten-crop": 10 * s.crop**2,
+        "multi-scale": sum(side**2 for side in s.scales),
+    }
+    largest = max(views[protocol] for protocol in chosen)
+    count = min(s.batch, s.limit or s.batch)
+    try:
+        memory.require(3 * 4 * (count * largest + max(s.shorter_side, *s.scales) ** 2))
+    except MemoryError as error:
+        sides = f"--crop {s.crop}, --shorter-side {s.shorter_side}, --scales {','.join(map(str, s.scales))}"
+        raise UsageError(f"--batch {s.batch}, {sides}: one batch {error}") from None
 
 
 class _Progress:

@@ -29,6 +29,10 @@ def render(evaluation: Evaluation, console: Console) -> None:
     for row in evaluation.rows:
         table.add_row(row.model, row.protocol, *(str(row.errors.get(k, "-")) for k in ks))
     console.print(table)
+    for row in evaluation.rows:
+        if row.problem:
+            text = f"failed: {row.model}, {row.protocol}: {row.problem}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
     if evaluation.unreadable:
         count = len(evaluation.unreadable)
         text = f"{count} picture{'s' * (count != 1)} could not be read and {'were' if count != 1 else 'was'} left out:"
@@ -61,6 +65,7 @@ def to_json(
                 "model": row.model,
                 "protocol": row.protocol,
                 "errors": {f"top{k}": _error(error) for k, error in row.errors.items()},
+                "problem": row.problem,
             }
             for row in evaluation.rows
         ],

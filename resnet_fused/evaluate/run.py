@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from resnet_fused._command import UsageError
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.evaluate import protocols
 from resnet_fused.evaluate.error_rate import ErrorRate, ranks
 from resnet_fused.evaluate.pictures import Picture, Pictures, Unreadable, as_list, spread
@@ -46,20 +46,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """The errors of one model, or of the ensemble, under one protocol."""
+    """The errors of one model, or of the ensemble, under one protocol; or why there are none."""
 
     model: str
     protocol: str
     errors: dict[int, ErrorRate]
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything found; `unreadable` are left out of every row."""
+    """Everything found; `unreadable` are left out of every row. Interrupted: by Ctrl-C, after these rows."""
 
     rows: tuple[Row, ...]
     unreadable: tuple[Unreadable, ...]
     pictures: int
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,52 +101,120 @@ def evaluate(
         settings: see there.
         progress: called with (protocol, pictures done, pictures).
 
+    A model that fails under a protocol has the reason in its row.
+
     Raises:
-        UsageError: no picture could be read, or one of a class that a model does not have.
+        UsageError: no picture could be read, or no model could be evaluated under any protocol.
     """
     rows: list[Row] = []
     unreadable: dict[str, Unreadable] = {}  # by name: every protocol meets them again
     indices = spread(len(source), settings.limit)
     if not indices:
         raise UsageError("--data: no picture in it")
-    read = 0
-    windows = [settings.window or 0] * len(models)
-    if settings.window is None and "multi-scale" in chosen:
-        windows = [trained_window(model, settings.crop, settings.device) for _, model in models]
-    for protocol in chosen:
-        places: list[list[Tensor]] = [[] for _ in range(len(models) + (len(models) > 1))]
-        classes, done = 0, 0
-        data = Pictures(source, _Views(protocol, settings), indices)
-        loader = DataLoader(data, settings.batch, num_workers=settings.workers, collate_fn=as_list)
-        for items in loader:
-            unreadable.update((item.name, item) for item in items if isinstance(item, Unreadable))
-            for group in _same_shapes(items):
-                scores = [_score(protocol, m, group, settings, w) for (_, m), w in zip(models, windows, strict=True)]
-                targets = torch.tensor([picture.target for picture in group])
-                classes = scores[0].shape[1]
-                _check_classes([name for name, _ in models], scores, targets)
-                if len(models) > 1:
-                    scores.append(protocols.ensemble(scores))
-                for collected, one in zip(places, scores, strict=True):
-                    collected.append(ranks(one.cpu(), targets))
-            done += len(items)
-            progress(protocol, done, len(indices))
-        if not places[0]:
-            first = next(iter(unreadable.values()))
-            raise UsageError(f"none of the {len(indices)} pictures can be read; the first: {first.reason}")
-        names = [name for name, _ in models] + [f"ensemble of {len(models)}"]
-        for name, collected in zip(names, places, strict=False):
-            found = torch.cat(collected)
-            read = len(found)
-            ks = [k for k in (1, 5) if k < classes]
-            rows.append(Row(name, protocol, {k: ErrorRate(int((found >= k).sum()), read) for k in ks}))
-    return Evaluation(tuple(rows), tuple(unreadable.values()), read)
+    interrupted = False
+    try:
+        for protocol in chosen:
+            rows += _protocol(protocol, models, source, indices, settings, unreadable, progress)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        interrupted = True
+    if all(row.problem for row in rows):
+        raise UsageError(str(rows[0].problem))
+    read = max((error.total for row in rows for error in row.errors.values()), default=len(indices) - len(unreadable))
+    return Evaluation(tuple(rows), tuple(unreadable.values()), read, interrupted)
 
 
-def _check_classes(names: Sequence[str], scores: Sequence[Tensor], targets: Tensor) -> None:
-    for name, one in zip(names, scores, strict=True):
-        if int(targets.max()) >= one.shape[1]:
-            raise UsageError(f"{name} has {one.shape[1]} classes, but a picture is of class {targets.max()}")
+def _protocol(
+    protocol: str,
+    models: Sequence[tuple[str, nn.Module]],
+    source: Any,
+    indices: list[int],
+    settings: Settings,
+    unreadable: dict[str, Unreadable],
+    progress: Progress,
+) -> list[Row]:
+    """The rows of one protocol; `unreadable` grows."""
+    scorers = [_Scorer(protocol, name, model, settings) for name, model in models]
+    together = _Together(f"ensemble of {len(models)}", protocol)
+    done = read = 0
+    data = Pictures(source, _Views(protocol, settings), indices)
+    for items in DataLoader(data, settings.batch, num_workers=settings.workers, collate_fn=as_list):
+        unreadable.update((item.name, item) for item in items if isinstance(item, Unreadable))
+        for group in _same_shapes(items):
+            targets = torch.tensor([picture.target for picture in group])
+            read += len(group)
+            scores = [one.score(group, targets) for one in scorers]
+            if len(models) > 1:
+                together.add(scores, targets)
+        done += len(items)
+        progress(protocol, done, len(indices))
+    if not read:
+        first = next(iter(unreadable.values()))
+        raise UsageError(f"none of the {len(indices)} pictures can be read; the first: {first.reason}")
+    rows = [one.row() for one in scorers]
+    if len(models) > 1:
+        together.problem = next((f"{one.name}: {one.problem}" for one in scorers if one.problem), together.problem)
+        rows.append(together.row())
+    return rows
+
+
+class _Ranked:
+    """The places of the right classes under one protocol, or why there are none."""
+
+    def __init__(self, name: str, protocol: str) -> None:
+        self.name, self.protocol = name, protocol
+        self.places: list[Tensor] = []
+        self.classes = 0
+        self.problem: str | None = None
+
+    def note(self, scores: Tensor, targets: Tensor) -> None:
+        """Probabilities `[N, classes]` and the right classes `[N]` of some pictures."""
+        self.classes = scores.shape[1]
+        if int(targets.max()) >= self.classes:
+            raise UsageError(f"{self.name} has {self.classes} classes, but a picture is of class {targets.max()}")
+        self.places.append(ranks(scores.cpu(), targets))
+
+    def row(self) -> Row:
+        if self.problem is not None:
+            return Row(self.name, self.protocol, {}, self.problem)
+        found = torch.cat(self.places)
+        ks = [k for k in (1, 5) if k < self.classes]
+        return Row(self.name, self.protocol, {k: ErrorRate(int((found >= k).sum()), len(found)) for k in ks})
+
+
+class _Scorer(_Ranked):
+    """One model; what it raises is its problem, and leaves the others theirs."""
+
+    def __init__(self, protocol: str, name: str, model: nn.Module, settings: Settings) -> None:
+        super().__init__(name, protocol)
+        self.model, self.settings, self.window = model, settings, settings.window
+
+    def score(self, group: Sequence[Picture], targets: Tensor) -> Tensor | None:
+        """Probabilities `[N, classes]`; None once it has failed."""
+        if self.problem is not None:
+            return None
+        try:
+            if self.window is None and self.protocol == "multi-scale":
+                self.window = trained_window(self.model, self.settings.crop, self.settings.device)
+            scores = _score(self.protocol, self.model, group, self.settings, self.window or 0)
+            self.note(scores, targets)
+            return scores
+        except Exception as error:
+            self.problem = one_line(error)
+            return None
+
+
+class _Together(_Ranked):
+    """All models."""
+
+    def add(self, scores: Sequence[Tensor | None], targets: Tensor) -> None:
+        try:
+            every = [one for one in scores if one is not None]
+            if self.problem is None and len(every) == len(scores):
+                self.note(protocols.ensemble(every), targets)
+        except Exception as error:
+            self.problem = one_line(error)
 
 
 def _same_shapes(items: Sequence[Picture | Unreadable]) -> Iterator[list[Picture]]:
