@@ -26,12 +26,11 @@ from conv_cases import (
     runs_kernels,
 )
 
-from resnet_fused import reference
 from resnet_fused.bench import checks
 from resnet_fused.bench.network import tiny_network
 from resnet_fused.bench.problems import jobs
 from resnet_fused.kernels import conv_dgrad, conv_dgrad_join, refuse
-from resnet_fused.ops import aten
+from resnet_fused.ops import arithmetic, aten, reference
 from resnet_fused.plan.conv import ConvConfig, conv_dgrad_configurations
 from resnet_fused.plan.table import Choice
 
@@ -65,7 +64,7 @@ def _check(arguments, **options):
     plain, truth = aten.conv_dgrad_join(*arguments)[0], reference.conv_dgrad_join(*in_double(arguments))[0]
     assert_within_contract(dx, plain, truth, "dx")
     x, mask, mean, invstd, shortcut, shortcut_mean, shortcut_invstd = arguments[6:13]
-    dz = pixels(torch.where(reference.unpack_bits(mask, x), dx, 0))
+    dz = pixels(torch.where(arithmetic.unpack_bits(mask, x), dx, 0))
     factors = [(None, None, None), (x, mean, invstd), (shortcut, shortcut_mean, shortcut_invstd)]
     for got, (z, m, i), what in zip(sums, factors, ("sum_dz", "sum_dz_xhat", "sum_dz_shortcut"), strict=True):
         if what == "sum_dz_shortcut" and z is None:
@@ -115,14 +114,14 @@ def test_it_is_a_dgrad_and_the_reduction_behind_it(op, dtype):
     arguments = _arguments(SHAPES["1x1"], dtype)
     dx, *sums = op(*arguments)
     x, mask, mean, invstd, shortcut, shortcut_mean, shortcut_invstd = arguments[6:13]
-    room = aten if op is aten.conv_dgrad_join else reference
-    assert torch.equal(dx, room.conv_dgrad(*arguments[:6], *(None,) * 5, *arguments[13:])[0])
+    package = aten if op is aten.conv_dgrad_join else reference
+    assert torch.equal(dx, package.conv_dgrad(*arguments[:6], *(None,) * 5, *arguments[13:])[0])
     expected = [
         reference.bn_backward_reduce(dx, z, mask, m, m, m, i, True, 3)
         for z, m, i in ((x, mean, invstd), (shortcut, shortcut_mean, shortcut_invstd))
     ]
     for got, exact in zip(sums, (*expected[0], expected[1][1]), strict=True):
-        if room is aten:
+        if package is aten:
             torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(got, exact)
@@ -140,8 +139,8 @@ def test_a_masked_gradient_that_is_not_finite_is_written_and_not_summed(value, n
     assert torch.equal(dx.isfinite(), truth[0].isfinite()) and not dx.isfinite().all()
     for got, exact in zip(sums, truth[1:], strict=True):
         assert torch.equal(got.isfinite(), exact.isfinite())
-    bits = torch.where(dx.isfinite(), reference.unpack_bits(arguments[7], dx), False)
-    arguments[7] = reference.pack_bits(reference.in_memory_order(bits.contiguous(memory_format=NHWC)))
+    bits = torch.where(dx.isfinite(), arithmetic.unpack_bits(arguments[7], dx), False)
+    arguments[7] = arithmetic.pack_bits(arithmetic.in_memory_order(bits.contiguous(memory_format=NHWC)))
     dropped, *sums = conv_dgrad_join(*arguments)
     assert torch.equal(dropped.isfinite(), dx.isfinite())
     assert all(s.isfinite().all() for s in sums)

@@ -1,0 +1,50 @@
+"""The affine map of a batch norm, with residual, ReLU and the ReLU's bit mask, in one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import in_memory_order, like, normalise, pack_bits, up
+from resnet_fused.ops.registry import register
+
+
+class Args(NamedTuple):
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    residual: Tensor | None
+    residual_scale: Tensor | None
+    residual_shift: Tensor | None
+    relu: bool
+    with_mask: bool
+
+
+class Out(NamedTuple):
+    y: Tensor
+    mask: Tensor
+
+
+def reference(a: Args) -> Out:
+    """y = round(act(x*scale + shift + (residual_scale*residual + residual_shift))); mask: uint8 [ceil(numel/8)], bit
+    i%8 of byte i//8 is "the gradient passes element i" in memory order, that is not (y <= 0): a NaN passes. Without
+    with_mask: an empty tensor.
+    """
+    value = normalise(a.x, a.scale, a.shift)
+    if a.residual is not None:
+        if a.residual_scale is not None and a.residual_shift is not None:
+            value = value + normalise(a.residual, a.residual_scale, a.residual_shift)
+        else:
+            value = value + up(a.residual)
+    y = like(value.relu() if a.relu else value, a.x)
+    return Out(y, pack_bits(~(in_memory_order(y) <= 0)) if a.with_mask else a.x.new_empty(0, dtype=torch.uint8))
+
+
+def fake(a: Args) -> Out:
+    bits = (a.x.numel() + 7) // 8 if a.with_mask else 0
+    return Out(torch.empty_like(a.x), a.x.new_empty(bits, dtype=torch.uint8))
+
+
+register(__name__, kernels=("triton", "cuda"))

@@ -1,0 +1,47 @@
+"""The input gradient of a batch norm, behind ReLU's mask, and the gradient of its residual."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import input_gradient, like, masked_gradient
+from resnet_fused.ops.registry import register
+
+
+class Args(NamedTuple):
+    dy: Tensor
+    x: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    invstd: Tensor
+    sum_dy: Tensor | None
+    sum_dy_xhat: Tensor | None
+    count: float  # type: ignore[assignment]
+    relu: bool
+    with_dresidual: bool
+
+
+class Out(NamedTuple):
+    dx: Tensor
+    dresidual: Tensor
+
+
+def reference(a: Args) -> Out:
+    """dx = scale * (dz - sum_dy/count - (x - mean)*invstd * sum_dy_xhat/count), dz as in `bn_backward_reduce`; with the
+    sums absent (statistics were constants): scale * dz. dresidual = dz, or an empty tensor.
+    """
+    dz = masked_gradient(a.dy, a.x, a.mask, a.scale, a.shift, a.relu)
+    dx = input_gradient(dz, a.x, a.scale, a.mean, a.invstd, a.sum_dy, a.sum_dy_xhat, a.count)
+    return Out(dx, like(dz, a.x) if a.with_dresidual else a.x.new_empty(0))
+
+
+def fake(a: Args) -> Out:
+    return Out(torch.empty_like(a.x), torch.empty_like(a.x) if a.with_dresidual else a.x.new_empty(0))
+
+
+register(__name__, kernels=("triton", "cuda"))

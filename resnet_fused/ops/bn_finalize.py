@@ -1,0 +1,57 @@
+"""From partial rows to the affine map of a batch norm, and the running statistics."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import vector
+from resnet_fused.ops.registry import Mutated, register
+
+
+class Args(NamedTuple):
+    mean: Tensor
+    m2: Tensor
+    count: Tensor  # type: ignore[assignment]
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Annotated[Tensor | None, Mutated("a")]
+    running_var: Annotated[Tensor | None, Mutated("b")]
+    momentum: float
+    eps: float
+
+
+class Out(NamedTuple):
+    scale: Tensor
+    shift: Tensor
+    save_mean: Tensor
+    save_invstd: Tensor
+
+
+def reference(a: Args) -> Out:
+    """merges the rows (Chan, Golub, LeVeque 1979); scale = weight * invstd, shift = bias - mean * scale;
+    running = (1 - momentum) * running + momentum * {mean, unbiased variance}
+    """
+    # Merging in float64 costs nothing here: [rows, C] is tiny beside the activations.
+    rows_mean, rows_m2, n = a.mean.double(), a.m2.double(), a.count.double()[:, None]
+    total = n.sum()
+    merged = (rows_mean * n).sum(0) / total
+    deviations = (rows_m2 + n * (rows_mean - merged).square()).sum(0)
+    variance = deviations / total
+    invstd = (variance + a.eps).rsqrt()
+    out = a.mean.dtype
+    # The shift takes the scale as it will be used, rounded: then its rounding costs nothing where the mean is large.
+    scale = (invstd if a.weight is None else invstd * a.weight.double()).to(out)
+    shift = (0.0 if a.bias is None else a.bias.double()) - merged * scale.double()
+    for running, new in ((a.running_mean, merged), (a.running_var, deviations / (total - 1))):
+        if running is not None:
+            running.copy_((1 - a.momentum) * running.double() + a.momentum * new)
+    return Out(scale, shift.to(out), merged.to(out), invstd.to(out))
+
+
+def fake(a: Args) -> Out:
+    return Out(*(vector(a.mean, a.mean.shape[1]) for _ in Out._fields))
+
+
+register(__name__, kernels=("triton", "cuda"))

@@ -1,0 +1,115 @@
+"""The registry of ops: a module `ops/<op>.py` is the record of one, and everything that concerns all ops iterates here.
+
+A record holds `Args` and `Out` (typed tuples, from which the schema is made), `reference` (its docstring is the
+contract) and `fake`. `torch.ops.resnet_fused.<op>` has one keyword argument more, `str backend`.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
+_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float"}
+
+
+@dataclass(frozen=True)
+class Mutated:
+    """Marks a tensor that an op writes to; `alias` is its letter in the schema."""
+
+    alias: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """The record of an op.
+
+    Attributes:
+        name: of the op and of its module, its Triton launcher and its C++ function.
+        args: the typed tuple of its arguments, in their order.
+        out: the typed tuple of its results; `Tensor` where there is one.
+        reference: (args) to the results in plain PyTorch; any device, any strides; rounded once.
+        fake: (args) to results without values, of the right shapes, dtypes and strides.
+        kernels: the backends that have a kernel of ours.
+    """
+
+    name: str
+    args: type[Any]
+    out: type[Any]
+    reference: Callable[[Any], Any]
+    fake: Callable[[Any], Any]
+    kernels: tuple[str, ...]
+
+    @property
+    def contract(self) -> str:
+        """What the op computes."""
+        return (self.reference.__doc__ or "").strip()
+
+    def schema(self, *extra: str) -> str:
+        """The op's schema, with these arguments behind its own."""
+        hints = get_type_hints(self.args, include_extras=True)
+        arguments = [f"{_schema_type(hint)} {name}" for name, hint in hints.items()]
+        return f"{self.name}({', '.join([*arguments, *extra])}) -> {self._results()}"
+
+    def _results(self) -> str:
+        if self.out is Tensor:
+            return "Tensor"
+        return f"({', '.join(f'Tensor {name}' for name in self.out._fields)})"
+
+
+def _schema_type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        inner, mark = get_args(hint)
+        return mark if isinstance(mark, str) else _schema_type(inner).replace("Tensor", f"Tensor({mark.alias}!)")
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (part for part in get_args(hint) if part is not type(None))
+        return f"{_schema_type(inner)}?"
+    return _SCHEMA_TYPES[hint]
+
+
+OPS: dict[str, Op] = {}
+_library = torch.library.Library("resnet_fused", "DEF")
+
+
+def register(module: str, *, kernels: Sequence[str]) -> Op:
+    """Make an op of the record in this module.
+
+    Args:
+        module: its name, `__name__`.
+        kernels: the backends that have a kernel of ours, of `"triton"` and `"cuda"`.
+    """
+    record = sys.modules[module]
+    name = module.rpartition(".")[2]
+    op = Op(
+        name,
+        record.Args,
+        getattr(record, "Out", Tensor),
+        record.reference,
+        record.fake,
+        tuple(kernels),
+    )
+    OPS[name] = op
+    return op
+
+
+def define(op: Op, implementation: Callable[[str, str], Callable[..., Any]]) -> None:
+    """Define `torch.ops.resnet_fused.<op>`, which runs `implementation(backend, op)`."""
+    name, args, fake = op.name, op.args, op.fake
+
+    def run(*values: Any, backend: str) -> Any:
+        return implementation(backend, name)(*values)
+
+    _library.define(op.schema("*", "str backend"), tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fused::{name}", lambda *values, backend: fake(args(*values)), lib=_library)
+
+
+def tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results."""
+    return (value for value in values if isinstance(value, Tensor))
