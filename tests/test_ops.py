@@ -1,4 +1,4 @@
-"""The small ops, and all of them as PyTorch sees operators: schemas, fake kernels, refusals."""
+"""The small ops, and what all of them refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from contract import assert_within_contract
 from op_cases import (
     BACKENDS,
     DEVICE,
-    EPS,
     NHWC,
     OPS,
     activation,
@@ -73,43 +72,6 @@ def test_pack_weight(backend, dtype, shape, flip, memory):
     assert torch.equal(packed, expected) and packed.is_contiguous()
 
 
-# The operators as PyTorch sees them
-
-
-def samples():
-    x = activation((2, 8, 4, 5), torch.float32, NHWC)
-    v = vector(8)
-    mean, m2, count = (
-        torch.randn(3, 8, device=DEVICE),
-        torch.rand(3, 8, device=DEVICE),
-        torch.full((3,), 13.0, device=DEVICE),
-    )
-    mask = torch.randint(0, 256, (40,), dtype=torch.uint8, device=DEVICE)
-    pooled, index = OPS.bn_act_max_pool(x, v, v, backend="reference")
-    backward = v, v, v, v
-    return {
-        "bn_stats": (x, 3),
-        "bn_finalize": (mean, m2, count, v, v, v.clone(), v.abs(), 0.1, EPS),
-        "bn_apply": (x, v, v, x.clone(), v.clone(), v.clone(), True, True),
-        "bn_backward_reduce": (x.clone(), x, mask, *backward, True, 3),
-        "bn_backward_apply": (x.clone(), x, None, *backward, v, v, 40.0, True, True),
-        "add_act": (x, x.clone(), True),
-        "add_act_backward": (x, x.clone()),
-        "bn_act_max_pool": (x, v, v),
-        "bn_act_max_pool_backward_reduce": (pooled, index, x, *backward, 3),
-        "bn_act_max_pool_backward_apply": (pooled, index, x, *backward, v, v, 40.0),
-        "reduce_rows": (torch.randn(5, 4, 3, device=DEVICE),),
-        "pack_weight": (x, True),
-    }
-
-
-@backends
-@pytest.mark.parametrize("op", sorted(samples()))
-def test_opcheck(backend, op):
-    args = samples()[op]
-    torch.library.opcheck(getattr(OPS, op).default, args, {"backend": backend})
-
-
 @pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_refusals_name_the_value_and_the_choices(backend):
     x, v = activation((2, 8, 4, 5)), vector(8)
@@ -145,17 +107,6 @@ def test_refusals_name_the_value_and_the_choices(backend):
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
             call()
-
-
-def test_every_op_of_the_library_is_tested_by_opcheck():
-    from resnet_fused.ops.backends import implements
-
-    names = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("resnet_fused::")
-    }
-    assert {name for name in names if implements("cuda", name)} == set(samples())
 
 
 def test_rows_partition_is_the_same_on_all_backends():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import like, up
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -25,6 +26,10 @@ def reference(a: Args) -> Tensor:
 
 def fake(a: Args) -> Tensor:
     return torch.empty_like(a.x)
+
+
+def case(make: Operands, size: Size, relu: bool = True) -> Args:
+    return Args(make.activation(*size), make.activation(*size), relu)
 
 
 register(__name__, kernels=("triton", "cuda"))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import like, select
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -23,6 +24,10 @@ def reference(a: Args) -> Tensor:
 
 def fake(a: Args) -> Tensor:
     return torch.empty_like(a.y)
+
+
+def case(make: Operands, size: Size) -> Args:
+    return Args(make.activation(*size), make.activation(*size))
 
 
 register(__name__, kernels=("triton", "cuda"))

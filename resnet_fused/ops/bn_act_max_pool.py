@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import like, memory_format, normalise, window_corner
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -43,6 +44,16 @@ def fake(a: Args) -> Out:
         torch.empty(size, dtype=a.x.dtype, device=a.x.device, memory_format=order),
         torch.empty(size, dtype=torch.uint8, device=a.x.device, memory_format=order),
     )
+
+
+def case(make: Operands, size: Size) -> Args:
+    return Args(make.activation(*size), *make.affine(size[1]))
+
+
+def pooled(make: Operands, size: Size) -> tuple[Args, Out]:
+    """A case and its results, which are operands of the backward."""
+    a = case(make, size)
+    return a, fake(a) if make.device.type == "meta" else reference(a)
 
 
 register(__name__, kernels=("triton", "cuda"))

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.ops import bn_act_max_pool
 from resnet_fused.ops.arithmetic import input_gradient, unpool
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -32,6 +34,31 @@ def reference(a: Args) -> Tensor:
 
 def fake(a: Args) -> Tensor:
     return torch.empty_like(a.x)
+
+
+OPTIONS = {"constant": (False, True)}
+
+
+def case(make: Operands, size: Size, constant: bool = False) -> Args:
+    """Sample arguments.
+
+    Args:
+        constant: the statistics were constants, and there are no sums.
+    """
+    n, c, h, w = size
+    a, (y, index) = bn_act_max_pool.pooled(make, size)
+    return Args(
+        dy=make.activation(*y.shape),
+        index=index,
+        x=a.x,
+        scale=a.scale,
+        shift=a.shift,
+        mean=make.vector(c),
+        invstd=make.vector(c, positive=True),
+        sum_dy=None if constant else make.vector(c),
+        sum_dy_xhat=None if constant else make.vector(c),
+        count=float(n * h * w),
+    )
 
 
 register(__name__, kernels=("triton", "cuda"))

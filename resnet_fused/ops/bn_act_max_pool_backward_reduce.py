@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from resnet_fused.ops import bn_act_max_pool, comparison
 from resnet_fused.ops.arithmetic import gradient_sums, unpool, vector
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):
@@ -33,6 +37,18 @@ def reference(a: Args) -> Out:
 
 def fake(a: Args) -> Out:
     return Out(vector(a.x, a.x.shape[1]), vector(a.x, a.x.shape[1]))
+
+
+def case(make: Operands, size: Size, rows: int | None = None) -> Args:
+    a, (y, index) = bn_act_max_pool.pooled(make, size)
+    rows = rows or partial_rows(size[0] * size[2] * size[3], size[1])
+    return Args(make.activation(*y.shape), index, *a, *make.moments(size[1]), rows)
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    exact = comparison.double(a)
+    dz = unpool(exact.dy, a.index, exact.x, exact.scale, exact.shift)
+    return comparison.gradient_sums(dz, exact.x, exact.mean, exact.invstd, actual, plain)
 
 
 register(__name__, kernels=("triton", "cuda"))

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import in_memory_order, like, normalise, pack_bits, up
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -45,6 +47,35 @@ def reference(a: Args) -> Out:
 def fake(a: Args) -> Out:
     bits = (a.x.numel() + 7) // 8 if a.with_mask else 0
     return Out(torch.empty_like(a.x), a.x.new_empty(bits, dtype=torch.uint8))
+
+
+OPTIONS = {"residual": ("", "plain", "affine"), "relu": (False, True), "with_mask": (False, True)}
+
+
+def case(make: Operands, size: Size, residual: str = "", relu: bool = True, with_mask: bool = False) -> Args:
+    """Sample arguments.
+
+    Args:
+        residual: `""` for none, `"plain"`, or `"affine"` for one behind a batch norm of its own.
+    """
+    channels = size[1]
+    return Args(
+        x=make.activation(*size),
+        scale=make.vector(channels, positive=True),
+        shift=make.vector(channels),
+        residual=make.activation(*size) if residual else None,
+        residual_scale=make.vector(channels, positive=True) if residual == "affine" else None,
+        residual_shift=make.vector(channels) if residual == "affine" else None,
+        relu=relu,
+        with_mask=with_mask and relu,
+    )
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    found = [Comparison("y", actual.y, plain.y, truth.y)]
+    if a.with_mask:  # the bits tell of the result beside them, which rounding may put on either side of zero
+        found.append(Comparison("mask", actual.mask, None, pack_bits(~(in_memory_order(actual.y) <= 0))))
+    return found
 
 
 register(__name__, kernels=("triton", "cuda"))

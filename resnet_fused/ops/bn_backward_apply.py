@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import input_gradient, like, masked_gradient
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -42,6 +43,40 @@ def reference(a: Args) -> Out:
 
 def fake(a: Args) -> Out:
     return Out(torch.empty_like(a.x), torch.empty_like(a.x) if a.with_dresidual else a.x.new_empty(0))
+
+
+OPTIONS = {"masked": (False, True), "relu": (False, True), "constant": (False, True), "with_dresidual": (False, True)}
+
+
+def case(
+    make: Operands,
+    size: Size,
+    masked: bool = False,
+    relu: bool = True,
+    constant: bool = False,
+    with_dresidual: bool = False,
+) -> Args:
+    """Sample arguments.
+
+    Args:
+        masked: the ReLU's bits are given; else they are recomputed.
+        constant: the statistics were constants, and there are no sums.
+    """
+    n, c, h, w = size
+    return Args(
+        dy=make.activation(*size),
+        x=make.activation(*size),
+        mask=make.bits(n * c * h * w) if masked else None,
+        scale=make.vector(c, positive=True),
+        shift=make.vector(c),
+        mean=make.vector(c),
+        invstd=make.vector(c, positive=True),
+        sum_dy=None if constant else make.vector(c),
+        sum_dy_xhat=None if constant else make.vector(c),
+        count=float(n * h * w),
+        relu=relu,
+        with_dresidual=with_dresidual,
+    )
 
 
 register(__name__, kernels=("triton", "cuda"))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import vector
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
@@ -30,6 +31,12 @@ def reference(a: Args) -> Tensor:
 
 def fake(a: Args) -> Tensor:
     return vector(a.scale, 3, a.scale.shape[0])
+
+
+def case(make: Operands, size: Size) -> Args:
+    n, c, h, w = size
+    sums = (make.vector(c), make.vector(c))
+    return Args(*sums, make.vector(c, positive=True), *make.moments(c), float(n * h * w))
 
 
 register(__name__, kernels=("triton",))

@@ -6,8 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import gradient_sums, masked_gradient, vector
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):
@@ -39,6 +43,28 @@ def reference(a: Args) -> Out:
 
 def fake(a: Args) -> Out:
     return Out(vector(a.x, a.x.shape[1]), vector(a.x, a.x.shape[1]))
+
+
+OPTIONS = {"masked": (False, True), "relu": (False, True)}
+
+
+def case(make: Operands, size: Size, masked: bool = False, relu: bool = True, rows: int | None = None) -> Args:
+    """Sample arguments.
+
+    Args:
+        masked: the ReLU's bits are given; else they are recomputed.
+    """
+    n, c, h, w = size
+    mask = make.bits(n * c * h * w) if masked else None
+    vectors = (*make.affine(c), *make.moments(c))
+    rows = rows or partial_rows(n * h * w, c)
+    return Args(make.activation(*size), make.activation(*size), mask, *vectors, relu, rows)
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    exact = comparison.double(a)
+    dz = masked_gradient(exact.dy, exact.x, a.mask, exact.scale, exact.shift, a.relu)
+    return comparison.gradient_sums(dz, exact.x, exact.mean, exact.invstd, actual, plain)
 
 
 register(__name__, kernels=("triton", "cuda"))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
+import torch
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import vector
-from resnet_fused.ops.registry import Mutated, register
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Mutated, Size, register
+from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):
@@ -52,6 +55,14 @@ def reference(a: Args) -> Out:
 
 def fake(a: Args) -> Out:
     return Out(*(vector(a.mean, a.mean.shape[1]) for _ in Out._fields))
+
+
+def case(make: Operands, size: Size) -> Args:
+    n, c, h, w = size
+    rows = partial_rows(n * h * w, c)
+    count = torch.full((rows,), float(n * h * w // rows), device=make.device)
+    vectors = (make.vector(c), make.vector(c), None, None)
+    return Args(make.vector(rows, c), make.vector(rows, c, positive=True), count, *vectors, 0.1, 1e-5)
 
 
 register(__name__, kernels=("triton", "cuda"))

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import compute_dtype, vector
-from resnet_fused.ops.registry import register
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):
@@ -46,6 +50,14 @@ def reference(a: Args) -> Out:
 def fake(a: Args) -> Out:
     channels = a.x.shape[1]
     return Out(vector(a.x, a.rows, channels), vector(a.x, a.rows, channels), vector(a.x, a.rows))
+
+
+def case(make: Operands, size: Size, rows: int | None = None) -> Args:
+    return Args(make.activation(*size), rows or partial_rows(size[0] * size[2] * size[3], size[1]))
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    return comparison.statistics(a.x, actual)
 
 
 register(__name__, kernels=("triton", "cuda"))

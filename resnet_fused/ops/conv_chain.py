@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops import conv_fprop
+from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):
@@ -53,6 +55,32 @@ def reference(a: Args) -> Out:
 def fake(a: Args) -> Out:
     y = F.conv2d(F.conv2d(a.x, a.weight2, None, a.stride, a.padding, a.dilation), a.weight3)
     return Out(y, a.x.new_empty(0) if a.weight1 is None else F.conv2d(y, a.weight1))
+
+
+def case(make: Operands, s: ConvShape, outputs: int = 0, following: int = 0) -> Args:
+    """Sample arguments.
+
+    Args:
+        outputs: channels of the block's result; 0 for four times those of its 3x3.
+        following: channels of the next block's first convolution; 0 for none.
+    """
+    outputs = outputs or 4 * s.k
+    return Args(
+        x=make.activation(*s.image),
+        weight2=make.weight(*s.filter),
+        scale2=None,
+        shift2=make.vector(s.k),
+        weight3=make.weight(outputs, s.k, 1, 1),
+        scale3=None,
+        shift3=make.vector(outputs),
+        residual=make.activation(s.n, outputs, s.p, s.q),
+        weight1=make.weight(following, outputs, 1, 1) if following else None,
+        scale1=None,
+        shift1=make.vector(following) if following else None,
+        stride=s.stride,
+        padding=s.padding,
+        dilation=s.dilation,
+    )
 
 
 register(__name__, kernels=("triton",))

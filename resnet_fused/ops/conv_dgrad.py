@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import (
     bn_gradient,
     gradient_sums,
@@ -19,7 +21,10 @@ from resnet_fused.ops.arithmetic import (
     up,
     vector,
 )
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):
@@ -74,6 +79,47 @@ def fake(a: Args) -> Out:
     dx = torch.empty(size, dtype=a.dy.dtype, device=a.dy.device, memory_format=order)
     sums = channels if a.x is not None else 0
     return Out(dx, vector(a.dy, sums), vector(a.dy, sums))
+
+
+OPTIONS = {"prologue": (False, True), "epilogue": ("", "residual", "masked residual", "batch norm")}
+
+
+def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "") -> Args:
+    """Sample arguments.
+
+    Args:
+        prologue: the backward of the batch norm on dy's side is applied on the way in.
+        epilogue: `""`; `"residual"`, or `"masked residual"` for one with bits; `"batch norm"` for ReLU's mask and the
+            sums.
+    """
+    stride, padding, dilation, groups = s.geometry
+    norm = epilogue == "batch norm"
+    return Args(
+        dy=make.activation(*s.output),
+        weight=make.weight(*s.filter),
+        dy_x=make.activation(*s.output) if prologue else None,
+        dy_coefficients=make.coefficients(s.k) if prologue else None,
+        residual=make.activation(*s.image) if "residual" in epilogue else None,
+        residual_mask=make.bits(math.prod(s.image)) if "masked" in epilogue else None,
+        x=make.activation(*s.image) if norm else None,
+        scale=make.vector(s.c, positive=True) if norm else None,
+        shift=make.vector(s.c) if norm else None,
+        mean=make.vector(s.c) if norm else None,
+        invstd=make.vector(s.c, positive=True) if norm else None,
+        size=(s.h, s.w),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    found = [Comparison("dx", actual.dx, plain.dx, truth.dx)]
+    if a.x is not None and a.mean is not None and a.invstd is not None:
+        x, mean, invstd = a.x.double(), a.mean.double(), a.invstd.double()
+        found += comparison.gradient_sums(actual.dx.double(), x, mean, invstd, actual[1:])
+    return found
 
 
 register(__name__, kernels=("triton",))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import conv_dgrad
+from resnet_fused.ops import comparison, conv_dgrad
 from resnet_fused.ops.arithmetic import gradient_sums, memory_format, select, unpack_bits, up, vector
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):
@@ -61,6 +65,50 @@ def fake(a: Args) -> Out:
     dx = torch.empty(size, dtype=a.dy.dtype, device=a.dy.device, memory_format=order)
     shortcut = 0 if a.shortcut is None else channels
     return Out(dx, vector(a.dy, channels), vector(a.dy, channels), vector(a.dy, shortcut))
+
+
+OPTIONS = {"prologue": (False, True), "epilogue": ("", "masked residual"), "projection": (False, True)}
+
+
+def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "", projection: bool = True) -> Args:
+    """Sample arguments.
+
+    Args:
+        prologue, epilogue: as in `conv_dgrad`, without `"batch norm"`.
+        projection: the block before ends in the sum of two batch norms.
+    """
+    a = conv_dgrad.case(make, s, prologue, epilogue)
+    return Args(
+        dy=a.dy,
+        weight=a.weight,
+        dy_x=a.dy_x,
+        dy_coefficients=a.dy_coefficients,
+        residual=a.residual,
+        residual_mask=a.residual_mask,
+        x=make.activation(*s.image),
+        mask=make.bits(math.prod(s.image)),
+        mean=make.vector(s.c),
+        invstd=make.vector(s.c, positive=True),
+        shortcut=make.activation(*s.image) if projection else None,
+        shortcut_mean=make.vector(s.c) if projection else None,
+        shortcut_invstd=make.vector(s.c, positive=True) if projection else None,
+        size=a.size,
+        stride=a.stride,
+        padding=a.padding,
+        dilation=a.dilation,
+        groups=a.groups,
+    )
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    exact = comparison.double(a)
+    dz = torch.where(unpack_bits(a.mask, a.x), actual.dx.double(), 0)
+    found = [Comparison("dx", actual.dx, plain.dx, truth.dx)]
+    found += comparison.gradient_sums(dz, exact.x, exact.mean, exact.invstd, actual[1:3])
+    if exact.shortcut is not None and exact.shortcut_mean is not None and exact.shortcut_invstd is not None:
+        norm = (exact.shortcut, exact.shortcut_mean, exact.shortcut_invstd)
+        found += comparison.gradient_sums(dz, *norm, (actual.sum_dz, actual.sum_dz_shortcut))[1:]
+    return found
 
 
 register(__name__, kernels=("triton",))

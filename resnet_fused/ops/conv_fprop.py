@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import per_channel, up
+from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):
@@ -41,6 +43,30 @@ def reference(a: Args) -> Tensor:
 def fake(a: Args) -> Tensor:
     # PyTorch's own rule decides the strides: channels_last if either operand is.
     return F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+
+
+OPTIONS = {"scaled": (False, True), "residual": (False, True), "relu": (False, True)}
+
+
+def case(make: Operands, s: ConvShape, scaled: bool = False, residual: bool = False, relu: bool = True) -> Args:
+    """Sample arguments.
+
+    Args:
+        scaled: the batch norm's scale is given; else it is folded into the weight.
+    """
+    stride, padding, dilation, groups = s.geometry
+    return Args(
+        x=make.activation(*s.image),
+        weight=make.weight(*s.filter),
+        scale=make.vector(s.k, positive=True) if scaled else None,
+        shift=make.vector(s.k),
+        residual=make.activation(*s.output) if residual else None,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        relu=relu,
+    )
 
 
 register(__name__, kernels=("triton",))

@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops import bn_stats
+from resnet_fused.ops import bn_stats, comparison
 from resnet_fused.ops.arithmetic import activation, up, vector
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
+from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):
@@ -48,6 +52,33 @@ def fake(a: Args) -> Out:
     y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
     channels = a.weight.shape[0]
     return Out(y, vector(a.x, a.rows, channels), vector(a.x, a.rows, channels), vector(a.x, a.rows))
+
+
+OPTIONS = {"prologue": (False, True)}
+
+
+def case(make: Operands, s: ConvShape, prologue: bool = False, rows: int | None = None) -> Args:
+    """Sample arguments.
+
+    Args:
+        prologue: the input is normalised on the way in.
+    """
+    stride, padding, dilation, groups = s.geometry
+    return Args(
+        x=make.activation(*s.image),
+        weight=make.weight(*s.filter),
+        x_scale=make.vector(s.c, positive=True) if prologue else None,
+        x_shift=make.vector(s.c) if prologue else None,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        rows=rows or partial_rows(s.n * s.p * s.q, s.k),
+    )
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    return [Comparison("y", actual.y, plain.y, truth.y), *comparison.statistics(actual.y, actual[1:])]
 
 
 register(__name__, kernels=("triton",))

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.ops.arithmetic import per_channel, up
+from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):
@@ -35,6 +37,27 @@ def reference(a: Args) -> Tensor:
 
 def fake(a: Args) -> Tensor:
     return F.conv2d(a.x, a.weight)
+
+
+OPTIONS = {"relu": (False, True)}
+
+
+def case(make: Operands, s: ConvShape, shortcut_channels: int = 0, shortcut_stride: int = 1, relu: bool = True) -> Args:
+    """Sample arguments.
+
+    Args:
+        shortcut_channels: of the projection's input; 0 for as many as there are outputs.
+    """
+    channels = shortcut_channels or s.k
+    return Args(
+        x=make.activation(*s.image),
+        weight=make.weight(*s.filter),
+        shortcut=make.activation(s.n, channels, s.p * shortcut_stride, s.q * shortcut_stride),
+        shortcut_weight=make.weight(s.k, channels, 1, 1),
+        shift=make.vector(s.k),
+        shortcut_stride=(shortcut_stride, shortcut_stride),
+        relu=relu,
+    )
 
 
 register(__name__, kernels=("triton",))

@@ -6,16 +6,20 @@ contract) and `fake`. `torch.ops.resnet_fused.<op>` has one keyword argument mor
 
 from __future__ import annotations
 
+import itertools
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
+from resnet_fused.ops.comparison import Comparison, each
+
 Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
+Size = Sequence[int]  # (N, C, H, W)
 _SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float"}
 
 
@@ -36,6 +40,9 @@ class Op:
         out: the typed tuple of its results; `Tensor` where there is one.
         reference: (args) to the results in plain PyTorch; any device, any strides; rounded once.
         fake: (args) to results without values, of the right shapes, dtypes and strides.
+        case: (operands, shape, **options) to arguments; the shape is a `ConvShape` of a convolution, else (N, C, H, W).
+        options: the values that each option of `case` takes.
+        compare: (args, actual, plain, truth) to what is to be compared of the results.
         kernels: the backends that have a kernel of ours.
     """
 
@@ -44,7 +51,15 @@ class Op:
     out: type[Any]
     reference: Callable[[Any], Any]
     fake: Callable[[Any], Any]
+    case: Callable[..., Any]
+    options: Mapping[str, Sequence[Any]]
+    compare: Callable[[Any, Any, Any, Any], list[Comparison]]
     kernels: tuple[str, ...]
+
+    def variants(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the options of `case`."""
+        for values in itertools.product(*self.options.values()):
+            yield dict(zip(self.options, values, strict=True))
 
     @property
     def contract(self) -> str:
@@ -92,10 +107,20 @@ def register(module: str, *, kernels: Sequence[str]) -> Op:
         getattr(record, "Out", Tensor),
         record.reference,
         record.fake,
+        record.case,
+        getattr(record, "OPTIONS", {}),
+        getattr(record, "compare", _compare),
         tuple(kernels),
     )
     OPS[name] = op
     return op
+
+
+def _compare(a: Any, actual: Any, plain: Any, truth: Any) -> list[Comparison]:
+    """Every result with its counterparts."""
+    if isinstance(actual, Tensor):
+        return each(["the result"], [actual], [plain], [truth])
+    return each(truth._fields, actual, plain, truth)
 
 
 def define(op: Op, implementation: Callable[[str, str], Callable[..., Any]]) -> None:
