@@ -12,7 +12,7 @@ from networks import AVAILABLE, DEVICE, assert_same_step, pictures, quick_backen
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import freeze, fuse, ops, unfuse, use_backend
+from resnet_fused import freeze, fuse, unfuse, use_backend
 
 OPS = torch.ops.resnet_fused
 
@@ -92,55 +92,6 @@ def test_changing_mode_or_backend_compiles_anew_and_right():
             fused.train(training)
             expected = step(unfuse(copy.deepcopy(fused)), x)
             assert_same_step(dict(_renamed(step(compiled, x, backend))), expected, 1e-3)
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-def _conv_samples() -> dict[str, tuple]:
-    def nhwc(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=DEVICE).contiguous(memory_format=torch.channels_last)
-
-    def vector(n: int = 8) -> torch.Tensor:
-        return torch.rand(n, device=DEVICE) + 0.5
-
-    x, weight, dy = nhwc(2, 8, 5, 4), nhwc(8, 8, 3, 3), nhwc(2, 8, 5, 4)
-    geometry = [1, 1], [1, 1], [1, 1], 1
-    mask = torch.randint(0, 256, (40,), dtype=torch.uint8, device=DEVICE)
-    none = (None,) * 5
-    point = nhwc(8, 8, 1, 1)
-    return {
-        "conv_fprop": (x, weight, vector(), vector(), x.clone(), *geometry, True),
-        "conv_fprop_stats": (x, weight, vector(), vector(), *geometry, 3),
-        "conv_dgrad": (dy, weight, x, torch.randn(3, 8, device=DEVICE), dy.clone(), mask, *none, [5, 4], *geometry),
-        "conv_dgrad_join": (
-            *(dy, weight, None, None, dy.clone(), mask, x, mask.clone(), vector(), vector()),
-            *(x.clone(), vector(), vector(), [5, 4], *geometry),
-        ),
-        "conv_wgrad": (dy, x, None, None, vector(), vector(), [3, 3], *geometry),
-        "bn_backward_finalize": (*(vector() for _ in range(5)), 40.0),
-        "conv_chain": (
-            *(x, weight, None, vector(), point, None, vector(), x.clone(), point.clone(), None, vector()),
-            *geometry[:3],
-        ),
-        "conv_join": (x, point, x.clone(), point.clone(), vector(), [1, 1], True),
-    }
-
-
-@pytest.mark.parametrize("backend", [name for name in ("reference", "aten", "triton") if ops.available(name, DEVICE)])
-@pytest.mark.parametrize("op", _conv_samples())
-def test_opcheck_of_the_convolution_ops(backend, op):
-    """Schema, fake kernel and strides, autograd registration; the other ops' are in test_ops.py."""
-    torch.library.opcheck(getattr(OPS, op).default, _conv_samples()[op], {"backend": backend})
-
-
-def test_every_op_is_opchecked():
-    from test_ops import samples
-
-    names = {
-        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("resnet_fused::")
-    }
-    assert names == set(samples()) | set(_conv_samples())
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ VARIANTS = [
 OPS_AND_BACKENDS = [
     pytest.param(name, *backend.values, marks=backend.marks, id=f"{name}-{backend.values[0]}")
     for name in ops.OPS
-    for backend in _runs(name)
+    for backend in (*_runs(name), *([pytest.param("aten")] if ops.implements("aten", name) else []))
 ]
 CHAIN_DTYPES = (torch.float16, torch.bfloat16)  # the Triton kernel has no others
 
