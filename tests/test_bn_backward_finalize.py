@@ -9,8 +9,8 @@ from op_cases import DEVICE
 
 pytest.importorskip("triton")
 
-from resnet_fused import reference
 from resnet_fused.kernels import bn_backward_finalize, refuse
+from resnet_fused.ops import reference
 
 pytestmark = runs_kernels
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from conv_cases import problem
 
-from resnet_fused import ops, reference
+from resnet_fused import ops
 from resnet_fused.bench.checks import comparisons
 from resnet_fused.bench.problems import Job, Operands, arguments, memory_arguments
 from resnet_fused.bench.verify import verify
+from resnet_fused.ops import arithmetic, reference
 from resnet_fused.plan.table import Problem
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def test_the_mask_is_judged_by_the_result_beside_it():
     y, mask = reference.bn_apply(*operands)
     assert 1 < int((y > 0).sum()) < y.numel()
     fused = torch.where(y > 1, y, 0)  # as two roundings have it
-    bits = reference.pack_bits(reference.in_memory_order(fused) > 0)
+    bits = arithmetic.pack_bits(arithmetic.in_memory_order(fused) > 0)
     assert not _breaches("bn_apply", operands, [fused, bits])
     assert not _breaches("bn_apply", operands, [y, mask])
     (reason,) = _breaches("bn_apply", operands, [fused, mask])

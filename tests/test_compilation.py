@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 from networks import AVAILABLE, DEVICE, assert_same_step, pictures, quick_backends, small_resnet, step
-from op_cases import conv_samples, memory_samples
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fused import freeze, fuse, ops, unfuse, use_backend
+from resnet_fused import freeze, fuse, unfuse, use_backend
 
 OPS = torch.ops.resnet_fused
 
@@ -93,23 +92,6 @@ def test_changing_mode_or_backend_compiles_anew_and_right():
             fused.train(training)
             expected = step(unfuse(copy.deepcopy(fused)), x)
             assert_same_step(dict(_renamed(step(compiled, x, backend))), expected, 1e-3)
-
-
-# --- operators --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", [name for name in ("reference", "aten", "triton") if ops.available(name, DEVICE)])
-@pytest.mark.parametrize("op", conv_samples())
-def test_opcheck_of_the_convolution_ops(backend, op):
-    """Schema, fake kernel and strides, autograd registration; the other ops' are in test_ops.py."""
-    torch.library.opcheck(getattr(OPS, op.split()[0]).default, conv_samples()[op], {"backend": backend})
-
-
-def test_every_op_is_opchecked():
-    names = {
-        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("resnet_fused::")
-    }
-    assert names == {op.split()[0] for op in (*memory_samples(), *conv_samples())}
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

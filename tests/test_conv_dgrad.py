@@ -27,10 +27,9 @@ from conv_cases import (
     runs_kernels,
 )
 
-from resnet_fused import reference
 from resnet_fused.contract import in_double
 from resnet_fused.kernels import conv_dgrad, refuse
-from resnet_fused.ops import aten
+from resnet_fused.ops import arithmetic, aten, reference
 from resnet_fused.plan.conv import (
     ConvConfig,
     conv_dgrad_configurations,
@@ -123,7 +122,7 @@ def test_a_pixel_that_no_tap_reaches_gets_the_residual_alone(epilogue, name):
     assert not reached.all()
     addend = torch.zeros_like(dx) if arguments[4] is None else arguments[4]
     if arguments[5] is not None:
-        addend = torch.where(reference.unpack_bits(arguments[5], addend), addend, 0)
+        addend = torch.where(arithmetic.unpack_bits(arguments[5], addend), addend, 0)
     assert torch.equal(dx[~reached], addend[~reached])
 
 
@@ -174,7 +173,7 @@ def test_a_nan_of_the_input_passes_the_mask_and_a_relud_zero_does_not():
 def test_a_masked_residual_drops_its_nan():
     arguments = _arguments(SHAPES["1x1"], torch.float32, False, "masked residual")
     residual, mask = arguments[4:6]
-    keep = reference.unpack_bits(mask, residual)
+    keep = arithmetic.unpack_bits(mask, residual)
     residual.fill_(float("nan"))
     assert torch.equal(conv_dgrad(*arguments)[0].isnan(), keep)
 

@@ -25,13 +25,12 @@ from conv_cases import (
     runs_kernels,
 )
 
-from resnet_fused import reference
 from resnet_fused.bench import checks
 from resnet_fused.bench.network import tiny_network
 from resnet_fused.bench.problems import jobs
 from resnet_fused.contract import in_double
 from resnet_fused.kernels import conv_dgrad, conv_dgrad_join, refuse
-from resnet_fused.ops import aten
+from resnet_fused.ops import arithmetic, aten, reference
 from resnet_fused.plan.conv import ConvConfig, conv_dgrad_configurations
 from resnet_fused.plan.table import Choice
 
@@ -68,7 +67,7 @@ def _check(arguments, **options):
     assert torch.equal(dx, conv_dgrad(*arguments[:6], *(None,) * 5, *arguments[13:], **options)[0])
     assert_no_worse(dx, _plain, arguments, "dx", addends=arguments[1][:, 0].numel())
     x, mask, mean, invstd, shortcut, shortcut_mean, shortcut_invstd = arguments[6:13]
-    dz = torch.where(reference.unpack_bits(mask, x), dx, 0)
+    dz = torch.where(arithmetic.unpack_bits(mask, x), dx, 0)
     found = dict(zip(("sum_dz", "sum_dz_xhat", "sum_dz_shortcut"), sums, strict=True))
     factors = {"sum_dz_xhat": (x, mean, invstd), "sum_dz_shortcut": (shortcut, shortcut_mean, shortcut_invstd)}
     if shortcut is None:
@@ -114,14 +113,14 @@ def test_it_is_a_dgrad_and_the_reduction_behind_it(op, dtype):
     arguments = _arguments(SHAPES["1x1"], dtype)
     dx, *sums = op(*arguments)
     x, mask, mean, invstd, shortcut, shortcut_mean, shortcut_invstd = arguments[6:13]
-    room = aten if op is aten.conv_dgrad_join else reference
-    assert torch.equal(dx, room.conv_dgrad(*arguments[:6], *(None,) * 5, *arguments[13:])[0])
+    package = aten if op is aten.conv_dgrad_join else reference
+    assert torch.equal(dx, package.conv_dgrad(*arguments[:6], *(None,) * 5, *arguments[13:])[0])
     expected = [
         reference.bn_backward_reduce(dx, z, mask, m, m, m, i, True, 3)
         for z, m, i in ((x, mean, invstd), (shortcut, shortcut_mean, shortcut_invstd))
     ]
     for got, exact in zip(sums, (*expected[0], expected[1][1]), strict=True):
-        if room is aten:
+        if package is aten:
             torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(got, exact)
@@ -139,8 +138,8 @@ def test_a_masked_gradient_that_is_not_finite_is_written_and_not_summed(value, n
     assert torch.equal(dx.isfinite(), truth[0].isfinite()) and not dx.isfinite().all()
     for got, exact in zip(sums, truth[1:], strict=True):
         assert torch.equal(got.isfinite(), exact.isfinite())
-    bits = torch.where(dx.isfinite(), reference.unpack_bits(arguments[7], dx), False)
-    arguments[7] = reference.pack_bits(reference.in_memory_order(bits.contiguous(memory_format=NHWC)))
+    bits = torch.where(dx.isfinite(), arithmetic.unpack_bits(arguments[7], dx), False)
+    arguments[7] = arithmetic.pack_bits(arithmetic.in_memory_order(bits.contiguous(memory_format=NHWC)))
     dropped, *sums = conv_dgrad_join(*arguments)
     assert torch.equal(dropped.isfinite(), dx.isfinite())
     assert all(s.isfinite().all() for s in sums)

@@ -28,10 +28,10 @@ from conv_cases import (
     runs_kernels,
 )
 
-from resnet_fused import reference
 from resnet_fused.contract import in_double
 from resnet_fused.kernels import conv_fprop, conv_fprop_stats, refuse
 from resnet_fused.kernels.merge_statistics import merge_statistics
+from resnet_fused.ops import reference
 from resnet_fused.plan.conv import ConvConfig, conv_fprop_configurations
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]

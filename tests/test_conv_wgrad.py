@@ -14,9 +14,9 @@ from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("triton")
 
-from resnet_fused import reference
 from resnet_fused.contract import in_double
 from resnet_fused.kernels import conv_wgrad, refuse
+from resnet_fused.ops import arithmetic, reference
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.conv_wgrad import MAX_PARTIAL_BYTES, conv_wgrad_configurations, conv_wgrad_heuristic
 
@@ -88,7 +88,7 @@ def _arguments(shape, dtype, prologue="none"):
 def _magnitudes(arguments):
     """What the summands' magnitudes add up to."""
     dy, x, dy_x, coefficients, scale, shift, *geometry = in_double(arguments)
-    g, a = reference._gradient(dy, dy_x, coefficients).abs(), reference._activation(x, scale, shift).abs()
+    g, a = arithmetic.bn_gradient(dy, dy_x, coefficients).abs(), arithmetic.activation(x, scale, shift).abs()
     weight = [dy.shape[1], x.shape[1] // geometry[-1], *geometry[0]]
     return conv2d_weight(a, weight, g, *geometry[1:])
 

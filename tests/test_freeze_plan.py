@@ -16,8 +16,8 @@ from resnet_fused import freeze, plan, use_backend
 from resnet_fused.fusion.frozen import EpilogueConv, FoldedConv, FrozenBlock, FrozenStage
 from resnet_fused.fusion.frozen.conv import Example, Kernel, Source
 from resnet_fused.nn import BasicBlock, Bottleneck
+from resnet_fused.ops.arithmetic import conv_fprop
 from resnet_fused.plan.conv import ConvShape
-from resnet_fused.reference import conv_fprop
 
 NHWC = torch.channels_last
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

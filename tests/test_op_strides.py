@@ -13,8 +13,8 @@ from op_cases import DEVICE, NCHW, NHWC, OPS, conv_samples, memory_samples
 from torch import Tensor, nn
 
 from resnet_fused import fuse, ops
+from resnet_fused.ops.arithmetic import in_memory_order, pack_bits, unpack_bits
 from resnet_fused.plan.conv import ConvConfig
-from resnet_fused.reference import in_memory_order, pack_bits, unpack_bits
 
 BACKENDS = [name for name in ("reference", "aten", "cuda", "triton") if ops.available(name, DEVICE)]
 # Sizes of 1 make an activation NCHW and NHWC at once: that of the image, that of the convolution's result, or both.

@@ -1,4 +1,4 @@
-"""The small ops, and all of them as PyTorch sees operators: schemas, fake kernels, refusals."""
+"""The small ops, and what all of them refuse."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from op_cases import (
     backends,
     dtypes,
     layouts,
-    memory_samples,
     same_memory_order,
     shapes,
     vector,
@@ -73,16 +72,6 @@ def test_pack_weight(backend, dtype, shape, flip, memory):
     assert torch.equal(packed, expected) and packed.is_contiguous()
 
 
-# The operators as PyTorch sees them
-
-
-@backends
-@pytest.mark.parametrize("op", sorted(memory_samples()))
-def test_opcheck(backend, op):
-    args = memory_samples()[op]
-    torch.library.opcheck(getattr(OPS, op.split()[0]).default, args, {"backend": backend})
-
-
 @pytest.mark.parametrize("backend", BACKENDS[2:])
 def test_refusals_name_the_value_and_the_choices(backend):
     x, v = activation((2, 8, 4, 5)), vector(8)
@@ -118,17 +107,6 @@ def test_refusals_name_the_value_and_the_choices(backend):
     for call, message in cases:
         with pytest.raises(RuntimeError, match=message):
             call()
-
-
-def test_every_op_of_the_library_is_tested_by_opcheck():
-    from resnet_fused.ops.backends import implements
-
-    names = {
-        name.split("::")[1].split(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("resnet_fused::")
-    }
-    assert {name for name in names if implements("cuda", name)} == {op.split()[0] for op in memory_samples()}
 
 
 def test_rows_partition_is_the_same_on_all_backends():

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import reference
-from resnet_fused.ops import aten
+from resnet_fused.ops import arithmetic, aten, reference
 from resnet_fused.ops.backends import implementation
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice, Problem
@@ -174,7 +173,7 @@ def comparisons(op: str, operands: Sequence[Any], results: Sequence[Tensor], tf3
         return [dx, *_sums(results[0].double(), x, mean, invstd, results[1:], (None, None))]
     if op == "conv_dgrad_join":
         x, _, mean, invstd, z, z_mean, z_invstd = exact[6:13]
-        dz = torch.where(reference.unpack_bits(operands[7], x), results[0].double(), 0)
+        dz = torch.where(arithmetic.unpack_bits(operands[7], x), results[0].double(), 0)
         both = _sums(dz, x, mean, invstd, results[1:3], (None, None))
         projected = _sums(dz, z, z_mean, z_invstd, results[1:4:2], (None, None))[1:]
         return [Comparison("dx", results[0], plain[0], truth[0]), *both, *projected]
@@ -198,8 +197,8 @@ def comparisons(op: str, operands: Sequence[Any], results: Sequence[Tensor], tf3
             continue
         name = f"result {index}" if len(results) > 1 else "the result"
         if op == "bn_apply" and index == 1:  # the bits tell of the result beside them
-            passes = ~(reference.in_memory_order(results[0]) <= 0)
-            found.append(Comparison(name, actual, None, reference.pack_bits(passes)))
+            passes = ~(arithmetic.in_memory_order(results[0]) <= 0)
+            found.append(Comparison(name, actual, None, arithmetic.pack_bits(passes)))
         elif actual.dtype == torch.uint8:  # mask bits, and the winners of a max pool, which ties decide as rounded
             found.append(Comparison(name, actual, None, other))
         else:

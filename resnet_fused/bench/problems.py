@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import plan, reference
+from resnet_fused import plan
+from resnet_fused.ops import reference
 from resnet_fused.plan import formulation
 from resnet_fused.plan.choice import ALONE, BLOCK
 from resnet_fused.plan.conv import BlockShape, ConvShape

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import ops, plan
+from resnet_fused.ops.arithmetic import unpack_bits
 from resnet_fused.ops.backends import implementation
 from resnet_fused.plan.choice import ALONE
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice
-from resnet_fused.reference import unpack_bits
 
 from .checks import caller
 from .problems import Job, Operands, arguments

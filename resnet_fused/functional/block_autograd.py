@@ -13,8 +13,8 @@ from resnet_fused import plan
 from resnet_fused.functional import block_border as border
 from resnet_fused.functional import native
 from resnet_fused.functional.common import Geometry, dense, in_layout_of, pixels
+from resnet_fused.ops.arithmetic import behind_relu
 from resnet_fused.plan import Fusion
-from resnet_fused.reference import behind_relu
 
 _op = torch.ops.resnet_fused
 

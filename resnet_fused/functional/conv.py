@@ -32,9 +32,9 @@ from resnet_fused.functional.common import (
 )
 from resnet_fused.functional.norm import batch_norm_act
 from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.ops.arithmetic import compute_dtype
 from resnet_fused.plan import forced_backend
 from resnet_fused.plan.conv import ConvShape, training_refusal
-from resnet_fused.reference import compute_dtype
 
 _op = torch.ops.resnet_fused
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from resnet_fused.reference import behind_relu, compute_dtype, winners
+from resnet_fused.ops.arithmetic import behind_relu, compute_dtype, winners
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 Recomputed = tuple[Tensor, Sequence[Tensor | None]]  # the result of a forward, and the inputs it was computed from

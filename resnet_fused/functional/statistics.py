@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnet_fused import plan
 from resnet_fused.functional.common import pixels
-from resnet_fused.reference import compute_dtype
+from resnet_fused.ops.arithmetic import compute_dtype
 
 Affine = tuple[Tensor, Tensor, Tensor, Tensor]
 _op = torch.ops.resnet_fused

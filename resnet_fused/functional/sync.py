@@ -14,7 +14,7 @@ from resnet_fused import ops, plan
 from resnet_fused.functional import native
 from resnet_fused.functional.common import Act, add_relu, check_act, choose, common_reason, dense, in_layout_of, pixels
 from resnet_fused.functional.statistics import finalize
-from resnet_fused.reference import compute_dtype
+from resnet_fused.ops.arithmetic import compute_dtype
 
 _op = torch.ops.resnet_fused
 

@@ -1,11 +1,43 @@
-"""One schema per op, one implementation per backend.
+"""The ops: one record each (`ops/<op>.py`), one implementation per backend.
 
-`import resnet_fused.ops` registers `torch.ops.resnet_fused.<name>(..., *, backend)` for every op of `docs/design.md`.
-The implementation is looked up by the `backend` argument; `refusal` says beforehand whether it can run, and in the
-same words why not.
+`import resnet_fused.ops` registers `torch.ops.resnet_fused.<name>(..., *, backend)` for every record. The
+implementation is looked up by the `backend` argument; `refusal` says beforehand whether it can run, and in the same
+words why not.
+
+Activations are 4-D `[N, C, H, W]` in fp32, fp16 or bf16, dense in NCHW or NHWC (channels_last) order; every activation
+of one call has the same dtype and order, and results take the order of the first. Per-channel vectors that ops exchange
+are fp32, contiguous `[C]`; `weight`, `bias`, `running_mean` and `running_var` are fp32 or of the data's dtype. A pixel
+is one (n, h, w); M = N*H*W; round(v) is v rounded to the data's dtype.
 """
 
-from resnet_fused.ops import schemas  # noqa: F401  (registers the ops)
-from resnet_fused.ops.backends import available, conv_refusal, implements, refusal, unavailable
+import importlib
 
-__all__ = ["available", "conv_refusal", "implements", "refusal", "unavailable"]
+from resnet_fused.ops.backends import available, conv_refusal, implementation, implements, refusal, unavailable
+from resnet_fused.ops.registry import OPS, Op, define
+
+for _name in (
+    "conv_fprop",
+    "conv_fprop_stats",
+    "conv_dgrad",
+    "conv_dgrad_join",
+    "conv_wgrad",
+    "conv_chain",
+    "conv_join",
+    "bn_stats",
+    "bn_finalize",
+    "bn_apply",
+    "bn_backward_reduce",
+    "bn_backward_apply",
+    "bn_backward_finalize",
+    "add_act",
+    "add_act_backward",
+    "bn_act_max_pool",
+    "bn_act_max_pool_backward_reduce",
+    "bn_act_max_pool_backward_apply",
+    "reduce_rows",
+    "pack_weight",
+):
+    importlib.import_module(f"{__name__}.{_name}")
+    define(OPS[_name])
+
+__all__ = ["OPS", "Op", "available", "conv_refusal", "implementation", "implements", "refusal", "unavailable"]

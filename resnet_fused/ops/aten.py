@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from resnet_fused import reference
 from resnet_fused._compiling import constant
-from resnet_fused.reference import compute_dtype, rounded, unpack_bits
-
-bn_backward_finalize = reference.bn_backward_finalize
+from resnet_fused.ops import reference
+from resnet_fused.ops.arithmetic import compute_dtype, rounded, unpack_bits
 
 
 def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -180,6 +178,12 @@ def conv_wgrad(
     a, g = _activation(x, x_scale, x_shift), _gradient(dy, dy_x, dy_coefficients)
     dweight = conv2d_weight(a, shape, g, stride, padding, dilation, groups)
     return dweight.to(compute_dtype(x.dtype)).contiguous(memory_format=torch.channels_last)
+
+
+def bn_backward_finalize(
+    sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, count: float
+) -> Tensor:
+    return reference.bn_backward_finalize(sum_dy, sum_dy_xhat, scale, mean, invstd, count)  # type: ignore[no-any-return]
 
 
 def conv_chain(

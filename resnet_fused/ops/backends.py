@@ -11,48 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused import _library, reference
+from resnet_fused import _library
 from resnet_fused._compiling import constant
-from resnet_fused.ops import aten
+from resnet_fused.ops import aten, reference
+from resnet_fused.ops.registry import OPS
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_CONV_OPS = frozenset(
-    {
-        "conv_fprop",
-        "conv_fprop_stats",
-        "conv_dgrad",
-        "conv_dgrad_join",
-        "conv_wgrad",
-        "bn_backward_finalize",
-        "conv_chain",
-        "conv_join",
-    }
-)
-_MEMORY_OPS = frozenset(
-    {
-        "bn_stats",
-        "bn_finalize",
-        "bn_apply",
-        "bn_backward_reduce",
-        "bn_backward_apply",
-        "add_act",
-        "add_act_backward",
-        "bn_act_max_pool",
-        "bn_act_max_pool_backward_reduce",
-        "bn_act_max_pool_backward_apply",
-        "reduce_rows",
-        "pack_weight",
-    }
-)
 
 
 def implements(backend: str, op: str) -> bool:
     """Whether `backend` has a kernel for `op` at all, on whatever device."""
     if backend == "aten":
         return hasattr(aten, op)
-    if backend == "cuda":
-        return op in _MEMORY_OPS
-    return op in _MEMORY_OPS or op in _CONV_OPS
+    return op in OPS and (backend == "reference" or backend in OPS[op].kernels)
 
 
 @constant

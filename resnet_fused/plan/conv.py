@@ -35,6 +35,22 @@ class ConvShape:
     groups: int = 1
 
     @property
+    def image(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return self.n, self.k, self.p, self.q
+
+    @property
+    def filter(self) -> tuple[int, int, int, int]:
+        return self.k, self.c // self.groups, self.r, self.s
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
     def p(self) -> int:
         """Rows of the output."""
         return (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1

@@ -1,0 +1,35 @@
+"""The residual join."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import like, up
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+
+
+class Args(NamedTuple):
+    x: Tensor
+    other: Tensor
+    relu: bool
+
+
+def reference(a: Args) -> Tensor:
+    """y = round(act(x + other))"""
+    value = up(a.x) + up(a.other)
+    return like(value.relu() if a.relu else value, a.x)
+
+
+def fake(a: Args) -> Tensor:
+    return torch.empty_like(a.x)
+
+
+def case(make: Operands, size: Size, relu: bool = True) -> Args:
+    return Args(make.activation(*size), make.activation(*size), relu)
+
+
+register(__name__, kernels=("triton", "cuda"))

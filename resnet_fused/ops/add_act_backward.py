@@ -1,0 +1,33 @@
+"""The gradient of the residual join."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import like, select
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+
+
+class Args(NamedTuple):
+    dy: Tensor
+    y: Tensor
+
+
+def reference(a: Args) -> Tensor:
+    """dz = not (y <= 0) ? dy : 0, the gradient of both summands"""
+    return like(select(~(a.y <= 0), a.dy), a.y)
+
+
+def fake(a: Args) -> Tensor:
+    return torch.empty_like(a.y)
+
+
+def case(make: Operands, size: Size) -> Args:
+    return Args(make.activation(*size), make.activation(*size))
+
+
+register(__name__, kernels=("triton", "cuda"))

@@ -1,0 +1,54 @@
+"""The two sums that the backward of the stem's batch norm needs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from resnet_fused.ops import bn_act_max_pool, comparison
+from resnet_fused.ops.arithmetic import gradient_sums, unpool, vector
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+from resnet_fused.plan.heuristics import partial_rows
+
+
+class Args(NamedTuple):
+    dy: Tensor
+    index: Tensor  # type: ignore[assignment]
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    invstd: Tensor
+    rows: int
+
+
+class Out(NamedTuple):
+    sum_dy: Tensor
+    sum_dy_xhat: Tensor
+
+
+def reference(a: Args) -> Out:
+    """the sums of `bn_backward_reduce` over dz: each window's gradient at its winner, behind ReLU's mask"""
+    return Out(*gradient_sums(unpool(a.dy, a.index, a.x, a.scale, a.shift), a.x, a.mean, a.invstd))
+
+
+def fake(a: Args) -> Out:
+    return Out(vector(a.x, a.x.shape[1]), vector(a.x, a.x.shape[1]))
+
+
+def case(make: Operands, size: Size, rows: int | None = None) -> Args:
+    a, (y, index) = bn_act_max_pool.pooled(make, size)
+    rows = rows or partial_rows(size[0] * size[2] * size[3], size[1])
+    return Args(make.activation(*y.shape), index, *a, *make.moments(size[1]), rows)
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    exact = comparison.double(a)
+    dz = unpool(exact.dy, a.index, exact.x, exact.scale, exact.shift)
+    return comparison.gradient_sums(dz, exact.x, exact.mean, exact.invstd, actual, plain)
+
+
+register(__name__, kernels=("triton", "cuda"))

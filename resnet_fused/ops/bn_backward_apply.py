@@ -1,0 +1,82 @@
+"""The input gradient of a batch norm, behind ReLU's mask, and the gradient of its residual."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import behind_relu, input_gradient, like
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+
+
+class Args(NamedTuple):
+    dy: Tensor
+    x: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    invstd: Tensor
+    sum_dy: Tensor | None
+    sum_dy_xhat: Tensor | None
+    count: float  # type: ignore[assignment]
+    relu: bool
+    with_dresidual: bool
+
+
+class Out(NamedTuple):
+    dx: Tensor
+    dresidual: Tensor
+
+
+def reference(a: Args) -> Out:
+    """dx = scale * (dz - sum_dy/count - (x - mean)*invstd * sum_dy_xhat/count), dz as in `bn_backward_reduce`; with the
+    sums absent (statistics were constants): scale * dz. dresidual = dz, or an empty tensor.
+    """
+    dz = behind_relu(a.dy, a.x, a.mask, a.scale, a.shift, a.relu)
+    dx = input_gradient(dz, a.x, a.scale, a.mean, a.invstd, a.sum_dy, a.sum_dy_xhat, a.count)
+    return Out(dx, like(dz, a.x) if a.with_dresidual else a.x.new_empty(0))
+
+
+def fake(a: Args) -> Out:
+    return Out(torch.empty_like(a.x), torch.empty_like(a.x) if a.with_dresidual else a.x.new_empty(0))
+
+
+OPTIONS = {"masked": (False, True), "relu": (False, True), "constant": (False, True), "with_dresidual": (False, True)}
+
+
+def case(
+    make: Operands,
+    size: Size,
+    masked: bool = False,
+    relu: bool = True,
+    constant: bool = False,
+    with_dresidual: bool = False,
+) -> Args:
+    """Sample arguments.
+
+    Args:
+        masked: the ReLU's bits are given; else they are recomputed.
+        constant: the statistics were constants, and there are no sums.
+    """
+    n, c, h, w = size
+    return Args(
+        dy=make.activation(*size),
+        x=make.activation(*size),
+        mask=make.bits(n * c * h * w) if masked else None,
+        scale=make.vector(c, positive=True),
+        shift=make.vector(c),
+        mean=make.vector(c),
+        invstd=make.vector(c, positive=True),
+        sum_dy=None if constant else make.vector(c),
+        sum_dy_xhat=None if constant else make.vector(c),
+        count=float(n * h * w),
+        relu=relu,
+        with_dresidual=with_dresidual,
+    )
+
+
+register(__name__, kernels=("triton", "cuda"))

@@ -1,0 +1,69 @@
+"""From partial rows to the affine map of a batch norm, and the running statistics."""
+
+from __future__ import annotations
+
+from typing import Annotated, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.arithmetic import vector
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Mutated, Size, register
+from resnet_fused.plan.heuristics import partial_rows
+
+
+class Args(NamedTuple):
+    mean: Tensor
+    m2: Tensor
+    count: Tensor  # type: ignore[assignment]
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Annotated[Tensor | None, Mutated("a")]
+    running_var: Annotated[Tensor | None, Mutated("b")]
+    momentum: float
+    eps: float
+
+
+class Out(NamedTuple):
+    scale: Tensor
+    shift: Tensor
+    save_mean: Tensor
+    save_invstd: Tensor
+
+
+def reference(a: Args) -> Out:
+    """merges the rows (Chan, Golub, LeVeque 1979); scale = weight * invstd, shift = bias - mean * scale;
+    running = (1 - momentum) * running + momentum * {mean, unbiased variance}
+    """
+    # Merging in float64 costs nothing here: [rows, C] is tiny beside the activations.
+    rows_mean, rows_m2, n = a.mean.double(), a.m2.double(), a.count.double()[:, None]
+    total = n.sum()
+    merged = (rows_mean * n).sum(0) / total
+    deviations = (rows_m2 + n * (rows_mean - merged).square()).sum(0)
+    variance = deviations / total
+    invstd = (variance + a.eps).rsqrt()
+    out = a.m2.dtype
+    # The shift takes the scale as it will be used, rounded: then its rounding costs nothing where the mean is large.
+    scale = (invstd if a.weight is None else invstd * a.weight.double()).to(out)
+    shift = (0.0 if a.bias is None else a.bias.double()) - merged * scale.double()
+    # Through `data`: autograd does not count this mutation, as it does not count that of PyTorch's own batch norm.
+    for running, new in ((a.running_mean, merged), (a.running_var, deviations / (total - 1))):
+        if running is not None:
+            running.data.copy_((1 - a.momentum) * running.double() + a.momentum * new)
+    return Out(scale, shift.to(out), merged.to(out), invstd.to(out))
+
+
+def fake(a: Args) -> Out:
+    return Out(*(vector(a.m2, a.mean.shape[1]) for _ in Out._fields))
+
+
+def case(make: Operands, size: Size) -> Args:
+    n, c, h, w = size
+    rows = partial_rows(n * h * w, c)
+    count = torch.full((rows,), float(n * h * w // rows), device=make.device)
+    vectors = (make.vector(c), make.vector(c), None, None)
+    return Args(make.vector(rows, c).double(), make.vector(rows, c, positive=True), count, *vectors, 0.1, 1e-5)
+
+
+register(__name__, kernels=("triton", "cuda"))

@@ -1,0 +1,83 @@
+"""A convolution that forms the statistics of what it writes and normalises what it reads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused.ops import bn_stats, comparison
+from resnet_fused.ops.arithmetic import activation, up
+from resnet_fused.ops.comparison import Comparison
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Pair, register
+from resnet_fused.plan.conv import ConvShape
+from resnet_fused.plan.heuristics import partial_rows
+
+
+class Args(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    x_scale: Tensor | None
+    x_shift: Tensor | None
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    rows: int
+
+
+class Out(NamedTuple):
+    y: Tensor
+    mean: Tensor
+    m2: Tensor
+    count: Tensor  # type: ignore[assignment]
+
+
+def reference(a: Args) -> Out:
+    """y = round(conv(a, weight)), and the statistics of y as it was rounded. a = x, or with x_scale and x_shift (both
+    or neither) the activation a = round(relu(x*x_scale + x_shift)) that `bn_apply` would write: the padding is zero
+    *after* that map. The rows are as in `bn_stats`, over some partition of the pixels into at most `rows` parts; rows
+    left over have mean = m2 = count = 0.
+    """
+    with torch.autocast(a.x.device.type, enabled=False):
+        x = activation(a.x, a.x_scale, a.x_shift)
+        y = F.conv2d(x, up(a.weight), None, a.stride, a.padding, a.dilation, a.groups).to(a.x.dtype)
+    return Out(y, *bn_stats.reference(bn_stats.Args(y, a.rows)))
+
+
+def fake(a: Args) -> Out:
+    y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    return Out(y, *bn_stats.fake(bn_stats.Args(y, a.rows)))
+
+
+OPTIONS = {"prologue": (False, True)}
+
+
+def case(make: Operands, s: ConvShape, prologue: bool = False, rows: int | None = None) -> Args:
+    """Sample arguments.
+
+    Args:
+        prologue: the input is normalised on the way in.
+    """
+    stride, padding, dilation, groups = s.geometry
+    return Args(
+        x=make.activation(*s.image),
+        weight=make.weight(*s.filter),
+        x_scale=make.vector(s.c, positive=True) if prologue else None,
+        x_shift=make.vector(s.c) if prologue else None,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        rows=rows or partial_rows(s.n * s.p * s.q, s.k),
+    )
+
+
+def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
+    return [Comparison("y", actual.y, plain.y, truth.y), *comparison.statistics(actual.y, actual[1:])]
+
+
+register(__name__, kernels=("triton",))

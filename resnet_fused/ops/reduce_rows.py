@@ -1,0 +1,31 @@
+"""The sum of partial rows in a fixed order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.registry import Size, register
+from resnet_fused.plan.heuristics import partial_rows
+
+
+class Args(NamedTuple):
+    partials: Tensor
+
+
+def reference(a: Args) -> Tensor:
+    """sum over dimension 0 in fp32, fixed order; [rows, ...] -> [...]"""
+    return a.partials.sum(0)
+
+
+def fake(a: Args) -> Tensor:
+    return a.partials.new_empty(a.partials.shape[1:])
+
+
+def case(make: Operands, size: Size) -> Args:
+    return Args(make.vector(partial_rows(size[0] * size[2] * size[3], size[1]), size[1]))
+
+
+register(__name__, kernels=("triton", "cuda"))

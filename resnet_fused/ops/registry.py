@@ -1,0 +1,154 @@
+"""The registry of ops: a module `ops/<op>.py` is the record of one, and everything that concerns all ops iterates here.
+
+A record holds `Args` and `Out` (typed tuples, from which the schema is made), `reference` (its docstring is the
+contract) and `fake`. `torch.ops.resnet_fused.<op>` has one keyword argument more, `str backend`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from resnet_fused.ops.comparison import Comparison, each
+
+Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
+Size = Sequence[int]  # (N, C, H, W)
+_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float"}
+
+
+@dataclass(frozen=True)
+class Mutated:
+    """Marks a tensor that an op writes to; `alias` is its letter in the schema."""
+
+    alias: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """The record of an op.
+
+    Attributes:
+        name: of the op and of its module, its Triton launcher and its C++ function.
+        args: the typed tuple of its arguments, in their order.
+        out: the typed tuple of its results; `Tensor` where there is one.
+        reference: (args) to the results in plain PyTorch; any device, any strides; rounded once.
+        fake: (args) to results without values, of the shapes, dtypes and strides of `reference` and `aten`. What
+            Triton's convolutions return is NHWC.
+        case: (operands, shape, **options) to arguments; the shape is a `ConvShape` of a convolution, else (N, C, H, W).
+        options: the values that each option of `case` takes.
+        compare: (args, actual, plain, truth) to what is to be compared of the results.
+        kernels: the backends that have a kernel of ours.
+    """
+
+    name: str
+    args: type[Any]
+    out: type[Any]
+    reference: Callable[[Any], Any]
+    fake: Callable[[Any], Any]
+    case: Callable[..., Any]
+    options: Mapping[str, Sequence[Any]]
+    compare: Callable[[Any, Any, Any, Any], list[Comparison]]
+    kernels: tuple[str, ...]
+
+    def variants(self) -> Iterator[dict[str, Any]]:
+        """Every combination of the options of `case`."""
+        for values in itertools.product(*self.options.values()):
+            yield dict(zip(self.options, values, strict=True))
+
+    @property
+    def contract(self) -> str:
+        """What the op computes."""
+        return (self.reference.__doc__ or "").strip()
+
+    def schema(self, *extra: str) -> str:
+        """The op's schema, with these arguments behind its own."""
+        hints = get_type_hints(self.args, include_extras=True)
+        arguments = [f"{_schema_type(hint)} {name}" for name, hint in hints.items()]
+        return f"{self.name}({', '.join([*arguments, *extra])}) -> {self._results()}"
+
+    def _results(self) -> str:
+        if self.out is Tensor:
+            return "Tensor"
+        return f"({', '.join(f'Tensor {name}' for name in self.out._fields)})"
+
+
+def _schema_type(hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        inner, mark = get_args(hint)
+        return mark if isinstance(mark, str) else _schema_type(inner).replace("Tensor", f"Tensor({mark.alias}!)")
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (part for part in get_args(hint) if part is not type(None))
+        return f"{_schema_type(inner)}?"
+    return _SCHEMA_TYPES[hint]
+
+
+OPS: dict[str, Op] = {}
+# A fragment, and what is defined stays: the modules may be imported again, while compiled graphs hold on to the ops.
+_library = torch.library.Library("resnet_fused", "FRAGMENT")
+
+
+def register(module: str, *, kernels: Sequence[str]) -> Op:
+    """Make an op of the record in this module.
+
+    Args:
+        module: its name, `__name__`.
+        kernels: the backends that have a kernel of ours, of `"triton"` and `"cuda"`.
+    """
+    record = sys.modules[module]
+    name = module.rpartition(".")[2]
+    op = Op(
+        name,
+        record.Args,
+        getattr(record, "Out", Tensor),
+        record.reference,
+        record.fake,
+        record.case,
+        getattr(record, "OPTIONS", {}),
+        getattr(record, "compare", _compare),
+        tuple(kernels),
+    )
+    OPS[name] = op
+    return op
+
+
+def _compare(a: Any, actual: Any, plain: Any, truth: Any) -> list[Comparison]:
+    """Every result with its counterparts."""
+    if isinstance(actual, Tensor):
+        return each(["the result"], [actual], [plain], [truth])
+    return each(truth._fields, actual, plain, truth)
+
+
+def define(op: Op) -> None:
+    """Define `torch.ops.resnet_fused.<op>`, once in a process; it runs what the newest import of this package has."""
+    if hasattr(torch.ops.resnet_fused, op.name):
+        return
+
+    def run(*values: Any, backend: str) -> Any:
+        return sys.modules["resnet_fused.ops.backends"].implementation(backend, op.name)(*values)
+
+    def run_fake(*values: Any, backend: str) -> Any:
+        returned = op.fake(op.args(*values))
+        if backend != "triton" or not op.name.startswith("conv_"):
+            return returned
+        return tuple(map(_nhwc, returned)) if isinstance(returned, tuple) else _nhwc(returned)
+
+    _library.define(op.schema("*", "str backend"), tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(op.name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"resnet_fused::{op.name}", run_fake, lib=_library)
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """Of an activation one like it in NHWC order; anything else as it is."""
+    return torch.empty_like(t, memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among an op's arguments or results."""
+    return (value for value in values if isinstance(value, Tensor))
