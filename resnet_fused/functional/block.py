@@ -107,7 +107,7 @@ def choose_chain(
             return None
     if (identity and tuple(x.shape) != shape) or (residual is not None and tuple(residual.shape) != shape):
         return None  # an addition that broadcasts, or raises
-    if residual is not None and residual.dtype != dtype:
+    if residual is not None and (residual.dtype != dtype or ops.subclassed(residual)):
         return None
     reason = ops.refusal(backend, "bn_apply", x if x.dtype == dtype else x.new_empty(1, 1, 1, 1, dtype=dtype))
     for layer in (*branch, *(() if shortcut is None else (shortcut,))):
@@ -164,7 +164,7 @@ def _choose_layer(
         return None, None
     if layer.training and out[0] * out[2] * out[3] == 1:
         return None, None  # an error, and PyTorch's to raise
-    if weight.device != x.device or operand_dtype(weight) != dtype:
+    if weight.device != x.device or operand_dtype(weight) != dtype or ops.subclassed(weight):
         return None, None
     problem, arch = _problem(shape, layer), _arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None

@@ -6,6 +6,6 @@ same words why not.
 """
 
 from resnet_fused.ops import schemas  # noqa: F401  (registers the ops)
-from resnet_fused.ops.backends import available, conv_refusal, implements, refusal, unavailable
+from resnet_fused.ops.backends import available, conv_refusal, implements, refusal, subclassed, unavailable
 
-__all__ = ["available", "conv_refusal", "implements", "refusal", "unavailable"]
+__all__ = ["available", "conv_refusal", "implements", "refusal", "subclassed", "unavailable"]
