@@ -109,6 +109,8 @@ def choose_chain(
             return None
     if shape is None or not fits(added, shape, dtype, x.device):
         return None  # a sum that depends on how it is written
+    if residual is not None and ops.subclassed(residual):
+        return None
     reason = ops.refusal(backend, "bn_apply", x if x.dtype == dtype else x.new_empty(1, 1, 1, 1, dtype=dtype))
     for layer in (*branch, *(() if shortcut is None else (shortcut,))):
         reason = reason or common_reason(x if x.dtype == dtype else x.new_empty(0, dtype=dtype), layer.vectors)
@@ -166,7 +168,7 @@ def _choose_layer(
         return None, None
     if layer.training and out[0] * out[2] * out[3] == 1:
         return None, None  # an error, and PyTorch's to raise
-    if weight.device != x.device or operand_dtype(weight) != dtype:
+    if weight.device != x.device or operand_dtype(weight) != dtype or ops.subclassed(weight):
         return None, None
     problem, arch = _problem(shape, layer), _arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None

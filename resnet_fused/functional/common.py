@@ -216,6 +216,8 @@ def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     for v in vectors:
         if v is None:
             continue
+        if ops.subclassed(v):
+            return f"a per-channel tensor is a {type(v).__name__}, not a plain tensor"
         if v.dtype != x.dtype and (v.dtype != torch.float32 or x.dtype == torch.float64):
             return f"per-channel tensors must be {x.dtype} or torch.float32, got {v.dtype}"
         if v.device != x.device:
@@ -240,6 +242,8 @@ def operand_reason(x: Tensor, weight: Tensor, residual: Tensor | None, shape: tu
     """Why these are no operands of one convolution whose result has this shape, or None."""
     if not x.is_floating_point():
         return f"activations must be floating point, got {x.dtype}"
+    if ops.subclassed(weight) or (residual is not None and ops.subclassed(residual)):
+        return "the weight or the residual is not a plain tensor"
     if weight.dtype != x.dtype or weight.device != x.device:
         return f"the weight is {weight.dtype} on {weight.device}, the input {x.dtype} on {x.device}"
     if residual is not None and (

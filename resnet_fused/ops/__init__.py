@@ -12,7 +12,15 @@ is one (n, h, w); M = N*H*W; round(v) is v rounded to the data's dtype.
 
 import importlib
 
-from resnet_fused.ops.backends import available, conv_refusal, implementation, implements, refusal, unavailable
+from resnet_fused.ops.backends import (
+    available,
+    conv_refusal,
+    implementation,
+    implements,
+    refusal,
+    subclassed,
+    unavailable,
+)
 from resnet_fused.ops.registry import OPS, Op, define
 
 for _name in (
@@ -40,4 +48,14 @@ for _name in (
     importlib.import_module(f"{__name__}.{_name}")
     define(OPS[_name])
 
-__all__ = ["OPS", "Op", "available", "conv_refusal", "implementation", "implements", "refusal", "unavailable"]
+__all__ = [
+    "OPS",
+    "Op",
+    "available",
+    "conv_refusal",
+    "implementation",
+    "implements",
+    "refusal",
+    "subclassed",
+    "unavailable",
+]

@@ -63,6 +63,13 @@ def _interpreting() -> bool:
     return bool(knobs.runtime.interpret)
 
 
+def subclassed(t: Tensor) -> bool:
+    """Whether `t` is of a class that may give operations another meaning."""
+    return (
+        type(t) is not Tensor and type(t) is not torch.nn.Parameter and not isinstance(t, torch._subclasses.FakeTensor)
+    )
+
+
 def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | None:
     """Why `backend` cannot run `op` on activations `x` and `others`, or None if it can.
 
@@ -79,7 +86,7 @@ def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | N
     problem = unavailable(backend, x.device.type)
     if problem is not None:
         return problem
-    if type(x) is not Tensor and not isinstance(x, torch._subclasses.FakeTensor | torch.nn.Parameter):
+    if subclassed(x):
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.dim() != 4:
         return f"activations must be 4-D [N, C, H, W], got {x.dim()}-D"
@@ -90,6 +97,8 @@ def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | N
     for other in others:
         if other is None:
             continue
+        if subclassed(other):
+            return f"the input is a {type(other).__name__}, not a plain tensor"
         if other.shape != x.shape:
             return f"shapes differ: {list(x.shape)} and {list(other.shape)}"
         if other.dtype != x.dtype:

@@ -22,7 +22,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op of the `with` block, and the backward of its results, on one backend, in all threads.
 
     An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the
-    reason; an op for which it has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
+    reason, or PyTorch's own exception where PyTorch refuses them too; `"reference"` runs whatever PyTorch runs. An op
+    for which a backend has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
 
     Args:
         name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"` or
