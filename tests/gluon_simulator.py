@@ -27,8 +27,8 @@ class Tensor(np.ndarray):
         return SimpleNamespace(layout=None)
 
     def to(self, dtype):
-        if "64" in str(dtype):
-            return self.astype(np.float64).view(Tensor)
+        if str(dtype) in ("fp64", "fp32"):
+            return self.astype({"fp64": np.float64, "fp32": np.float32}[dtype]).view(Tensor)
         return self.astype(np.float16).astype(np.float32).view(Tensor) if "16" in str(dtype) else self
 
 
@@ -340,8 +340,7 @@ class Machine:
             load=load,
             store=store,
             minimum=min,
-            abs=np.abs,
-            fma=lambda a, b, c: _tensor(a.astype(np.float64) * b + c),
+            cast=lambda value, dtype: np.float64(value),
             sum=lambda value, axis: value.sum(axis),
             static_range=range,
             allocate_shared_memory=self.allocate,

@@ -273,7 +273,12 @@ class _Backward:
             return None
         assert gradient is not None
         self.weight_gradient(k, gradient)
-        return self.data_gradient(k, gradient, None, None) if self.needs_x else None
+        if not self.needs_x:
+            return None
+        dx = self.data_gradient(k, gradient, None, None)
+        # PyTorch's may be NCHW where one channel or one pixel is behind it; the branch's dgrad is to read it.
+        reads_nhwc = self.chain.branch[0].dgrad == "triton"
+        return dx.contiguous(memory_format=torch.channels_last) if reads_nhwc else dx
 
     def behind_the_join(
         self, k: int, dy: Tensor, with_sum: bool, with_gradient: bool
@@ -332,8 +337,6 @@ class _Backward:
         is an `offer`, whose sums it forms if it can.
         """
         layer, dy = self.chain.layers[k], gradient.dy
-        if addend is not None and layer.dgrad == "triton":  # whose projection PyTorch may have run
-            addend = addend.contiguous(memory_format=torch.channels_last)
         if offer is not None and layer.dgrad != "aten" and layer.fusion.dgrad_epilogue:
             weight = self.made[k].weight
             assert weight is not None

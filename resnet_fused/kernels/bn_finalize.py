@@ -147,8 +147,8 @@ def bn_finalize(
         mean: [rows, C] fp64, contiguous.
         m2: [rows, C] fp32, contiguous: sums of squared deviations.
         count: [rows] fp32, contiguous: pixels of each row; 0 marks a row to pass over.
-        weight: [C] or None for 1; any floating dtype and stride. So are bias (None for 0), running_mean and running_var
-            (None: not tracked).
+        weight: [C] or None for 1; fp32, fp16 or bf16, any stride. So are bias (None for 0), running_mean and
+            running_var (None: not tracked).
         bias: see weight.
         running_mean: see weight; mutated to (1 - momentum) * running_mean + momentum * mean.
         running_var: see weight; mutated likewise, with the unbiased variance.

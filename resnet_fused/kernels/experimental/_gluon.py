@@ -94,14 +94,12 @@ def store_statistics(
     m = gl.arange(0, BOX_N * BOX_P * BOX_Q, layout=gl.SliceLayout(1, value.type.layout))
     inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
     pixels = gl.minimum(N - n0, BOX_N) * gl.minimum(P - p0, BOX_P) * gl.minimum(Q - q0, BOX_Q) * 1.0
-    total = gl.sum(gl.where(inside[:, None], value, 0.0), axis=0)
-    tile_mean = total / pixels
-    deviation = gl.where(inside[:, None], value - tile_mean[None, :], 0.0)
-    rest = gl.fma(-tile_mean, total * 0.0 + pixels, total) / pixels
-    rest = gl.where(gl.abs(rest) < float("inf"), rest, 0.0)
-    squares = gl.sum(deviation * deviation, axis=0)
-    gl.store(mean + (row * K + k), tile_mean.to(gl.float64) + rest.to(gl.float64), mask=k < K)
-    gl.store(m2 + (row * K + k), squares - rest * rest * pixels, mask=k < K)
+    inverse = gl.cast(1.0 / pixels, gl.float64)
+    inverse = inverse * (2.0 - gl.cast(pixels, gl.float64) * inverse)  # Newton's step, for a division in fp64
+    exact = gl.sum(gl.where(inside[:, None], value, 0.0), axis=0).to(gl.float64) * inverse
+    gl.store(mean + (row * K + k), exact, mask=k < K)
+    deviation = gl.where(inside[:, None], value - exact.to(gl.float32)[None, :], 0.0)
+    gl.store(m2 + (row * K + k), gl.sum(deviation * deviation, axis=0), mask=k < K)
     gl.store(count + row, pixels)  # by the tiles of all channels alike
 
 
