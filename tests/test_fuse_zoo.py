@@ -136,6 +136,8 @@ KNOWN_REASONS = (
     "(BlurPool2d) between",
     "(SEModule) between",
     "which is not fused",  # group norm
+    "none of its modules runs an nn.BatchNorm2d itself",  # but norms of timm's own
+    "no convolution belongs to it alone, and no ReLU follows it",  # in a classifier
     "no relu follows the sum",  # pre-activation
 )
 

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from agreement import assert_same
 from small_net import Bottleneck, Net, picture
@@ -133,6 +134,20 @@ def test_copies_are_fused(plain, duplicate, ran):
     assert "_fusion" not in vars(duplicate(fused)) and "_fusion" not in vars(duplicate(unfuse(copy.deepcopy(fused))))
     assert type(twin)._original is not type(fused)._original
     assert_same(duplicate(plain), duplicate(fused), picture())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_in_one_graph(plain, training):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    fused = fuse(copy.deepcopy(plain)).train(training)
+    plain.train(training)
+    x = picture()
+    compiled = torch.compile(fused, backend=counter, fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 1
+    inside = nn.Sequential(fused)
+    assert_same(nn.Sequential(plain), copy.deepcopy(inside), x, steps=1)
 
 
 def test_freeze_folds_it(plain):
