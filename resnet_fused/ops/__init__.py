@@ -7,5 +7,8 @@ same words why not.
 
 from resnet_fused.ops import schemas  # noqa: F401  (registers the ops)
 from resnet_fused.ops.backends import available, conv_refusal, implements, refusal, unavailable
+from resnet_fused.ops.flops import register_when_imported
+
+register_when_imported()
 
 __all__ = ["available", "conv_refusal", "implements", "refusal", "unavailable"]
