@@ -22,6 +22,7 @@ from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
 from resnet_fused.functional.common import (
     Geometry,
     add_relu,
+    autocast_dtype,
     channels_last,
     common_reason,
     conv_shape,
@@ -121,10 +122,7 @@ def choose_chain(
 
 
 def _dtype_under_autocast(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return x.dtype if x.dtype == torch.float64 else autocast_dtype(x.device.type) or x.dtype
 
 
 def _measured(

@@ -65,13 +65,18 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives a convolution's operands on this type of device; None where it is off."""
+    enabled = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
+def autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """A convolution's operands in the dtype autocast gives them; batch norm's parameters stay as they are."""
-    device = x.device.type
-    if not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
-        return x, weight
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))  # type: ignore[return-value]
+    dtype = autocast_dtype(x.device.type)
+    if dtype is None:
+        return x, *others
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *others))
 
 
 def choose(

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from resnet_fused import ops, plan
-from resnet_fused.functional.common import conv_operands
+from resnet_fused.functional.common import add_relu, autocast, autocast_dtype, conv_operands
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.ops import aten
@@ -26,15 +27,38 @@ keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
 
 @dataclass(frozen=True)
 class Example:
-    """What a unit read and wrote when the example ran: tensors without memory, for questions about shapes."""
+    """What a unit read and wrote when the example ran: tensors without memory, for questions about shapes.
+
+    Attributes:
+        x: what the convolution reads; autocast has been applied to it.
+        y: the result.
+        residual: what is added, or None.
+        autocast: the dtype of autocast around the unit; None where it was off.
+    """
 
     x: Tensor
     y: Tensor
+    residual: Tensor | None
+    autocast: torch.dtype | None
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor) -> Example:
+    def of(cls, x: Tensor, y: Tensor, residual: Tensor | None = None) -> Example:
+        (x,), setting = autocast(x), autocast_dtype(x.device.type)
         with FakeTensorMode():
-            return cls(*(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in (x, y)))
+            x, y, *rest = (
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                for t in (x, y, residual)
+                if t is not None
+            )
+        return cls(x, y, rest[0] if rest else None, setting)
+
+    def problem(self, before: Example | str | None) -> str | None:
+        """Why one frozen convolution cannot do what the unit did, now and when it ran before; None if it can."""
+        if isinstance(before, Example) and (before.x.dtype, before.autocast) != (self.x.dtype, self.autocast):
+            return "the example ran it in more than one dtype, or inside of autocast and outside"
+        if self.residual is not None and self.residual.dtype is not self.x.dtype:
+            return f"a {self.residual.dtype} residual is added to a {self.x.dtype} convolution"
+        return before if isinstance(before, str) else None
 
 
 @dataclass(frozen=True)
@@ -43,7 +67,6 @@ class Source:
 
     Attributes:
         layer: the name of the convolution in the model.
-        with_residual: whether one is added.
         example: what it read and wrote.
     """
 
@@ -51,8 +74,11 @@ class Source:
     conv: nn.Conv2d
     bn: BatchNorm
     relu: bool
-    with_residual: bool
     example: Example
+
+    @property
+    def with_residual(self) -> bool:
+        return self.example.residual is not None
 
     def affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift) with bn(conv(x)) = scale * conv_without_bias(x) + shift, in the compute dtype."""
@@ -127,6 +153,8 @@ class FrozenConv(Constants):
     Attributes:
         layer: the name of the convolution in the model.
         backend: of the op that runs it alone.
+        dtype: of the input that it was frozen for.
+        autocast: the dtype of autocast around it on `device_type` then; None where it was off.
         refusal: why another backend, which was to run it, does not run it on the example; None if all is as asked.
         planned: how it is run, which the block it is in may still change.
     """
@@ -139,15 +167,60 @@ class FrozenConv(Constants):
         conv = source.conv
         assert not isinstance(conv.padding, str)  # units.plain saw to it
         self.layer, self.relu, self.example, self.backend = source.layer, source.relu, source.example, backend
-        self.filter = conv.kernel_size
+        self.dtype, self.autocast = source.example.x.dtype, source.example.autocast
+        self.device_type = conv.weight.device.type
+        self.filter, self.biased = conv.kernel_size, conv.bias is not None
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         self.nchw = conv.weight.is_contiguous()  # and not channels_last alone, which the result would take on
         parts = ["batch norm", *["residual"] * source.with_residual, *["relu"] * source.relu]
         self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
-        """The unit; with `overwrite_residual` its result may take the place of `residual` in memory."""
+        """The unit; with `overwrite_residual` its result may take the place of `residual` in memory.
+
+        Raises:
+            What PyTorch raises of an input that it does not take either.
+            RuntimeError: autocast is not what it was when the example ran.
+        """
+        if x.dtype is not self.dtype or x.dim() != 4:
+            x = self._operand(x)
+        try:
+            return self._run(x, residual, overwrite_residual)
+        except Exception:
+            self._explain(x)
+            raise
+
+    def _run(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool) -> Tensor:
+        """The unit, of an input of the rank and dtype that it was frozen for."""
         raise NotImplementedError
+
+    def _operand(self, x: Tensor) -> Tensor:
+        self.check_autocast()
+        (x,) = autocast(x)
+        if x.dtype is not self.dtype or x.dim() != 4:
+            self._explain(x)
+        return x
+
+    def _explain(self, x: Tensor) -> None:
+        """Raise what is wrong with an input, in the words of PyTorch's convolution and batch norm where they mind."""
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        bias = weight.new_zeros(weight.shape[0]) if self.biased else None
+        y = F.conv2d(x, weight, bias, *self.geometry)
+        nn.BatchNorm2d._check_input_dim(self, y)  # type: ignore[arg-type]
+        frozen, given = ((len(t.shape), t.dtype, t.device) for t in (weight, x))
+        if given != frozen:
+            text = "{}-D {} input on {}"
+            raise RuntimeError(f"{self.layer} was frozen for a {text.format(*frozen)}, got a {text.format(*given)}")
+
+    def check_autocast(self) -> None:
+        """Raise if autocast is not what it was when the example ran."""
+        now = autocast_dtype(self.device_type)
+        if now is not self.autocast:
+            was, is_now = ("off" if dtype is None else str(dtype) for dtype in (self.autocast, now))
+            raise RuntimeError(
+                f"autocast was {was} around {self.layer} when the model was frozen, and is {is_now} in this call; "
+                "freeze the model with an example_input that takes the same way through it"
+            )
 
     def plan_in(self, op: str, company: str) -> None:
         """Say that a larger op runs it, with what."""
@@ -171,7 +244,7 @@ class FoldedConv(FrozenConv):
     def __init__(self, source: Source) -> None:
         super().__init__(source, "aten")
         scale, shift = source.affine()
-        weight = aten.fold(source.conv.weight, scale)
+        weight = aten.fold(source.conv.weight, scale, self.dtype)
         self.packed = aten.onednn_runs(weight, weight)
         if self.packed:
             shift = shift.to(aten.bias_dtype(weight.dtype, source.with_residual))
@@ -179,9 +252,12 @@ class FoldedConv(FrozenConv):
         self.constant("weight", weight)
         self.constant("bias", shift)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
+    def _run(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool) -> Tensor:
         if not self.packed:
             return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, self.relu)
+        if residual is not None and residual.dtype is not x.dtype:  # which oneDNN's sum does not take
+            y = aten.onednn_conv(x, self.weight, self.bias.float(), None, *self.geometry, relu=False)
+            return add_relu(y, residual, self.relu)
         relu_apart = self.relu and keep_nan.get()
         y = aten.onednn_conv(
             x, self.weight, self.bias, residual, *self.geometry, self.relu and not relu_apart, overwrite_residual
@@ -206,10 +282,11 @@ class EpilogueConv(FrozenConv):
         super().__init__(source, backend)
         example, self.kernel = source.example, Kernel("conv_fprop", backend)
         scale, shift = source.affine()
-        self.constant("weight", conv_operands(backend, example.x, source.conv.weight, None)[1])
+        weight = source.conv.weight.to(self.dtype)
+        self.constant("weight", conv_operands(backend, example.x, weight, None)[1])
         self.constant("scale", scale)
         self.constant("shift", shift)
-        args = self._arguments(example.x, example.y if source.with_residual else None)
+        args = self._arguments(example.x, example.residual)
         self.refusal = self.kernel.refusal(*args)
 
     @property
@@ -220,11 +297,10 @@ class EpilogueConv(FrozenConv):
         x, weight, residual = conv_operands(self.backend, x, self.weight, residual)
         return (x, weight, self.scale, self.shift, residual, *self.geometry, self.relu)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
-        raw: tuple[Any, ...] = (x, *self.affine, residual, *self.geometry, self.relu)
-        args = self._arguments(x, residual) if x.dim() == 4 else None  # no NHWC order has fewer dimensions
-        if args is None or not self.kernel.takes(args, args[0], args[4]):
-            return aten.conv_fprop(*raw)
+    def _run(self, x: Tensor, residual: Tensor | None, overwrite_residual: bool) -> Tensor:
+        args = self._arguments(x, residual)
+        if not self.kernel.takes(args, args[0], args[4]):
+            return aten.conv_fprop(x, self.weight, self.scale, self.shift, residual, *self.geometry, self.relu)
         return in_format(self.kernel(*args), x, self.nchw)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import plan
-from resnet_fused.functional.common import conv_operands
+from resnet_fused.functional.common import autocast, conv_operands
 from resnet_fused.ops import aten
 from resnet_fused.plan.conv import ConvShape, uses_tf32
 from resnet_fused.plan.conv_chain import chain_flags, join_flags
@@ -103,6 +103,8 @@ class Join(Constants):
         return (x, weight, shortcut, self.shortcut_weight, self.shift, self.stride, True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        if shortcut.dtype is not x.dtype:
+            (shortcut,) = autocast(shortcut)
         args = self._arguments(x, shortcut)
         if not self.kernel.takes(args, args[0], args[2]):
             return aten.conv_join(*args)
