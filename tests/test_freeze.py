@@ -186,13 +186,6 @@ def test_bad_input():
         pickle.dumps(frozen)
 
 
-def test_autocast_has_no_effect():
-    frozen = freeze(_model(), x := torch.randn(1, 3, 64, 64))
-    expected = frozen(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(frozen(x), expected)
-
-
 def test_no_gradient_is_kept():
     frozen = freeze(_model(), x := torch.randn(1, 3, 64, 64))
     assert not frozen(x.requires_grad_()).requires_grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import types
 import warnings
 
@@ -99,6 +100,40 @@ def test_a_capture_that_fails_warns_once_and_the_network_runs_op_by_op():
         warnings.simplefilter("error")
         assert torch.equal(graphs(x), x + 1)
     assert recorder.runs == 2
+
+
+def test_an_input_that_the_network_refuses_raises_and_takes_no_place():
+    class Refusing(_Recorder):
+        def network(self, x):
+            raise ValueError("expected 4D input")
+
+    recorder = Refusing("something about a capture")
+    graphs = Graphs(recorder.network, recorder.capture)
+    for size in range(1, MAX_GRAPHS + 3):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match="expected 4D input"):
+            warnings.simplefilter("error")
+            graphs(torch.randn(size))
+
+
+@dataclasses.dataclass
+class _Output:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("result", [_Output, lambda y: [{"logits": _Output(y)}], lambda y: types.SimpleNamespace(y=y)])
+def test_a_result_that_could_not_be_copied_is_not_replayed(monkeypatch, result):
+    """The next replay would change what the last one returned."""
+    monkeypatch.setattr(graph.torch, "cuda", _Cuda())
+    with pytest.raises(RuntimeError, match="the result holds a (_Output|SimpleNamespace)"):
+        graph.capture(result, torch.zeros(2))
+
+
+def test_a_copy_of_the_result_is_returned(monkeypatch):
+    monkeypatch.setattr(graph.torch, "cuda", _Cuda())
+    kept = torch.zeros(2)
+    replay = graph.capture(lambda x: {"logits": (kept, None, 3, "name")}, torch.zeros(2))
+    y = replay(torch.ones(2))["logits"]
+    assert y[0] is not kept and torch.equal(y[0], kept) and y[1:] == (None, 3, "name")
 
 
 class _Watch(TorchDispatchMode):

@@ -322,7 +322,7 @@ def test_on_a_gpu_the_measured_tables_are_asked_about_each_problem(monkeypatch):
     with FakeTensorMode():
         x = torch.empty(2, 16, 9, 7, dtype=torch.bfloat16, device="cuda")
     conv, bn = nn.Conv2d(16, 24, 3, 2, 1, dilation=2, groups=4), nn.BatchNorm2d(24)
-    source = Source("conv", conv, bn, True, None, Example(x, x))
+    source = Source("conv", conv, bn, True, None, Example(x, x, None, None))
     assert source.backend() == "triton"
     shape = ConvShape(2, 16, 9, 7, 24, 3, 3, (2, 2), (1, 1), (2, 2), 4)
     assert asked == [(plan.Problem("conv_fprop", shape, torch.bfloat16), 90)]

@@ -78,17 +78,21 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast gives a convolution's operands on this type of device; None where it is off."""
+    enabled = device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if enabled else None
+
+
 def operand_dtype(t: Tensor) -> torch.dtype:
     """The dtype in which a convolution takes an operand, cast by autocast or not."""
-    device, dtype = t.device.type, t.dtype
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device) if dtype.is_floating_point and dtype != torch.float64 else dtype
-    return dtype
+    dtype = autocast_dtype(t.device.type)
+    return t.dtype if dtype is None or not t.is_floating_point() or t.dtype == torch.float64 else dtype
 
 
-def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def autocast(*operands: Tensor) -> tuple[Tensor, ...]:
     """A convolution's operands in the dtype autocast gives them; batch norm's parameters stay as they are."""
-    return x.to(operand_dtype(x)), weight.to(operand_dtype(weight))
+    return tuple(t.to(operand_dtype(t)) for t in operands)
 
 
 def choose_batch_norm(

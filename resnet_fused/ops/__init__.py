@@ -21,6 +21,7 @@ from resnet_fused.ops.backends import (
     subclassed,
     unavailable,
 )
+from resnet_fused.ops.flops import register_when_imported
 from resnet_fused.ops.registry import OPS, Op, define
 
 for _name in (
@@ -47,6 +48,7 @@ for _name in (
 ):
     importlib.import_module(f"{__name__}.{_name}")
     define(OPS[_name])
+register_when_imported()
 
 __all__ = [
     "OPS",

@@ -15,11 +15,11 @@ from resnet_fused.ops import reference
 from resnet_fused.ops.arithmetic import compute_dtype, rounded, unpack_bits
 
 
-def fold(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """weight * scale per output channel, in the weight's dtype and memory format."""
-    if scale is None:
-        return weight
-    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+def fold(weight: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """weight * scale per output channel, rounded once to `dtype` (None: the weight's), in its memory format."""
+    if scale is not None:
+        weight, dtype = weight * scale.view(-1, 1, 1, 1), dtype or weight.dtype
+    return weight if dtype is None else weight.to(dtype)
 
 
 def onednn_runs(x: Tensor, weight: Tensor) -> bool:

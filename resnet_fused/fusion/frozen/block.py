@@ -71,7 +71,12 @@ class FrozenBlock(nn.Module):
         self._look()
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_autocast()
         return through_nhwc(lambda x: self.run(x)[0], x, self.nchw) if self.nhwc else self.run(x)[0]
+
+    def check_autocast(self) -> None:
+        """As a convolution's, for all of them: nothing changes it within a block."""
+        self.branch[0].check_autocast()  # type: ignore[operator]
 
     def run(
         self, x: Tensor, first: Tensor | None = None, following: nn.Module | None = None, overwrite_input: bool = False
@@ -122,6 +127,7 @@ class FrozenStage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         blocks = [module for module in self if isinstance(module, FrozenBlock)]
+        blocks[0].check_autocast()
         if len(blocks) == len(self) and all(block.nhwc for block in blocks):
             return through_nhwc(self._run, x, all(block.nchw for block in blocks))
         return self._run(x)
@@ -177,6 +183,9 @@ class FrozenSequence(nn.Module):
         if body is None:
             kinds = ", ".join(type(x).__name__ for x in inputs)
             raise TypeError(f"this frozen module was planned for other inputs than ({kinds})")
+        for conv in self._frozen_convs.values():
+            conv.check_autocast()  # type: ignore[operator]
+            break  # nothing changes it within a planned forward
         return body(self, *inputs)
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:

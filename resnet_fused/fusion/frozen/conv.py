@@ -9,11 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from resnet_fused import ops, plan
-from resnet_fused.functional.common import conv_operands, conv_shape, fits, operand_reason
+from resnet_fused.functional.common import (
+    autocast,
+    autocast_dtype,
+    conv_operands,
+    conv_shape,
+    fits,
+    operand_reason,
+)
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
@@ -29,19 +37,36 @@ keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
 
 @dataclass(frozen=True)
 class Example:
-    """What a unit read, wrote and added when the example ran: tensors without memory, for questions about shapes."""
+    """What a unit read, wrote and added when the example ran: tensors without memory, for questions about shapes.
+
+    Attributes:
+        x: what the convolution reads; autocast has been applied to it.
+        y: the result.
+        residual: what is added, or None.
+        autocast: the dtype of autocast around the unit; None where it was off.
+    """
 
     x: Tensor
     y: Tensor
-    residual: Tensor | None = None
+    residual: Tensor | None
+    autocast: torch.dtype | None
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, residual: Tensor | None) -> Example:
-        def like(t: Tensor) -> Tensor:
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-
+    def of(cls, x: Tensor, y: Tensor, residual: Tensor | None = None) -> Example:
+        (x,), setting = autocast(x), autocast_dtype(x.device.type)
         with FakeTensorMode():
-            return cls(like(x), like(y), None if residual is None else like(residual))
+            x, y, *rest = (
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                for t in (x, y, residual)
+                if t is not None
+            )
+        return cls(x, y, rest[0] if rest else None, setting)
+
+    def problem(self, before: Example | str | None) -> str | None:
+        """Why one frozen convolution cannot do what the unit did, now and when it ran before; None if it can."""
+        if isinstance(before, Example) and (before.x.dtype, before.autocast) != (self.x.dtype, self.autocast):
+            return "the example ran it in more than one dtype, or inside of autocast and outside"
+        return before if isinstance(before, str) else None
 
 
 @dataclass(frozen=True)
@@ -134,6 +159,8 @@ class FrozenConv(Constants):
     Attributes:
         layer: the name of the convolution in the model.
         backend: of the op that runs it alone.
+        dtype: of the input that it was frozen for.
+        autocast: the dtype of autocast around it on `device_type` then; None where it was off.
         refusal: why another backend, which was to run it, does not run it on the example; None if all is as asked.
         add: how a residual is added where its shape or dtype is not the convolution's.
         adds: whether the op adds the example's residual.
@@ -148,32 +175,76 @@ class FrozenConv(Constants):
         conv = source.conv
         assert not isinstance(conv.padding, str)  # units.plain saw to it
         self.layer, self.relu, self.example, self.backend = source.layer, source.relu, source.example, backend
-        self.filter = conv.kernel_size
+        self.dtype, self.autocast = source.example.x.dtype, source.example.autocast
+        self.device_type = conv.weight.device.type
+        self.filter, self.biased = conv.kernel_size, conv.bias is not None
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         self.nchw = conv.weight.is_contiguous()  # and not channels_last alone, which the result would take on
         self.add, example = source.add or PLUS, source.example
         shape = conv_shape(example.x.shape, conv.weight, self.geometry)  # type: ignore[arg-type]
         apart = None
         if source.add is not None and shape is not None:
-            apart = operand_reason(example.x, conv.weight, example.residual, shape)
+            folded = torch.empty(0, dtype=self.dtype, device=conv.weight.device)
+            apart = operand_reason(example.x, folded, example.residual, shape)
         self.adds = source.add is not None and apart is None
         parts = ["batch norm", *["residual"] * self.adds, *["relu"] * (source.relu and apart is None)]
         self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts), apart or "")
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
-        """The unit; with `overwrite_residual` its result may take the place of `residual` in memory."""
-        if residual is None or fits(residual, self.result_shape(x.shape), x.dtype, x.device):
-            return self.run(x, residual, self.relu, overwrite_residual)
-        y = self.add(self.run(x, None, relu=False), residual)
+        """The unit; with `overwrite_residual` its result may take the place of `residual` in memory.
+
+        Raises:
+            What PyTorch raises of an input that it does not take either.
+            RuntimeError: autocast is not what it was when the example ran.
+        """
+        if x.dtype is not self.dtype or x.dim() != 4:
+            x = self._operand(x)
+        try:
+            if residual is None or fits(residual, self.result_shape(x.shape), x.dtype, x.device):
+                return self._run(x, residual, self.relu, overwrite_residual)
+            y = self.add(self._run(x, None, relu=False), residual)
+        except Exception:
+            self._explain(x)
+            raise
         return y.relu_() if self.relu else y
 
     def result_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the convolution's result for an input of `shape`; empty where there is no batch."""
         return conv_shape(shape, self.weight, self.geometry) or ()  # type: ignore[arg-type]
 
-    def run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
-        """The unit, with or without its ReLU; `residual` has the shape and the dtype of the convolution's result."""
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        """The unit, with or without its ReLU, of an input of the rank and dtype that it was frozen for; `residual` has
+        the shape and the dtype of the convolution's result.
+        """
         raise NotImplementedError
+
+    def _operand(self, x: Tensor) -> Tensor:
+        self.check_autocast()
+        (x,) = autocast(x)
+        if x.dtype is not self.dtype or x.dim() != 4:
+            self._explain(x)
+        return x
+
+    def _explain(self, x: Tensor) -> None:
+        """Raise what is wrong with an input, in the words of PyTorch's convolution and batch norm where they mind."""
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        bias = weight.new_zeros(weight.shape[0]) if self.biased else None
+        y = F.conv2d(x, weight, bias, *self.geometry)
+        nn.BatchNorm2d._check_input_dim(self, y)  # type: ignore[arg-type]
+        frozen, given = ((len(t.shape), t.dtype, t.device) for t in (weight, x))
+        if given != frozen:
+            text = "{}-D {} input on {}"
+            raise RuntimeError(f"{self.layer} was frozen for a {text.format(*frozen)}, got a {text.format(*given)}")
+
+    def check_autocast(self) -> None:
+        """Raise if autocast is not what it was when the example ran."""
+        now = autocast_dtype(self.device_type)
+        if now is not self.autocast:
+            was, is_now = ("off" if dtype is None else str(dtype) for dtype in (self.autocast, now))
+            raise RuntimeError(
+                f"autocast was {was} around {self.layer} when the model was frozen, and is {is_now} in this call; "
+                "freeze the model with an example_input that takes the same way through it"
+            )
 
     def plan_in(self, op: str, company: str) -> None:
         """Say that a larger op runs it, with what."""
@@ -197,7 +268,7 @@ class FoldedConv(FrozenConv):
     def __init__(self, source: Source) -> None:
         super().__init__(source, "aten")
         scale, shift = source.affine()
-        weight = aten.fold(source.conv.weight, scale)
+        weight = aten.fold(source.conv.weight, scale, self.dtype)
         self.packed = aten.onednn_runs(weight, weight)
         if self.packed:
             shift = shift.to(aten.bias_dtype(weight.dtype, source.add is not None))
@@ -205,7 +276,7 @@ class FoldedConv(FrozenConv):
         self.constant("weight", weight)
         self.constant("bias", shift)
 
-    def run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
         if not self.packed:
             return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, relu)
         relu_apart = relu and keep_nan.get()
@@ -232,10 +303,11 @@ class EpilogueConv(FrozenConv):
         super().__init__(source, backend)
         example, self.kernel = source.example, Kernel("conv_fprop", backend)
         scale, shift = source.affine()
-        self.constant("weight", conv_operands(backend, example.x, source.conv.weight, None)[1])
+        weight = source.conv.weight.to(self.dtype)
+        self.constant("weight", conv_operands(backend, example.x, weight, None)[1])
         self.constant("scale", scale)
         self.constant("shift", shift)
-        args = self._arguments(example.x, example.y if self.adds else None, self.relu)
+        args = self._arguments(example.x, example.residual if self.adds else None, self.relu)
         self.refusal = self.kernel.refusal(*args)
 
     @property
@@ -246,11 +318,10 @@ class EpilogueConv(FrozenConv):
         x, weight, residual = conv_operands(self.backend, x, self.weight, residual)
         return (x, weight, self.scale, self.shift, residual, *self.geometry, relu)
 
-    def run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
-        raw: tuple[Any, ...] = (x, *self.affine, residual, *self.geometry, relu)
-        args = self._arguments(x, residual, relu) if x.dim() == 4 else None  # no NHWC order has fewer dimensions
-        if args is None or not self.kernel.takes(args, args[0], args[4]):
-            return aten.conv_fprop(*raw)
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        args = self._arguments(x, residual, relu)
+        if not self.kernel.takes(args, args[0], args[4]):
+            return aten.conv_fprop(x, self.weight, self.scale, self.shift, residual, *self.geometry, relu)
         return in_format(self.kernel(*args), x, self.nchw)
 
     def extra_repr(self) -> str:

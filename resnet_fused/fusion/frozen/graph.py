@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 MAX_GRAPHS = 8
+_COPIED = (Tensor, bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 Network = Callable[[Tensor], Any]
 
@@ -31,6 +33,9 @@ def capture(network: Network, example: Tensor) -> Network:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):  # PyTorch's default is one stream, on the device that came first
             static_output = network(static_input)
+    opaque = {type(leaf).__name__ for leaf in tree_leaves(static_output) if not isinstance(leaf, _COPIED)}
+    if opaque:  # whose tensors the next replay would overwrite in the hands of whoever got this one's
+        raise RuntimeError(f"the result holds a {opaque.pop()}, which torch.utils._pytree does not look into")
 
     def replay(x: Tensor) -> Any:
         static_input.copy_(x)
@@ -38,6 +43,16 @@ def capture(network: Network, example: Tensor) -> Network:
         return tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, static_output)
 
     return replay
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a result is made of, in containers and in dataclasses."""
+    for leaf in tree_leaves(value):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                yield from leaves(getattr(leaf, field.name))
+        else:
+            yield leaf
 
 
 class Graphs:
@@ -61,6 +76,8 @@ class Graphs:
             try:
                 self._captured[key] = self._capture(self.network, x)
             except RuntimeError as error:
+                y = self.network(x)  # which raises where the fault is the input's
                 warnings.warn(f"freeze: no CUDA graph, the network runs kernel by kernel: {error}", stacklevel=5)
                 self._captured[key] = self.network
+                return y
         return self._captured[key](x)

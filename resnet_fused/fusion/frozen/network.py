@@ -23,7 +23,7 @@ from .conv import EpilogueConv, Example, FrozenConv, Source, freeze_conv
 from .plan import FreezePlan, PlannedConv
 from .tail import Join
 
-Seen = dict[tuple[nn.Module, int], Example]
+Seen = dict[tuple[nn.Module, int], Example | str]  # a str: why the unit is to be left to the model
 
 
 def prepare(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
@@ -50,7 +50,8 @@ def observe(network: nn.Module, example: Tensor) -> Seen:
     def observed(module: Any) -> Callable[..., Tensor]:
         def run_unit(k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
             result: Tensor = type(module)._run_unit(module, k, x, residual)
-            seen[module, k] = Example.of(x, result, residual)
+            example = Example.of(x, result, residual)
+            seen[module, k] = example.problem(seen.get((module, k))) or example
             return result
 
         return run_unit
@@ -159,9 +160,8 @@ class _Freezer:
     def problem(self, module: nn.Module, k: int, binding: Binding) -> str | None:
         """Why a unit cannot be frozen, or None."""
         conv, bn, act, _ = binding.units[k]
-        if (module, k) not in self.seen:
-            return "the example did not run it as a unit"
-        reason = units.plain(conv, bn, act)
+        example = self.seen.get((module, k), "the example did not run it as a unit")
+        reason = example if isinstance(example, str) else units.plain(conv, bn, act)
         if reason is not None:
             return reason
         if conv is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import plan
-from resnet_fused.functional.common import conv_operands, conv_shape, fits
+from resnet_fused.functional.common import autocast, conv_operands, conv_shape, fits
 from resnet_fused.ops import aten
 from resnet_fused.plan.conv import ConvShape, uses_tf32
 from resnet_fused.plan.conv_chain import chain_flags, join_flags
@@ -104,6 +104,8 @@ class Join(Constants):
         return (x, weight, shortcut, self.shortcut_weight, self.shift, self.stride, True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        if shortcut.dtype is not x.dtype:
+            (shortcut,) = autocast(shortcut)
         pointwise = ([0, 0], [1, 1], 1)
         shape = conv_shape(x.shape, self.weight, ([1, 1], *pointwise))  # type: ignore[arg-type]
         if shape == conv_shape(shortcut.shape, self.shortcut_weight, (self.stride, *pointwise)):  # type: ignore[arg-type]
