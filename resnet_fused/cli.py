@@ -140,11 +140,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     try:
         from rich.console import Console
 
-        from resnet_fused.bench import actions, chart, results, run, schema, table
-        from resnet_fused.bench.progress import Reporter
+        from resnet_fused.bench import chart, results, run, schema, subcommands, table
+        from resnet_fused.measure.progress import Reporter
     except ImportError as error:
         return _complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
-    from resnet_fused.bench.cases import UsageError
+    from resnet_fused.measure.cases import UsageError
     from resnet_fused.plan import use_backend
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
@@ -165,10 +165,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     try:
         if arguments.compare:
-            return actions.compare_files(arguments.compare, out)
+            return subcommands.compare_files(arguments.compare, out)
         options = _options(arguments)
         if arguments.check:
-            return actions.check(options, arguments.check, measure, out)
+            return subcommands.check(options, arguments.check, measure, out)
         if arguments.profile:
             return _profile(arguments, options, out)
         report = measure(options, keep)
@@ -191,12 +191,12 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
     from rich.console import Console
 
-    from resnet_fused.bench import actions, profile_view, results
-    from resnet_fused.bench.progress import Reporter
+    from resnet_fused.bench import profile_view, results, subcommands
+    from resnet_fused.measure.progress import Reporter
     from resnet_fused.plan import use_backend
 
     with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
-        found, facts = actions.profile_cases(options, reporter)
+        found, facts = subcommands.profile_cases(options, reporter)
     content = {"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}
     return _show(
         out,
@@ -229,8 +229,9 @@ def _show(
 
 
 def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-untyped-def]
-    from resnet_fused.bench import cases, roofline
+    from resnet_fused.bench import roofline
     from resnet_fused.bench.results import write_json
+    from resnet_fused.measure import cases
 
     try:
         chosen = _chosen_cases(arguments) or ROOFLINE_CASES
@@ -250,7 +251,7 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
 
 def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
     """The cases that --mode, --batch and --dtype name; none without any of them."""
-    from resnet_fused.bench import cases
+    from resnet_fused.measure import cases
 
     if not (arguments.mode or arguments.batch or arguments.dtype):
         return ()
@@ -261,7 +262,8 @@ def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], 
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from resnet_fused.bench import cases, tune
+    from resnet_fused.measure import cases
+    from resnet_fused.tuning import tune
 
     def run(reporter: Any, common: dict[str, Any]) -> int:
         dtype = cases.choose(arguments.dtype, cases.DTYPES, "dtype")
@@ -277,7 +279,9 @@ def _tune(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from resnet_fused.bench import cases, results, verify
+    from resnet_fused.bench import results
+    from resnet_fused.measure import cases
+    from resnet_fused.tuning import verify
 
     console = Console()
 
@@ -294,13 +298,13 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any]], int]) -> int:
     """Check what tune and verify share, and run one of them with progress on stderr."""
-    from resnet_fused.bench import cases, models
+    from resnet_fused.measure import cases, models
 
     try:
         check_importable(arguments.command, "rich", "torchvision", "numpy")
         from rich.console import Console
 
-        from resnet_fused.bench.progress import Reporter
+        from resnet_fused.measure.progress import Reporter
 
         names = [name.strip() for name in (arguments.model or "resnet50,resnet18").split(",") if name.strip()]
         for name in names:
@@ -324,7 +328,8 @@ def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, An
 
 def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Check every choice before anything is built; raises UsageError."""
-    from resnet_fused.bench import cases, contestants, loader, models, network, run
+    from resnet_fused.bench import contestants, loader, run
+    from resnet_fused.measure import cases, models, network
 
     device = cases.resolve_device(arguments.device)
     models.check(arguments.model)

@@ -10,14 +10,16 @@ import torch
 from networks import small_resnet
 
 from resnet_fused import cli, ops
-from resnet_fused.bench import chart, checks, images, loader, memory, models, network, profile, roof, run, schema
-from resnet_fused.bench.cases import Case, Unavailable
+from resnet_fused.bench import chart, images, loader, profile, run, schema
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
-from resnet_fused.bench.problems import Operands, jobs
-from resnet_fused.bench.progress import Silent
-from resnet_fused.bench.saved import saved_bytes
 from resnet_fused.evaluate.run import Settings, evaluate
+from resnet_fused.measure import memory, models, network, roof
+from resnet_fused.measure.activation_memory import saved_bytes
+from resnet_fused.measure.cases import Case, Unavailable
+from resnet_fused.measure.progress import Silent
 from resnet_fused.plan.table import Choice
+from resnet_fused.tuning import checks
+from resnet_fused.tuning.problems import Operands, jobs
 
 CPU = torch.device("cpu")
 BENCH = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu", "--rounds", "1", "--no-images"]

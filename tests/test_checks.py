@@ -7,10 +7,10 @@ import torch
 from conv_cases import problem
 
 from resnet_fused import ops, reference
-from resnet_fused.bench.checks import comparisons
-from resnet_fused.bench.problems import Job, Operands, arguments, memory_arguments
-from resnet_fused.bench.verify import verify
 from resnet_fused.plan.table import Problem
+from resnet_fused.tuning.checks import comparisons
+from resnet_fused.tuning.problems import Job, Operands, arguments, memory_arguments
+from resnet_fused.tuning.verify import verify
 
 CPU = torch.device("cpu")
 

@@ -149,7 +149,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _check_memory(settings: Any, chosen: tuple[str, ...]) -> None:
     """Raise UsageError where the pictures of one batch, as a protocol sees them, would not fit into memory."""
-    from resnet_fused.bench import memory
+    from resnet_fused.measure import memory
 
     s = settings
     views = {
