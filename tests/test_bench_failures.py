@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 
@@ -353,7 +354,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_built(name, kind, monkey
     monkeypatch.setattr(ops, "unavailable", lambda backend, device: "not here")
     if "needs" in hint:
         package = hint.split()[-1]
-        real = cli.check_importable.__globals__["importlib"].util.find_spec
+        real = importlib.util.find_spec
         hidden = lambda name, *rest: None if name == package else real(name, *rest)  # noqa: E731
         monkeypatch.setattr("importlib.util.find_spec", hidden)
     extra = [] if kind == "race" else [f"--{kind}"]
@@ -507,7 +508,7 @@ def test_ctrl_c_in_an_evaluation_shows_what_is_done():
 
 
 def test_pictures_that_would_not_fit_are_refused_before_anything_is_evaluated():
-    from resnet_fused.evaluate import command
+    from resnet_fused.cli import evaluate as command
 
     settings = Settings(shorter_side=100_000, crop=32, batch=2)
     with pytest.raises(ValueError, match="--shorter-side 100000.*one batch needs about 120.0 GB"):

@@ -249,7 +249,7 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path):
             arguments = cli.parser().parse_args(command[3:])
             arguments.argv = command[3:]
             if command[3] == "bench":
-                options = cli._options(arguments)
+                options = cli.bench.options_of(arguments)
                 assert {case.image_size for case in options.cases} == {224} and options.cases[0].dtype == values[name][
                     "--dtype"
                 ], name

@@ -11,8 +11,8 @@ from typing import Any
 
 from resnet_fused import _command
 from resnet_fused._command import UsageError
+from resnet_fused.cli.output import PROGRAM, complain, show
 
-PROGRAM = "resnet-fused"
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.evaluate import pictures, report
         from resnet_fused.evaluate import run as runner
     except ImportError as error:
-        return _complain(f"evaluate needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+        return complain(f"evaluate needs the extra packages of `pip install resnet_fused[bench]`: {error}")
     import torch
 
     import resnet_fused
@@ -83,20 +83,18 @@ def run(arguments: argparse.Namespace) -> int:
         with resnet_fused.use_backend(arguments.backend):
             evaluation = runner.evaluate(contestants, source, chosen, settings, _Progress())
     except ValueError as error:  # UsageError, and what the protocols and `use_backend` refuse
-        return _complain(_command.one_line(error))
+        return complain(_command.one_line(error))
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
         return 130
     out = Console(width=None if sys.stdout.isatty() else 150)
-    report.render(evaluation, out)
-    if arguments.json:
+
+    def write(path: Path) -> None:
         command = shlex.join([PROGRAM, *arguments.argv])
-        try:
-            _command.write_json(report.to_json(evaluation, loaded, arguments.data, settings, command), arguments.json)
-        except OSError as error:  # a disk that has filled up meanwhile
-            return _complain(f"--json {arguments.json}: {error.strerror}; nothing written")
-        out.print(f"wrote {arguments.json}", soft_wrap=True, highlight=False)
-    return 130 if evaluation.interrupted else 0
+        _command.write_json(report.to_json(evaluation, loaded, arguments.data, settings, command), path)
+
+    status = 130 if evaluation.interrupted else 0
+    return show(out, status, lambda: report.render(evaluation, out), ("--json", arguments.json, write))
 
 
 def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
@@ -182,8 +180,3 @@ class _Progress:
         elif done == total or now - self.said > self.EVERY_S:
             self.said = now
             print(text, file=sys.stderr, flush=True)
-
-
-def _complain(message: str) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
-    return 2

@@ -1,21 +1,19 @@
-"""The command `resnet-fused`."""
+"""`resnet-fused bench`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from resnet_fused._command import check_backend, check_importable, check_writable, one_line
-from resnet_fused.evaluate import command as evaluate
+from resnet_fused._command import check_backend, check_importable, check_writable
+from resnet_fused.cli.output import PROGRAM, complain, show
 
-PROGRAM = "resnet-fused"
 DEFAULT_MODEL = "resnet50"
 DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
 DEFAULT_BUDGET_S = 240.0
@@ -24,19 +22,8 @@ GENERATED = Path("generated JPEGs")
 ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    root = _Parser(prog=PROGRAM, description="Fused conv + batch norm + ReLU + residual add for ResNets.")
-    root.add_argument("--version", action="version", version=f"{PROGRAM} {_version()}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    info = commands.add_parser("info", help="what is built, and which backends can run here")
-    info.set_defaults(function=_info)
+def register(commands: Any) -> None:
+    """Add the subcommand to argparse's `commands`."""
     bench = commands.add_parser(
         "bench",
         help="measure a ResNet in plain PyTorch, torch.compile and resnet_fused, side by side",
@@ -86,64 +73,18 @@ def parser() -> argparse.ArgumentParser:
         "result again: exit code 1 where fused or frozen lost against the baseline, beyond the spread",
     )
     add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
-    bench.set_defaults(function=_bench)
-    evaluate.register(commands)
-    _add_tune(commands.add_parser("tune", help="measure every kernel and configuration; write this GPU's plan table"))
-    _add_verify(commands.add_parser("verify", help="compare every kernel with float64 on this GPU"))
-    return root
+    bench.set_defaults(function=run)
 
 
-def _add_problems(parser: argparse.ArgumentParser) -> None:
-    """What tune and verify share."""
-    add = parser.add_argument
-    add("--model", help="torchvision ResNets, or timm:<name>, as a comma list (default: resnet50,resnet18)")
-    add("--mode", default="infer,train", help="infer, train, as a comma list (default: both)")
-    add("--image-size", default="224", help="side of the square input (default: %(default)s)")
-    add("--rehearse", action="store_true", help="every step on a CPU, on a tiny network; proves nothing about a GPU")
-
-
-def _add_tune(parser: argparse.ArgumentParser) -> None:
-    _add_problems(parser)
-    add = parser.add_argument
-    add("--batch", default="256", help="images, a comma list; the table also speaks for half and twice (default: 256)")
-    add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default: %(default)s)")
-    add("--budget", help="stop after so long, like 90s or 5m; calling again goes on from there (default: no limit)")
-    add("--again", action="store_true", help="measure also what the table knows already")
-    add("--out", type=Path, metavar="FILE", help="the table (default: in the cache folder, where the plan finds it)")
-    parser.set_defaults(function=_tune)
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    _add_problems(parser)
-    add = parser.add_argument
-    add("--batch", default="16", help="images (default: %(default)s)")
-    add("--dtype", default="bf16,fp16,fp32", help="comma list (default: %(default)s)")
-    add("--every-configuration", action="store_true", help="all that tune would try, not only those used by default")
-    add("--json", type=Path, metavar="FILE", help="write the result and its provenance here")
-    parser.set_defaults(function=_verify)
-
-
-def _version() -> str:
-    from resnet_fused import __version__
-
-    return __version__
-
-
-def _info(arguments: argparse.Namespace) -> int:
-    import resnet_fused
-
-    print(resnet_fused.info())
-    return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, compare, check or profile; the exit status is 1 where nothing was measured, or something was lost."""
     try:
         from rich.console import Console
 
         from resnet_fused.bench import chart, results, run, schema, subcommands, table
         from resnet_fused.measure.progress import Reporter
     except ImportError as error:
-        return _complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+        return complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
     from resnet_fused.measure.cases import UsageError
     from resnet_fused.plan import use_backend
 
@@ -166,19 +107,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     try:
         if arguments.compare:
             return subcommands.compare_files(arguments.compare, out)
-        options = _options(arguments)
+        options = options_of(arguments)
         if arguments.check:
             return subcommands.check(options, arguments.check, measure, out)
         if arguments.profile:
             return _profile(arguments, options, out)
         report = measure(options, keep)
     except UsageError as error:
-        return _complain(str(error))
+        return complain(str(error))
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
         return 130
     status = 130 if report.interrupted else 0 if report.measured else 1
-    return _show(
+    return show(
         out,
         status,
         lambda: table.render(report, out),
@@ -198,34 +139,13 @@ def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
     with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
         found, facts = subcommands.profile_cases(options, reporter)
     content = {"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}
-    return _show(
+    return show(
         out,
         0 if any(one.contestants or one.others for one in found) else 1,
         lambda: profile_view.render(found, facts, out),
         ("--json", arguments.json, lambda path: results.write_json(content, path)),
         ("--chart", arguments.chart, lambda path: profile_view.save(found, facts, path)),
     )
-
-
-def _show(
-    out: Any, status: int, render: Callable[[], object], *targets: tuple[str, Path | None, Callable[[Path], object]]
-) -> int:
-    """Print a result and write it to each (option, path, writer) that was asked for; one that fails leaves the others.
-
-    Returns:
-        `status`, or 2 where one of the targets could not be written.
-    """
-    render()
-    for option, path, write in targets:
-        if path is None:
-            continue
-        try:
-            written = write(path)
-        except Exception as error:  # a disk that has filled up meanwhile, or whatever a chart's library raises
-            status = _complain(f"{option} {path}: {getattr(error, 'strerror', None) or one_line(error)}; not written")
-        else:
-            out.print(f"wrote {written or path}", soft_wrap=True, highlight=False)
-    return status
 
 
 def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-untyped-def]
@@ -239,14 +159,14 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
         check_writable("--json", arguments.json)
         found = roofline.rooflines(arguments.model, chosen, size)
     except cases.UsageError as error:
-        return _complain(str(error))
+        return complain(str(error))
 
     def render() -> None:
         for one in found:
             roofline.render(one, out)
 
     content = {"schema": 1, "cases": [one.to_json() for one in found]}
-    return _show(out, 0, render, ("--json", arguments.json, lambda path: write_json(content, path)))
+    return show(out, 0, render, ("--json", arguments.json, lambda path: write_json(content, path)))
 
 
 def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
@@ -261,72 +181,7 @@ def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], 
     return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
 
 
-def _tune(arguments: argparse.Namespace) -> int:
-    from resnet_fused.measure import cases
-    from resnet_fused.tuning import tune
-
-    def run(reporter: Any, common: dict[str, Any]) -> int:
-        dtype = cases.choose(arguments.dtype, cases.DTYPES, "dtype")
-        budget = cases.seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
-        check_writable("--out", arguments.out)
-        common["batch"] = cases.positive_integers(arguments.batch, "--batch")
-        print(tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common))
-        return 0
-
-    return _on_problems(arguments, run)
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from resnet_fused.bench import results
-    from resnet_fused.measure import cases
-    from resnet_fused.tuning import verify
-
-    console = Console()
-
-    def run(reporter: Any, common: dict[str, Any]) -> int:
-        dtypes = cases.choose_many(arguments.dtype, cases.DTYPES, "dtype")
-        check_writable("--json", arguments.json)
-        common["batch"] = cases.positive_integer(arguments.batch, "--batch")
-        found = verify.verify(dtypes=dtypes, every_configuration=arguments.every_configuration, **common)
-        target = ("--json", arguments.json, lambda path: results.write_json(found.to_json(), path))
-        return _show(console, 0 if found.passed else 1, lambda: print(found), target)
-
-    return _on_problems(arguments, run)
-
-
-def _on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any]], int]) -> int:
-    """Check what tune and verify share, and run one of them with progress on stderr."""
-    from resnet_fused.measure import cases, models
-
-    try:
-        check_importable(arguments.command, "rich", "torchvision", "numpy")
-        from rich.console import Console
-
-        from resnet_fused.measure.progress import Reporter
-
-        names = [name.strip() for name in (arguments.model or "resnet50,resnet18").split(",") if name.strip()]
-        for name in names:
-            models.check(name)
-        with Reporter(Console(stderr=True), None) as reporter:
-            common = {
-                "model": names,
-                "modes": cases.choose_many(arguments.mode, cases.MODES, "mode"),
-                "image_size": cases.positive_integer(arguments.image_size, "--image-size"),
-                "rehearse": arguments.rehearse,
-                "command": shlex.join([PROGRAM, *arguments.argv]),
-                "reporter": reporter,
-            }
-            return run(reporter, common)
-    except cases.UsageError as error:
-        return _complain(str(error))
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
-
-
-def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Check every choice before anything is built; raises UsageError."""
     from resnet_fused.bench import contestants, loader, run
     from resnet_fused.measure import cases, models, network
@@ -384,28 +239,3 @@ def _options(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         backend=arguments.backend,
         command=shlex.join([PROGRAM, *arguments.argv]),
     )
-
-
-def _complain(message: str) -> int:
-    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
-    return 2
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status (2: bad usage, said in one line on stderr)."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    arguments = parser().parse_args(argv)
-    arguments.argv = argv
-    try:
-        status = int(arguments.function(arguments))
-        sys.stdout.flush()
-    except BrokenPipeError:  # as `head` leaves one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
-        return 128 + 13
-    except OSError as error:  # a disk that has filled up meanwhile
-        return _complain(f"{error.filename or 'cannot write'}: {error.strerror or error}")
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())
