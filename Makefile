@@ -60,7 +60,7 @@ bench-check: install
 	@$(VENV)/bin/resnet-fused bench --check $(ARGS)
 
 docs: install
-	@$(PY) -m resnet_fused.bench.docs
+	@$(PY) -m tools.pages
 
 library-test: install
 	@export RESNET_FUSED_BUILD=host; $(LIBRARY)
@@ -115,8 +115,8 @@ digits: install
 
 # exit code 2 of the CUDA gate: there is no toolkit here to compile with, which it says; that is no failure
 gate: install
-	$(PY) -m resnet_fused.bench.compile_gate_triton --quick --jobs $(JOBS)
-	$(PY) -m resnet_fused.bench.compile_gate_cuda || [ $$? = 2 ]
+	$(PY) -m tools.compile_gate.triton_gate --quick --jobs $(JOBS)
+	$(PY) -m tools.compile_gate.cuda_gate || [ $$? = 2 ]
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

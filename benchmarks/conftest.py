@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resnet_fused.bench.roof import copy_bandwidth
+from resnet_fused.measure.roof import copy_bandwidth
 
 BASELINE = "eager"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

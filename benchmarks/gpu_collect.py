@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import resnet_fused
-from resnet_fused.bench import goals, schema, sitting
-from resnet_fused.bench.cases import UsageError
+from benchmarks import gpu_results, targets
+from resnet_fused.bench import schema
 from resnet_fused.bench.results import Report, write_atomically, write_json
+from resnet_fused.measure.cases import UsageError
 from resnet_fused.plan import table as tables
 
 RESULTS, TABLES = Path("benchmarks/results"), Path("resnet_fused/plan/tables")
-KEPT = (sitting.STATE, sitting.RESULTS, "summary.txt", "profile.png")
+KEPT = (gpu_results.STATE, gpu_results.RESULTS, "summary.txt", "profile.png")
 SAME = ("package", "torch", "triton", "commit")
 
 
@@ -32,11 +33,11 @@ def measured(results: dict[str, Any]) -> Iterator[str]:
     reports = []
     for name, data in results.items():
         try:
-            reports += [schema.parse(data, name)] if sitting.is_report(data) else []
+            reports += [schema.parse(data, name)] if gpu_results.is_report(data) else []
         except UsageError as error:
             yield str(error)
     yield ""
-    yield from goals.lines(reports)
+    yield from targets.lines(reports)
 
 
 def collect(out: Path, root: Path) -> Iterator[str]:
@@ -48,8 +49,8 @@ def collect(out: Path, root: Path) -> Iterator[str]:
     Raises:
         UsageError: something is not what a sitting writes; then nothing was written.
     """
-    found = sitting.load(out)
-    report = sitting.end_to_end(found)
+    found = gpu_results.load(out)
+    report = gpu_results.end_to_end(found)
     plan, why = _table(out, found)
     home = root / RESULTS / schema.folder_name({"gpu": {"name": found.gpu}})
     written = []
@@ -71,7 +72,7 @@ def collect(out: Path, root: Path) -> Iterator[str]:
     return _lines(found, report, [path.relative_to(root) for path in written], why)
 
 
-def _table(out: Path, found: sitting.Sitting) -> tuple[tables.Table | None, str]:
+def _table(out: Path, found: gpu_results.Sitting) -> tuple[tables.Table | None, str]:
     """The plan table, or None and why not."""
     path = out / "plan" / tables.file_name(found.gpu)
     if not path.exists():
@@ -84,7 +85,7 @@ def _table(out: Path, found: sitting.Sitting) -> tuple[tables.Table | None, str]
         raise UsageError(f"{path}: of {plan.gpu}, the sitting's GPU is {found.gpu}")
     if not plan.verified:
         return None, f"{path} says of no kernel that it was verified: left out"
-    facts = [report.provenance for name, report in found.reports.items() if name in sitting.END_TO_END]
+    facts = [report.provenance for name, report in found.reports.items() if name in gpu_results.END_TO_END]
     wanted = {"package": resnet_fused.__version__} | {key: one.get(key) for one in facts for key in SAME if key in one}
     for key, value in wanted.items():
         if plan.provenance.get(key) != value:
@@ -92,7 +93,7 @@ def _table(out: Path, found: sitting.Sitting) -> tuple[tables.Table | None, str]
     return plan, ""
 
 
-def _lines(found: sitting.Sitting, report: Report | None, written: list[Path], why: str) -> Iterator[str]:
+def _lines(found: gpu_results.Sitting, report: Report | None, written: list[Path], why: str) -> Iterator[str]:
     yield from (f"wrote {path}" for path in written)
     if why:
         yield why
@@ -101,7 +102,7 @@ def _lines(found: sitting.Sitting, report: Report | None, written: list[Path], w
             yield f"{name}: {entry['status']}: {entry['headline']}"
     yield ""
     yield f"for docs/gpu_log.md ({found.gpu}, {found.date}), under what was predicted:"
-    for what, *_, text in goals.rows(list(found.reports.values())):
+    for what, *_, text in targets.rows(list(found.reports.values())):
         yield f"- {what}: {text}"
     for name, run in found.reports.items():
         for case in run.cases:

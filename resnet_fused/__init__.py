@@ -11,8 +11,8 @@ from resnet_fused.info import info
 from resnet_fused.plan import use_backend
 
 if TYPE_CHECKING:
-    from resnet_fused.bench.tune import tune
-    from resnet_fused.bench.verify import verify
+    from resnet_fused.tuning.tune import tune
+    from resnet_fused.tuning.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`tune` and `verify` come from the bench, which needs the packages of `resnet_fused[bench]`."""
+    """`tune` and `verify` need the packages of `resnet_fused[bench]`."""
     if name not in ("tune", "verify"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"resnet_fused.bench.{name}"), name)
+    return getattr(importlib.import_module(f"resnet_fused.tuning.{name}"), name)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from resnet_fused.bench import models
-from resnet_fused.bench.cudnn_graphs import Library, Spec
+from resnet_fused.bench.contestants.cudnn_graphs import Library, Spec
+from resnet_fused.measure import models
 
 data_type = enum.Enum("data_type", ["FLOAT", "HALF", "BFLOAT16", "NOT_SET"])
 heur_mode = enum.Enum("heur_mode", ["A", "B", "FALLBACK"])

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from resnet_fused.bench import provenance
-from resnet_fused.bench.cases import Case
 from resnet_fused.bench.correctness import Errors
-from resnet_fused.bench.harness import Timing
 from resnet_fused.bench.results import CaseReport, Report, Result
-from resnet_fused.bench.roof import Roof
+from resnet_fused.measure import provenance
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.roof import Roof
+from resnet_fused.measure.timing import Timing
 
 BASELINE = "eager-channels-last"
 

@@ -10,26 +10,15 @@ import torch
 import torchvision
 from torch import nn
 
-from resnet_fused.bench import (
-    cases,
-    chart,
-    device_process,
-    harness,
-    images,
-    memory,
-    models,
-    profile,
-    provenance,
-    results,
-    roof,
-    run,
-    table,
-)
-from resnet_fused.bench.cases import Case, UsageError
+from resnet_fused.bench import chart, images, profile, results, run, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
 from resnet_fused.bench.correctness import FLOORS, Errors, breach, errors_of, max_error, norm_error
-from resnet_fused.bench.harness import MAX_ROUNDS, MIN_ROUNDS, Timing, cpu_clock, round_order, time_interleaved
 from resnet_fused.bench.runner import Outcome, Runner, reference
+from resnet_fused.measure import cases, memory, models, provenance, roof
+from resnet_fused.measure import timing as harness
+from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.timing import MAX_ROUNDS, MIN_ROUNDS, Timing, cpu_clock, round_order, time_interleaved
+from resnet_fused.tuning import device_worker as device_process
 
 CPU = torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 
@@ -10,14 +11,16 @@ import torch
 from networks import small_resnet
 
 from resnet_fused import cli, ops
-from resnet_fused.bench import chart, checks, images, loader, memory, models, network, profile, roof, run, schema
-from resnet_fused.bench.cases import Case, Unavailable
+from resnet_fused.bench import chart, images, loader, profile, run, schema
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
-from resnet_fused.bench.problems import Operands, jobs
-from resnet_fused.bench.progress import Silent
-from resnet_fused.bench.saved import saved_bytes
 from resnet_fused.evaluate.run import Settings, evaluate
+from resnet_fused.measure import memory, models, network, roof
+from resnet_fused.measure.activation_memory import saved_bytes
+from resnet_fused.measure.cases import Case, Unavailable
+from resnet_fused.measure.progress import Silent
 from resnet_fused.plan.table import Choice
+from resnet_fused.tuning import checks
+from resnet_fused.tuning.problems import Operands, jobs
 
 CPU = torch.device("cpu")
 BENCH = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu", "--rounds", "1", "--no-images"]
@@ -351,7 +354,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_built(name, kind, monkey
     monkeypatch.setattr(ops, "unavailable", lambda backend, device: "not here")
     if "needs" in hint:
         package = hint.split()[-1]
-        real = cli.check_importable.__globals__["importlib"].util.find_spec
+        real = importlib.util.find_spec
         hidden = lambda name, *rest: None if name == package else real(name, *rest)  # noqa: E731
         monkeypatch.setattr("importlib.util.find_spec", hidden)
     extra = [] if kind == "race" else [f"--{kind}"]
@@ -505,7 +508,7 @@ def test_ctrl_c_in_an_evaluation_shows_what_is_done():
 
 
 def test_pictures_that_would_not_fit_are_refused_before_anything_is_evaluated():
-    from resnet_fused.evaluate import command
+    from resnet_fused.cli import evaluate as command
 
     settings = Settings(shorter_side=100_000, crop=32, batch=2)
     with pytest.raises(ValueError, match="--shorter-side 100000.*one batch needs about 120.0 GB"):

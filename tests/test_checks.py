@@ -7,11 +7,11 @@ import torch
 from conv_cases import problem
 
 from resnet_fused import ops
-from resnet_fused.bench.checks import comparisons
-from resnet_fused.bench.problems import Job, Operands, arguments, memory_arguments
-from resnet_fused.bench.verify import verify
 from resnet_fused.ops import arithmetic, reference
 from resnet_fused.plan.table import Problem
+from resnet_fused.tuning.checks import comparisons
+from resnet_fused.tuning.problems import Job, Operands, arguments, memory_arguments
+from resnet_fused.tuning.verify import verify
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "-
 
 
 def run(*arguments, cwd, **environment):
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "resnet_fused.cli", *arguments]
     environment = {**os.environ, "PYTHONPATH": path, **environment}
@@ -118,7 +118,7 @@ def test_a_full_disk_and_a_reader_that_has_gone_are_no_tracebacks(tmp_path, caps
     assert capsys.readouterr().err == "resnet-fused: error: a.json: No space left on device\n"
     reader, writer = os.pipe()
     os.close(reader)
-    root = Path(cli.__file__).resolve().parents[1]
+    root = Path(cli.__file__).resolve().parents[2]
     command, environment = [sys.executable, "-m", "resnet_fused", "info"], {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=tmp_path, env=environment, check=False)
     os.close(writer)

@@ -10,10 +10,11 @@ from recorded import BASELINE, case, report, result, usual
 from rich.console import Console
 
 from resnet_fused import cli
-from resnet_fused.bench import clocks, compare, schema
-from resnet_fused.bench.cases import UsageError
-from resnet_fused.bench.harness import Timing
+from resnet_fused.bench import compare, schema
 from resnet_fused.bench.results import write_json
+from resnet_fused.measure import telemetry as clocks
+from resnet_fused.measure.cases import UsageError
+from resnet_fused.measure.timing import Timing
 
 
 @pytest.fixture
@@ -250,12 +251,12 @@ case "$*" in *loop-ms*) touch {tmp_path}/sampled; sleep 60 >/dev/null & wait;; e
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(clocks.torch.cuda, "get_device_properties", lambda device: object())
-    with clocks.Watch(torch.device("cuda", 0)) as watch:
+    with clocks.GpuTelemetry(torch.device("cuda", 0)) as watch:
         while driver != "none" and not (tmp_path / "sampled").exists():
             time.sleep(0.01)
     seen = watch.seen()
     assert (seen is None) == (driver == "none")
     assert driver == "none" or (seen["samples"] == 1 and seen["throttled"] == {"software power cap": 1.0})
-    with clocks.Watch(torch.device("cpu")) as watch:
+    with clocks.GpuTelemetry(torch.device("cpu")) as watch:
         pass
     assert watch.seen() is None

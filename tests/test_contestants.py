@@ -9,10 +9,9 @@ import pytest
 import torch
 import torchvision
 
-from resnet_fused.bench import other_runtimes
-from resnet_fused.bench.cases import Case, Unavailable
-from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, other_runtimes
 from resnet_fused.bench.runner import Runner, device_captures
+from resnet_fused.measure.cases import Case, Unavailable
 
 INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
 TRAIN = Case("resnet18", "train", 2, "fp32", "cpu", 32)

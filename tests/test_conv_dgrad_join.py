@@ -25,14 +25,14 @@ from conv_cases import (
     runs_kernels,
 )
 
-from resnet_fused.bench import checks
-from resnet_fused.bench.network import tiny_network
-from resnet_fused.bench.problems import jobs
 from resnet_fused.contract import in_double
 from resnet_fused.kernels import conv_dgrad, conv_dgrad_join, refuse
+from resnet_fused.measure.network import tiny_network
 from resnet_fused.ops import arithmetic, aten, reference
 from resnet_fused.plan.conv import ConvConfig, conv_dgrad_configurations
 from resnet_fused.plan.table import Choice
+from resnet_fused.tuning import checks
+from resnet_fused.tuning.problems import jobs
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
 SMALL = ConvConfig(32, 16, 16, 4, 2)  # many tiles of a small image

@@ -10,8 +10,9 @@ import torchvision
 from torch import nn
 
 from resnet_fused import cli, plan
-from resnet_fused.bench import cost, network, roofline
-from resnet_fused.bench.cases import UsageError
+from resnet_fused.bench import cost, roofline
+from resnet_fused.measure import network
+from resnet_fused.measure.cases import UsageError
 
 BATCH = 256
 

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import from_checkout  # noqa: F401
 import pytest
 
-from resnet_fused.bench import compile_gate_cuda as gate
+from tools.compile_gate import cuda_gate as gate
 
 ROOT = Path(__file__).resolve().parents[1]
 APPLY = "_ZN12resnet_fused15bn_apply_kernelI6__halfLNS_8ChannelsE0ELb1EEEvNS_5ApplyIT_EENS_4WalkE"
@@ -77,7 +78,7 @@ def test_a_violation_and_a_kernel_that_is_missing_fail_it(tmp_path, monkeypatch,
 
 
 def test_without_a_toolkit_it_says_so_and_exits_with_2(tmp_path):
-    program = "import sys; from resnet_fused.bench import compile_gate_cuda as g; b = g._build_module()\n"
+    program = "import sys; from tools.compile_gate import cuda_gate as g; b = g._build_module()\n"
     program += "b._candidates = lambda: []; g._build_module = lambda: b; sys.exit(g.main([]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)

@@ -14,12 +14,11 @@ from contract import assert_no_worse
 from cudnn_double import CPULibrary, model_of, package, spec_of
 from torch import nn
 
-from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network
-from resnet_fused.bench.cases import DTYPES, Case, Unavailable
-from resnet_fused.bench.contestants import CONTESTANTS
-from resnet_fused.bench.cudnn_graphs import Convolution, graph_of
-from resnet_fused.bench.cudnn_graphs_network import build
+from resnet_fused.bench.contestants import CONTESTANTS, cudnn_graphs, cudnn_graphs_network
+from resnet_fused.bench.contestants.cudnn_graphs import Convolution, graph_of
+from resnet_fused.bench.contestants.cudnn_graphs_network import build
 from resnet_fused.bench.runner import Runner
+from resnet_fused.measure.cases import DTYPES, Case, Unavailable
 
 INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
 

@@ -15,12 +15,11 @@ import torchvision
 from contract import assert_no_worse, assert_within_contract
 from cudnn_double import CPULibrary, model_of
 
-from resnet_fused.bench import cudnn_graphs, cudnn_graphs_network
-from resnet_fused.bench.cases import DTYPES, Case
-from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
-from resnet_fused.bench.cudnn_graphs import Recording, Spec, nhwc_strides
-from resnet_fused.bench.cudnn_graphs_network import build
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, cudnn_graphs, cudnn_graphs_network
+from resnet_fused.bench.contestants.cudnn_graphs import Recording, Spec, nhwc_strides
+from resnet_fused.bench.contestants.cudnn_graphs_network import build
 from resnet_fused.bench.runner import Runner, reference
+from resnet_fused.measure.cases import DTYPES, Case
 
 # An H100, in the words of cuDNN's CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION: with it a machine without one can validate
 # graphs and ask the heuristics, from cuDNN 9.8 on.

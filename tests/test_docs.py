@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import from_checkout  # noqa: F401
 import pytest
 import recorded
 
-from resnet_fused.bench import chart, docs, schema
+from resnet_fused.bench import chart, schema
 from resnet_fused.bench.results import write_json
+from tools import pages as docs
 
 ROOT = Path(__file__).parents[1]
 

@@ -380,7 +380,7 @@ def test_a_full_disk_is_one_line_after_the_table(folder, checkpoint, tmp_path, c
     assert run("--model", f"cifar_resnet8={checkpoint}", "--data", folder, "--json", tmp_path / "a.json") == 2
     said = capsys.readouterr()
     assert "error on 12 pictures" in said.out and "wrote" not in said.out
-    assert said.err.splitlines()[-1].endswith("a.json: No space left on device; nothing written")
+    assert said.err.splitlines()[-1].endswith("a.json: No space left on device; not written")
 
 
 def test_a_class_that_the_model_lacks_is_refused(folder, tmp_path, capsys):

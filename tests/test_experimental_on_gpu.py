@@ -11,11 +11,11 @@ import pytest
 import torch
 from conv_cases import problem
 
-from resnet_fused.bench.checks import REFUSED, check_all, unusable
-from resnet_fused.bench.problems import Job
-from resnet_fused.bench.workers import TaskFailure, isolated_map
+from resnet_fused.measure.workers import TaskFailure, isolated_map
 from resnet_fused.plan.experimental import configurations, refuse_shape
 from resnet_fused.plan.table import Choice, Problem
+from resnet_fused.tuning.checks import REFUSED, check_all, unusable
+from resnet_fused.tuning.problems import Job
 
 SHAPES = [
     problem(4, 64, 14, 14, 64, 3, 3, padding=(1, 1)),

@@ -210,9 +210,9 @@ def test_freeze_asks_the_table_about_each_tail(op, monkeypatch):
     """The problem that `freeze` asks about is the one that the tuner measured."""
     from types import SimpleNamespace
 
-    from resnet_fused.bench.network import networks
-    from resnet_fused.bench.problems import jobs
     from resnet_fused.fusion.frozen import tail
+    from resnet_fused.measure.network import networks
+    from resnet_fused.tuning.problems import jobs
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     (network,) = networks(["resnet50"], 224)

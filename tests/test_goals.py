@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import from_checkout  # noqa: F401
 import pytest
 import recorded
 from recorded import BASELINE, result
 
-from resnet_fused.bench import goals
+from benchmarks import targets as goals
 from resnet_fused.bench.results import Report
 
 GPU = {"name": "NVIDIA Test 1"}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from resnet_fused.bench import cost
-from resnet_fused.bench.cases import DTYPES
-from resnet_fused.bench.network import networks
+from resnet_fused.measure.cases import DTYPES
+from resnet_fused.measure.network import networks
 
 PAGE = Path(__file__).parents[1] / "docs/gpu_log.md"
 BANDWIDTHS, FLOPS = {"H100": 3.0e12, "H200": 4.3e12}, 790e12

@@ -8,17 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import from_checkout  # noqa: F401
 import pytest
 import torch
 
+from benchmarks import targets as goals
 from resnet_fused import ops
-from resnet_fused.bench import contestants, docs, goals, schema
-from resnet_fused.bench.cases import DTYPES, MODES, UsageError, choose_many
+from resnet_fused.bench import contestants, schema
+from resnet_fused.measure.cases import DTYPES, MODES, UsageError, choose_many
 from resnet_fused.plan import table as tables
+from tools import pages as docs
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[1])
-)  # `benchmarks` is a folder of the checkout, not of the package
 gpu_run = pytest.importorskip("benchmarks.gpu_run", reason="the benchmarks are not here")
 from benchmarks import gpu_collect, gpu_steps  # noqa: E402
 
@@ -249,7 +249,7 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path):
             arguments = cli.parser().parse_args(command[3:])
             arguments.argv = command[3:]
             if command[3] == "bench":
-                options = cli._options(arguments)
+                options = cli.bench.options_of(arguments)
                 assert {case.image_size for case in options.cases} == {224} and options.cases[0].dtype == values[name][
                     "--dtype"
                 ], name

@@ -9,9 +9,10 @@ import torch
 from networks import small_resnet
 
 from resnet_fused import cli
-from resnet_fused.bench import models, network, profile, profile_view
-from resnet_fused.bench.cases import Case
+from resnet_fused.bench import profile, profile_view
 from resnet_fused.bench.profile import BACKWARD, HEAD, OPTIMIZER, OTHER, SCOPE, STEM, STEP
+from resnet_fused.measure import models, network
+from resnet_fused.measure.cases import Case
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import resnet_fused
-from resnet_fused.bench.saved import saved_bytes
+from resnet_fused.measure.activation_memory import saved_bytes
 
 
 def test_each_storage_counts_once_and_parameters_do_not():

@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 
+import from_checkout  # noqa: F401
 import pytest
 
 pytest.importorskip("triton")
 
-from resnet_fused.bench import machine_code
+from tools.compile_gate import machine_code
 
-GATE = [sys.executable, "-m", "resnet_fused.bench.compile_gate_triton"]
+GATE = [sys.executable, "-m", "tools.compile_gate.triton_gate"]
 # The gate itself must see to it that the compiler, not the interpreter, gets the kernels.
 ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1"}
 
@@ -46,7 +47,7 @@ def test_a_kernel_that_is_not_what_it_should_be_fails(expected, problem):
     script = f"""
 import dataclasses, os
 del os.environ["TRITON_INTERPRET"]
-from resnet_fused.bench import compile_gate_triton as gate
+from tools.compile_gate import triton_gate as gate
 job = next(job for job in gate.jobs((90,), True, "add_act_kernel"))
 print(gate.compile_job(dataclasses.replace(job, expect=gate.Expect({expected}))).problems)
 """
@@ -110,7 +111,7 @@ def test_spills_and_too_much_shared_memory_fail():
 import os
 del os.environ["TRITON_INTERPRET"]
 import torch
-from resnet_fused.bench import compile_gate_triton as gate
+from tools.compile_gate import triton_gate as gate
 from resnet_fused import kernels
 from resnet_fused.plan.conv import ConvConfig
 def problems(arch, config):
@@ -148,7 +149,7 @@ def test_what_the_plan_launches_for_a_network(tmp_path):
     script = """
 import os
 del os.environ["TRITON_INTERPRET"]
-from resnet_fused.bench import compile_gate_triton as gate
+from tools.compile_gate import triton_gate as gate
 found = [{job.options for job in gate.jobs((arch,), False, "conv_dgrad", "resnet18")} for arch in (80, 90)]
 print(found[0] != found[1])
 """

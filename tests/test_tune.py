@@ -8,18 +8,21 @@ import torch
 
 import resnet_fused
 from resnet_fused import cli, ops, plan
-from resnet_fused.bench import candidates as candidate_list
-from resnet_fused.bench import checks, device_process, timed, tune, tune_search
-from resnet_fused.bench.candidates import candidates, configurations
-from resnet_fused.bench.cases import UsageError, seconds
-from resnet_fused.bench.network import networks, tiny_network
-from resnet_fused.bench.problems import Job, Operands, blocks, jobs
-from resnet_fused.bench.tuning import REHEARSAL
+from resnet_fused.measure.cases import UsageError, seconds
+from resnet_fused.measure.network import networks, tiny_network
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.conv import ConvConfig, ConvShape
 from resnet_fused.plan.conv_chain import chain_flags, join_flags
 from resnet_fused.plan.table import Choice, Entry, Problem, Table
+from resnet_fused.tuning import calls as timed
+from resnet_fused.tuning import candidates as candidate_list
+from resnet_fused.tuning import checks, tune
+from resnet_fused.tuning import device_worker as device_process
+from resnet_fused.tuning import search as tune_search
+from resnet_fused.tuning.candidates import candidates, configurations
+from resnet_fused.tuning.problems import Job, Operands, blocks, jobs
+from resnet_fused.tuning.report import REHEARSAL
 
 CPU = torch.device("cpu")
 REFERENCE = Choice("reference")
@@ -344,7 +347,7 @@ def test_the_verify_command(tmp_path, capsys, monkeypatch):
     text = json.loads(path.read_text())
     assert text["passed"] and text["checks"]
     assert all(c["reason"] is None or c["op"] == "conv_chain" and "refused" in c["reason"] for c in text["checks"])
-    monkeypatch.setattr("resnet_fused.bench.verify.check_all", lambda job, *_: {job.problem.op: "errs by 1"})
+    monkeypatch.setattr("resnet_fused.tuning.verify.check_all", lambda job, *_: {job.problem.op: "errs by 1"})
     assert cli.main(command) == 1 and "wrong: conv_fprop" in capsys.readouterr().out
 
 

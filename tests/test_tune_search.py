@@ -15,22 +15,22 @@ import pytest
 import torch
 import tune_doubles
 
-from resnet_fused.bench import candidates as listing
-from resnet_fused.bench import tune_search
-from resnet_fused.bench.cases import UsageError
-from resnet_fused.bench.compile_ahead import Ahead
-from resnet_fused.bench.device_process import ProcessWorker
-from resnet_fused.bench.network import networks
-from resnet_fused.bench.problems import blocks, check_images, jobs, parts
-from resnet_fused.bench.progress import Silent
-from resnet_fused.bench.tune_search import SAME, Search
-from resnet_fused.bench.tuning import predict, summarise
-from resnet_fused.bench.work import Roofs, work
-from resnet_fused.bench.workers import WorkerCrashed
+from resnet_fused.measure.cases import UsageError
+from resnet_fused.measure.network import networks
+from resnet_fused.measure.progress import Silent
+from resnet_fused.measure.workers import WorkerCrashed
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.choice import ATEN, BLOCK
 from resnet_fused.plan.table import Choice
+from resnet_fused.tuning import candidates as listing
+from resnet_fused.tuning import search as tune_search
+from resnet_fused.tuning.device_worker import ProcessWorker
+from resnet_fused.tuning.precompile import Precompiler
+from resnet_fused.tuning.problems import blocks, check_images, jobs, parts
+from resnet_fused.tuning.report import predict, summarise
+from resnet_fused.tuning.search import SAME, Search
+from resnet_fused.tuning.work import Roofs, work
 
 CPU, GPU, ARCH, DTYPE, N = torch.device("cpu"), "NVIDIA H100 80GB HBM3", 90, torch.bfloat16, 256
 FACTS = dict.fromkeys(SAME, "1")
@@ -105,7 +105,7 @@ def search(tmp_path, monkeypatch):
 
     def make(again=False, bench=None, **options):
         bench = bench or Bench(clock, path, **options)
-        made = Search(CPU, ARCH, GPU, FACTS, path, again, False, bench, Ahead(ARCH, 0), Silent())
+        made = Search(CPU, ARCH, GPU, FACTS, path, again, False, bench, Precompiler(ARCH, 0), Silent())
         return made, bench
 
     make.clock, make.path, make.network, make.jobs, make.blocks = clock, path, network, found, whole
@@ -336,10 +336,11 @@ COMPILES = """
 import dataclasses, os, torch
 from pathlib import Path
 from dry_device import dry_device
-from resnet_fused.bench import compile_ahead, timed
-from resnet_fused.bench import candidates as listing
-from resnet_fused.bench.network import networks
-from resnet_fused.bench.problems import Operands, check_images, jobs
+from resnet_fused.tuning import precompile as compile_ahead
+from resnet_fused.tuning import calls as timed
+from resnet_fused.tuning import candidates as listing
+from resnet_fused.measure.network import networks
+from resnet_fused.tuning.problems import Operands, check_images, jobs
 from resnet_fused.plan.table import Choice
 
 listing.backends = lambda device: ["triton"]
@@ -410,7 +411,7 @@ def test_compiling_ahead_dedupes_waits_and_gives_up(monkeypatch):
             self.submitted.append((arguments, Future()))
             return self.submitted[-1][1]
 
-    ahead = Ahead(ARCH, 0)
+    ahead = Precompiler(ARCH, 0)
     ahead._pool = Pool()
     (network,) = networks(["resnet50"], 224)
     some = [job for job in jobs(network, ("train",), N, DTYPE, ARCH, False) if job.problem.op == "conv_wgrad"][3]

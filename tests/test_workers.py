@@ -3,7 +3,7 @@
 import os
 import time
 
-from resnet_fused.bench.workers import TaskFailure, isolated_map
+from resnet_fused.measure.workers import TaskFailure, isolated_map
 
 
 def _task(what, value):

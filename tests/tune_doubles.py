@@ -3,7 +3,7 @@
 import os
 import time
 
-from resnet_fused.bench.work import Roofs
+from resnet_fused.tuning.work import Roofs
 
 
 class Script:

@@ -1,1 +1,1 @@
-"""Measure ResNets side by side: harness, contestants, correctness, roofs, tables, charts: `resnet-fused bench`."""
+"""The race of ResNets: contestants, correctness, results, tables, charts, profiles: `resnet-fused bench`."""

@@ -7,8 +7,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from . import provenance
-from .results import CaseReport, Report, Result, write_atomically
+from resnet_fused.bench.results import CaseReport, Report, Result, write_atomically
+from resnet_fused.measure import provenance
 
 COLOURS = {
     "eager": "#b8bec6",

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import provenance
-from .cases import Case, UsageError
-from .harness import Timing
-from .results import CaseReport, Report, Result
+from resnet_fused.bench.results import CaseReport, Report, Result
+from resnet_fused.measure import provenance
+from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.timing import Timing
 
 OURS = ("fused", "frozen")
 MARGIN = 0.02  # runs of the same code differ by so much, whatever the spread within each

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from resnet_fused import plan
+from resnet_fused.measure.network import Block, Layer, Network
 from resnet_fused.plan import Fusion
-
-from .network import Block, Layer, Network
 
 MASK = 1 / 16  # a bit an element, in elements of 16 bit; scaled for other widths
 INDEX_BYTES = 8  # of PyTorch's max pool

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .cases import Case, UsageError
-from .harness import first_line, round_order
-from .images import MEAN, STD
-from .runner import Runner
+from resnet_fused.bench.images import MEAN, STD
+from resnet_fused.bench.runner import Runner
+from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.timing import first_line, round_order
 
 GENERATED, CLASSES, SIZE = 64, 4, (256, 320)  # pictures, folders, height and width: about ImageNet's after resizing
 PREFETCH = 2

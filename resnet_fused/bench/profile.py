@@ -17,13 +17,14 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from . import cost, kernel_times, memory, roof
-from .cases import Case
-from .contestants import CONTESTANTS
-from .harness import clock_for, first_line
-from .kernel_times import Kernel
-from .network import Network
-from .runner import Runner
+from resnet_fused.bench import cost, kernel_times
+from resnet_fused.bench.contestants import CONTESTANTS
+from resnet_fused.bench.kernel_times import Kernel
+from resnet_fused.bench.runner import Runner
+from resnet_fused.measure import memory, roof
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.network import Network
+from resnet_fused.measure.timing import clock_for, first_line
 
 STEPS, WARM_UP = 3, 2
 SCOPE, STEP = "layer: ", "one step"

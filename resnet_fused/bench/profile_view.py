@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import kernel_times, provenance
-from .chart import COLOURS
-from .profile import KINDS, OPTIMIZER, OTHER, CaseProfile, Profiled
-from .results import write_atomically
+from resnet_fused.bench import kernel_times
+from resnet_fused.bench.chart import COLOURS
+from resnet_fused.bench.profile import KINDS, OPTIMIZER, OTHER, CaseProfile, Profiled
+from resnet_fused.bench.results import write_atomically
+from resnet_fused.measure import provenance
 
 SHADES = {
     "convolution": "#3a86c8",

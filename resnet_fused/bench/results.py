@@ -8,11 +8,10 @@ from typing import Any
 
 from resnet_fused._command import write_atomically as write_atomically  # for whoever writes results
 from resnet_fused._command import write_json as write_json
-
-from .cases import Case
-from .correctness import Errors
-from .harness import Timing
-from .roof import Roof
+from resnet_fused.bench.correctness import Errors
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.roof import Roof
+from resnet_fused.measure.timing import Timing
 
 SCHEMA = 1
 INTERRUPTED = "interrupted"  # how a line of what was left out ends

@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resnet_fused.bench import cost
+from resnet_fused.bench.cost import Cost
+from resnet_fused.measure.cases import DTYPES
+from resnet_fused.measure.network import Network, networks
 from resnet_fused.plan.conv import ConvShape
-
-from . import cost
-from .cases import DTYPES
-from .cost import Cost
-from .network import Network, networks
 
 # (bytes/s, 16 bit floating-point operations/s) that good kernels reach: HBM's specified rate, and dense matrix products
 # at the clock the power limit leaves.

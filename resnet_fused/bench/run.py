@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import images, loader, memory, models, provenance, roof
-from .cases import Case
-from .clocks import Watch
-from .contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
-from .correctness import Errors, breach, errors_of
-from .harness import Call, Measured, clock_for, first_line, time_interleaved
-from .progress import Reporter
-from .results import INTERRUPTED, CaseReport, Report, Result
-from .runner import GraphMemory, Outcome, Runner, device_captures, reference
-from .saved import saved_bytes
+from resnet_fused.bench import images, loader
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
+from resnet_fused.bench.correctness import Errors, breach, errors_of
+from resnet_fused.bench.results import INTERRUPTED, CaseReport, Report, Result
+from resnet_fused.bench.runner import GraphMemory, Outcome, Runner, device_captures, reference
+from resnet_fused.measure import memory, models, provenance, roof
+from resnet_fused.measure.activation_memory import saved_bytes
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.progress import Reporter
+from resnet_fused.measure.telemetry import GpuTelemetry
+from resnet_fused.measure.timing import Call, Measured, clock_for, first_line, time_interleaved
 
 CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 PICTURE_BATCH = 8
@@ -172,7 +173,7 @@ class _Race:
         self.setup_s = max(self.setup_s, setup / (TRAINING_SETUP if case.mode == "train" else 1.0))
 
         self.reporter.start(f"{case.label}: timing {', '.join(calls) or 'nobody'}")
-        with Watch(torch.device(case.device)) as watch:
+        with GpuTelemetry(torch.device(case.device)) as watch:
             measured = self._time(case, calls, budget)
         for name, timing in measured.timings.items():
             results[name] = dataclasses.replace(results[name], timing=timing)

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .cases import Case
-from .contestants import Contestant, Forward
+from resnet_fused.bench.contestants import Contestant, Forward
+from resnet_fused.measure.cases import Case
 
 
 @dataclasses.dataclass(frozen=True)

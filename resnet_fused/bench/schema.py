@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import provenance
-from .cases import DTYPES, MODES, Case, UsageError
-from .correctness import Errors
-from .harness import Timing
-from .results import SCHEMA, CaseReport, Report, Result, write_json
-from .roof import Roof
+from resnet_fused.bench.correctness import Errors
+from resnet_fused.bench.results import SCHEMA, CaseReport, Report, Result, write_json
+from resnet_fused.measure import provenance
+from resnet_fused.measure.cases import DTYPES, MODES, Case, UsageError
+from resnet_fused.measure.roof import Roof
+from resnet_fused.measure.timing import Timing
 
 STATUSES = ("ok", "failed", "unavailable")
 ROUNDING = 1e-3  # of what is derived, against the samples, which are written with four decimals

@@ -9,10 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from . import clocks, loader, provenance
-from .memory import EXPLANATION
-from .results import CaseReport, Report, Result
-from .saved import EXPLANATION as SAVED
+from resnet_fused.bench import loader
+from resnet_fused.bench.results import CaseReport, Report, Result
+from resnet_fused.measure import provenance, telemetry
+from resnet_fused.measure.activation_memory import EXPLANATION as SAVED
+from resnet_fused.measure.memory import EXPLANATION
 
 BUSY_LOAD = 0.5  # a load average above this at the start means that others used the machine
 
@@ -93,7 +94,7 @@ def notes(report: Report) -> Iterator[str]:
         yield f"roof of this machine, best GFLOP/s measured: {'; '.join(parts)}"
     for case in report.cases:
         if case.conditions:
-            yield escape(f"GPU in {case.case.label}: {clocks.line(case.conditions)}")
+            yield escape(f"GPU in {case.case.label}: {telemetry.line(case.conditions)}")
     yield from map(escape, loader.lines(report.loader))
     yield from picture_lines(report)
     facts = report.provenance

@@ -43,7 +43,9 @@ def step() -> list[str]:
 
 def network(batch: int = 256, model: str = "resnet50") -> list[str]:
     """Every op of a network's inference and training at its true shapes, in bf16, as the plan configures it."""
-    from resnet_fused.bench.compile_gate_triton_network_cases import network_cases
+    import from_checkout  # noqa: F401
+
+    from tools.compile_gate.network_cases import network_cases
 
     refused = []
     for label, _, run in network_cases(model, _arch(), (batch,)):

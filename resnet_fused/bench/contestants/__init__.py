@@ -1,0 +1,101 @@
+"""The contestants by name: what each does to the same model before it is timed.
+
+`prepare(model, example, case)` receives its own copy of the model, already on the device, in the dtype, memory format
+and mode of the case, and returns the callable that runs it; training keeps using the model's own parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import resnet_fused
+from resnet_fused.bench.contestants import other_runtimes
+from resnet_fused.bench.contestants.cudnn_graphs_network import cudnn_graphs
+from resnet_fused.measure.cases import MODES, Case, Unavailable
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+Prepare = Callable[[nn.Module, torch.Tensor, Case], Forward]
+
+BASELINE = "eager-channels-last"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    name: str
+    summary: str
+    prepare: Prepare
+    memory_format: torch.memory_format = torch.channels_last
+    modes: tuple[str, ...] = MODES
+    plain: bool = False  # plain PyTorch: its error is the yardstick of the contract, not subject to it
+
+
+def _as_it_is(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    return model
+
+
+def _compile(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    """torch.compile; for inference with frozen weights, and on a GPU in a CUDA graph, as `frozen` is."""
+    return _compiled(model, example, case, "reduce-overhead" if example.device.type == "cuda" else "default", "default")
+
+
+def _max_autotune(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    """torch.compile with every choice measured; the runner captures a training step, as it does everyone's."""
+    if example.device.type != "cuda":
+        raise Unavailable("measured on a GPU only: on a CPU max-autotune takes minutes a model")
+    return _compiled(model, example, case, "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def _compiled(model: nn.Module, example: torch.Tensor, case: Case, infer: str, train: str) -> Forward:
+    try:
+        from torch._inductor import config
+    except ImportError as error:
+        raise Unavailable(f"TorchInductor cannot be imported: {error}") from None
+    if case.mode == "train":
+        return torch.compile(model, dynamic=False, mode=train)
+    compiled = torch.compile(model, dynamic=False, mode=infer)
+    with config.patch(freezing=True), torch.inference_mode():
+        compiled(example)  # compilation happens in the first call; freezing must be on then, and only then
+    return compiled
+
+
+def _fused(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    return resnet_fused.fuse(model)
+
+
+def _frozen(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    return resnet_fused.freeze(model, example)
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    contestant.name: contestant
+    for contestant in (
+        Contestant("eager", "plain PyTorch, NCHW", _as_it_is, memory_format=torch.contiguous_format, plain=True),
+        Contestant(BASELINE, "plain PyTorch, channels_last: the baseline", _as_it_is, plain=True),
+        Contestant("compile", "torch.compile; for inference with freezing", _compile),
+        Contestant(
+            "compile-max-autotune",
+            "torch.compile that measures its choices; for inference with freezing",
+            _max_autotune,
+        ),
+        Contestant(
+            "onnxruntime",
+            "exported to ONNX Runtime, NCHW",
+            other_runtimes.onnxruntime,
+            memory_format=torch.contiguous_format,
+            modes=("infer",),
+        ),
+        Contestant(
+            "cudnn-graphs",
+            "cuDNN's fused graphs (nvidia-cudnn-frontend)",
+            cudnn_graphs,
+            modes=("infer",),
+        ),
+        Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
+        Contestant("fused", "resnet_fused.fuse(model)", _fused),
+        Contestant("frozen", "resnet_fused.freeze(model, example)", _frozen, modes=("infer",)),
+    )
+}

@@ -1,0 +1,81 @@
+"""Contestants that are packages of their own: ONNX Runtime and Torch-TensorRT. Neither is a dependency."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from resnet_fused.measure.cases import Case, Unavailable, reason_of
+
+_NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "torch_tensorrt": ("torch_tensorrt",)}
+
+
+def _imported(runtime: str) -> Any:
+    """The runtime's package.
+
+    Raises:
+        Unavailable: it, or what exports to it, is not installed.
+    """
+    try:
+        return [importlib.import_module(package) for package in _NEEDS[runtime]][0]
+    except Exception as error:  # a package that breaks on import is as good as none
+        raise Unavailable(f"{runtime} cannot be imported ({error}); it needs {', '.join(_NEEDS[runtime])}") from None
+
+
+def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The exported graph under ONNX Runtime's own optimiser, input and output bound to the device's memory.
+
+    ONNX is an NCHW format: the runtime chooses its layouts itself.
+    """
+    runtime = _imported("onnxruntime")
+    on_gpu = example.device.type == "cuda"
+    provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+    if provider not in runtime.get_available_providers():
+        raise Unavailable(f"this onnxruntime has no {provider}, only {', '.join(runtime.get_available_providers())}")
+    if case.dtype == "bf16" and not on_gpu:
+        raise Unavailable("onnxruntime has no bfloat16 convolution on a CPU")
+    example = example.contiguous()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
+    assert program is not None
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    settings.log_severity_level = 3
+    try:
+        session = runtime.InferenceSession(program.model_proto.SerializeToString(), settings, providers=[provider])
+    except Exception as error:  # no kernel for an op in this dtype, say
+        raise Unavailable(f"onnxruntime does not take the exported model: {reason_of(error)}") from None
+    (entry,), (result,) = session.get_inputs(), session.get_outputs()
+    element = {"fp32": 1, "fp16": 10, "bf16": 16}[case.dtype]  # onnx.TensorProto.DataType
+    with torch.no_grad():
+        logits = torch.empty_like(model(example))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if x.shape != example.shape:
+            raise ValueError(f"exported for inputs of {tuple(example.shape)}, got {tuple(x.shape)}")
+        x = x.contiguous()
+        binding = session.io_binding()
+        device = (x.device.type, x.device.index or 0)
+        binding.bind_input(entry.name, *device, element, tuple(x.shape), x.data_ptr())
+        binding.bind_output(result.name, *device, element, tuple(logits.shape), logits.data_ptr())
+        session.run_with_iobinding(binding)
+        return logits
+
+    return run
+
+
+def torch_tensorrt(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model compiled by Torch-TensorRT in the case's dtype. Written after its documentation; not run here yet."""
+    runtime = _imported("torch_tensorrt")
+    if example.device.type != "cuda":
+        raise Unavailable("TensorRT runs on an NVIDIA GPU")
+    compiled: Callable[[torch.Tensor], torch.Tensor] = runtime.compile(
+        model, ir="dynamo", inputs=[example], enabled_precisions={case.torch_dtype}
+    )
+    return compiled

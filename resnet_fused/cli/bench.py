@@ -1,0 +1,241 @@
+"""`resnet-fused bench`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resnet_fused._command import check_backend, check_importable, check_writable
+from resnet_fused.cli.output import PROGRAM, complain, show
+
+DEFAULT_MODEL = "resnet50"
+DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
+DEFAULT_BUDGET_S = 240.0
+RESULTS = Path("benchmarks/results")
+GENERATED = Path("generated JPEGs")
+ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
+
+
+def register(commands: Any) -> None:
+    """Add the subcommand to argparse's `commands`."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure a ResNet in plain PyTorch, torch.compile and resnet_fused, side by side",
+        description="Measure a ResNet in plain PyTorch, torch.compile and resnet_fused: same weights, same input, "
+        "interleaved rounds, checked against float64 before anything is timed. Without --mode, --batch and --dtype: "
+        "inference at batch 1 and 8 in fp32 and at batch 8 in bf16, then training at batch 4 if the time allows.",
+    )
+    add = bench.add_argument
+    add("--model", default=DEFAULT_MODEL, help="a torchvision ResNet, or timm:<name> (default: %(default)s)")
+    add("--mode", help="infer, train or both, as a comma list (default: infer)")
+    add("--batch", help="batch sizes, like 1,8 (default: 1,8)")
+    add("--dtype", help="fp32, bf16, fp16, as a comma list (default: fp32)")
+    add("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
+    everyone = "eager, eager-channels-last, compile, fused, frozen"
+    add("--contestants", help=f"comma list of {everyone} (default: all; the baseline eager-channels-last always runs)")
+    add("--backend", default="auto", help="backend that fused and frozen are forced to use (default: auto)")
+    add("--images", type=Path, metavar="DIR", help="folder of pictures to compare plain and fused models on")
+    add("--no-images", action="store_true", help="compare them on no pictures")
+    add("--image-size", default="224", help="side of the square input that is timed (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the results and their provenance here")
+    add("--chart", type=Path, metavar="FILE", help="draw the results to this PNG")
+    add("--rounds", help="timed rounds per case (default: as many as fit)")
+    budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
+    add("--budget", type=float, metavar="SECONDS", help=budget)
+    only = bench.add_mutually_exclusive_group().add_argument
+    only("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
+    add(
+        "--loader",
+        type=Path,
+        nargs="?",
+        const=GENERATED,
+        metavar="DIR",
+        help="also: training on pictures that are loaded as it goes, of this folder (one folder a class), or generated",
+    )
+    add("--workers", help="processes that load for --loader (default: one a core on a GPU; on a CPU none)")
+    profile = "instead of racing: where a step goes, layer by layer, against measured roofs (--chart, --json)"
+    only("--profile", action="store_true", help=profile)
+    only("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
+    only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
+    only(
+        "--check",
+        type=Path,
+        nargs="?",
+        const=RESULTS,
+        metavar="DIR",
+        help="the cases of this device's last recorded "
+        "result again: exit code 1 where fused or frozen lost against the baseline, beyond the spread",
+    )
+    add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
+    bench.set_defaults(function=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, compare, check or profile; the exit status is 1 where nothing was measured, or something was lost."""
+    try:
+        from rich.console import Console
+
+        from resnet_fused.bench import chart, results, run, schema, subcommands, table
+        from resnet_fused.measure.progress import Reporter
+    except ImportError as error:
+        return complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+    from resnet_fused.measure.cases import UsageError
+    from resnet_fused.plan import use_backend
+
+    for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
+        logging.getLogger(name).setLevel(logging.ERROR)
+    out = Console(width=None if sys.stdout.isatty() else 180)  # a training table is about so wide
+    if arguments.roofline:
+        return _roofline(arguments, out)
+
+    def measure(options: run.Options, keep: Callable[[results.Report], object] = lambda report: None) -> results.Report:
+        with Reporter(Console(stderr=True), options.steps()) as reporter, use_backend(options.backend):
+            return run.run(options, reporter, keep)
+
+    def keep(report: results.Report) -> None:
+        """What was measured is on the disk, whatever happens to this process."""
+        if arguments.json:
+            with contextlib.suppress(OSError):
+                results.write_json(report.to_json(), arguments.json)
+
+    try:
+        if arguments.compare:
+            return subcommands.compare_files(arguments.compare, out)
+        options = options_of(arguments)
+        if arguments.check:
+            return subcommands.check(options, arguments.check, measure, out)
+        if arguments.profile:
+            return _profile(arguments, options, out)
+        report = measure(options, keep)
+    except UsageError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
+        return 130
+    status = 130 if report.interrupted else 0 if report.measured else 1
+    return show(
+        out,
+        status,
+        lambda: table.render(report, out),
+        ("--json", arguments.json, lambda path: results.write_json(report.to_json(), path)),
+        ("--chart", arguments.chart, lambda path: chart.save(report, path)),
+        ("--record", arguments.record, lambda folder: schema.record(report, folder)),
+    )
+
+
+def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
+    from rich.console import Console
+
+    from resnet_fused.bench import profile_view, results, subcommands
+    from resnet_fused.measure.progress import Reporter
+    from resnet_fused.plan import use_backend
+
+    with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
+        found, facts = subcommands.profile_cases(options, reporter)
+    content = {"schema": 1, "provenance": facts, "cases": [one.to_json() for one in found]}
+    return show(
+        out,
+        0 if any(one.contestants or one.others for one in found) else 1,
+        lambda: profile_view.render(found, facts, out),
+        ("--json", arguments.json, lambda path: results.write_json(content, path)),
+        ("--chart", arguments.chart, lambda path: profile_view.save(found, facts, path)),
+    )
+
+
+def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-untyped-def]
+    from resnet_fused.bench import roofline
+    from resnet_fused.bench.results import write_json
+    from resnet_fused.measure import cases
+
+    try:
+        chosen = _chosen_cases(arguments) or ROOFLINE_CASES
+        size = cases.positive_integer(arguments.image_size, "--image-size")
+        check_writable("--json", arguments.json)
+        found = roofline.rooflines(arguments.model, chosen, size)
+    except cases.UsageError as error:
+        return complain(str(error))
+
+    def render() -> None:
+        for one in found:
+            roofline.render(one, out)
+
+    content = {"schema": 1, "cases": [one.to_json() for one in found]}
+    return show(out, 0, render, ("--json", arguments.json, lambda path: write_json(content, path)))
+
+
+def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
+    """The cases that --mode, --batch and --dtype name; none without any of them."""
+    from resnet_fused.measure import cases
+
+    if not (arguments.mode or arguments.batch or arguments.dtype):
+        return ()
+    modes = cases.choose_many(arguments.mode or "infer", cases.MODES, "mode")
+    batches = cases.positive_integers(arguments.batch or "1,8", "--batch")
+    dtypes = cases.choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
+    return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
+
+
+def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+    """Check every choice before anything is built; raises UsageError."""
+    from resnet_fused.bench import contestants, loader, run
+    from resnet_fused.measure import cases, models, network
+
+    device = cases.resolve_device(arguments.device)
+    models.check(arguments.model)
+    check_backend(arguments.backend, device)
+    entrants = tuple(contestants.CONTESTANTS)
+    if arguments.contestants:
+        entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
+    size = cases.positive_integer(arguments.image_size, "--image-size")
+    rounds = cases.positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
+    chosen = _chosen_cases(arguments)
+    wanted = bool(chosen or arguments.check)  # then all of it is measured
+    budget = arguments.budget if arguments.budget is not None else None if wanted else DEFAULT_BUDGET_S
+    chosen = chosen or DEFAULT_CASES
+    if budget is not None and not budget > 0:
+        raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise cases.UsageError(f"--seed {arguments.seed} is not an integer of 64 bits")
+    entry = arguments.record and arguments.record / "new.json"
+    for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
+        check_writable(option, path)
+    if arguments.chart:
+        check_importable("--chart", "matplotlib")
+    for option, wanted in (("--images", arguments.images), ("--loader", arguments.loader)):
+        if wanted:
+            check_importable(option, "PIL", "torchvision")
+    if arguments.images and arguments.no_images:
+        raise cases.UsageError("--images and --no-images contradict each other")
+    source = None
+    if arguments.workers and not arguments.loader:
+        raise cases.UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
+    if arguments.loader:
+        if arguments.profile or arguments.check:
+            raise cases.UsageError("--loader goes with a race, not with --profile or --check")
+        if all(mode != "train" for mode, *_ in chosen):
+            raise cases.UsageError("--loader measures training, and no case does: add --mode train")
+        workers = cases.positive_integer(arguments.workers, "--workers") if arguments.workers else None
+        source = loader.Source(None if arguments.loader == GENERATED else arguments.loader, workers)
+        if source.folder is not None:
+            loader.check(source.folder)
+    network.check_size(arguments.model, size)
+    return run.Options(
+        model=arguments.model,
+        cases=tuple(cases.Case(arguments.model, *case, str(device), size) for case in chosen),
+        device=device,
+        contestants=entrants,
+        images=arguments.images,
+        pictures=not arguments.no_images,
+        loader=source,
+        rounds=rounds,
+        budget_s=budget,
+        seed=arguments.seed,
+        backend=arguments.backend,
+        command=shlex.join([PROGRAM, *arguments.argv]),
+    )

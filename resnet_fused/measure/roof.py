@@ -1,0 +1,72 @@
+"""The machine's own roofs, measured: the best matrix product and convolution in a dtype, the bandwidth of a copy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from resnet_fused.measure.cases import DTYPES, Case
+from resnet_fused.measure.timing import clock_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Roof:
+    """Floating-point operations per second (a multiply-add is two)."""
+
+    gemm: float
+    conv: float
+
+    @property
+    def best(self) -> float:
+        return max(self.gemm, self.conv)
+
+
+@torch.inference_mode()
+def measure(dtype: str, device: torch.device, repeats: int = 8) -> Roof:
+    """Best of `repeats` of a square matrix product and of ResNet's 3x3 convolution at 28x28 in channels_last order.
+
+    About a second. Sizes: 2048^3 and batch 8 on a CPU, 8192^3 and batch 256 on a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    size, batch, width = (8192, 256, 128) if on_gpu else (2048, 8, 128)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=DTYPES[dtype], device=device)
+
+    a, b = randn(size, size), randn(size, size)
+    x = randn(batch, width, 28, 28).contiguous(memory_format=torch.channels_last)
+    w = randn(width, width, 3, 3).contiguous(memory_format=torch.channels_last)
+    clock = clock_for(device)
+
+    def best_of(call: Callable[[], torch.Tensor]) -> float:
+        return min(clock(call) for _ in range(repeats)) / 1e3
+
+    gemm = 2 * size**3 / best_of(lambda: a @ b)
+    conv = 2 * batch * 28 * 28 * 9 * width**2 / best_of(lambda: F.conv2d(x, w, padding=1))
+    return Roof(gemm, conv)
+
+
+@torch.inference_mode()
+def copy_bandwidth(device: torch.device, repeats: int = 8) -> float:
+    """Bytes per second, read and written, of the best of `repeats` plain copies: 256 MiB on a CPU, 1 GiB on a GPU."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    clock = clock_for(device)
+    return 2 * source.numel() / min(clock(lambda: target.copy_(source)) / 1e3 for _ in range(repeats))
+
+
+def flops(model: nn.Module, case: Case) -> int:
+    """Floating-point operations of convolutions and matrix products in one step, counted without running it."""
+    module = copy.deepcopy(model).train(case.mode == "train").to("meta")
+    x = torch.empty(case.batch, 3, case.image_size, case.image_size, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+        if case.mode == "train":
+            y.sum().backward()
+    return int(counter.get_total_flops())

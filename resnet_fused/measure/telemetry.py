@@ -1,0 +1,111 @@
+"""The clocks, temperature, power and throttling of a GPU while it is measured, as nvidia-smi tells."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from types import TracebackType
+from typing import Any
+
+import torch
+
+PERIOD_MS = 200
+FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+NAMES = ("sm_mhz", "memory_mhz", "temperature_c", "power_w")
+REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # of newer and older drivers
+# https://docs.nvidia.com/deploy/nvml-api: nvmlClocksEventReasons. Idle and display clocks slow no kernel down.
+BITS = {
+    0x2: "applications clocks",
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
+
+
+class GpuTelemetry:
+    """Within it nvidia-smi samples a GPU five times a second; `seen()` afterwards sums that up.
+
+    On a CPU, or without nvidia-smi, it sees nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._command = _command(device) if device.type == "cuda" else None
+        self._process: subprocess.Popen[str] | None = None
+        self._output = ""
+
+    def __enter__(self) -> GpuTelemetry:
+        if self._command:
+            loop = [*self._command, f"--loop-ms={PERIOD_MS}"]
+            self._process = subprocess.Popen(loop, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process:
+            self._process.terminate()
+            self._output = self._process.communicate()[0]
+            self._process = None
+
+    def seen(self) -> dict[str, Any] | None:
+        """Minimum, median and maximum of each quantity, and the share of samples with each reason to throttle."""
+        return summary(self._output)
+
+
+def _command(device: torch.device) -> list[str] | None:
+    """The query that this driver understands, for this GPU."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    target = f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"
+    for reason in REASONS:
+        query = ["nvidia-smi", f"--query-gpu={','.join((*FIELDS, reason))}", "--format=csv,noheader,nounits", target]
+        try:
+            done = subprocess.run(query, check=False, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode == 0:
+            return query
+    return None
+
+
+def summary(output: str) -> dict[str, Any] | None:
+    """Of the lines that nvidia-smi printed; None where there is no whole line among them."""
+    columns: dict[str, list[float]] = {name: [] for name in NAMES}
+    seen: list[int] = []
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        if len(cells) != len(NAMES) + 1 or not cells[-1].startswith("0x"):
+            continue  # cut off when it was ended, or a word instead of a number
+        try:
+            mask = int(cells[-1], 16)
+        except ValueError:
+            continue
+        seen.append(mask)
+        for name, cell in zip(NAMES, cells, strict=False):
+            try:
+                columns[name].append(float(cell))
+            except ValueError:  # [N/A]: this GPU does not tell
+                pass
+    if not seen:
+        return None
+    ranges = {
+        name: {"min": min(values), "median": statistics.median(values), "max": max(values)} if values else None
+        for name, values in columns.items()
+    }
+    shares = {name: sum(bool(mask & bit) for mask in seen) / len(seen) for bit, name in BITS.items()}
+    return {"samples": len(seen), **ranges, "throttled": {name: share for name, share in shares.items() if share}}
+
+
+def line(conditions: dict[str, Any] | None) -> str | None:
+    """What `seen` found, in a line."""
+    if not conditions:
+        return None
+    parts = []
+    for name, unit in zip(NAMES, ("MHz", "MHz memory", "C", "W"), strict=True):
+        if conditions[name]:
+            low, high = conditions[name]["min"], conditions[name]["max"]
+            parts.append(f"{low:.0f}-{high:.0f} {unit}" if high > low else f"{low:.0f} {unit}")
+    slowed = ", ".join(f"{name} {share:.0%} of the time" for name, share in conditions["throttled"].items())
+    return f"{', '.join(parts)}; {f'slowed down by {slowed}' if slowed else 'not throttled'}"

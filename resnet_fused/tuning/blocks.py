@@ -1,0 +1,124 @@
+"""A residual block in training as a candidate of the tuner: PyTorch's own layers, or a chain as the plan has it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnet_fused import plan
+from resnet_fused.functional import block as chains
+from resnet_fused.measure.timing import first_line
+from resnet_fused.plan import choice as plans
+from resnet_fused.plan.conv import BlockShape, ConvShape
+from resnet_fused.plan.table import Choice, Entry, Table
+from resnet_fused.tuning.checks import FACTOR, FLOOR_ULPS
+from resnet_fused.tuning.problems import Job, Operands
+
+CHECKED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Block:
+    """Its operands: input, gradient of the result, layers."""
+
+    x: Tensor
+    dy: Tensor
+    branch: list[chains.ConvBN]
+    shortcut: chains.ConvBN | None
+    identity: bool
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        layers = [*self.branch, *([] if self.shortcut is None else [self.shortcut])]
+        return [
+            self.x,
+            *(t for layer in layers for t in (layer.weight, layer.bn_weight, layer.bn_bias) if t is not None),
+        ]
+
+
+def operands(job: Job, make: Operands) -> Block:
+    """Random operands; leaves of autograd."""
+    shape = job.problem.shape
+    assert isinstance(shape, BlockShape)
+
+    def layer(s: ConvShape) -> chains.ConvBN:
+        weight = make.weight(s.k, s.c // s.groups, s.r, s.s).requires_grad_()
+        vectors = (torch.zeros(s.k, device=make.device), torch.ones(s.k, device=make.device))
+        scale, shift = make.vector(s.k, positive=True).requires_grad_(), make.vector(s.k).requires_grad_()
+        return chains.ConvBN(weight, *vectors, scale, shift, (s.stride, s.padding, s.dilation, s.groups), True)
+
+    first, last = shape.branch[0], shape.branch[-1]
+    x = make.activation(first.n, first.c, first.h, first.w).requires_grad_()
+    dy = make.activation(last.n, last.k, last.p, last.q)
+    branch, shortcut = [layer(s) for s in shape.branch], layer(shape.shortcut) if shape.shortcut else None
+    return Block(x, dy, branch, shortcut, shape.identity)
+
+
+def timed(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], list[Tensor]]:
+    """One step of the block, forward and backward: its result and the gradients of all leaves.
+
+    Args:
+        job: the block.
+        choice: `"aten"`, or the backend of the chain's passes; the plan chooses the convolutions'.
+        block: of `operands`.
+        table: what the plan knows.
+    """
+    chosen = Entry(job.problem, ((choice, 1.0),))
+    verified = table.verified | {(job.problem.op, choice.backend)}
+    assumed = dataclasses.replace(table, verified=verified, entries={**table.entries, job.problem: chosen})
+
+    def step() -> list[Tensor]:
+        with contextlib.ExitStack() as stack:
+            if choice.backend == "aten":
+                chain: chains.Chain | None = chains.Chain((), None, block.identity, True, "aten")
+            else:
+                # Without a GPU no table counts.
+                forced = block.x.device.type != "cuda"
+                stack.enter_context(plan.use_backend(choice.backend) if forced else plans.assuming(assumed))
+                chain = chains.choose_chain("tune", block.x, block.branch, block.shortcut, identity=block.identity)
+            if chain is None:
+                raise RuntimeError("the plan does not run this block as a chain")
+            y = chains.run_chain(chain, block.x, block.branch, block.shortcut)
+            return [y, *torch.autograd.grad(y, block.leaves, block.dy)]
+
+    return step
+
+
+def check(job: Job, choice: Choice, device: torch.device, table: Table) -> str | None:
+    """Why a step is not right, or None: no result may differ from float64's by more than twice what PyTorch's own does,
+    as a norm: next to zero the mask of a ReLU is a matter of rounding, in both.
+    """
+    job = dataclasses.replace(job, problem=job.problem.with_batch(min(job.problem.batch, CHECKED_IMAGES)))
+    try:
+        block = operands(job, Operands(device, job.problem.dtype, guarded=False))
+        ours = timed(job, choice, block, table)()
+        plain = timed(job, plans.ATEN, block, table)()
+        truth = [value.detach() for value in timed(job, plans.ATEN, _double(block), table)()]
+    except Exception as error:  # whatever a kernel raises is its result
+        return first_line(error)
+    names = ["the result", "the gradient of x", *(f"gradient {i}" for i in range(len(truth) - 2))]
+    for name, actual, other, right in zip(names, ours, plain, truth, strict=True):
+        off, usual = (float((value.detach().double() - right).norm()) for value in (actual, other))
+        allowed = FACTOR * usual + FLOOR_ULPS * torch.finfo(job.problem.dtype).eps * float(right.norm())
+        if not off <= allowed:  # a NaN is not
+            return f"{name} errs by {off:.2e} > {allowed:.2e} (plain: {usual:.2e})"
+    return None
+
+
+def _double(block: Block) -> Block:
+    def layer(one: chains.ConvBN) -> chains.ConvBN:
+        vectors = ("weight", "running_mean", "running_var", "bn_weight", "bn_bias")
+        made = {}
+        for name in vectors:
+            value = getattr(one, name)
+            made[name] = value.detach().double().requires_grad_(value.requires_grad)
+        return dataclasses.replace(one, **made)
+
+    x = block.x.detach().double().requires_grad_()
+    shortcut = block.shortcut and layer(block.shortcut)
+    return Block(x, block.dy.double(), [layer(one) for one in block.branch], shortcut, block.identity)

@@ -1,0 +1,230 @@
+"""The convolutions that the Triton compile gate compiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from resnet_fused.plan.conv import ConvConfig, conv_dgrad_configurations, conv_fprop_configurations
+from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
+
+
+def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
+    """Every configuration of the heuristic, with the filters and epilogues that compile to different code."""
+    for dtype, tf32 in ((torch.float16, False), (torch.bfloat16, False), (torch.float32, True), (torch.float32, False)):
+        configs = conv_fprop_configurations(dtype, arch, tf32)
+        if quick:  # the largest tile tap by tap, and for the stem the flat one
+            tap_by_tap = [config for config in configs if not config.flat]
+            stem = [config for config in configs if config.flat and dtype == torch.bfloat16]
+            configs = [max(tap_by_tap, key=lambda config: config.block_k), *stem[:1]]
+        for config in configs:
+            # A reduction that the tiles divide, and one that they do not.
+            even, odd = (24, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 8)
+            yield _conv(dtype, tf32, config, odd if config.flat else even, 3, 1, True)
+            if not quick:
+                yield _conv(dtype, tf32, config, even, 3, 2, False)
+                yield _conv(dtype, tf32, config, even if config.flat else odd, 3, 2, True)
+                yield _conv(dtype, tf32, config, even, 1, 1, True)
+                yield _conv(dtype, tf32, config, odd, 1, 1, True)
+        if not quick:
+            yield _conv(dtype, tf32, configs[-1], 64, 3, 1, True, batch=16384)
+        if not quick or dtype == torch.bfloat16:
+            yield from _training_cases(dtype, tf32, arch, quick)
+    yield "tf32 depthwise ones", Expect(matrix=True), _depthwise
+    for name in ("conv_fprop_stats", "conv_dgrad"):
+        yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(_ones, name)
+    merge = functools.partial(_merge, 6272, 256, 256)
+    yield "6272 tiles to 256", Expect(wide_loads=True), merge
+
+
+def _ones(name: str) -> object:
+    """One image of one pixel, one unit of channels: arguments that triton turns into constants."""
+    x, weight = activation((1, 8, 1, 1), torch.bfloat16, True), activation((8, 8, 3, 3), torch.bfloat16, True)
+    steps = ([1, 1], [1, 1], [1, 1], 1)
+    if name == "conv_fprop_stats":
+        return op(name, x, weight, vector(8), vector(8), *steps, 1)
+    norm = (vector(8) for _ in range(4))
+    return op(name, x, weight, x, vector(3, 8), None, None, x, *norm, [1, 1], *steps)
+
+
+def _merge(tiles: int, channels: int, rows: int) -> object:
+    from resnet_fused.kernels.merge_statistics import merge_statistics
+
+    return merge_statistics(vector(tiles, channels).double(), vector(tiles, channels), vector(tiles), rows)
+
+
+def _training_cases(dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> Iterator[Case]:
+    """Statistics and data gradients: every configuration of the heuristics with the most that it is asked to hold, the
+    widest of them with every prologue and epilogue.
+    """
+    for prologue in (False, True):
+        configs = conv_fprop_configurations(dtype, arch, tf32, prologue=prologue, statistics=True)
+        widest = max(config.block_k for config in configs)
+        for config in configs[:1] if quick else configs:
+            even, odd = (24, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 8)
+            yield _statistics(dtype, tf32, config, prologue, odd if config.flat else even, 3, 1)
+            if not quick and config.block_k == widest:
+                yield _statistics(dtype, tf32, config, prologue, even, 1, 1)
+                yield _statistics(dtype, tf32, config, prologue, odd, 3, 2)
+        if not quick:
+            yield _statistics(dtype, tf32, configs[-1], prologue, 64, 3, 1, batch=16384)
+        configs = conv_dgrad_configurations(dtype, arch, tf32, prologue=prologue)
+        for config in configs[:1] if quick else configs:
+            even, odd = 2 * config.block_k, 2 * config.block_k - 8
+            yield _dgrad(dtype, tf32, config, prologue, "batch norm", even, 3, 1)
+            if not quick and config.block_k == widest:
+                yield _dgrad(dtype, tf32, config, prologue, "", even, 3, 2)
+                yield _dgrad(dtype, tf32, config, prologue, "residual", even, 1, 1)
+                yield _dgrad(dtype, tf32, config, prologue, "masked residual", even, 1, 1)
+                yield _dgrad(dtype, tf32, config, prologue, "masked residual", odd, 3, 2)
+                yield _dgrad(dtype, tf32, config, prologue, "batch norm", even, 1, 1)
+                yield _dgrad(dtype, tf32, config, prologue, "batch norm", odd, 3, 2)
+                yield _dgrad(dtype, tf32, config, prologue, "join", odd, 3, 2)
+            yield _dgrad(dtype, tf32, config, prologue, "join", even, 1, 1)
+            if not quick:
+                yield _dgrad(dtype, tf32, config, prologue, "join behind a projection", even, 1, 1)
+        if not quick:
+            yield _dgrad(dtype, tf32, configs[-1], prologue, "batch norm", 64, 3, 1, batch=16384)
+
+
+def _statistics(
+    dtype: torch.dtype,
+    tf32: bool,
+    config: ConvConfig,
+    prologue: bool,
+    channels: int,
+    filter_size: int,
+    stride: int,
+    batch: int = 64,
+) -> Case:
+    """A convolution of [batch, channels, 56, 56] to 256 channels, with a row of statistics for every tile."""
+    pad, out = filter_size // 2, 56 // stride
+    x = activation((batch, channels, 56, 56), dtype, True)
+    weight = activation((256, channels, filter_size, filter_size), dtype, True)
+    maps = (vector(channels), vector(channels)) if prologue else (None, None)
+    tiles = -(-batch * out * out // config.block_m)
+    args = (x, weight, *maps, [stride] * 2, [pad] * 2, [1, 1], 1, tiles, config)
+    tensor_cores = dtype != torch.float32 or tf32
+    expect = Expect(
+        matrix=tensor_cores,
+        copies=tensor_cores and not config.flat,
+        wide_stores=True,
+        index64=batch * 256 * out * out > 2**31,
+    )
+    return _case("conv_fprop_stats", args, expect, dtype, tf32, config, channels, filter_size, stride, prologue, "")
+
+
+def _dgrad(
+    dtype: torch.dtype,
+    tf32: bool,
+    config: ConvConfig,
+    prologue: bool,
+    epilogue: str,
+    outputs: int,
+    filter_size: int,
+    stride: int,
+    batch: int = 64,
+) -> Case:
+    """The gradient of [batch, 256, 56, 56] from `outputs` channels."""
+    pad, out = filter_size // 2, 56 // stride
+    dy = activation((batch, outputs, out, out), dtype, True)
+    weight = activation((outputs, 256, filter_size, filter_size), dtype, True)
+    image = activation((batch, 256, 56, 56), dtype, True)
+    before = (dy, vector(3, outputs)) if prologue else (None, None)
+    mask = torch.empty((image.numel() + 7) // 8, dtype=torch.uint8, device="meta")
+    after = {
+        "": (None,) * 7,
+        "residual": (image, *(None,) * 6),
+        "masked residual": (image, mask, *(None,) * 5),
+        "batch norm": (None, None, image, *(vector(256) for _ in range(4))),
+        "join": (image, mask, image, mask, vector(256), vector(256), *(None,) * 3),
+        "join behind a projection": (
+            image,
+            mask,
+            image,
+            mask,
+            vector(256),
+            vector(256),
+            image,
+            vector(256),
+            vector(256),
+        ),
+    }[epilogue]
+    name = "conv_dgrad_join" if "join" in epilogue else "conv_dgrad"
+    args = (dy, weight, *before, *after, [56, 56], [stride] * 2, [pad] * 2, [1, 1], 1, config)
+    tensor_cores = dtype != torch.float32 or tf32
+    expect = Expect(
+        matrix=tensor_cores,
+        copies=tensor_cores,
+        wide_loads=epilogue != "",
+        wide_stores=True,
+        index64=image.numel() > 2**31,
+    )
+    return _case(name, args, expect, dtype, tf32, config, outputs, filter_size, stride, prologue, epilogue)
+
+
+def _case(
+    name: str,
+    args: tuple[Any, ...],
+    expect: Expect,
+    dtype: torch.dtype,
+    tf32: bool,
+    config: ConvConfig,
+    channels: int,
+    filter_size: int,
+    stride: int,
+    prologue: bool,
+    epilogue: str,
+) -> Case:
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    what = f"{'tf32' if tf32 else TYPES[dtype]} {tile} c{channels} {filter_size}x{filter_size}/{stride}"
+    what += " prologue" * prologue + f" {epilogue}" * bool(epilogue) + " wide" * expect.index64
+
+    def run() -> object:
+        with tf32_switch(tf32):
+            return op(name, *args)
+
+    return what, expect, run
+
+
+def _depthwise() -> object:
+    x, weight = activation((1, 8, 1, 1), torch.float32, True), activation((8, 1, 1, 1), torch.float32, True)
+    with tf32_switch(True):
+        return op("conv_fprop", x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 8, False)
+
+
+def _conv(
+    dtype: torch.dtype,
+    tf32: bool,
+    config: ConvConfig,
+    channels: int,
+    filter_size: int,
+    stride: int,
+    epilogue: bool,
+    batch: int = 64,
+) -> Case:
+    """A convolution of [batch, channels, 56, 56] to 256 channels; with `epilogue`, the whole of it."""
+    pad, out = filter_size // 2, (56 + 2 * (filter_size // 2) - filter_size) // stride + 1
+    x = activation((batch, channels, 56, 56), dtype, True)
+    weight = activation((256, channels, filter_size, filter_size), dtype, True)
+    affine = (vector(256), vector(256), activation((batch, 256, out, out), dtype, True))
+    args = (x, weight, *(affine if epilogue else (None, None, None)), [stride] * 2, [pad] * 2, [1, 1], 1, epilogue)
+    tensor_cores = dtype != torch.float32 or tf32
+    expect = Expect(
+        matrix=tensor_cores,
+        copies=tensor_cores and not config.flat,
+        wide_loads=epilogue,
+        wide_stores=True,
+        index64=batch * 256 * out * out > 2**31,
+    )
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    what = f"{'tf32' if tf32 else TYPES[dtype]} {tile} c{channels} {filter_size}x{filter_size}"
+
+    def run() -> object:
+        with tf32_switch(tf32):
+            return op("conv_fprop", *args, config)
+
+    return f"{what}{' epilogue' if epilogue else ''}{' wide' if expect.index64 else ''}", expect, run

@@ -1,0 +1,59 @@
+"""The launches of whole networks, as the plan chooses them, for the Triton compile gate."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from resnet_fused.measure.network import networks
+from resnet_fused.plan import BlockShape
+from resnet_fused.plan.conv import ConvShape
+from resnet_fused.tuning.launches import configured_for
+from resnet_fused.tuning.problems import FAMILIES, Job, Shapes, also, arguments, jobs, join_arguments, memory_arguments
+from tools.compile_gate.expect import TYPES, Case, Expect, op
+
+BATCHES = (1, 32, 256)
+DTYPES = (torch.bfloat16,)
+
+
+def network_cases(model: str, arch: int, batches: Iterable[int] = BATCHES) -> Iterator[Case]:
+    """Every op of inference and training at 224 x 224, with the configuration that the plan gives it on `arch`.
+
+    Args:
+        model: as `resnet-fused tune --model` takes it.
+        arch: compute capability times ten.
+        batches: sizes of the batch.
+    """
+    for network in networks(model, 224):
+        for batch in batches:
+            for dtype in DTYPES:
+                for job in jobs(network, ("infer", "train"), batch, dtype, arch, False):
+                    yield from _cases(job, dtype, arch)
+
+
+def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
+    problem, make = job.problem, Shapes(dtype)
+    if isinstance(problem.shape, ConvShape):
+        s = problem.shape
+        what = f"n{s.n} {s.c}->{s.k} {s.r}x{s.s}/{s.stride[0]} {s.h}x{s.w}"
+        label = " ".join([TYPES[dtype], what, *problem.flags])
+        given = arguments(job, make)
+        yield label, Expect(matrix=True), functools.partial(_launch, arch, problem.op, given)
+        for name in also(job):
+            yield (
+                f"{label} join",
+                Expect(matrix=True),
+                functools.partial(_launch, arch, name, join_arguments(given, make)),
+            )
+        return
+    assert not isinstance(problem.shape, BlockShape)
+    label = f"{TYPES[dtype]} {'x'.join(map(str, problem.shape))}"
+    for name in FAMILIES[problem.op]:
+        yield label, Expect(), functools.partial(_launch, arch, name, memory_arguments(name, problem, make))
+
+
+def _launch(arch: int, name: str, args: tuple[object, ...]) -> object:
+    with configured_for(arch):
+        return op(name, *args)

@@ -1,0 +1,168 @@
+"""What the Triton compile gate compiles of the weight gradient and of the inference chain and join: every configuration
+that the plan can choose.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from resnet_fused.plan.conv import ConvConfig
+from resnet_fused.plan.conv_chain import conv_chain_configurations, conv_join_configurations
+from resnet_fused.plan.conv_wgrad import conv_wgrad_configurations
+from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
+
+_PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
+# Prologues of x and of dy.
+_PROLOGUES = ((False, False), (True, False), (False, True), (True, True))
+
+
+def wgrad_cases(arch: int, quick: bool) -> Iterator[Case]:
+    """Every configuration, prologue and precision, with pixels that the tiles do not divide; 16-bit 1x1 convolutions,
+    which need no pixel's coordinates; 64-bit offsets. fp16 differs from bf16 in its conversions only.
+    """
+    for (dtype, tf32), (x_prologue, dy_prologue), aligned in itertools.product(_PRECISIONS, _PROLOGUES, (True, False)):
+        configs = conv_wgrad_configurations(
+            dtype, arch, tf32, x_prologue=x_prologue, dy_prologue=dy_prologue, aligned=aligned
+        )
+        case = functools.partial(_wgrad, dtype, tf32, x_prologue=x_prologue, dy_prologue=dy_prologue)
+        if quick:  # a wide layer with all that there is, and the stem
+            if dtype == torch.bfloat16 and aligned == dy_prologue == x_prologue:
+                yield case(next(config for config in configs if config.flat != aligned), aligned, size=57)
+            continue
+        for config in configs[:1] if dtype == torch.float16 else configs:
+            yield case(config, aligned, size=57)
+            if dtype == torch.bfloat16 and aligned and not config.flat:
+                yield case(config, aligned, size=56, pointwise=True)
+        if dtype == torch.bfloat16 and aligned:
+            yield case(configs[0], aligned, size=56, batch=4096)
+    if not quick or arch == 80:
+        yield from _wgrad_ones()
+        yield "channels 256", Expect(), lambda: op("bn_backward_finalize", *(vector(256),) * 5, 2.0)
+
+
+def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
+    """ResNet's widths, and some that no tile divides, with and without a next convolution; all tiles of the join."""
+    widths: tuple[tuple[int, int, int | None], ...] = ((64, 256, 64), (64, 256, None), (64, 256, 128))
+    widths += ((128, 512, 128), (128, 512, None), (24, 104, 40), (120, 504, 120))
+    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
+        for inner, outputs, following in widths[:1] if quick or dtype == torch.float16 else widths:
+            for config in conv_chain_configurations(inner, following, dtype, arch)[: 1 if quick else None]:
+                yield _chain(dtype, config, inner, outputs, following)
+        if not quick:
+            yield _chain(dtype, conv_chain_configurations(64, 64, dtype, arch)[0], 64, 256, 64, batch=4096)
+    for dtype, tf32 in _PRECISIONS[:1] if quick else _PRECISIONS:
+        for config in conv_join_configurations(dtype, arch, tf32)[: 1 if quick else None]:
+            yield _join(dtype, tf32, config, 256, 512)
+            if not quick:
+                yield _join(dtype, tf32, config, 72, 40)
+    if not quick or arch == 80:
+        yield from _chain_ones()
+
+
+def _nhwc(dtype: torch.dtype, *shape: int) -> Tensor:
+    return activation(shape, dtype, True)
+
+
+def _label(dtype: torch.dtype, tf32: bool, config: ConvConfig, *more: str) -> str:
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    return " ".join([f"{'tf32' if tf32 else TYPES[dtype]} {tile}", *filter(None, more)])
+
+
+def _wgrad(
+    dtype: torch.dtype,
+    tf32: bool,
+    config: ConvConfig,
+    aligned: bool,
+    *,
+    x_prologue: bool,
+    dy_prologue: bool,
+    size: int,
+    pointwise: bool = False,
+    batch: int = 64,
+) -> Case:
+    """The weight gradient of a 3x3 convolution of 32 (flat) or 256 channels, without alignment of a 7x7 one, stride 2,
+    of 3 or a 3x3 one of 67; or of a 1x1 one.
+    """
+    channels = (32 if aligned else 3) if config.flat else (256 if aligned else 67)
+    outputs = 256 if aligned else 61
+    filter_size, stride = (7, 2) if config.flat and not aligned else (1 if pointwise else 3, 1)
+    out = (size - 1) // stride + 1
+    x, dy = _nhwc(dtype, batch, channels, size, size), _nhwc(dtype, batch, outputs, out, out)
+    tensor_cores = dtype != torch.float32 or tf32
+    expect = Expect(
+        matrix=tensor_cores,
+        copies=tensor_cores and aligned,
+        wide_stores=aligned,
+        index64=dy.numel() > 2**31,
+    )
+    args = (
+        *(dy, x),
+        *((dy, vector(3, outputs)) if dy_prologue else (None, None)),
+        *((vector(channels),) * 2 if x_prologue else (None, None)),
+        *([filter_size] * 2, [stride] * 2, [filter_size // 2] * 2, [1, 1], 1),
+    )
+
+    def run() -> object:
+        with tf32_switch(tf32):
+            return op("conv_wgrad", *args, config)
+
+    geometry = f"c{channels} {filter_size}x{filter_size}"
+    prologues = "+".join(name for name, on in (("x", x_prologue), ("dy", dy_prologue)) if on)
+    wide = "wide" if expect.index64 else ""
+    return _label(dtype, tf32, config, "flat" * config.flat, geometry, prologues, wide), expect, run
+
+
+def _wgrad_ones() -> Iterator[Case]:
+    """Sizes of 1, which triton turns into constants: of the image, of the channels, of the vectors in them."""
+    for flat, channels, filter_size in ((False, 1, 1), (False, 8, 3), (True, 1, 3)):
+        x, affine = _nhwc(torch.bfloat16, 1, channels, 1, 1), (vector(channels),) * 2
+        geometry = ([filter_size] * 2, [1, 1], [filter_size // 2] * 2, [1, 1], 1)
+        config = ConvConfig(64, 16, 32, 4, 2, flat)
+        args = (x, x, x, vector(3, channels), *affine, *geometry, config)
+        label = f"ones c{channels} {filter_size}x{filter_size}"
+        yield label, Expect(matrix=True), functools.partial(op, "conv_wgrad", *args)
+
+
+def _chain_ones() -> Iterator[Case]:
+    config = ConvConfig(64, 32, 32, 4, 2)
+    x, one, v = _nhwc(torch.bfloat16, 1, 8, 1, 1), _nhwc(torch.bfloat16, 1, 1, 1, 1), vector(8)
+    filters, pointwise = _nhwc(torch.bfloat16, 8, 8, 3, 3), _nhwc(torch.bfloat16, 8, 8, 1, 1)
+    args = (filters, v, v, pointwise, v, v, x, pointwise, v, v)
+    expect = Expect(matrix=True)
+    yield "ones", expect, functools.partial(op, "conv_chain", x, *args, [1, 1], [1, 1], [1, 1], config)
+    yield "ones", expect, functools.partial(op, "conv_join", one, one, one, one, vector(1), [1, 1], True, config)
+
+
+def _chain(
+    dtype: torch.dtype, config: ConvConfig, inner: int, outputs: int, following: int | None, batch: int = 64
+) -> Case:
+    pixels = (batch, 56, 56)
+    x, residual = (_nhwc(dtype, batch, channels, *pixels[1:]) for channels in (inner, outputs))
+    weight2, weight3 = _nhwc(dtype, inner, inner, 3, 3), _nhwc(dtype, outputs, inner, 1, 1)
+    head: tuple[Tensor | None, ...] = (None, None, None)
+    if following is not None:
+        head = (_nhwc(dtype, following, outputs, 1, 1), vector(following), vector(following))
+    tail = (weight2, *(vector(inner),) * 2, weight3, *(vector(outputs),) * 2, residual)
+    wide = residual.numel() > 2**31
+    label = _label(dtype, False, config, f"c{inner} {outputs} {following or '-'}", "wide" * wide)
+    expect = Expect(matrix=True, copies=True, wide_stores=True, index64=wide)
+    return label, expect, functools.partial(op, "conv_chain", x, *tail, *head, [1, 1], [1, 1], [1, 1], config)
+
+
+def _join(dtype: torch.dtype, tf32: bool, config: ConvConfig, channels: int, shortcut_channels: int) -> Case:
+    x, shortcut = _nhwc(dtype, 64, channels, 28, 28), _nhwc(dtype, 64, shortcut_channels, 56, 56)
+    weights = (_nhwc(dtype, 512, inputs, 1, 1) for inputs in (channels, shortcut_channels))
+    weight, shortcut_weight = weights
+    tensor_cores = dtype != torch.float32 or tf32
+
+    def run() -> object:
+        with tf32_switch(tf32):
+            return op("conv_join", x, weight, shortcut, shortcut_weight, vector(512), [2, 2], True, config)
+
+    label = _label(dtype, tf32, config, f"c{channels}+{shortcut_channels}")
+    return label, Expect(matrix=tensor_cores, copies=tensor_cores, wide_stores=True), run
