@@ -24,6 +24,13 @@ def pytest_addoption(parser):
     parser.addoption("--tier", choices=tiers.TIERS, help="how much of the suite runs (tests/tiers.py); default: all")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Files that have no test in the tier are not even imported."""
+    if config.getoption("tier") == "check" and collection_path.suffix == ".py":
+        return collection_path.name not in {listed.partition("::")[0] for listed in tiers.CHECK} or None
+    return None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     kept = tiers.select(items, config.getoption("tier") or "all")

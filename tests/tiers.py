@@ -32,7 +32,6 @@ CHECK = (
     "test_freeze.py::test_our_own_modules_are_folded",
     "test_fusion.py",
     "test_nn.py",
-    "test_tiers.py",
 )
 SHARED = ("backend", "dtype")  # the parameters whose every value `check` sees
 
