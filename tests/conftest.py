@@ -4,6 +4,7 @@ On a GPU the same tests run on CUDA tensors, through compiled kernels: never thr
 """
 
 import os
+import tempfile
 
 import torch
 
@@ -12,6 +13,8 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or every product warns that it may not repeat
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+if not os.access(os.path.expanduser("~"), os.W_OK):  # where Triton keeps what it has compiled
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))
 
 import pytest
 import tiers
