@@ -4,6 +4,7 @@ On a GPU the same tests run on CUDA tensors, through compiled kernels: never thr
 """
 
 import os
+import tempfile
 
 import torch
 
@@ -12,6 +13,8 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or every product warns that it may not repeat
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+if not os.access(os.path.expanduser("~"), os.W_OK):  # where Triton keeps what it has compiled
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))
 
 import pytest
 import tiers
@@ -22,6 +25,13 @@ LEFT_OUT = pytest.StashKey[int]()
 
 def pytest_addoption(parser):
     parser.addoption("--tier", choices=tiers.TIERS, help="how much of the suite runs (tests/tiers.py); default: all")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files that have no test in the tier are not even imported."""
+    if config.getoption("tier") == "check" and collection_path.suffix == ".py":
+        return collection_path.name not in {listed.partition("::")[0] for listed in tiers.CHECK} or None
+    return None
 
 
 @pytest.hookimpl(trylast=True)

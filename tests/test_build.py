@@ -148,7 +148,8 @@ def test_a_build_needs_no_import_of_torch():
     assert (code, text) == (0, "False")
 
 
-def test_a_second_build_compiles_nothing(tmp_path):
+@pytest.mark.larger  # the stand-in's build, below, of the real sources; that they compile, every run of the tests shows
+def test_a_second_build_of_the_sources_compiles_nothing(tmp_path):
     """And the first one leaves a library that loads into this torch and registers every op."""
     target = "build.Target('host', 'test')"
     library, work = tmp_path / "a folder" / "_C.so", tmp_path / "work $1"
@@ -164,21 +165,41 @@ def test_a_second_build_compiles_nothing(tmp_path):
     assert run.stdout.strip() == "True", run.stderr
 
 
-@pytest.mark.parametrize("breaks", [False, True])
-def test_without_ninja_all_is_compiled(tmp_path, breaks):
-    sources, work, library = tmp_path / "csrc", tmp_path / "work", tmp_path / "out" / "_C.so"
+@pytest.fixture
+def compiles(tmp_path):
+    """Build four empty sources with a stand-in for the compiler; status, output and where the library goes."""
+    sources, work, library = tmp_path / "csrc", tmp_path / "work $1", tmp_path / "a folder" / "_C.so"
     (sources / "host").mkdir(parents=True)
     for name in ("a.cu", "b.cu", "ops.cpp", "host/fibre.cpp"):
         (sources / name).touch()
-    compiler = tmp_path / "compiler"
-    fails = 'case "$*" in *b.cu*) exit 3;; esac\n' if breaks else ""
-    compiler.write_text(f'#!/bin/sh\n{fails}while [ "$1" != -o ]; do shift; done; echo made > "$2"\n')
-    compiler.chmod(0o755)
-    paths = ", ".join(f"build.Path({str(path)!r})" for path in (library, work))
-    code = f"build.find_tools = lambda: ({str(compiler)!r}, None); "
-    code += f"build.compile_library(build.Target('host', ''), {paths}, csrc=build.Path({str(sources)!r}))"
-    status, text = choose(code)
-    made = {path.name for path in work.iterdir()}
+
+    def build(ninja: bool, breaks: bool = False) -> tuple[int, str, Path, Path]:
+        compiler = tmp_path / "compiler"
+        fails = 'case "$*" in *b.cu*) exit 3;; esac\n' if breaks else ""
+        depends = 'while [ "$1" != -o ]; do [ "$1" = -MF ] && echo "x:" > "$2"; shift; done'
+        compiler.write_text(f'#!/bin/sh\n{fails}{depends}; echo made > "$2"\n')
+        compiler.chmod(0o755)
+        paths = ", ".join(f"build.Path({str(path)!r})" for path in (library, work))
+        tools = f"lambda: ({str(compiler)!r}, found)"
+        code = f"found = build.find_tools()[1] if {ninja} else None; build.find_tools = {tools}; "
+        code += f"build.compile_library(build.Target('host', ''), {paths}, csrc=build.Path({str(sources)!r}))"
+        return *choose(code), library, work
+
+    return build
+
+
+def test_a_second_build_compiles_nothing(compiles):
+    status, text, library, _ = compiles(ninja=True)
+    assert status == 0 and library.read_text() == "made\n", text
+    stamp = library.stat().st_mtime_ns
+    status, text, *_ = compiles(ninja=True)
+    assert (status, text) == (0, "ninja: no work to do.") and library.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_without_ninja_all_is_compiled(compiles, breaks):
+    status, text, library, work = compiles(ninja=False, breaks=breaks)
+    made = {path.name for path in work.iterdir() if path.suffix == ".o"}
     if breaks:
         assert status == 1 and "exit status 3" in text and not library.exists()
         return

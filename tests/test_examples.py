@@ -32,7 +32,7 @@ def test_both_runs_read_the_held_out_digits(digits, tmp_path, capsys):
         assert (np.abs(pixels - colour).max(axis=2) < 40).sum() > 200
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("reference", marks=pytest.mark.larger)])
 def test_plain_and_fused_learn_alike(digits, backend):
     outcomes = digits.compare(epochs=8, seed=1, backend=backend)
     assert all(run.accuracy >= 0.97 for run in outcomes.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -142,21 +143,20 @@ KNOWN_REASONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def survey():
-    """(blocks, chains, modules left alone with their reasons) of every timm resnet."""
-    found = {}
-    for name in timm.list_models("resnet*"):
-        model = on_meta(lambda name=name: timm.create_model(name))
-        keys = list(model.state_dict())
-        result = report(fuse(model))
-        kinds = [type(plan) for plan in plans(model)]
-        found[name] = (kinds.count(BlockPlan), kinds.count(SequencePlan), result.skipped)
-        assert len(result.fused) == len(kinds) and list(model.state_dict()) == keys, name
-    return found
+@functools.cache
+def surveyed(name: str):
+    """(blocks, chains, modules left alone with their reasons) of a timm resnet."""
+    model = on_meta(lambda: timm.create_model(name))
+    keys = list(model.state_dict())
+    result = report(fuse(model))
+    kinds = [type(plan) for plan in plans(model)]
+    assert len(result.fused) == len(kinds) and list(model.state_dict()) == keys, name
+    return kinds.count(BlockPlan), kinds.count(SequencePlan), result.skipped
 
 
-def test_every_timm_resnet_is_fused_or_explained(survey, capsys):
+@pytest.mark.larger
+def test_every_timm_resnet_is_fused_or_explained(capsys):
+    survey = {name: surveyed(name) for name in timm.list_models("resnet*")}
     for name, (blocks, chains, skipped) in survey.items():
         assert blocks + chains + len(skipped) > 0, name
         assert all(any(known in reason for known in KNOWN_REASONS) for _, reason in skipped), name
@@ -195,10 +195,10 @@ def test_every_timm_resnet_is_fused_or_explained(survey, capsys):
         ("resnet50_gn", 0, 0, "its norm is GroupNorm, which is not fused"),
     ],
 )
-def test_what_is_fused_in_timm_resnets(survey, name, blocks, chains, reason):
-    assert survey[name][:2] == (blocks, chains)
+def test_what_is_fused_in_timm_resnets(name, blocks, chains, reason):
+    assert surveyed(name)[:2] == (blocks, chains)
     prefix = "unit by unit, not as one block: " if chains else ""
-    assert {r for _, r in survey[name][2]} == ({prefix + reason} if reason else set())
+    assert {r for _, r in surveyed(name)[2]} == ({prefix + reason} if reason else set())
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "resnetaa50", "seresnet18", "resnetv2_18", "skresnet18"])

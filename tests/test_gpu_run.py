@@ -34,9 +34,10 @@ def rehearsed(tmp_path_factory):
     out = tmp_path_factory.mktemp("rehearsal")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in such a worker
-        return out, gpu_run.main(["--rehearse", "--out", str(out), "--minutes", "15"])
+        return out, gpu_run.main(["--rehearse", "--out", str(out), "--minutes", "60"])
 
 
+@pytest.mark.larger  # every step for real, minutes of them; below, the same with steps of a second
 @needs_kernels
 def test_a_rehearsal_runs_every_step_and_resumes(rehearsed, capsys):
     out, status = rehearsed
@@ -88,6 +89,7 @@ def files(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.larger
 @needs_kernels
 def test_results_come_home_whole_or_not_at_all(rehearsed, tmp_path):
     out, root = at_a_gpu(rehearsed[0], tmp_path / "out"), tmp_path / "root"
@@ -120,6 +122,7 @@ def test_results_come_home_whole_or_not_at_all(rehearsed, tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.larger
 @needs_kernels
 def test_only_what_belongs_together_comes_home(rehearsed, tmp_path):
     with pytest.raises(UsageError, match="rehearsal"):

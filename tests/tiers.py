@@ -1,8 +1,9 @@
 """How much of the suite runs: `--tier=check`, `test` or `all`, each a sample of the next. No list is kept by hand.
 
-`all` runs every case of every test. `test` keeps of each parametrised test a set of cases in which every pair of values
-of two parameters occurs, and leaves out what is marked `larger`: the same facts on larger samples. `check` keeps, of
-the tests of CHECK alone, cases with every backend and every dtype.
+`all` runs every case of every test. `test` keeps of each parametrised test a set of cases in which every value of every
+parameter occurs, every backend with every dtype, and of three parameters and more every pair of values; it leaves out
+what is marked `larger`: the same facts on larger samples. `check` keeps, of the tests of CHECK alone, cases with every
+backend and every dtype.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ CHECK = (
     "test_freeze.py::test_our_own_modules_are_folded",
     "test_fusion.py",
     "test_nn.py",
-    "test_tiers.py",
 )
-SHARED = ("backend", "dtype")  # the parameters whose every value `check` sees
+SHARED = ("backend", "dtype")  # the parameters whose values meet everywhere
 
 Value = tuple[str, type, Hashable]  # one value of one parameter
 
@@ -55,6 +55,8 @@ def wanted(case: Sequence[Value], tier: str) -> list[Hashable]:
     """What of a case a tier has to see once."""
     if tier == "check":
         return [value for value in case if value[0] in SHARED]
+    if len(case) == 2 and not all(value[0] in SHARED for value in case):
+        return list(case)  # every pair would be every case
     return list(itertools.combinations(case, 2)) or list(case)
 
 
