@@ -18,9 +18,10 @@ from resnet_fused.measure import memory, models, network, roof
 from resnet_fused.measure.activation_memory import saved_bytes
 from resnet_fused.measure.cases import Case, Unavailable
 from resnet_fused.measure.progress import Silent
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan.table import Choice
 from resnet_fused.tuning import checks
-from resnet_fused.tuning.problems import Operands, jobs
+from resnet_fused.tuning.problems import jobs
 
 CPU = torch.device("cpu")
 BENCH = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu", "--rounds", "1", "--no-images"]
@@ -424,16 +425,16 @@ def test_what_a_control_group_leaves(monkeypatch, tmp_path):
 def test_a_check_that_does_not_fit_is_its_reason(monkeypatch):
     (job, *_) = jobs(network.tiny_network(), ["infer"], 2, torch.float32, 80, False)
     choice = Choice("reference")
-    assert checks.check(job.problem, job.problem.op, job, choice, CPU) is None
+    assert checks.check(job, job.problem.op, choice, CPU) is None
     monkeypatch.setattr(memory, "available", lambda: 1000)
-    assert "MemoryError: needs about" in checks.check(job.problem, job.problem.op, job, choice, CPU)
+    assert "MemoryError: needs about" in checks.check(job, job.problem.op, choice, CPU)
 
     def full(self, *shape):
         raise MemoryError
 
     monkeypatch.setattr(memory, "available", lambda: None)
     monkeypatch.setattr(Operands, "activation", full)
-    assert checks.check(job.problem, job.problem.op, job, choice, CPU) == "MemoryError"
+    assert checks.check(job, job.problem.op, choice, CPU) == "MemoryError"
 
 
 @pytest.mark.parametrize("command", ["tune", "verify"])

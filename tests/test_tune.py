@@ -10,6 +10,7 @@ import resnet_fused
 from resnet_fused import cli, ops, plan
 from resnet_fused.measure.cases import UsageError, seconds
 from resnet_fused.measure.network import networks, tiny_network
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.conv import ConvConfig, ConvShape
@@ -21,7 +22,7 @@ from resnet_fused.tuning import checks, tune
 from resnet_fused.tuning import device_worker as device_process
 from resnet_fused.tuning import search as tune_search
 from resnet_fused.tuning.candidates import candidates, configurations
-from resnet_fused.tuning.problems import Job, Operands, blocks, jobs
+from resnet_fused.tuning.problems import Job, blocks, jobs
 from resnet_fused.tuning.report import REHEARSAL
 
 CPU = torch.device("cpu")

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from resnet_fused import contract
 from resnet_fused.ops.arithmetic import per_channel
 
-FACTOR = 2.0
-FLOOR_ULPS = 4
 A = TypeVar("A", bound=tuple[Any, ...])
 
 
@@ -41,15 +40,7 @@ class Comparison:
         if self.plain is None:
             wrong = int((self.actual != self.truth).sum())
             return f"{self.name} differs in {wrong} of {self.truth.numel()} places" if wrong else None
-        truth = self.truth.double()
-        unwritten = int(self.actual.isnan().sum())
-        if unwritten:
-            return f"{self.name} has {unwritten} NaN"
-        error, plain = (float((value.double() - truth).abs().max()) for value in (self.actual, self.plain))
-        size = self.terms if self.terms is not None else truth
-        epsilon = torch.finfo(torch.float32 if self.terms is not None else self.actual.dtype).eps
-        allowed = FACTOR * plain + FLOOR_ULPS * epsilon * float(size.abs().max())
-        return None if error <= allowed else f"{self.name} errs by {error:.2e} > {allowed:.2e} (plain: {plain:.2e})"
+        return contract.breach(self.actual, self.plain.to(self.actual.dtype), self.truth, self.name, terms=self.terms)
 
 
 def double(args: A) -> A:

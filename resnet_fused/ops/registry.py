@@ -67,6 +67,12 @@ class Op:
         """What the op computes."""
         return (self.reference.__doc__ or "").strip()
 
+    def bytes_moved(self, args: Any) -> int:
+        """Of the arguments read and the results written, each once."""
+        results = self.fake(args)
+        written = (results,) if isinstance(results, Tensor) else results
+        return sum(t.nbytes for t in (*args, *written) if isinstance(t, Tensor))
+
     def schema(self, *extra: str) -> str:
         """The op's schema, with these arguments behind its own."""
         hints = get_type_hints(self.args, include_extras=True)
@@ -147,8 +153,3 @@ def define(op: Op) -> None:
 def _nhwc(t: Tensor) -> Tensor:
     """Of an activation one like it in NHWC order; anything else as it is."""
     return torch.empty_like(t, memory_format=torch.channels_last) if t.dim() == 4 else t
-
-
-def tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    """The tensors among an op's arguments or results."""
-    return (value for value in values if isinstance(value, Tensor))

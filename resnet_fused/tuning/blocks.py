@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from resnet_fused import plan
+from resnet_fused.contract import FACTOR, FLOOR_ULPS
 from resnet_fused.functional import block as chains
 from resnet_fused.measure.timing import first_line
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan.conv import BlockShape, ConvShape
 from resnet_fused.plan.table import Choice, Entry, Table
-from resnet_fused.tuning.checks import FACTOR, FLOOR_ULPS
-from resnet_fused.tuning.problems import Job, Operands
+from resnet_fused.tuning.problems import Job
 
 CHECKED_IMAGES = 8
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from resnet_fused import ops, plan
 from resnet_fused.ops.arithmetic import unpack_bits
 from resnet_fused.ops.backends import implementation
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan.choice import ALONE
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice
 from resnet_fused.tuning.checks import caller
-from resnet_fused.tuning.problems import Job, Operands, arguments
+from resnet_fused.tuning.problems import Job, arguments
 
 KERNEL_BACKENDS = ("triton", "cuda")
 Backends = Callable[[ConvShape], str]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,81 +13,34 @@ from torch import Tensor
 
 from resnet_fused.measure import memory
 from resnet_fused.measure.timing import first_line
-from resnet_fused.ops import arithmetic, aten, reference
+from resnet_fused.ops import OPS, aten
 from resnet_fused.ops.backends import implementation
+from resnet_fused.ops.comparison import Comparison, double, map_tensors
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.table import Choice, Problem
-from resnet_fused.tuning.problems import (
-    FAMILIES,
-    Job,
-    Operands,
-    also,
-    arguments,
-    elements,
-    join_arguments,
-    memory_arguments,
-)
+from resnet_fused.plan.table import Choice
+from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, elements
 
-FACTOR = 2.0
-FLOOR_ULPS = 4
 REFUSED = "refused: "  # how a reason begins that is no error of the kernel
 CHECK_BYTES = 32  # an element: an operand, its guarded copy, float64's and the results
 VERIFIED_IMAGES = 16  # float64 of more would take longer than all the rest
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A result of ours beside plain PyTorch's in the same dtype and float64's.
-
-    Attributes:
-        name: of the result.
-        actual: ours.
-        plain: plain PyTorch's; None where bits must agree with `truth`.
-        truth: float64's.
-        terms: of a sum, what the magnitudes of its summands add up to; its floor is measured by that.
-    """
-
-    name: str
-    actual: Tensor
-    plain: Tensor | None
-    truth: Tensor
-    terms: Tensor | None = None
-
-    def breach(self) -> str | None:
-        """How this breaks the numerics contract, or None."""
-        if self.actual.shape != self.truth.shape:
-            return f"{self.name} is {list(self.actual.shape)}, expected {list(self.truth.shape)}"
-        if self.plain is None:
-            wrong = int((self.actual != self.truth).sum())
-            return f"{self.name} differs in {wrong} of {self.truth.numel()} places" if wrong else None
-        truth = self.truth.double()
-        unwritten = int(self.actual.isnan().sum())
-        if unwritten:
-            return f"{self.name} has {unwritten} NaN"
-        error, plain = (float((value.double() - truth).abs().max()) for value in (self.actual, self.plain))
-        size = self.terms if self.terms is not None else truth
-        epsilon = torch.finfo(torch.float32 if self.terms is not None else self.actual.dtype).eps
-        allowed = FACTOR * plain + FLOOR_ULPS * epsilon * float(size.abs().max())
-        return None if error <= allowed else f"{self.name} errs by {error:.2e} > {allowed:.2e} (plain: {plain:.2e})"
-
-
-def check(problem: Problem, op: str, job: Job | None, choice: Choice, device: torch.device) -> str | None:
+def check(job: Job, op: str, choice: Choice, device: torch.device) -> str | None:
     """Run one op once against float64, and once more against itself; why it is not right, or None.
 
     Args:
-        problem: the shape and dtype to run, as large as is wanted.
-        op: the problem's op, or one of its family.
-        job: of a convolution.
+        job: the problem to run, as large as is wanted.
+        op: the problem's op, or another that runs its problem.
         choice: the backend, and the configuration if it takes one.
         device: where.
     """
+    problem = job.problem
     try:
         if device.type == "cpu":
             memory.require(CHECK_BYTES * elements(problem))
         make = Operands(device, problem.dtype)
-        operands = memory_arguments(op, problem, make) if job is None else arguments(job, make)
-        if op == "conv_dgrad_join":
-            operands = join_arguments(operands, make)
+        operands = arguments(job, make, op)
         reason = _refusal(op, choice, operands, problem.shape)
         if reason is not None:
             return f"{REFUSED}{reason}"
@@ -154,105 +106,27 @@ def comparisons(op: str, operands: Sequence[Any], results: Sequence[Tensor], tf3
         tf32: products may round their operands to TF32. Whether cuDNN's do depends on the algorithm it picks, so the
             yardstick is not its error but that of operands cut off as the matrix units cut them off.
     """
-    plain_op = getattr(reference, op) if tf32 else getattr(aten, op, None) or getattr(reference, op)
-    plain = _tensors(plain_op(*map(_cut_off, operands) if tf32 else operands))
-    truth = _tensors(getattr(reference, op)(*map(_double, operands)))
-    if op == "conv_fprop_stats":
-        y, rounded = results[0], results[0].double()
-        merged = _merge(*results[1:])
-        variance, mean = torch.var_mean(rounded, (0, 2, 3), correction=0)
-        plain_variance, plain_mean = torch.var_mean(y.float(), (0, 2, 3), correction=0)
-        return [
-            Comparison("y", y, plain[0], truth[0]),
-            Comparison("mean", merged[0], plain_mean, mean, rounded.abs().mean((0, 2, 3))),
-            Comparison("variance", merged[1], plain_variance, variance, rounded.square().mean((0, 2, 3))),
-        ]
-    if op == "bn_stats":
-        merged, right, plains = _merge(*results), _merge(*truth), _merge(*plain)
-        x = _double(operands[0])
-        return [
-            Comparison("mean", merged[0], plains[0], right[0], x.abs().mean((0, 2, 3))),
-            Comparison("variance", merged[1], plains[1], right[1], x.square().mean((0, 2, 3))),
-        ]
-    exact: list[Any] = [_double(operand) for operand in operands]
-    if op == "conv_dgrad" and results[1].numel():
-        x, _, _, mean, invstd = exact[6:11]
-        dx = Comparison("dx", results[0], plain[0], truth[0])
-        return [dx, *_sums(results[0].double(), x, mean, invstd, results[1:], (None, None))]
-    if op == "conv_dgrad_join":
-        x, _, mean, invstd, z, z_mean, z_invstd = exact[6:13]
-        dz = torch.where(arithmetic.unpack_bits(operands[7], x), results[0].double(), 0)
-        both = _sums(dz, x, mean, invstd, results[1:3], (None, None))
-        projected = _sums(dz, z, z_mean, z_invstd, results[1:4:2], (None, None))[1:]
-        return [Comparison("dx", results[0], plain[0], truth[0]), *both, *projected]
-    if op == "bn_backward_reduce":
-        dy, x, mask, scale, shift, mean, invstd, *_ = exact
-        constant = (None, None, 1.0, True, True)  # as if the statistics were constants
-        dz = reference.bn_backward_apply(dy, x, mask, scale, shift, mean, invstd, *constant)[1]
-        return _sums(dz, exact[1], exact[5], exact[6], results, plain)
-    if op == "bn_act_max_pool_backward_reduce":
-        # The backward with a scale of its own is scale * dz.
-        behind: Any = (*exact[:7], None, None, 1.0)
-        scaled = reference.bn_act_max_pool_backward_apply(*behind)
-        dz = scaled / exact[3].view(-1, 1, 1)
-        return _sums(dz, exact[2], exact[5], exact[6], results, plain)
-    if op == "conv_wgrad":
-        terms = _tensors(reference.conv_wgrad(*map(_magnitude, operands)))[0]
-        return [Comparison("dweight", results[0], plain[0], truth[0], terms)]
-    found = []
-    for index, (actual, other, expected) in enumerate(zip(results, plain, truth, strict=True)):
-        if not actual.numel() and not expected.numel():
-            continue
-        name = f"result {index}" if len(results) > 1 else "the result"
-        if op == "bn_apply" and index == 1:  # the bits tell of the result beside them
-            passes = ~(arithmetic.in_memory_order(results[0]) <= 0)
-            found.append(Comparison(name, actual, None, arithmetic.pack_bits(passes)))
-        elif actual.dtype == torch.uint8:  # mask bits, and the winners of a max pool, which ties decide as rounded
-            found.append(Comparison(name, actual, None, other))
-        else:
-            found.append(Comparison(name, actual, other, expected))
-    return found
-
-
-def _sums(
-    dz: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, results: Sequence[Tensor], plain: Sequence[Tensor | None]
-) -> list[Comparison]:
-    """sum(dz) and sum(dz * xhat), per channel."""
-    found = []
-    terms = (dz, dz * (x - mean.view(-1, 1, 1)) * invstd.view(-1, 1, 1))
-    for name, actual, other, term in zip(("sum", "sum of dz*xhat"), results, plain, terms, strict=True):
-        truth = term.sum((0, 2, 3))
-        found.append(Comparison(name, actual, truth if other is None else other, truth, term.abs().sum((0, 2, 3))))
-    return found
-
-
-def _merge(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of partial rows, in float64."""
-    n = count.double()[:, None]
-    total = n.sum()
-    merged = (mean.double() * n).sum(0) / total
-    return merged, (m2.double() + n * (mean.double() - merged).square()).sum(0) / total
+    record = OPS[op]
+    args = record.args(*operands)
+    native = None if tf32 else getattr(aten, op, None)
+    plain = record.reference(map_tensors(args, _cut_off) if tf32 else args) if native is None else native(*args)
+    truth = record.reference(double(args))
+    if record.out is Tensor:
+        return record.compare(args, results[0], plain, truth)
+    return record.compare(args, record.out(*results), record.out(*plain), truth)
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _cut_off(value: Any) -> Any:
+def _cut_off(value: Tensor) -> Tensor:
     """In float64, activations and weights without the 13 bits of their fraction that TF32 has no place for."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not value.is_floating_point():
         return value
     if value.dim() == 4 and value.dtype == torch.float32:
         value = (value.view(torch.int32) & ~0x1FFF).view(torch.float32)
     return value.double()
-
-
-def _magnitude(value: Any) -> Any:
-    return value.double().abs() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _bits(value: Tensor) -> Tensor:
@@ -276,7 +150,6 @@ def unusable(results: dict[str, str | None]) -> bool:
 def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERIFIED_IMAGES) -> dict[str, str | None]:
     """`check` of the job's op, or of every op of its family, by op, for at most so many images."""
     problem = job.problem.with_batch(min(job.problem.batch, images))
-    if isinstance(problem.shape, ConvShape):
-        job = dataclasses.replace(job, problem=problem)
-        return {op: check(problem, op, job, choice, device) for op in (problem.op, *also(job))}
-    return {op: check(problem, op, None, choice, device) for op in FAMILIES[problem.op]}
+    job = dataclasses.replace(job, problem=problem)
+    ops = (problem.op, *also(job)) if isinstance(problem.shape, ConvShape) else FAMILIES[problem.op]
+    return {op: check(job, op, choice, device) for op in ops}

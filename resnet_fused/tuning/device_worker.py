@@ -6,6 +6,7 @@ within a limit of time, so that whoever is to blame for a loss is known; the nex
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from resnet_fused.measure.cases import DTYPES, UsageError
 from resnet_fused.measure.cuda_graph import captured
 from resnet_fused.measure.timing import clock_for, first_line, time_interleaved
 from resnet_fused.measure.workers import TaskFailure, Worker, WorkerCrashed
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan import choice as plans
 from resnet_fused.plan.choice import ALONE, BLOCK
 from resnet_fused.plan.conv import ConvShape
@@ -23,7 +25,7 @@ from resnet_fused.plan.table import Choice, Problem, Table
 from resnet_fused.tuning import blocks
 from resnet_fused.tuning.calls import operands_of, timed
 from resnet_fused.tuning.checks import check, check_all, crashed
-from resnet_fused.tuning.problems import Job, Operands, check_images
+from resnet_fused.tuning.problems import Job, check_images
 from resnet_fused.tuning.work import Roofs
 
 START_S = 120.0  # until a process has imported PyTorch and made its context
@@ -59,7 +61,8 @@ class LocalWorker:
                 return {BLOCK: blocks.check(job, choice, self.device, table)}
             images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
             if ALONE in problem.flags:
-                return {problem.op: check(problem.with_batch(images), problem.op, None, choice, self.device)}
+                alone = dataclasses.replace(job, problem=problem.with_batch(images))
+                return {problem.op: check(alone, problem.op, choice, self.device)}
             return check_all(job, choice, self.device, images)
         except Exception as error:  # what does not fit, among others
             return {problem.op: first_line(error)}

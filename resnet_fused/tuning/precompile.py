@@ -16,6 +16,9 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from concurrent.futures import TimeoutError as Late
 from typing import Any
 
+import torch
+
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan.choice import ALONE
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.plan.table import Choice
@@ -24,12 +27,9 @@ from resnet_fused.tuning.launches import SHARED_MEMORY_KB, configured_for, recor
 from resnet_fused.tuning.problems import (
     FAMILIES,
     Job,
-    Shapes,
     also,
     arguments,
     check_images,
-    join_arguments,
-    memory_arguments,
 )
 
 SPARE_CORES = 2  # for the process that times, and the one that asks it
@@ -145,17 +145,13 @@ def _compile(job: Job, choice: Choice, arch: int) -> str | None:
     from resnet_fused import kernels
 
     problem = job.problem
-    make = Shapes(problem.dtype)
+    make = Operands(torch.device("meta"), problem.dtype)
     start = time.monotonic()
     try:
         options: dict[str, Any] = {} if choice.config is None else {"config": choice.config}
         family = FAMILIES[problem.op] if problem.op in FAMILIES and ALONE not in problem.flags else (problem.op,)
         for op in (*family, *also(job)):
-            given = (
-                arguments(job, make) if isinstance(problem.shape, ConvShape) else memory_arguments(op, problem, make)
-            )
-            if op == "conv_dgrad_join":
-                given = join_arguments(given, make)
+            given = arguments(job, make, op)
             with recording() as launches, configured_for(arch):
                 getattr(kernels, op)(*given, **options)
             for kernel, _, launched, named in launches:

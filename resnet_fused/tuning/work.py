@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from resnet_fused.ops import OPS
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan.choice import ALONE
 from resnet_fused.plan.conv import ConvShape
-from resnet_fused.tuning.problems import FAMILIES, Job, Shapes, arguments, memory_arguments
+from resnet_fused.tuning.problems import FAMILIES, Job, arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +32,13 @@ class Roofs:
 
 def work(job: Job) -> Iterator[tuple[int, int]]:
     """(bytes of operands and results, floating-point operations) of each op of a job, from shapes alone."""
-    problem, make = job.problem, Shapes(job.problem.dtype)
+    problem, make = job.problem, Operands(torch.device("meta"), job.problem.dtype)
     if isinstance(problem.shape, ConvShape):
-        operands = arguments(job, make)
-        yield _bytes(operands, _results(problem.op, operands)), _flops(job)
+        yield OPS[problem.op].bytes_moved(arguments(job, make)), _flops(job)
         return
     ops = (problem.op,) if ALONE in problem.flags else FAMILIES[problem.op]
     for op in ops:
-        operands = memory_arguments(op, problem, make)
-        yield _bytes(operands, _results(op, operands)), 0
-
-
-def _results(op: str, operands: tuple[Any, ...]) -> Any:
-    """By the op's fake kernel."""
-    return getattr(torch.ops.resnet_fused, op)(*operands, backend="reference")
-
-
-def _bytes(operands: tuple[Any, ...], results: Any) -> int:
-    written = results if isinstance(results, tuple | list) else (results,)
-    return sum(value.nbytes for value in (*operands, *written) if isinstance(value, Tensor))
+        yield OPS[op].bytes_moved(arguments(job, make, op)), 0
 
 
 def _flops(job: Job) -> int:

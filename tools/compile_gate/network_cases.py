@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from resnet_fused.measure.network import networks
+from resnet_fused.ops.operands import Operands
 from resnet_fused.plan import BlockShape
 from resnet_fused.plan.conv import ConvShape
 from resnet_fused.tuning.launches import configured_for
-from resnet_fused.tuning.problems import FAMILIES, Job, Shapes, also, arguments, jobs, join_arguments, memory_arguments
+from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, jobs
 from tools.compile_gate.expect import TYPES, Case, Expect, op
 
 BATCHES = (1, 32, 256)
@@ -34,24 +35,19 @@ def network_cases(model: str, arch: int, batches: Iterable[int] = BATCHES) -> It
 
 
 def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
-    problem, make = job.problem, Shapes(dtype)
+    problem, make = job.problem, Operands(torch.device("meta"), dtype)
     if isinstance(problem.shape, ConvShape):
         s = problem.shape
         what = f"n{s.n} {s.c}->{s.k} {s.r}x{s.s}/{s.stride[0]} {s.h}x{s.w}"
         label = " ".join([TYPES[dtype], what, *problem.flags])
-        given = arguments(job, make)
-        yield label, Expect(matrix=True), functools.partial(_launch, arch, problem.op, given)
-        for name in also(job):
-            yield (
-                f"{label} join",
-                Expect(matrix=True),
-                functools.partial(_launch, arch, name, join_arguments(given, make)),
-            )
+        for name in (problem.op, *also(job)):
+            what = label if name == problem.op else f"{label} join"
+            yield what, Expect(matrix=True), functools.partial(_launch, arch, name, arguments(job, make, name))
         return
     assert not isinstance(problem.shape, BlockShape)
     label = f"{TYPES[dtype]} {'x'.join(map(str, problem.shape))}"
     for name in FAMILIES[problem.op]:
-        yield label, Expect(), functools.partial(_launch, arch, name, memory_arguments(name, problem, make))
+        yield label, Expect(), functools.partial(_launch, arch, name, arguments(job, make, name))
 
 
 def _launch(arch: int, name: str, args: tuple[object, ...]) -> object:
