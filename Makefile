@@ -60,7 +60,7 @@ bench-check: install
 	@$(VENV)/bin/resnet-fused bench --check $(ARGS)
 
 docs: install
-	@$(PY) -m tools.pages
+	@$(PY) -m tools.pages && $(PY) -m tools.ops_page
 
 library-test: install
 	@export RESNET_FUSED_BUILD=host; $(LIBRARY)

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import torch
+from from_checkout import ROOT
 from op_cases import BACKENDS, DEVICE
 from torch import Tensor
 
@@ -21,6 +22,8 @@ SHAPES = {
     "pack_weight": (6, 3, 3, 2),
 }
 CONVOLUTION, ACTIVATION = ConvShape(2, 16, 5, 4, 24, 3, 3, padding=(1, 1)), (2, 16, 5, 6)
+
+
 def _runs(name: str) -> list:
     """The backends that have a kernel for an op; each is skipped where it cannot run."""
     return [p for p in BACKENDS if ops.implements(p.values[0], name)]
@@ -88,3 +91,9 @@ def test_the_library_has_the_schema_of_the_record(name):
         namespace, _, schema = str(kernel._schema).partition("::")
         assert namespace.startswith("resnet_fused_")
         assert schema == str(torch._C.parse_schema(ops.OPS[name].schema()))
+
+
+@pytest.mark.skipif(not (ROOT / "docs").exists(), reason="no checkout around these tests")
+def test_the_page_of_ops_says_what_the_records_say():
+    ops_page = importlib.import_module("tools.ops_page")
+    assert ops_page.PAGE.read_text() == ops_page.page()
