@@ -13,8 +13,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "ops.md"
 HEAD = """\
 # Ops
 
-Generated from `resnet_fused/ops/` (`python -m tools.ops_page`). `torch.ops.resnet_fused.<op>` has these arguments and `str backend` behind them, by name;
-the compiled libraries have those of `cuda` without it. [design.md](design.md#ops) says what holds for all: shapes, memory orders, dtypes.
+Generated from `resnet_fused/ops/` (`python -m tools.ops_page`). `torch.ops.resnet_fused.<op>` has these arguments and, by
+name, `str backend`; the compiled libraries have those of `cuda` without it. What holds for all - shapes, memory orders,
+dtypes - says [design.md](design.md#ops).
 """
 
 
@@ -24,7 +25,7 @@ def page() -> str:
 
 
 def _entry(op: ops.Op) -> str:
-    schema = textwrap.fill(op.schema(), 130, initial_indent="    ", subsequent_indent="        ", break_long_words=False)
+    schema = textwrap.fill(op.schema(), 120, initial_indent="    ", subsequent_indent="        ")
     contract = inspect.cleandoc(op.contract).replace("*", "\\*")
     return f"## {op.name}\n\n{schema}\n\n{contract}\n\nKernels: {', '.join(op.kernels)}.\n"
 
