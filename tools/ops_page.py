@@ -13,8 +13,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "ops.md"
 HEAD = """\
 # Ops
 
-Generated from `resnet_fused/ops/` (`python -m tools.ops_page`). `torch.ops.resnet_fused.<op>` takes these arguments and,
-by name, `str backend`; the compiled libraries have those of `cuda` without it. What holds for all of them - shapes,
+Generated from `resnet_fused/ops/` (`python -m tools.ops_page`). `torch.ops.resnet_fused.<op>` takes these arguments
+and, by name, `str backend`; the compiled libraries have those of `cuda` without it. What holds for all - shapes,
 memory orders, dtypes - is said in [design.md](design.md#ops).
 """
 
