@@ -50,7 +50,8 @@ def test_rows_that_do_not_divide_the_pixels_or_outnumber_them(backend, layout, s
 
 def check_rows(backend, x, rows):
     mean, m2, count = OPS.bn_stats(x, rows, backend=backend)
-    every = pixels(x)
+    assert mean.dtype == torch.float64
+    mean, every = mean.float(), pixels(x)
     per_row = -(-len(every) // rows)
     for row in range(rows):
         values = every[row * per_row : (row + 1) * per_row]
