@@ -17,6 +17,10 @@ import torch
 from torch import nn
 
 GROUPS = Path("/sys/fs/cgroup")
+_GROUP_FILES = {  # of a controller's hierarchy: limit, usage, and the line of memory.stat with pages of files
+    "": ("memory.max", "memory.current", "inactive_file"),  # version 2
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # version 1
+}
 EXPLANATION = {
     "cuda": "weights and graph pools held, plus the allocator's peak during one call",
     "cpu": "rise of the resident set during one call (weights not included)",
@@ -74,18 +78,27 @@ def available() -> int | None:
 
 
 def _group_limits() -> Iterator[int]:
-    """What is left to each control group (v2) that this process is in; pages of files can be given back."""
+    """What is left to each control group that this process is in; pages of files can be given back."""
     try:
-        own = next((line[3:].strip("/") for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "")
-        folder = GROUPS / own
-        for group in (folder, *folder.parents):
-            if group != GROUPS and GROUPS not in group.parents:
-                return
-            if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-                cache = next(line for line in _lines(group / "memory.stat") if line.startswith("inactive_file "))
-                used = int((group / "memory.current").read_text()) - int(cache.split()[1])
-                yield max(0, int(limit) - used)
-    except (OSError, ValueError, StopIteration):
+        memberships = [line.split(":", 2) for line in _lines("/proc/self/cgroup")]
+    except OSError:
+        return
+    for _, controllers, own in memberships:
+        if controllers not in _GROUP_FILES:
+            continue
+        root = GROUPS / controllers
+        names = _GROUP_FILES[controllers]
+        for group in (root / own.strip("/"), *(root / own.strip("/")).parents):
+            if group == root or root in group.parents:
+                yield from _left_to(group, *names)
+
+
+def _left_to(group: Path, limit: str, usage: str, cache: str) -> Iterator[int]:
+    try:
+        allowed = int((group / limit).read_text())
+        files = next(line for line in _lines(group / "memory.stat") if line.startswith(f"{cache} "))
+        yield max(0, allowed - int((group / usage).read_text()) + int(files.split()[1]))
+    except (OSError, ValueError, StopIteration):  # no limit is "max", or no file
         return
 
 

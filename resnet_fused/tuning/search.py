@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from resnet_fused.bench.results import write_json
+from resnet_fused._command import write_json
 from resnet_fused.measure.workers import WorkerCrashed
 from resnet_fused.plan import table as tables
 from resnet_fused.plan.choice import ALONE, ATEN, BLOCK
