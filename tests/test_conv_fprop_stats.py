@@ -67,7 +67,7 @@ def _check_statistics(y, mean, m2, count, rows):
             continue
         single = part.detach().float()
         terms = {f"mean of row {row}": single.double().abs().mean(0)}
-        results = {f"mean of row {row}": mean[row], f"m2 of row {row}": m2[row]}
+        results = {f"mean of row {row}": mean[row].float(), f"m2 of row {row}": m2[row]}
         assert_no_worse(results, lambda v, row=row: _moments(v, row), (single,), terms=terms, addends=len(part))
 
 

@@ -234,13 +234,16 @@ def test_a_unit_that_runs_in_two_dtypes_is_left_to_the_model(x):
             assert_within_contract(ours, plain, exact)
 
 
-def test_a_residual_of_another_dtype_leaves_the_block_to_the_model(x):
+def test_a_residual_of_another_dtype_is_added_apart_as_the_model_adds_it():
     model = nn.Sequential(Net().layer[1]).eval()
     wide = torch.randn(2, 16, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         frozen = freeze(model, wide)
-    assert {row.op for row in frozen.plan.layers} == {"-"}
-    assert "float32 residual" in frozen.plan.layers[2].reason
+        expected, actual = model(wide), frozen(wide)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+    assert {row.op for row in frozen.plan.layers} == {"conv_fprop"}
+    assert any("the residual is" in row.reason and "torch.float32" in row.reason for row in frozen.plan.layers)
 
 
 @dataclasses.dataclass

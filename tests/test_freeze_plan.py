@@ -16,7 +16,7 @@ from resnet_fused import freeze, plan, use_backend
 from resnet_fused.fusion.frozen import EpilogueConv, FoldedConv, FrozenBlock, FrozenStage
 from resnet_fused.fusion.frozen.conv import Example, Kernel, Source
 from resnet_fused.nn import BasicBlock, Bottleneck
-from resnet_fused.ops.arithmetic import conv_fprop
+from resnet_fused.ops import reference
 from resnet_fused.plan.conv import ConvShape
 
 NHWC = torch.channels_last
@@ -292,7 +292,7 @@ def test_scales_stay_in_fp32_where_the_op_takes_them():
     (unit,) = (m for m in frozen.modules() if isinstance(m, EpilogueConv))
     assert unit.scale.dtype == unit.shift.dtype == torch.float32
     assert torch.equal(unit.weight, conv.weight)
-    expected = conv_fprop(x, conv.weight, unit.scale, unit.shift, None, [1, 1], [1, 1], [1, 1], 1, True)
+    expected = reference.conv_fprop(x, conv.weight, unit.scale, unit.shift, None, [1, 1], [1, 1], [1, 1], 1, True)
     assert torch.equal(frozen(x), expected)
 
 

@@ -279,7 +279,7 @@ def test_compiles_in_one_graph(training):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: fuse(pickle.loads(pickle.dumps(m)))])
 def test_copies(duplicate):
     plain = settled(nn.Sequential(Bottleneck(nn.BatchNorm2d), Conv2d(8, 4, 1, norm=nn.BatchNorm2d(4))))
     twin = duplicate(fuse(copy.deepcopy(plain)))

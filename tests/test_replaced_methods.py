@@ -245,10 +245,10 @@ def test_report_says_which_class_was_changed():
     fused = fuse(make())
     with replaced(nn.Conv2d, "_conv_forward", doubled(nn.Conv2d._conv_forward)):
         reasons = dict(report(fused).skipped)
-        assert reasons["conv1"] == "a method of nn.Conv2d was replaced"
+        assert reasons["conv1"] == "`conv1` is a Conv2d with a forward that was replaced"
         assert dict(report(fused).fused)[""] == "bn1-relu"
     circular(fused.conv1)
-    assert dict(report(fused).skipped)["conv1"] == "the forward of a Conv2d was replaced"
+    assert dict(report(fused).skipped)["conv1"] == "`conv1` is a Conv2d with a forward that was replaced"
     assert isinstance(plan_of(fused.layer[1]), BlockPlan)
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.bench.contestants import other_runtimes
-from resnet_fused.bench.contestants.cudnn_graphs_network import cudnn_graphs
+from resnet_fused.bench.contestants import cudnn_graphs_network, other_runtimes
 from resnet_fused.measure.cases import MODES, Case, Unavailable
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -91,7 +90,7 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant(
             "cudnn-graphs",
             "cuDNN's fused graphs (nvidia-cudnn-frontend)",
-            cudnn_graphs,
+            cudnn_graphs_network.cudnn_graphs,
             modes=("infer",),
         ),
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
