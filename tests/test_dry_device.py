@@ -36,7 +36,7 @@ def _dry(arch, what):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.larger), 90])
 def test_every_kernel_of_a_network_launches(arch):
     found = _dry(arch, "step")
     assert set(found["kernels"]) >= OF_A_NETWORK

@@ -163,6 +163,7 @@ def sanitizer_environment() -> dict[str, str]:
     }
 
 
+@pytest.mark.larger  # than the broken kernels above
 def test_every_mutation_of_a_kernel_fails_the_op_tests_that_the_sources_pass(tmp_path):
     """One test, so that parallel test processes do not each compile the sources."""
     workshop = Workshop(tmp_path, ["-O0"])
@@ -176,6 +177,7 @@ def test_every_mutation_of_a_kernel_fails_the_op_tests_that_the_sources_pass(tmp
         assert run.returncode == 1 and "1 failed" in run.stdout, f"{mutation}\n{run.stdout}{run.stderr}"
 
 
+@pytest.mark.larger  # than the broken kernels above, which run under sanitizers too
 def test_the_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     """The whole op matrix once: accesses out of bounds or misaligned, to global and shared memory; overflows.
 

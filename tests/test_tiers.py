@@ -60,10 +60,10 @@ def kept(folder: Path, tier: str) -> list[str]:
     return [line.partition("::")[2] for line in run(folder, f"--tier={tier}", "--collect-only") if "::" in line]
 
 
-def test_a_smaller_tier_sees_every_pair_of_values_and_the_smaller_samples(tmp_path):
+def test_a_smaller_tier_sees_every_value_and_the_smaller_samples(tmp_path):
     found = kept(tmp_path, "test")
     ops = [name for name in found if "op[" in name]
-    assert len(ops) == 9 and not any("absent" in name for name in ops)
+    assert len(ops) == 3 and not any("absent" in name for name in ops)
     triples = {tuple(name.partition("[")[2].split("-")[:3]) for name in ops}
     for k, size in ((0, 2), (1, 3), (2, 3)):  # layout; shape, whose values have no hash: each is another; dtype
         assert len({triple[k] for triple in triples}) == size
@@ -75,9 +75,9 @@ def test_a_smaller_tier_sees_every_pair_of_values_and_the_smaller_samples(tmp_pa
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["here", "workers"])
 def test_the_last_line(tmp_path, workers):
     last = run(tmp_path, "--tier=test", *workers)[-1]
-    assert last.startswith("resnet_fused: all 11 tests passed (1 skipped, see above) on torch ")
-    assert last.endswith(", tier test; `make test-all` runs 29 more samples")
-    assert "1 of 11 tests FAILED" in run(tmp_path, "--tier=test", *workers, outcome=False)[-1]
+    assert last.startswith("resnet_fused: all 5 tests passed (1 skipped, see above) on torch ")
+    assert last.endswith(", tier test; `make test-all` runs 35 more samples")
+    assert "1 of 5 tests FAILED" in run(tmp_path, "--tier=test", *workers, outcome=False)[-1]
 
 
 def test_what_check_lists_is_there():

@@ -1,9 +1,8 @@
 """How much of the suite runs: `--tier=check`, `test` or `all`, each a sample of the next. No list is kept by hand.
 
-`all` runs every case of every test. `test` keeps of each parametrised test a set of cases in which every value of every
-parameter occurs, every backend with every dtype, and of three parameters and more every pair of values; it leaves out
-what is marked `larger`: the same facts on larger samples. `check` keeps, of the tests of CHECK alone, cases with every
-backend and every dtype.
+`all` runs every case of every test. `test` keeps of each parametrised test a few cases in which every value of every
+parameter occurs, and every backend with every dtype; it leaves out what is marked `larger`: the same facts on larger
+samples. `check` keeps, of the tests of CHECK alone, cases with every backend and every dtype.
 """
 
 from __future__ import annotations
@@ -53,11 +52,10 @@ def values(item: pytest.Item) -> list[Value]:
 
 def wanted(case: Sequence[Value], tier: str) -> list[Hashable]:
     """What of a case a tier has to see once."""
+    shared = [value for value in case if value[0] in SHARED]
     if tier == "check":
-        return [value for value in case if value[0] in SHARED]
-    if len(case) == 2 and not all(value[0] in SHARED for value in case):
-        return list(case)  # every pair would be every case
-    return list(itertools.combinations(case, 2)) or list(case)
+        return list(shared)
+    return [*case, *itertools.combinations(shared, 2)]
 
 
 def cover(cases: Sequence[Sequence[Hashable]]) -> list[int]:
