@@ -163,13 +163,15 @@ def cdiv(a: int, b: int) -> int:
 Tile = tuple[int, int, int]  # block_m, block_n, num_warps
 
 
-def _tiles(dtype: torch.dtype, tf32: bool, prologue: bool = False) -> list[Tile]:
+def _tiles(dtype: torch.dtype, arch: int, tf32: bool, prologue: bool = False) -> list[Tile]:
     """From the most efficient to the one that makes the most programs. A prologue holds a tile of activations in
     registers too: more warps to share them.
     """
     if dtype == torch.float32 and not tf32:
         # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
         return [(64 if prologue else 128, 64, 8), (64, 32, 4), (32, 32, 4)]
+    if dtype == torch.float32 and arch == 100:  # where the epilogue of a larger tile spills (Triton 3.8)
+        return [(128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
     return [(128, 128, 8), (128, 64, 8 if prologue else 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
 
 
@@ -220,7 +222,7 @@ def conv_fprop_heuristic(
         statistics: of the output, in the epilogue.
     """
     tile = _choose(
-        _tiles(dtype, tf32, prologue), shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch
+        _tiles(dtype, arch, tf32, prologue), shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch
     )
     return _fprop(tile, shape.c // shape.groups, dtype, arch, tf32)
 
@@ -229,7 +231,7 @@ def conv_fprop_configurations(
     dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False, statistics: bool = False
 ) -> list[ConvConfig]:
     """Every configuration that `conv_fprop_heuristic` can return."""
-    tiles = _tiles(dtype, tf32, prologue)
+    tiles = _tiles(dtype, arch, tf32, prologue)
     found = [_fprop(tile, channels, dtype, arch, tf32) for tile in tiles for channels in (3, 32, 64)]
     return list(dict.fromkeys(found))
 
@@ -251,7 +253,7 @@ def conv_dgrad_heuristic(
         prologue: dy is behind the backward of a batch norm.
     """
     tile = _choose(
-        _tiles(dtype, tf32, prologue), shape.n * shape.h * shape.w, shape.c // shape.groups, shape.groups, arch
+        _tiles(dtype, arch, tf32, prologue), shape.n * shape.h * shape.w, shape.c // shape.groups, shape.groups, arch
     )
     return _dgrad(tile, shape.k // shape.groups, dtype, arch, tf32, prologue)
 
@@ -260,7 +262,7 @@ def conv_dgrad_configurations(
     dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
 ) -> list[ConvConfig]:
     """Every configuration that `conv_dgrad_heuristic` can return."""
-    tiles = _tiles(dtype, tf32, prologue)
+    tiles = _tiles(dtype, arch, tf32, prologue)
     found = [_dgrad(tile, channels, dtype, arch, tf32, prologue) for tile in tiles for channels in (16, 32, 64)]
     return list(dict.fromkeys(found))
 
@@ -285,6 +287,6 @@ def conv_candidates(
     found += [replace(config, num_stages=config.num_stages - 1) for config in found[:2] if config.num_stages > 2]
     if op != "conv_dgrad" and taps > 1 and MIN_CHANNELS_PER_TAP <= channels <= 64:
         found += [
-            _configure(tile, channels, dtype, arch, tf32, flat=True) for tile in _tiles(dtype, tf32, prologue)[:2]
+            _configure(tile, channels, dtype, arch, tf32, flat=True) for tile in _tiles(dtype, arch, tf32, prologue)[:2]
         ]
     return found
