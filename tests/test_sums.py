@@ -86,6 +86,8 @@ class Unit(nn.Module):
 
 MODELS = {  # and the size of the input
     "equal": (lambda add: Block(add, 4, 4), (2, 4, 4, 4)),
+    "equal, one channel": (lambda add: Block(add, 1, 1), (2, 1, 4, 4)),
+    "equal, one pixel": (lambda add: Block(add, 4, 4), (2, 4, 1, 1)),
     "residual of one channel": (lambda add: Block(add, 1, 4), (2, 1, 4, 4)),
     "branch of one channel": (lambda add: Block(add, 4, 1), (2, 4, 4, 4)),
     "branch of one pixel": (lambda add: Block(add, 4, 4, stride=2), (2, 4, 2, 2)),

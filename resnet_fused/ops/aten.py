@@ -261,6 +261,9 @@ def onednn_conv(
     if residual is None:
         return conv._convolution_pointwise(x, weight, bias, *shape, "relu" if relu else "none", [], "")
     unary: tuple[str | None, list[float], str] = ("relu" if relu else None, [], "")
+    # Out of place, torch 2.11 fails where the result is NCHW and NHWC at once and the weight is prepacked.
+    if not overwrite_residual and (residual.shape[1] == 1 or tuple(residual.shape[2:]) == (1, 1)):
+        residual, overwrite_residual = residual.clone(), True
     if overwrite_residual:
         return conv._convolution_pointwise_.binary(residual, x, weight, bias, *shape, "add", 1.0, *unary)
     return conv._convolution_pointwise.binary(x, residual, weight, bias, *shape, "add", 1.0, *unary)
