@@ -66,7 +66,7 @@ library-test: install
 	@export RESNET_FUSED_BUILD=host; $(LIBRARY)
 	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
 
-# three samples of one suite, each a part of the next (tests/tiers.py)
+# three samples of one suite, each a part of the next (tests/support/tiers.py)
 check: lint types library-test
 	$(PYTEST) --tier=check $(ARGS)
 
@@ -102,7 +102,7 @@ test-machines: library-test
 
 # many random cases, others each time; EXAMPLES per test
 properties: library-test
-	RESNET_FUSED_EXAMPLES=$(or $(EXAMPLES),2000) $(PYTEST) tests/test_properties.py $(ARGS)
+	RESNET_FUSED_EXAMPLES=$(or $(EXAMPLES),2000) $(PYTEST) tests/functional/test_properties.py $(ARGS)
 
 lint: install
 	$(PY) -m ruff check .

@@ -12,10 +12,10 @@ import resnet_fused
 from benchmarks import gpu_results, targets
 from resnet_fused.bench import schema
 from resnet_fused.bench.results import Report, write_atomically, write_json
+from resnet_fused.dispatch import table as tables
 from resnet_fused.measure.cases import UsageError
-from resnet_fused.plan import table as tables
 
-RESULTS, TABLES = Path("benchmarks/results"), Path("resnet_fused/plan/tables")
+RESULTS, TABLES = Path("benchmarks/results"), Path("resnet_fused/dispatch/tables")
 KEPT = (gpu_results.STATE, gpu_results.RESULTS, "summary.txt", "profile.png")
 SAME = ("package", "torch", "triton", "commit")
 
@@ -44,7 +44,7 @@ def collect(out: Path, root: Path) -> Iterator[str]:
     """Put a sitting's results below `root`; a line for each. Collecting twice changes nothing.
 
     benchmarks/results/<gpu>/ gets the end-to-end runs as one result, and a folder with all that was measured;
-    resnet_fused/plan/tables/ the plan table, if it speaks of this version and of kernels that were verified.
+    resnet_fused/dispatch/tables/ the plan table, if it speaks of this version and of kernels that were verified.
 
     Raises:
         UsageError: something is not what a sitting writes; then nothing was written.

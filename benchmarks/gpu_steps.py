@@ -19,11 +19,7 @@ from resnet_fused import _library
 ROOT = Path(__file__).resolve().parents[1]
 CLI = (sys.executable, "-m", "resnet_fused.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-OP_TESTS = (
-    *("test_*ops.py", "test_conv_*.py", "test_triton_bn.py", "test_experimental*.py"),
-    *("test_block*.py", "test_freeze_triton.py"),
-)
-GPU_TESTS = ("compilation", "cudnn_package", "experimental_on_gpu", "training_machinery")
+OP_TESTS = ("tests/ops", "tests/functional/test_block*.py", "tests/inference/test_freeze_triton.py")
 SANITIZER = "compute-sanitizer"
 MARGIN_S = 15  # of a step's time, for what it does beside measuring
 Options = Mapping[str, str | None]  # None as value: a flag
@@ -98,7 +94,7 @@ def _sanitized(tool: str, tests: str, files: tuple[str, ...], limit_s: int) -> S
     """A tool of compute-sanitizer on small tests."""
     command = (SANITIZER, "--tool", tool, "--target-processes", "all", "--error-exitcode", "1", "--print-limit", "20")
     return dataclasses.replace(
-        _pytest(tool, {"-k": tests}, limit_s, files, {"-k": "refusals"}, "tests/test_ops.py"),
+        _pytest(tool, {"-k": tests}, limit_s, files, {"-k": "refusals"}, "tests/ops/test_ops.py"),
         wrapper=command,
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # PyTorch's allocator hides what lies beside a tensor
         absent=lambda rehearse: None if rehearse or shutil.which(SANITIZER) else f"{SANITIZER} is not on the PATH",
@@ -136,10 +132,12 @@ def _missing(package: str) -> str | None:
 
 def steps() -> list[Step]:
     """In order of value. With all of their time the steps up to the profile take three calls of nine minutes."""
-    tests = tuple(sorted(str(path.relative_to(ROOT)) for one in OP_TESTS for path in (ROOT / "tests").glob(one)))
-    marked = tuple(f"tests/test_{name}.py" for name in GPU_TESTS)
-    memory = ("tests/test_bn_ops.py", "tests/test_stem_ops.py", "tests/test_ops.py")
-    products = ("tests/test_conv_fprop.py", "tests/test_conv_dgrad.py", "tests/test_conv_wgrad.py")
+    tests = tuple(sorted(str(path.relative_to(ROOT)) for one in OP_TESTS for path in ROOT.glob(one)))
+    marked = tuple(
+        str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/*/test_*.py")) if "mark.gpu" in path.read_text()
+    )
+    memory = ("tests/ops/test_bn_ops.py", "tests/ops/test_stem_ops.py", "tests/ops/test_ops.py")
+    products = ("tests/ops/test_conv_fprop.py", "tests/ops/test_conv_dgrad.py", "tests/ops/test_conv_wgrad.py")
     verify: Options = {"--model": "resnet50", "--json": "{work}/{name}.json"}
     little: Options = {"--model": "-", "--rehearse": None, "--mode": "infer", "--dtype": "fp32"}
     right = r"checks against float64|error:"
@@ -164,9 +162,9 @@ def steps() -> list[Step]:
             150,
             tests,
             {"-n": "0", "-k": "refusals"},
-            "tests/test_ops.py",
+            "tests/ops/test_ops.py",
         ),
-        _pytest("gpu tests", {"-m": "gpu"}, 70, marked, NONE, "tests/test_training_machinery.py"),
+        _pytest("gpu tests", {"-m": "gpu"}, 70, marked, NONE, "tests/integration/test_training_machinery.py"),
         Step("verify", (*CLI, "verify"), {**verify, "--dtype": "bf16,fp16,fp32"}, right, 120, 30, little),
         _sanitized("memcheck", "(3x35x5x7 and bfloat16 or every_epilogue) and not reference", (*memory, *products), 60),
         _bench("baselines train", {**train, "--contestants": RIVALS}, 120, 90, BASELINES),

@@ -6,9 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from resnet_fused import evaluate, functional, models, nn
-from resnet_fused.fusion import FusionReport, freeze, fuse, report, unfuse
+from resnet_fused.dispatch import use_backend
+from resnet_fused.fusion import FusionReport, fuse, report, unfuse
+from resnet_fused.inference import freeze
 from resnet_fused.info import info
-from resnet_fused.plan import use_backend
 
 if TYPE_CHECKING:
     from resnet_fused.tuning.tune import tune

@@ -105,9 +105,9 @@ def resolve_device(text: str | None) -> torch.device:
 
 def check_backend(name: str, device: torch.device) -> str:
     """Return the backend `name` if it is one, and can run on `device` here; raises UsageError otherwise."""
-    from resnet_fused import ops, plan
+    from resnet_fused import dispatch, ops
 
-    choose(name, plan.BACKENDS, "backend")
+    choose(name, dispatch.BACKENDS, "backend")
     if name != "auto" and (reason := ops.unavailable(name, device.type)):
         raise UsageError(f"--backend {name}: {reason}")
     return name

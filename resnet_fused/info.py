@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from resnet_fused import _library, ops
-from resnet_fused.plan import BACKENDS
-from resnet_fused.plan.table import known_tables
+from resnet_fused.dispatch import BACKENDS
+from resnet_fused.dispatch.table import known_tables
 
 
 @dataclass(frozen=True)

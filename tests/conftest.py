@@ -24,13 +24,14 @@ LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--tier", choices=tiers.TIERS, help="how much of the suite runs (tests/tiers.py); default: all")
+    parser.addoption("--tier", choices=tiers.TIERS, help="how much of the suite runs (support/tiers.py); default: all")
 
 
 def pytest_ignore_collect(collection_path, config):
     """Files that have no test in the tier are not even imported."""
     if config.getoption("tier") == "check" and collection_path.suffix == ".py":
-        return collection_path.name not in {listed.partition("::")[0] for listed in tiers.CHECK} or None
+        files = {listed.partition("::")[0] for listed in tiers.CHECK}
+        return f"{collection_path.parent.name}/{collection_path.name}" not in files or None
     return None
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from resnet_fused import plan
+from resnet_fused import dispatch
+from resnet_fused.dispatch import Fusion
 from resnet_fused.measure.network import Block, Layer, Network
-from resnet_fused.plan import Fusion
 
 MASK = 1 / 16  # a bit an element, in elements of 16 bit; scaled for other widths
 INDEX_BYTES = 8  # of PyTorch's max pool
@@ -60,7 +60,7 @@ class Training:
     Attributes:
         pointwise: batch norm, add and ReLU are one pass each way (statistics and reductions are passes before it).
         fusion: what is fused around every convolution; None is nothing.
-        arch: ask `plan.training` for that instead, for this architecture.
+        arch: ask `dispatch.training` for that instead, for this architecture.
         join_epilogue: the dgrad that makes the gradient of a block's output also adds what reaches it on the shortcut,
             masks it and forms the sums of the batch norms behind it. With `arch`, where the plan says so, it forms the
             sums and does not mask: between two autograd functions the gradient is what it is.
@@ -82,7 +82,7 @@ class Training:
 
     def around(self, layer: Layer, dtype: torch.dtype) -> Fusion:
         if self.arch is not None:
-            return plan.training(layer.shape, dtype, self.arch)
+            return dispatch.training(layer.shape, dtype, self.arch)
         return self.fusion or Fusion(prologue=False, statistics=False, dgrad_epilogue=False)
 
 

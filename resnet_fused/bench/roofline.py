@@ -13,9 +13,9 @@ from rich.text import Text
 
 from resnet_fused.bench import cost
 from resnet_fused.bench.cost import Cost
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure.cases import DTYPES
 from resnet_fused.measure.network import Network, networks
-from resnet_fused.plan.conv import ConvShape
 
 # (bytes/s, 16 bit floating-point operations/s) that good kernels reach: HBM's specified rate, and dense matrix products
 # at the clock the power limit leaves.

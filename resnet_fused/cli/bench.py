@@ -85,8 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.measure.progress import Reporter
     except ImportError as error:
         return complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+    from resnet_fused.dispatch import use_backend
     from resnet_fused.measure.cases import UsageError
-    from resnet_fused.plan import use_backend
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -133,8 +133,8 @@ def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
     from rich.console import Console
 
     from resnet_fused.bench import profile_view, results, subcommands
+    from resnet_fused.dispatch import use_backend
     from resnet_fused.measure.progress import Reporter
-    from resnet_fused.plan import use_backend
 
     with Reporter(Console(stderr=True), None) as reporter, use_backend(options.backend):
         found, facts = subcommands.profile_cases(options, reporter)

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import ops, plan
+from resnet_fused import dispatch, ops
 from resnet_fused._compiling import constant
+from resnet_fused.dispatch.conv import ConvShape, training_refusal, uses_tf32
 from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
 from resnet_fused.functional.common import (
     Geometry,
@@ -35,7 +36,6 @@ from resnet_fused.functional.common import (
     refuses_batch_norm,
 )
 from resnet_fused.functional.statistics import constant_affine, finalize
-from resnet_fused.plan.conv import ConvShape, training_refusal, uses_tf32
 
 _op = torch.ops.resnet_fused
 
@@ -84,13 +84,13 @@ def choose_chain(
     """
     if residual is x:
         identity, residual = True, None
-    forced = plan.forced_backend()
+    forced = dispatch.forced_backend()
     dtype = operand_dtype(x)
     added = x if identity else residual
     measured = None if forced else _measured(x, dtype, branch, shortcut, added)
     if measured == "aten":
         return Chain((), None, identity, relu, "aten")
-    backend = forced or measured or plan.default_backend("bn_apply", x.device.type)
+    backend = forced or measured or dispatch.default_backend("bn_apply", x.device.type)
     if backend == "aten" or x.dim() != 4 or x.numel() == 0:
         return None
     layers: list[Layer] = []
@@ -141,8 +141,8 @@ def _measured(
         if conv_shape(tuple(x.shape), shortcut.weight, shortcut.geometry) != out or not shortcut.training:
             return None
         projection = _problem(tuple(x.shape), shortcut)
-    block = plan.BlockShape(tuple(shapes), projection, added is x)
-    return plan.block(block, dtype, _arch(x.device), uses_tf32(dtype))
+    block = dispatch.BlockShape(tuple(shapes), projection, added is x)
+    return dispatch.block(block, dtype, _arch(x.device), uses_tf32(dtype))
 
 
 def _problem(shape: tuple[int, ...], layer: ConvBN) -> ConvShape:
@@ -173,11 +173,11 @@ def _choose_layer(
     problem, arch = _problem(shape, layer), _arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None
     if plans and training_refusal(problem, dtype) is None:
-        chosen = plan.layer(problem, dtype, arch, uses_tf32(dtype), first, residual)
+        chosen = dispatch.layer(problem, dtype, arch, uses_tf32(dtype), first, residual)
     else:
-        fusion = plan.training(problem, dtype, arch)
+        fusion = dispatch.training(problem, dtype, arch)
         fusion = replace(fusion, prologue=fusion.prologue and not first)
-        chosen = plan.LayerPlan(*_conv_backends(function, problem, dtype, x.device, forced), fusion)
+        chosen = dispatch.LayerPlan(*_conv_backends(function, problem, dtype, x.device, forced), fusion)
     eps = layer.eps if layer.training else None
     return Layer(layer.geometry, eps, chosen.fprop, chosen.dgrad, chosen.wgrad, chosen.fusion), out
 
@@ -196,7 +196,7 @@ def _conv_backends(
         return "aten", "aten", "aten"
     if forced is not None:
         return forced, forced, forced
-    return tuple(plan.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
+    return tuple(dispatch.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
 
 
 @constant
@@ -268,7 +268,7 @@ def _layer(
     if fused:
         out = conv_shape(tuple(x.shape), weight, static.geometry)
         assert out is not None
-        rows = plan.partial_rows(out[0] * out[2] * out[3], out[1])
+        rows = dispatch.partial_rows(out[0] * out[2] * out[3], out[1])
         z, *statistics = _op.conv_fprop_stats(
             x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.fprop
         )
@@ -276,7 +276,7 @@ def _layer(
         z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.fprop)
         z = dense(z)
         if layer.training:
-            statistics = _op.bn_stats(z, plan.partial_rows(pixels(z), z.shape[1]), backend=backend)
+            statistics = _op.bn_stats(z, dispatch.partial_rows(pixels(z), z.shape[1]), backend=backend)
     if nhwc:  # where PyTorch's convolution ran beside Triton's
         z = z.contiguous(memory_format=torch.channels_last)
     if layer.training:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import plan
+from resnet_fused import dispatch
+from resnet_fused.dispatch import Fusion
 from resnet_fused.functional import block_border as border
 from resnet_fused.functional import native
 from resnet_fused.functional.common import Geometry, dense, in_layout_of, pixels
 from resnet_fused.ops.arithmetic import behind_relu
-from resnet_fused.plan import Fusion
 
 _op = torch.ops.resnet_fused
 
@@ -390,4 +390,4 @@ class _Backward:
 
 
 def _rows(z: Tensor) -> int:
-    return plan.partial_rows(pixels(z), z.shape[1])
+    return dispatch.partial_rows(pixels(z), z.shape[1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_map_only
 
-from resnet_fused import ops, plan
+from resnet_fused import dispatch, ops
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -118,8 +118,8 @@ def choose(
     Raises:
         Refused: a forced backend has a kernel for `op` which cannot run on these tensors.
     """
-    forced = plan.forced_backend()
-    backend = forced or plan.default_backend(op, x.device.type)
+    forced = dispatch.forced_backend()
+    backend = forced or dispatch.default_backend(op, x.device.type)
     if backend == "aten" or not ops.implements(backend, op):
         return "aten"
     if x.dim() != 4 or any(v is not None and v.shape != x.shape[1:2] for v in vectors):
@@ -130,7 +130,7 @@ def choose(
 
 def runs_plain(op: str, device_type: str) -> bool:
     """Whether nothing is forced and the plan has PyTorch's own kernels for `op`."""
-    return plan.forced_backend() is None and plan.default_backend(op, device_type) == "aten"
+    return dispatch.forced_backend() is None and dispatch.default_backend(op, device_type) == "aten"
 
 
 def choose_conv(
@@ -148,8 +148,8 @@ def choose_conv(
     Raises:
         Refused: a forced backend has a `conv_fprop` which cannot run on these tensors.
     """
-    forced = plan.forced_backend()
-    backend = forced or plan.default_backend("conv_fprop", x.device.type)
+    forced = dispatch.forced_backend()
+    backend = forced or dispatch.default_backend("conv_fprop", x.device.type)
     if not ops.implements(backend, "conv_fprop"):
         forced, backend = None, "aten"
     shape = conv_shape(x.shape, weight, geometry)
@@ -158,7 +158,7 @@ def choose_conv(
     if forced is None and backend == "aten":
         # Inductor sees through the plain sequence, and not through an op of ours that calls PyTorch's convolution.
         compiling = torch.compiler.is_compiling()
-        if compiling or not plan.folding_pays(x.device.type, math.prod(shape), weight.numel()):
+        if compiling or not dispatch.folding_pays(x.device.type, math.prod(shape), weight.numel()):
             return None
     if any(v is not None and v.shape != weight.shape[:1] for v in vectors):
         return None
@@ -206,7 +206,7 @@ def raises_as_pytorch(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except Refused:
             copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
-            with plan.use_backend("aten"):
+            with dispatch.use_backend("aten"):
                 function(*copies[0], **copies[1])
             raise
 

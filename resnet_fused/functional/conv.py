@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from resnet_fused.dispatch import forced_backend
+from resnet_fused.dispatch.conv import ConvShape, training_refusal
 from resnet_fused.functional import native
 from resnet_fused.functional.block import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.common import (
@@ -33,8 +35,6 @@ from resnet_fused.functional.common import (
 from resnet_fused.functional.norm import batch_norm_act
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.ops.arithmetic import compute_dtype
-from resnet_fused.plan import forced_backend
-from resnet_fused.plan.conv import ConvShape, training_refusal
 
 _op = torch.ops.resnet_fused
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import plan
+from resnet_fused import dispatch
 from resnet_fused.functional import native
 from resnet_fused.functional.common import (
     Act,
@@ -117,7 +117,7 @@ class _BatchNormAct(torch.autograd.Function):
         dy = in_layout_of(dy, x)
         dx = dresidual = sum_dy = sum_dy_xhat = None
         if needs_weight or needs_bias or (needs_x and ctx.eps is not None):
-            rows = plan.partial_rows(pixels(x), x.shape[1])
+            rows = dispatch.partial_rows(pixels(x), x.shape[1])
             sum_dy, sum_dy_xhat = _op.bn_backward_reduce(
                 dy, x, mask, scale, shift, mean, invstd, ctx.relu, rows, backend=ctx.backend
             )

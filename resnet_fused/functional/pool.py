@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import plan
+from resnet_fused import dispatch
 from resnet_fused.functional import native
 from resnet_fused.functional.common import choose_batch_norm, dense, in_layout_of, pixels, raises_as_pytorch
 from resnet_fused.functional.statistics import affine_of
@@ -88,7 +88,7 @@ class _BatchNormActMaxPool(torch.autograd.Function):
         dx = sum_dy = sum_dy_xhat = None
         batch_statistics = ctx.eps is not None
         if needs_weight or needs_bias or batch_statistics:
-            rows = plan.partial_rows(pixels(x), x.shape[1])
+            rows = dispatch.partial_rows(pixels(x), x.shape[1])
             sum_dy, sum_dy_xhat = _op.bn_act_max_pool_backward_reduce(
                 dy, index, x, scale, shift, mean, invstd, rows, backend=ctx.backend
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resnet_fused import plan
+from resnet_fused import dispatch
 from resnet_fused.functional.common import pixels
 from resnet_fused.ops.arithmetic import compute_dtype
 
@@ -38,7 +38,7 @@ def affine_of(
             return constant_affine(running_mean, running_var, weight, bias, eps, x.dtype)
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        rows = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
+        rows = _op.bn_stats(x, dispatch.partial_rows(pixels(x), x.shape[1]), backend=backend)
         return finalize(rows, running_mean, running_var, weight, bias, momentum, eps, backend)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import ops, plan
+from resnet_fused import dispatch, ops
 from resnet_fused.functional import native
 from resnet_fused.functional.common import Act, add_relu, check_act, choose, common_reason, dense, in_layout_of, pixels
 from resnet_fused.functional.statistics import finalize
@@ -145,7 +145,7 @@ def _statistics(x: Tensor, backend: str) -> Tensor:
     """
     if x.numel() == 0:
         return x.new_zeros(1 + 2 * x.shape[1], dtype=torch.float64)
-    mean, m2, count = _op.bn_stats(x, plan.partial_rows(pixels(x), x.shape[1]), backend=backend)
+    mean, m2, count = _op.bn_stats(x, dispatch.partial_rows(pixels(x), x.shape[1]), backend=backend)
     n = count.double().unsqueeze(1)
     merged = (mean * n).sum(0) / n.sum()
     deviations = (m2 + n * (mean - merged).square()).sum(0)
@@ -240,7 +240,7 @@ class _SyncBatchNormAct(torch.autograd.Function):
         empty = x.numel() == 0
         own = [torch.zeros_like(mean), torch.zeros_like(mean)]
         if (needs_weight or needs_bias or needs_x) and not empty:
-            rows = plan.partial_rows(pixels(x), x.shape[1])
+            rows = dispatch.partial_rows(pixels(x), x.shape[1])
             own = list(_op.bn_backward_reduce(*operands, ctx.relu, rows, backend=ctx.backend))
         dresidual = dy if needs_residual else None
         dx = None
@@ -298,7 +298,7 @@ class _SyncBatchNormActMaxPool(torch.autograd.Function):
         empty = x.numel() == 0
         own = [torch.zeros_like(mean), torch.zeros_like(mean)]
         if not empty:
-            rows = plan.partial_rows(pixels(x), x.shape[1])
+            rows = dispatch.partial_rows(pixels(x), x.shape[1])
             own = list(_op.bn_act_max_pool_backward_reduce(*operands, rows, backend=ctx.backend))
         dx = None
         if needs_x:

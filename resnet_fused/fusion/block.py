@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Literal
 
+from resnet_fused.fusion.convs import conv_form, conv_of
+from resnet_fused.fusion.flow import Flow, Op, ancestors
+from resnet_fused.fusion.nodes import IN_PLACE_ADDS
+from resnet_fused.fusion.norms import culprit, norm_form, norm_of
+from resnet_fused.fusion.plans import BlockPlan, Unit
 from resnet_fused.nn.sums import Sum
-
-from .convs import conv_form, conv_of
-from .flow import Flow, Op, ancestors
-from .nodes import IN_PLACE_ADDS
-from .norms import culprit, norm_form, norm_of
-from .plans import BlockPlan, Unit
 
 _KINDS: dict[int, Literal["BasicBlock", "Bottleneck"]] = {2: "BasicBlock", 3: "Bottleneck"}
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from .convs import ConvForm, conv_form
-from .nodes import (
+from resnet_fused.fusion.convs import ConvForm, conv_form
+from resnet_fused.fusion.nodes import (
     factor,
     function_name,
     is_identity,
@@ -25,9 +25,9 @@ from .nodes import (
     is_sum,
     sum_function,
 )
-from .norms import NormForm, norm_form
-from .questions import is_number
-from .trace import original_class
+from resnet_fused.fusion.norms import NormForm, norm_form
+from resnet_fused.fusion.questions import is_number
+from resnet_fused.fusion.trace import original_class
 
 Kind = Literal["input", "conv", "bn", "relu", "add", "pool", "other"]
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import swap
-from .norms import other_norm
-from .plans import BlockPlan, Plan
-from .recognise import Recognition, own, recognise
-from .report import FusionReport
-from .trace import original_class
+from resnet_fused.fusion import swap
+from resnet_fused.fusion.norms import other_norm
+from resnet_fused.fusion.plans import BlockPlan, Plan
+from resnet_fused.fusion.recognise import Recognition, own, recognise
+from resnet_fused.fusion.report import FusionReport
+from resnet_fused.fusion.trace import original_class
 
 M = TypeVar("M", bound=nn.Module)
 

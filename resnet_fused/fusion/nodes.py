@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from resnet_fused.nn.plain import POOLS, keeps_methods, overridden
-
-from .questions import is_number
-from .trace import original_class
+from resnet_fused.fusion.questions import is_number
+from resnet_fused.fusion.trace import original_class
+from resnet_fused.nn.eligibility import POOLS, keeps_methods, overridden
 
 RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
 RELU_METHODS = ("relu", "relu_")

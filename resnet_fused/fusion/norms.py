@@ -17,12 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from resnet_fused.fusion.nodes import calls_relu
+from resnet_fused.fusion.trace import (
+    AsksForGradient,
+    Traced,
+    Untraceable,
+    functions,
+    lookups,
+    original_class,
+    record,
+    trace,
+)
+from resnet_fused.nn.call import plain
+from resnet_fused.nn.eligibility import calls_forward, computes_as, not_plain, overridden
 from resnet_fused.nn.norms import BATCH_NORMS, Norm, RecognisedNorm, says_plain
-from resnet_fused.nn.plain import calls_forward, computes_as, not_plain, overridden
-from resnet_fused.nn.units import plain
-
-from .nodes import calls_relu
-from .trace import AsksForGradient, Traced, Untraceable, functions, lookups, original_class, record, trace
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("eps", "momentum", "affine", "track_running_stats", "num_features")

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_fused.nn.plain import home
-
-from .block import Mismatch, NoReluAfterSum, joins, match_block
-from .flow import Flow, flow_of
-from .nodes import is_holder
-from .norms import looks_like_norm
-from .plans import BlockPlan, Forward, Plan, SequencePlan
-from .sequence import Rewritten, generate, rewrite
-from .trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
+from resnet_fused.fusion.block import Mismatch, NoReluAfterSum, joins, match_block
+from resnet_fused.fusion.flow import Flow, flow_of
+from resnet_fused.fusion.nodes import is_holder
+from resnet_fused.fusion.norms import looks_like_norm
+from resnet_fused.fusion.plans import BlockPlan, Forward, Plan, SequencePlan
+from resnet_fused.fusion.sequence import Rewritten, generate, rewrite
+from resnet_fused.fusion.trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
+from resnet_fused.nn.eligibility import home
 
 # Their forwards are generated, or act on processes, devices and compilers; what they wrap is looked at by itself.
 _FOREIGN = ("torch.nn.parallel.", "torch.distributed.", "torch._dynamo.", "torch.jit.")

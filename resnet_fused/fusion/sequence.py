@@ -12,11 +12,8 @@ from typing import Any, TypeGuard
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.nn.sums import Sum
-from resnet_fused.nn.units import plain_pool
-
-from .convs import ConvForm, conv_form, conv_of, own_call
-from .nodes import (
+from resnet_fused.fusion.convs import ConvForm, conv_form, conv_of, own_call
+from resnet_fused.fusion.nodes import (
     IN_PLACE_ADDS,
     is_activation,
     is_identity,
@@ -26,8 +23,10 @@ from .nodes import (
     is_sum,
     sum_function,
 )
-from .norms import NormForm, culprit, norm_form, norm_of
-from .plans import Unit
+from resnet_fused.fusion.norms import NormForm, culprit, norm_form, norm_of
+from resnet_fused.fusion.plans import Unit
+from resnet_fused.nn.call import plain_pool
+from resnet_fused.nn.sums import Sum
 
 
 @dataclass

@@ -20,18 +20,17 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.module import _has_any_global_hook
 
+from resnet_fused.fusion.convs import ConvForm, conv_form, conv_of
+from resnet_fused.fusion.norms import norm_of, signature
+from resnet_fused.fusion.plans import BlockPlan, Plan
+from resnet_fused.fusion.recognise import Recognition, recognise
+from resnet_fused.fusion.trace import functions, lookups, original_class
+from resnet_fused.nn.call import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
 from resnet_fused.nn.convs import RecognisedConv
+from resnet_fused.nn.eligibility import hooked, keeps_methods, overridden
 from resnet_fused.nn.norms import Norm, RecognisedNorm
-from resnet_fused.nn.plain import hooked, keeps_methods, overridden
 from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.sums import PLUS, Sum
-from resnet_fused.nn.units import conv_bn_act, conv_bn_act_max_pool, conv_bn_chain, plain
-
-from .convs import ConvForm, conv_form, conv_of
-from .norms import norm_of, signature
-from .plans import BlockPlan, Plan
-from .recognise import Recognition, recognise
-from .trace import functions, lookups, original_class
 
 
 class Binding:

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import inplace_methods
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .questions import erase_questions, is_number, read_of_input, says_full
+from resnet_fused.fusion.questions import erase_questions, is_number, read_of_input, says_full
 
 Inputs = Literal["any", "list"]
 Lookup = tuple[type, str, Any]  # a class, a name, what the class had under it

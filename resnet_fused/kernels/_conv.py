@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import uses_tf32 as uses_tf32  # for the kernels' files
 from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.kernels._launch import MAX_REGISTERS as MAX_REGISTERS  # for the kernels' files
 from resnet_fused.kernels._tile import affine, round_to, to_fp32
-from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.conv import uses_tf32 as uses_tf32  # for the kernels' files
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

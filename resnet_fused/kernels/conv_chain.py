@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch import conv_config
+from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.conv_chain import chain_flags, chain_refusal, chain_tile
 from resnet_fused.kernels._conv import conv_shape, dot_dtype, taps_inside
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._operands import empty_nhwc, refuse_like, refuse_operands, refuse_vectors
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
-from resnet_fused.plan import conv_config
-from resnet_fused.plan.conv import ConvConfig
-from resnet_fused.plan.conv_chain import chain_flags, chain_refusal, chain_tile
 
 
 @triton.jit

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch import conv_config
+from resnet_fused.dispatch.conv import ConvConfig, dgrad_refusal
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     bn_gradient,
@@ -31,8 +33,6 @@ from resnet_fused.kernels._operands import (
 )
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
-from resnet_fused.plan import conv_config
-from resnet_fused.plan.conv import ConvConfig, dgrad_refusal
 
 
 @triton.jit

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvConfig
 from resnet_fused.kernels._operands import refuse_bits, refuse_half, refuse_like, refuse_vectors
 from resnet_fused.kernels.conv_dgrad import refuse as refuse_dgrad
 from resnet_fused.kernels.conv_dgrad import run
 from resnet_fused.kernels.reduce_rows import reduce_pair, reduce_rows
-from resnet_fused.plan.conv import ConvConfig
 
 
 def refuse(

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch import conv_config
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     activation_tile,
@@ -30,8 +32,6 @@ from resnet_fused.kernels._operands import (
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
-from resnet_fused.plan import conv_config
-from resnet_fused.plan.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
 
 
 @triton.jit

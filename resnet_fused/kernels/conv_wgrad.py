@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch import conv_config
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape, wgrad_refusal
 from resnet_fused.kernels._conv import bn_gradient, dot_dtype, relu_affine, uses_tf32
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
 from resnet_fused.kernels._operands import (
@@ -18,8 +20,6 @@ from resnet_fused.kernels._operands import (
 )
 from resnet_fused.kernels._tile import channel_unit, round_to
 from resnet_fused.kernels.reduce_rows import reduce_rows
-from resnet_fused.plan import conv_config
-from resnet_fused.plan.conv import ConvConfig, ConvShape, wgrad_refusal
 
 
 def _magic(divisor: int) -> tuple[int, int]:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused._command import one_line
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure import models
 from resnet_fused.measure.cases import UsageError
-from resnet_fused.plan.conv import ConvShape
 
 _BRANCH = ("conv1", "conv2", "conv3")
 

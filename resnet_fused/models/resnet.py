@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fused.models.plain import PlainBlock
 from resnet_fused.models.shortcut import SHORTCUTS, Shortcut, make_shortcut
-from resnet_fused.nn import BasicBlock, Bottleneck, units
+from resnet_fused.nn import BasicBlock, Bottleneck, call
 
 Stem = Literal["imagenet", "small"]
 STEMS: tuple[Stem, ...] = ("imagenet", "small")
@@ -106,9 +106,9 @@ class ResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's activations, `[N, C, H / 32, W / 32]` of an ImageNet net."""
         if self.maxpool is None:
-            x = units.conv_bn_act(x, self.conv1, self.bn1, self.relu, relu=True)
+            x = call.conv_bn_act(x, self.conv1, self.bn1, self.relu, relu=True)
         else:
-            x = units.conv_bn_act_max_pool(x, self.conv1, self.bn1, self.relu, self.maxpool)
+            x = call.conv_bn_act_max_pool(x, self.conv1, self.bn1, self.relu, self.maxpool)
         for name in self.stages:
             x = getattr(self, name)(x)
         return x

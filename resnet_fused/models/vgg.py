@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.nn import units
+from resnet_fused.nn import call
 
 VGG19_STAGES = ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4))  # (channels, 3x3 convolutions); a max pool ends each
 
@@ -21,7 +21,7 @@ class VGGFeatures(nn.Sequential):
         while layers:
             if len(layers) > 2 and isinstance(layers[1], nn.BatchNorm2d):
                 conv, bn, act = layers[:3]
-                x, layers = units.conv_bn_act(x, conv, bn, act, relu=True), layers[3:]
+                x, layers = call.conv_bn_act(x, conv, bn, act, relu=True), layers[3:]
             else:
                 x, layers = layers[0](x), layers[1:]
         return x

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_fused.nn import units
-from resnet_fused.nn.plain import untouched
+from resnet_fused.nn import call
+from resnet_fused.nn.eligibility import untouched
 from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.sums import INTO_BRANCH
 
@@ -32,15 +32,15 @@ def residual_block(
             the sum.
         shortcut: (conv, bn) of a projection, or None for the identity.
     """
-    fused = units.conv_bn_chain(x, layers, shortcut, add=INTO_BRANCH)
+    fused = call.conv_bn_chain(x, layers, shortcut, add=INTO_BRANCH)
     if fused is not None:
         return fused
-    identity = x if shortcut is None else units.conv_bn_act(x, *shortcut, None, relu=False)
+    identity = x if shortcut is None else call.conv_bn_act(x, *shortcut, None, relu=False)
     y = x
     for conv, bn, act in layers[:-1]:
-        y = units.conv_bn_act(y, conv, bn, act, relu=True)
+        y = call.conv_bn_act(y, conv, bn, act, relu=True)
     conv, bn, act = layers[-1]
-    return units.conv_bn_act(y, conv, bn, act, relu=True, residual=identity, add=INTO_BRANCH)
+    return call.conv_bn_act(y, conv, bn, act, relu=True, residual=identity, add=INTO_BRANCH)
 
 
 class _Block(NotScriptable, nn.Module):
@@ -61,8 +61,8 @@ class _Block(NotScriptable, nn.Module):
         *inner, (conv, bn, act) = self._layers()
         y = x
         for layer in inner:
-            y = units.conv_bn_act(y, *layer, relu=True)
-        return units.conv_bn_act(y, conv, bn, act, relu=True, residual=projection(x), add=INTO_BRANCH)
+            y = call.conv_bn_act(y, *layer, relu=True)
+        return call.conv_bn_act(y, conv, bn, act, relu=True, residual=projection(x), add=INTO_BRANCH)
 
 
 class BasicBlock(_Block):

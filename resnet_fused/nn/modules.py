@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fused.functional.common import Act, check_act
-from resnet_fused.nn import units
+from resnet_fused.nn import call
 from resnet_fused.nn.scripting import NotScriptable
 from resnet_fused.nn.sync import KeepsActivation, init_with_act
 
@@ -67,7 +67,7 @@ class ConvBNAct2d(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(conv(x)) + residual); `x` is `[N, C, H, W]`, `residual` of the result's shape."""
-        return units.conv_bn_act(x, self.conv, self.bn, None, relu=self.relu, residual=residual)
+        return call.conv_bn_act(x, self.conv, self.bn, None, relu=self.relu, residual=residual)
 
 
 class Stem(NotScriptable, nn.Module):
@@ -91,4 +91,4 @@ class Stem(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, in_channels, H, W]` to `[N, out_channels, H/4, W/4]`, each half rounded up."""
-        return units.conv_bn_act_max_pool(x, self.conv1, self.bn1, None, self.maxpool)
+        return call.conv_bn_act_max_pool(x, self.conv1, self.bn1, None, self.maxpool)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resnet_fused.nn.convs import CONVS, RecognisedConv
-from resnet_fused.nn.plain import calls_forward, not_plain, watched
+from resnet_fused.nn.eligibility import calls_forward, not_plain, watched
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_fused.functional.common import Act, check_act
-from resnet_fused.nn import units
+from resnet_fused.nn import call
 from resnet_fused.nn.scripting import NotScriptable
 
 
@@ -29,7 +29,7 @@ class KeepsActivation(NotScriptable):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(x) + residual); `x` and `residual` are `[N, C, H, W]`."""
-        return units.batch_norm_act(x, self, residual, self.act)  # type: ignore[arg-type]
+        return call.batch_norm_act(x, self, residual, self.act)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act}"  # type: ignore[misc]

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops import bn_act_max_pool, comparison
 from resnet_fused.ops.arithmetic import gradient_sums, unpool, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Size, register
-from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):

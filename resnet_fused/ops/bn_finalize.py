@@ -7,10 +7,10 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops.arithmetic import vector
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Mutated, Size, register
-from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):

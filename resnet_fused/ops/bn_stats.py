@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import compute_dtype, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Size, register
-from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
-from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import (
     bn_gradient,
@@ -24,7 +25,6 @@ from resnet_fused.ops.arithmetic import (
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
-from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):

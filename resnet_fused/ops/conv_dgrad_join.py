@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import comparison, conv_dgrad
 from resnet_fused.ops.arithmetic import gradient_sums, memory_format, select, unpack_bits, up, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
-from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops.arithmetic import per_channel, up
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
-from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):

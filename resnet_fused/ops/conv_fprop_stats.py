@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops import bn_stats, comparison
 from resnet_fused.ops.arithmetic import activation, up
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
-from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import activation, bn_gradient, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Pair, register
-from resnet_fused.plan.conv import ConvShape
 
 
 class Args(NamedTuple):

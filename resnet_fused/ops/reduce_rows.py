@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.registry import Size, register
-from resnet_fused.plan.heuristics import partial_rows
 
 
 class Args(NamedTuple):

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_fused import plan
+from resnet_fused import dispatch
 from resnet_fused.contract import FACTOR, FLOOR_ULPS
+from resnet_fused.dispatch import choice as plans
+from resnet_fused.dispatch.conv import BlockShape, ConvShape
+from resnet_fused.dispatch.table import Choice, Entry, Table
 from resnet_fused.functional import block as chains
 from resnet_fused.measure.timing import first_line
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan import choice as plans
-from resnet_fused.plan.conv import BlockShape, ConvShape
-from resnet_fused.plan.table import Choice, Entry, Table
 from resnet_fused.tuning.problems import Job
 
 CHECKED_IMAGES = 8
@@ -80,7 +80,7 @@ def timed(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], 
             else:
                 # Without a GPU no table counts.
                 forced = block.x.device.type != "cuda"
-                stack.enter_context(plan.use_backend(choice.backend) if forced else plans.assuming(assumed))
+                stack.enter_context(dispatch.use_backend(choice.backend) if forced else plans.assuming(assumed))
                 chain = chains.choose_chain("tune", block.x, block.branch, block.shortcut, identity=block.identity)
             if chain is None:
                 raise RuntimeError("the plan does not run this block as a chain")

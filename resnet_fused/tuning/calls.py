@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused import ops, plan
+from resnet_fused import dispatch, ops
+from resnet_fused.dispatch.choice import ALONE
+from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.table import Choice
 from resnet_fused.ops.arithmetic import unpack_bits
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan.choice import ALONE
-from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.table import Choice
 from resnet_fused.tuning.checks import caller
 from resnet_fused.tuning.problems import Job, arguments
 
@@ -223,7 +223,7 @@ def _add(backend: str, x: Tensor, dy: Tensor, other: Tensor, *_: Tensor) -> Call
 
 def _rows(x: Tensor) -> int:
     n, c, h, w = x.shape
-    return plan.partial_rows(n * h * w, c)
+    return dispatch.partial_rows(n * h * w, c)
 
 
 _FAMILY_CALLS: dict[str, Callable[..., Callable[[], object]]] = {

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from resnet_fused import ops
-from resnet_fused.plan import choice as plans
-from resnet_fused.plan import conv, conv_chain, conv_wgrad, experimental
-from resnet_fused.plan.choice import ALONE, BLOCK
-from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.table import Choice, Problem
+from resnet_fused.dispatch import choice as plans
+from resnet_fused.dispatch import conv, conv_chain, conv_wgrad, experimental
+from resnet_fused.dispatch.choice import ALONE, BLOCK
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.tuning.calls import backends, operands_of, timed
 from resnet_fused.tuning.problems import FAMILIES, Job
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.table import Choice
 from resnet_fused.measure import memory
 from resnet_fused.measure.timing import first_line
 from resnet_fused.ops import OPS, aten
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.comparison import Comparison, double, map_tensors
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.table import Choice
 from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, elements
 
 REFUSED = "refused: "  # how a reason begins that is no error of the kernel

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
+from resnet_fused.dispatch import choice as plans
+from resnet_fused.dispatch.choice import ALONE, BLOCK
+from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.table import Choice, Problem, Table
 from resnet_fused.measure import roof
 from resnet_fused.measure.cases import DTYPES, UsageError
 from resnet_fused.measure.cuda_graph import captured
 from resnet_fused.measure.timing import clock_for, first_line, time_interleaved
 from resnet_fused.measure.workers import TaskFailure, Worker, WorkerCrashed
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan import choice as plans
-from resnet_fused.plan.choice import ALONE, BLOCK
-from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.table import Choice, Problem, Table
 from resnet_fused.tuning import blocks
 from resnet_fused.tuning.calls import operands_of, timed
 from resnet_fused.tuning.checks import check, check_all, crashed

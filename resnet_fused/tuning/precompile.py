@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from resnet_fused.dispatch.choice import ALONE
+from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.table import Choice
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan.choice import ALONE
-from resnet_fused.plan.conv import ConvShape
-from resnet_fused.plan.table import Choice
 from resnet_fused.tuning.device_worker import CHECKED_IMAGES
 from resnet_fused.tuning.launches import SHARED_MEMORY_KB, configured_for, recording
 from resnet_fused.tuning.problems import (

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from resnet_fused.dispatch import formulation
+from resnet_fused.dispatch.choice import ALONE, BLOCK
+from resnet_fused.dispatch.conv import BlockShape, ConvShape
+from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.measure.network import Block, Layer, Network
 from resnet_fused.ops import OPS
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan import formulation
-from resnet_fused.plan.choice import ALONE, BLOCK
-from resnet_fused.plan.conv import BlockShape, ConvShape
-from resnet_fused.plan.conv_chain import chain_flags, join_flags
-from resnet_fused.plan.table import Problem
 
 CHAIN_CHANNELS = 128
 FAMILIES = {

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from resnet_fused.plan.lookup import entry_of
-from resnet_fused.plan.table import Choice, Problem, Table
+from resnet_fused.dispatch.lookup import entry_of
+from resnet_fused.dispatch.table import Choice, Problem, Table
 from resnet_fused.tuning.problems import Job
 from resnet_fused.tuning.work import Roofs
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from resnet_fused._command import write_json
+from resnet_fused.dispatch import table as tables
+from resnet_fused.dispatch.choice import ALONE, ATEN, BLOCK
+from resnet_fused.dispatch.lookup import measured
+from resnet_fused.dispatch.table import Choice, Entry, Problem, Table
 from resnet_fused.measure.workers import WorkerCrashed
-from resnet_fused.plan import table as tables
-from resnet_fused.plan.choice import ALONE, ATEN, BLOCK
-from resnet_fused.plan.lookup import measured
-from resnet_fused.plan.table import Choice, Entry, Problem, Table
 from resnet_fused.tuning.candidates import candidates
 from resnet_fused.tuning.checks import REFUSED, crashed
 from resnet_fused.tuning.device_worker import LocalWorker, ProcessWorker

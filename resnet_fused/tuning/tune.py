@@ -17,14 +17,14 @@ from typing import Any
 import torch
 
 from resnet_fused import ops
+from resnet_fused.dispatch import choice as plans
+from resnet_fused.dispatch import table as tables
+from resnet_fused.dispatch.conv import tf32_allowed
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import DTYPES, UsageError
 from resnet_fused.measure.network import Network, networks
 from resnet_fused.measure.progress import Silent
-from resnet_fused.plan import choice as plans
-from resnet_fused.plan import table as tables
-from resnet_fused.plan.conv import tf32_allowed
-from resnet_fused.plan.table import Problem
 from resnet_fused.tuning.candidates import backends
 from resnet_fused.tuning.device_worker import LocalWorker, ProcessWorker
 from resnet_fused.tuning.precompile import SPARE_CORES, Precompiler

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from resnet_fused import ops
+from resnet_fused.dispatch.conv import tf32_allowed
+from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import DTYPES, UsageError
 from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.workers import TaskFailure, isolated_map
-from resnet_fused.plan.conv import tf32_allowed
-from resnet_fused.plan.table import Choice, Problem
 from resnet_fused.tuning.candidates import backends, candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
 from resnet_fused.tuning.problems import Job, jobs

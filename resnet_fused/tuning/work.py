@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
+from resnet_fused.dispatch.choice import ALONE
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import OPS
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan.choice import ALONE
-from resnet_fused.plan.conv import ConvShape
 from resnet_fused.tuning.problems import FAMILIES, Job, arguments
 
 

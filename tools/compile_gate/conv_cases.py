@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resnet_fused.plan.conv import ConvConfig, conv_dgrad_configurations, conv_fprop_configurations
+from resnet_fused.dispatch.conv import ConvConfig, conv_dgrad_configurations, conv_fprop_configurations
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.experimental import DTYPES, configurations
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.experimental import DTYPES, configurations
 from tools.compile_gate.expect import TYPES, Case, Expect
 
 

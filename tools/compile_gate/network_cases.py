@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from resnet_fused.dispatch import BlockShape
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure.network import networks
 from resnet_fused.ops.operands import Operands
-from resnet_fused.plan import BlockShape
-from resnet_fused.plan.conv import ConvShape
 from resnet_fused.tuning.launches import configured_for
 from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, jobs
 from tools.compile_gate.expect import TYPES, Case, Expect, op

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resnet_fused.plan.conv import ConvConfig
-from resnet_fused.plan.conv_chain import conv_chain_configurations, conv_join_configurations
-from resnet_fused.plan.conv_wgrad import conv_wgrad_configurations
+from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.conv_chain import conv_chain_configurations, conv_join_configurations
+from resnet_fused.dispatch.conv_wgrad import conv_wgrad_configurations
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
 
 _PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import uses_tf32
 from resnet_fused.measure.cases import Unavailable, reason_of
-from resnet_fused.plan.conv import uses_tf32
 
 OLDEST_CUDNN = 90000
 PATIENCE_S = 1.0  # with the plans of one graph; those that are compiled at run time take half a second each

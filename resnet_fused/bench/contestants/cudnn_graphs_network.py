@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from resnet_fused.bench.contestants.cudnn_graphs import Convolution, Graph, Library, Spec, graph_of, library
 from resnet_fused.bench.contestants.cudnn_graphs_trace import Chains, only_user, own_up, trace
-from resnet_fused.fusion.frozen.graph import capture
+from resnet_fused.inference.graph import capture
 from resnet_fused.measure.cases import Case, Unavailable
 
 

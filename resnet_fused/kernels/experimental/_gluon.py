@@ -15,9 +15,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.experimental import View, tiling
 from resnet_fused.kernels.experimental._grid import launch
-from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.experimental import View, tiling
 
 # Renamed after Triton 3.6.
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared

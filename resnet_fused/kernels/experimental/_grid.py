@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import MULTIPROCESSORS
 from resnet_fused.kernels._launch import compute_capability
-from resnet_fused.plan.conv import MULTIPROCESSORS
 
 
 def launch(kernel: Any, x: Tensor, tiles: int, *args: Any, **options: Any) -> None:

@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.experimental import View, tiling
 from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 from resnet_fused.kernels.experimental._grid import launch
-from resnet_fused.plan.conv import ConvConfig, ConvShape
-from resnet_fused.plan.experimental import View, tiling
 
 
 @triton.jit

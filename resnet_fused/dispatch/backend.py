@@ -1,0 +1,64 @@
+"""The choice of a backend: what the user forced, else what was verified on this device, else PyTorch's own kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from resnet_fused._compiling import constant
+from resnet_fused.dispatch import choice
+
+BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
+# A plain global, as PyTorch's own backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
+# torch 2.11.
+_forced = "auto"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op of the `with` block, and the backward of its results, on one backend, in all threads.
+
+    An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the
+    reason, or PyTorch's own exception where PyTorch refuses them too; `"reference"` runs whatever PyTorch runs. An op
+    for which a backend has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
+
+    Args:
+        name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"` or
+            `"aten"` (cuDNN, oneDNN).
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def forced_backend() -> str | None:
+    """The backend of the innermost `use_backend`, or None for `"auto"`."""
+    return None if _forced == "auto" else _forced
+
+
+@constant
+def default_backend(op: str, device_type: str) -> str:
+    """The backend of `op` where none is forced: on a GPU what the measured tables say, elsewhere PyTorch's own.
+
+    A kernel becomes the default on an architecture once it has been verified and timed there.
+    """
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return "aten"
+    return choice.default_on(_arch(torch.cuda.current_device()), op)
+
+
+@functools.cache
+def _arch(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,346 @@
+"""A convolution of a frozen network, its batch norm and ReLU with it, prepared for the backend that runs it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from resnet_fused import dispatch, ops
+from resnet_fused.dispatch.conv import ConvShape, uses_tf32
+from resnet_fused.functional.common import (
+    autocast,
+    autocast_dtype,
+    conv_operands,
+    conv_shape,
+    fits,
+    operand_reason,
+)
+from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.inference.plan import PlannedConv
+from resnet_fused.nn.convs import Conv
+from resnet_fused.nn.norms import BatchNorm
+from resnet_fused.nn.sums import PLUS, Sum
+from resnet_fused.ops import aten
+
+# oneDNN's fused ReLU turns a NaN into 0. Where one shows up, the network runs again with ReLU as a pass of its own.
+keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a unit read, wrote and added when the example ran: tensors without memory, for questions about shapes.
+
+    Attributes:
+        x: what the convolution reads; autocast has been applied to it.
+        y: the result.
+        residual: what is added, or None.
+        autocast: the dtype of autocast around the unit; None where it was off.
+    """
+
+    x: Tensor
+    y: Tensor
+    residual: Tensor | None
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, residual: Tensor | None = None) -> Example:
+        (x,), setting = autocast(x), autocast_dtype(x.device.type)
+        with FakeTensorMode():
+            x, y, *rest = (
+                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                for t in (x, y, residual)
+                if t is not None
+            )
+        return cls(x, y, rest[0] if rest else None, setting)
+
+    def problem(self, before: Example | str | None) -> str | None:
+        """Why one frozen convolution cannot do what the unit did, now and when it ran before; None if it can."""
+        if isinstance(before, Example) and (before.x.dtype, before.autocast) != (self.x.dtype, self.autocast):
+            return "the example ran it in more than one dtype, or inside of autocast and outside"
+        return before if isinstance(before, str) else None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a frozen convolution is made from: relu(bn(conv(x)) + residual) of a model.
+
+    Attributes:
+        layer: the name of the convolution in the model.
+        add: how a residual is added; None where there is none.
+        example: what it read, wrote and added.
+    """
+
+    layer: str
+    conv: Conv
+    bn: BatchNorm
+    relu: bool
+    add: Sum | None
+    example: Example
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) with bn(conv(x)) = scale * conv_without_bias(x) + shift, in the compute dtype."""
+        conv, bn = self.conv, self.bn
+        assert bn.running_mean is not None and bn.running_var is not None
+        statistics = (bn.running_mean, bn.running_var)
+        scale, shift, _, _ = constant_affine(*statistics, bn.weight, bn.bias, bn.eps, conv.weight.dtype)
+        return scale, shift if conv.bias is None else shift + conv.bias.to(shift.dtype) * scale
+
+    def backend(self) -> str:
+        """The backend that is to run it: the forced one, else what the plan has for this problem on this device."""
+        forced, x, conv = dispatch.forced_backend(), self.example.x, self.conv
+        if forced is not None:
+            return forced
+        if x.device.type != "cuda":
+            return dispatch.default_backend("conv_fprop", x.device.type)
+        (n, c, h, w), (k, _, r, s) = x.shape, conv.weight.shape
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        shape = ConvShape(n, c, h, w, k, r, s, *geometry)  # type: ignore[arg-type]
+        tf32 = uses_tf32(x.dtype)
+        major, minor = torch.cuda.get_device_capability(x.device)
+        return dispatch.choose(dispatch.Problem("conv_fprop", shape, x.dtype, tf32), 10 * major + minor).backend
+
+
+class Kernel:
+    """An op on one backend, with the question whether that backend takes the operands."""
+
+    def __init__(self, op: str, backend: str) -> None:
+        self.op, self.backend = op, backend
+        self._last: tuple[Any, bool] | None = None  # the last operands asked about, and the answer
+
+    def refusal(self, *args: Any) -> str | None:
+        """Why the op cannot run on these arguments, its own in its order, or None."""
+        x, weight = args[:2]
+        reason = ops.refusal(self.backend, self.op, x)
+        if reason is None and x.dtype != weight.dtype:
+            reason = f"the input is {x.dtype}, the weight {weight.dtype}"
+        if reason is None and self.backend == "triton":
+            from resnet_fused import kernels
+
+            reason = kernels.refuse(self.op, *args)
+        return reason
+
+    def takes(self, args: tuple[Any, ...], *activations: Tensor | None) -> bool:
+        """Whether the op can run; `activations` are the arguments that change from call to call."""
+        asked = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in activations]
+        last = self._last
+        if last is None or last[0] != asked:
+            self._last = last = (asked, self.refusal(*args) is None)
+        return last[1]
+
+    def __call__(self, *args: Any) -> Any:
+        return getattr(torch.ops.resnet_fused, self.op)(*args, backend=self.backend)
+
+
+class Constants(nn.Module):
+    """A module whose buffers are never written: copies of it share them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        return twin
+
+    def constant(self, name: str, value: Tensor) -> None:
+        """A buffer that no state_dict holds: a weight may be prepacked, and so opaque and of this machine only."""
+        self.register_buffer(name, value.detach(), persistent=False)
+
+
+class FrozenConv(Constants):
+    """relu(bn(conv(x)) + residual).
+
+    Attributes:
+        layer: the name of the convolution in the model.
+        backend: of the op that runs it alone.
+        dtype: of the input that it was frozen for.
+        autocast: the dtype of autocast around it on `device_type` then; None where it was off.
+        refusal: why another backend, which was to run it, does not run it on the example; None if all is as asked.
+        add: how a residual is added where its shape or dtype is not the convolution's.
+        adds: whether the op adds the example's residual.
+        planned: how it is run, which the block it is in may still change.
+    """
+
+    weight: Tensor
+    refusal: str | None = None
+
+    def __init__(self, source: Source, backend: str) -> None:
+        super().__init__()
+        conv = source.conv
+        assert not isinstance(conv.padding, str)  # call.plain saw to it
+        self.layer, self.relu, self.example, self.backend = source.layer, source.relu, source.example, backend
+        self.dtype, self.autocast = source.example.x.dtype, source.example.autocast
+        self.device_type = conv.weight.device.type
+        self.filter, self.biased = conv.kernel_size, conv.bias is not None
+        self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+        self.nchw = conv.weight.is_contiguous()  # and not channels_last alone, which the result would take on
+        self.add, example = source.add or PLUS, source.example
+        shape = conv_shape(example.x.shape, conv.weight, self.geometry)  # type: ignore[arg-type]
+        apart = None
+        if source.add is not None and shape is not None:
+            folded = torch.empty(0, dtype=self.dtype, device=conv.weight.device)
+            apart = operand_reason(example.x, folded, example.residual, shape)
+        self.adds = source.add is not None and apart is None
+        parts = ["batch norm", *["residual"] * self.adds, *["relu"] * (source.relu and apart is None)]
+        self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts), apart or "")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
+        """The unit; with `overwrite_residual` its result may take the place of `residual` in memory.
+
+        Raises:
+            What PyTorch raises of an input that it does not take either.
+            RuntimeError: autocast is not what it was when the example ran.
+        """
+        if x.dtype is not self.dtype or x.dim() != 4:
+            x = self._operand(x)
+        try:
+            if residual is None or fits(residual, self.result_shape(x.shape), x.dtype, x.device):
+                return self._run(x, residual, self.relu, overwrite_residual)
+            y = self.add(self._run(x, None, relu=False), residual)
+        except Exception:
+            self._explain(x)
+            raise
+        return y.relu_() if self.relu else y
+
+    def result_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the convolution's result for an input of `shape`; empty where there is no batch."""
+        return conv_shape(shape, self.weight, self.geometry) or ()  # type: ignore[arg-type]
+
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        """The unit, with or without its ReLU, of an input of the rank and dtype that it was frozen for; `residual` has
+        the shape and the dtype of the convolution's result.
+        """
+        raise NotImplementedError
+
+    def _operand(self, x: Tensor) -> Tensor:
+        self.check_autocast()
+        (x,) = autocast(x)
+        if x.dtype is not self.dtype or x.dim() != 4:
+            self._explain(x)
+        return x
+
+    def _explain(self, x: Tensor) -> None:
+        """Raise what is wrong with an input, in the words of PyTorch's convolution and batch norm where they mind."""
+        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        bias = weight.new_zeros(weight.shape[0]) if self.biased else None
+        y = F.conv2d(x, weight, bias, *self.geometry)
+        nn.BatchNorm2d._check_input_dim(self, y)  # type: ignore[arg-type]
+        frozen, given = ((len(t.shape), t.dtype, t.device) for t in (weight, x))
+        if given != frozen:
+            text = "{}-D {} input on {}"
+            raise RuntimeError(f"{self.layer} was frozen for a {text.format(*frozen)}, got a {text.format(*given)}")
+
+    def check_autocast(self) -> None:
+        """Raise if autocast is not what it was when the example ran."""
+        now = autocast_dtype(self.device_type)
+        if now is not self.autocast:
+            was, is_now = ("off" if dtype is None else str(dtype) for dtype in (self.autocast, now))
+            raise RuntimeError(
+                f"autocast was {was} around {self.layer} when the model was frozen, and is {is_now} in this call; "
+                "freeze the model with an example_input that takes the same way through it"
+            )
+
+    def plan_in(self, op: str, company: str) -> None:
+        """Say that a larger op runs it, with what."""
+        self.planned = replace(self.planned, op=op, fused=f"{self.planned.fused}; {company}")
+
+    def extra_repr(self) -> str:
+        stride, padding, dilation, groups = self.geometry
+        return f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, relu={self.relu}"
+
+
+class FoldedConv(FrozenConv):
+    """On PyTorch's own convolution: batch norm folded into the weight and the bias, prepacked for oneDNN on a CPU.
+
+    Attributes:
+        keeps_order: the result has the memory order of PyTorch's; a prepacked weight makes it NHWC otherwise.
+    """
+
+    bias: Tensor
+    keeps_order = False
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, "aten")
+        scale, shift = source.affine()
+        weight = aten.fold(source.conv.weight, scale, self.dtype)
+        self.packed = aten.onednn_runs(weight, weight)
+        if self.packed:
+            shift = shift.to(aten.bias_dtype(weight.dtype, source.add is not None))
+            weight = aten.onednn_pack(weight, *self.geometry, source.example.x.shape)
+        self.constant("weight", weight)
+        self.constant("bias", shift)
+
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        if not self.packed:
+            return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, relu)
+        relu_apart = relu and keep_nan.get()
+        y = aten.onednn_conv(
+            x, self.weight, self.bias, residual, *self.geometry, relu and not relu_apart, overwrite_residual
+        )
+        y = y.relu_() if relu_apart else y
+        return in_format(y, x, self.nchw) if self.keeps_order else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {'prepacked for oneDNN' if self.packed else 'folded'}"
+
+
+class EpilogueConv(FrozenConv):
+    """On one of our backends: batch norm is the affine map of the convolution's epilogue, in fp32.
+
+    Operands that the backend refuses, such as an image of another size may bring, take PyTorch's own convolution.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, source: Source, backend: str) -> None:
+        super().__init__(source, backend)
+        example, self.kernel = source.example, Kernel("conv_fprop", backend)
+        scale, shift = source.affine()
+        weight = source.conv.weight.to(self.dtype)
+        self.constant("weight", conv_operands(backend, example.x, weight, None)[1])
+        self.constant("scale", scale)
+        self.constant("shift", shift)
+        args = self._arguments(example.x, example.residual if self.adds else None, self.relu)
+        self.refusal = self.kernel.refusal(*args)
+
+    @property
+    def affine(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.scale, self.shift
+
+    def _arguments(self, x: Tensor, residual: Tensor | None, relu: bool) -> tuple[Any, ...]:
+        x, weight, residual = conv_operands(self.backend, x, self.weight, residual)
+        return (x, weight, self.scale, self.shift, residual, *self.geometry, relu)
+
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        args = self._arguments(x, residual, relu)
+        if not self.kernel.takes(args, args[0], args[4]):
+            return aten.conv_fprop(x, self.weight, self.scale, self.shift, residual, *self.geometry, relu)
+        return in_format(self.kernel(*args), x, self.nchw)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, backend={self.backend}"
+
+
+def in_format(y: Tensor, x: Tensor, nchw: bool) -> Tensor:
+    """`y` in the memory format of PyTorch's convolution of `x`, with weights in NCHW order or not."""
+    return y.contiguous() if nchw and x.is_contiguous() else y
+
+
+def freeze_conv(source: Source) -> FrozenConv:
+    """The convolution on the backend that is to run it, or on PyTorch's own where that refuses."""
+    backend = source.backend()
+    if backend == "aten":
+        return FoldedConv(source)
+    ours = EpilogueConv(source, backend)
+    if ours.refusal is None:
+        return ours
+    folded = FoldedConv(source)
+    folded.refusal = ours.refusal
+    folded.planned = replace(folded.planned, reason=ours.refusal)
+    return folded

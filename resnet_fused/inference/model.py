@@ -1,0 +1,212 @@
+"""`freeze`, and the module that it returns."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from resnet_fused.functional.common import autocast_dtype
+from resnet_fused.fusion.nodes import is_holder
+from resnet_fused.inference.conv import FoldedConv, keep_nan
+from resnet_fused.inference.graph import Graphs, leaves
+from resnet_fused.inference.network import freeze_network, observe, prepare
+from resnet_fused.inference.plan import FreezePlan
+
+
+def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
+    """An inference-only callable that computes what `model` computes: `y = model(x)`.
+
+    The network is planned once, as a whole, for the backend of the surrounding `use_backend`, else the plan's default
+    for this device. Every fused convolution takes its batch norm, residual and ReLU with it: on PyTorch's own
+    convolutions folded and, on a CPU, prepacked for oneDNN; on our kernels as an fp32 epilogue. On our kernels the tail
+    of a bottleneck also becomes one op where that backend runs it: `conv_join` with the projection of the shortcut,
+    else `conv_chain` with the first convolution of the next block. A convolution that a forced backend cannot run takes
+    PyTorch's own. `print(frozen.plan)` shows it all. On a GPU the network is captured in a CUDA graph for each shape of
+    input it meets.
+
+    Args:
+        model: in eval mode, fused or not; it is left as it is. The Triton kernels read channels_last activations: give
+            them a model and an input in that format, or each stage copies on its way in and out.
+        example_input: an input such as the callable will get, on the model's device; other sizes work as well.
+
+    Returns:
+        A module whose forward takes one tensor, as that of `model` does. It keeps no gradient. It computes what `model`
+        computes under the autocast that surrounds `freeze`, and nothing later changes that: neither autocast around a
+        call (a warning says so once; to run in half precision, freeze under autocast, or freeze a half-precision model)
+        nor `use_backend` around it. What would need it to be made anew - another dtype or device, training mode, other
+        weights, a pickle, a traced, scripted or exported program - raises, and is to be done to `model`.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`, `example_input` not a tensor.
+        RuntimeError: `model`, or a part of it, is in training mode; the example has no values (meta device); whatever
+            `model(example_input)` raises.
+
+    Numerics:
+        A NaN or an infinity in the input or in the result gives exactly what the model gives. One that arises inside a
+        CPU network on oneDNN by overflow and leaves no trace in the result may read as 0.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"freeze: example_input must be a torch.Tensor, got {type(example_input).__name__}")
+    if example_input.is_meta:
+        raise RuntimeError("freeze: example_input is on the meta device; freeze runs the model, which needs values")
+    modes = ((name, module.training and not is_holder(module)) for name, module in model.named_modules())
+    training = next((name or "the model itself" for name, training in modes if training), None)
+    if training is not None:
+        raise RuntimeError(f"freeze: the model is in training mode ({training}); call .eval() on it first")
+    with torch.no_grad():
+        network, reasons = prepare(model)
+        setting = Setting(_argument(model), example_input.device, autocast_dtype(example_input.device.type))
+        frozen = Frozen(*freeze_network(network, reasons, observe(network, example_input)), setting).eval()
+    try:
+        frozen(example_input)
+    except RuntimeError:  # code between the convolutions may want its activations in NCHW order, as `view` does
+        if not frozen.keep_order():
+            raise
+        frozen(example_input)
+    return frozen
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a model was frozen for.
+
+    Attributes:
+        argument: the name of its input.
+        device: of the input.
+        autocast: the dtype of autocast around `freeze`; None where it was off.
+    """
+
+    argument: str
+    device: torch.device
+    autocast: torch.dtype | None
+
+
+def _argument(model: nn.Module) -> str:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except ValueError:  # of a compiled forward
+        parameters = ()  # type: ignore[assignment]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return next((p.name for p in parameters if p.kind in kinds), "x")
+
+
+class Frozen(nn.Module):
+    """What `freeze` returns: the frozen network behind its checks and, on a GPU, its CUDA graphs.
+
+    A graph has one place for its input: on a GPU a frozen model serves one thread at a time.
+
+    Attributes:
+        plan: how each convolution is run.
+    """
+
+    def __init__(self, network: nn.Module, plan: FreezePlan, setting: Setting) -> None:
+        super().__init__()
+        self.network = network
+        self.plan = plan
+        self._setting = setting
+        self._graphs = Graphs(network)
+        self._loses_nan = any(isinstance(module, FoldedConv) and module.packed for module in network.modules())
+        self._warned = False
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the model computes of its one input, positional or by the model's name for it."""
+        x = self._input(inputs, named)
+        device, dtype = self._setting.device, self._setting.autocast
+        # Without the cache: it would hand memory of before a capture to the captured graph.
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+        with torch.no_grad(), autocast:
+            if x.is_cuda and x.device == device:
+                return self._graphs(x)
+            y = self.network(x)
+            if self._loses_nan and not all(map(_finite, (x, *leaves(y)))):
+                token = keep_nan.set(True)
+                try:
+                    y = self.network(x)
+                finally:
+                    keep_nan.reset(token)
+            return y
+
+    def _input(self, inputs: Any, named: Any) -> Tensor:
+        """The model's one input; whatever else a frozen model is called with, it says so."""
+        name = self._setting.argument
+        if isinstance(inputs, fx.Proxy) or any(isinstance(x, fx.Proxy) for x in inputs):
+            self._refuse("traced")
+        if len(inputs) + len(named) != 1 or not named.keys() <= {name}:
+            given = ", ".join([*(type(x).__name__ for x in inputs), *(f"{key}=..." for key in named)])
+            raise TypeError(f"a frozen model takes what freeze was given, one tensor ({name}), not ({given})")
+        x = inputs[0] if inputs else named[name]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"a frozen model takes a torch.Tensor, got {type(x).__name__}")
+        if torch.jit.is_tracing():
+            self._refuse("traced")
+        if torch.compiler.is_exporting():
+            self._refuse("exported")
+        frozen, now = self._setting.autocast, autocast_dtype(self._setting.device.type)
+        if now is not None and now is not frozen and not self._warned:
+            self._warned = True
+            state = "without autocast" if frozen is None else f"under autocast to {frozen}"
+            warnings.warn(
+                f"autocast to {now} has no effect on this model, which was frozen {state}; "
+                "freeze it under autocast, or freeze a model of that dtype",
+                stacklevel=5,
+            )
+        return x
+
+    def keep_order(self) -> bool:
+        """Give the results of all convolutions the memory order that they have in the model, at the price of copies.
+
+        Returns:
+            Whether any had another.
+        """
+        prepacked = [module for module in self.modules() if isinstance(module, FoldedConv) and module.packed]
+        for module in prepacked:
+            module.keeps_order = True
+        return bool(prepacked)
+
+    def train(self, mode: bool = True) -> Frozen:
+        if mode:
+            raise RuntimeError("a frozen model has no training mode; train the model it was made from")
+        return super().train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
+        """A conversion (`half`, `to`, `cuda`, ...) that changes neither dtype nor device has nothing to do."""
+        for dtype, device in {(t.dtype, t.device) for t in (*self.parameters(), *self.buffers())}:
+            result = fn(torch.empty(0, dtype=dtype, device=device))
+            if (result.dtype, result.device) != (dtype, device):
+                self._refuse(f"converted from {dtype} on {device} to {result.dtype} on {result.device}")
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("given other weights")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"a frozen model cannot be {what}: it was prepared as it is, for this machine. Do that with the model it "
+            "was made from, unfused where it was fused; freeze again to run it here"
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        self._refuse("scripted")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
+        return Frozen(copy.deepcopy(self.network, memo), self.plan, self._setting).eval()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a frozen model cannot be pickled: save the model it was made from, and freeze that again")
+
+
+def _finite(value: Any) -> bool:
+    """Whether a tensor holds no NaN and no infinity; a sum that overflows counts as one, and costs a second run."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    total = value.sum(dtype=torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None)
+    return bool(total.isfinite())

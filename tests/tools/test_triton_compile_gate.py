@@ -1,0 +1,157 @@
+"""The gate that compiles the Triton kernels without a GPU: it passes what is right, fails what is not, and needs no
+clean environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import from_checkout  # noqa: F401
+import pytest
+
+pytest.importorskip("triton")
+
+from tools.compile_gate import machine_code
+
+GATE = [sys.executable, "-m", "tools.compile_gate.triton_gate"]
+# The gate itself must see to it that the compiler, not the interpreter, gets the kernels.
+ENVIRONMENT = os.environ | {"TRITON_INTERPRET": "1"}
+
+
+def _run(*command):
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+
+
+def test_it_passes_the_kernels_as_they_are():
+    done = _run(*GATE, "--quick", "--arch", "90", "--kernel", "add_act")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 kernels compiled" in done.stdout and "0 in violation" in done.stdout
+    assert "add_act_backward" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "expected, problem",
+    [
+        ("matrix=True", "wgmma"),
+        ("copies=True", "no asynchronous copies"),
+        ("tma=True", "no copies by the tensor memory accelerator"),
+        ("specialized=True", "warps not specialised"),
+        ("index64=True", "32-bit offsets"),
+    ],
+)
+def test_a_kernel_that_is_not_what_it_should_be_fails(expected, problem):
+    """add_act has no matrix product, so whoever expects one must hear about it."""
+    script = f"""
+import dataclasses, os
+del os.environ["TRITON_INTERPRET"]
+from tools.compile_gate import triton_gate as gate
+job = next(job for job in gate.jobs((90,), True, "add_act_kernel"))
+print(gate.compile_job(dataclasses.replace(job, expect=gate.Expect({expected}))).problems)
+"""
+    done = _run(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert problem in done.stdout
+
+
+@pytest.mark.parametrize("kernel, arch", [("wgmma_conv", "90"), ("tcgen05_conv", "100")])
+def test_the_experimental_kernels_are_what_they_should_be(kernel, arch, tmp_path):
+    """And the rows that the documentation is made of say so."""
+    file = tmp_path / "rows.json"
+    done = _run(*GATE, "--quick", "--arch", arch, "--kernel", kernel, "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())
+    assert found["quick"] and found["triton"] and found["rows"]
+    for row in found["rows"]:
+        assert row["kernel"] == kernel and row["arch"] == int(arch)
+        assert row["spills"] == 0 and row["problems"] == [] and row["tma"] > 0
+        assert row["matrix"] == {"90": "wgmma", "100": "tcgen05"}[arch]
+        assert 0 < row["issue/MMA"] < 2
+        assert row["specialized"]
+
+
+SASS = """
+.L_x_0:
+        /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+.L_x_1:
+        /*0010*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;
+        /*0030*/              @P0  BRA `(.L_x_1) ;
+        /*0040*/                   STG.E.128 [R2], R8 ;
+        /*0050*/              @P1  BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+"""
+
+
+def test_issue_over_mma_counts_the_innermost_loop_with_matrix_instructions():
+    assert [len(body) for body in machine_code.loops(SASS)] == [3, 6]
+    # 3 instructions x 4 warps / 4 schedulers, over 2 x 4096 FLOP x 4 warps / 2048 FLOP a cycle.
+    assert machine_code._issue_per_mma(SASS, "", 80, 4, False) == pytest.approx(3 / 16)
+    assert machine_code._issue_per_mma(SASS, "wgmma tf32", 80, 4, False) == pytest.approx(3 / 32)
+    assert machine_code._issue_per_mma(SASS.replace("HMMA", "IMAD"), "", 80, 4, False) is None
+    wgmma = SASS.replace("HMMA.16816", "HGMMA.64x128x16")
+    assert machine_code._issue_per_mma(wgmma, "", 90, 8, False) == pytest.approx((3 * 2) / (2 * 2 * 2**18 / 4096))
+
+
+def test_the_shape_of_tcgen05_comes_from_its_instruction_descriptor():
+    ptx = """
+    mov.b32 %r7, 136315024;
+    @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd2, %rd3, %r7, %p4;
+    """
+    assert machine_code._tcgen05_flop(ptx) == 2 * 128 * 128 * 16
+    assert machine_code._tcgen05_flop(ptx.replace("%rd2,", "[ %r2 + 0 ],")) == 2 * 128 * 128 * 16
+    assert machine_code._tcgen05_flop(ptx.replace("mov", "add")) == 0
+
+
+def test_spills_and_too_much_shared_memory_fail():
+    """A tile far beyond the registers, and one beyond the shared memory of the smaller architectures."""
+    script = """
+import os
+del os.environ["TRITON_INTERPRET"]
+import torch
+from tools.compile_gate import triton_gate as gate
+from resnet_fused import kernels
+from resnet_fused.dispatch.conv import ConvConfig
+def problems(arch, config):
+    x = torch.empty(8, 64, 28, 28, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+    w = torch.empty(256, 64, 3, 3, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+    with gate.recording() as launches:
+        kernels.conv_fprop(x, w, None, None, None, [1, 1], [1, 1], [1, 1], 1, False, config=config)
+    return gate.compile_job(gate.job("x", gate.Expect(), arch, *launches[0])).problems
+print("first:", problems(80, ConvConfig(256, 128, 32, 4, 2, False)))
+print("second:", problems(86, ConvConfig(128, 128, 64, 8, 5, False)))
+"""
+    done = _run(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert "spills" in first
+    assert "shared memory" in second or "does not compile" in second
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(("--arch", "70"), "70"), (("--arch", "x"), "x"), (("--kernel", "nothing"), "nothing")]
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
+    done = _run(*GATE, *arguments, "--quick")
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_what_the_plan_launches_for_a_network(tmp_path):
+    """Once for each distinct launch, with the configurations of the architecture that was asked for."""
+    file = tmp_path / "rows.json"
+    done = _run(*GATE, "--model", "resnet50", "--arch", "90", "--kernel", "bn_apply", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [row["case"] for row in json.loads(file.read_text())["rows"]]
+    assert len(cases) >= 8 and all(case.startswith("bf16 ") for case in cases)
+    script = """
+import os
+del os.environ["TRITON_INTERPRET"]
+from tools.compile_gate import triton_gate as gate
+found = [{job.options for job in gate.jobs((arch,), False, "conv_dgrad", "resnet18")} for arch in (80, 90)]
+print(found[0] != found[1])
+"""
+    done = _run(sys.executable, "-c", script)
+    assert done.stdout.strip() == "True", done.stderr
