@@ -241,7 +241,7 @@ def test_a_block_of_mixed_backends_is_right_and_runs_what_the_table_says(seed, p
 
     random, tf32 = torch.Generator().manual_seed(seed), uses_tf32(torch.float32)
     monkeypatch.setattr(ops, "unavailable", lambda *_: None)
-    monkeypatch.setattr(blocks.plan, "default_backend", lambda *_: "reference")
+    monkeypatch.setattr(blocks.dispatch, "default_backend", lambda *_: "reference")
     c, inner, size = 16, 8, 6
     shapes = [ConvShape(2, c, size, size, inner, 1, 1), ConvShape(2, inner, size, size, inner, 3, 3, padding=(1, 1))]
     shapes.append(ConvShape(2, inner, size, size, c, 1, 1))
