@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 8 examples/train.py DATA --model timm:resnet50d --amp bf16 --ema 0.9999 --sync-bn
 
 DATA holds `train/<class>/*` and `val/<class>/*`, as torchvision.datasets.ImageFolder reads them. Data pipeline, models,
-optimiser and schedules are torchvision's, timm's and PyTorch's; `resnet_fused.fuse` and `graphed` are the two lines that
-are ours.
+optimiser and schedules are torchvision's, timm's and PyTorch's; ours are two lines, `fuse` and `graphed`.
 
 Every epoch ends with a checkpoint in `--out`. `--resume` goes on behind the last one, with the pictures, in the order
 and with the augmentations that an uninterrupted run would have seen; `--until` stops early. A checkpoint holds plain
