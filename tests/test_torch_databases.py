@@ -229,11 +229,24 @@ def _conv_bn(samples: list[Any], dtype: torch.dtype, backend: str, mode: str) ->
 @backends
 @pytest.mark.parametrize("dtype", _dtypes("nn.functional.relu"), ids=str)
 def test_relu(backend, dtype):
+    assert _relu(backend, dtype, range(600 if backend == "triton" else 20_000)) > 0
+
+
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "triton"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=[pytest.mark.larger] * (d != torch.float32)) for d in _dtypes("nn.functional.relu")]
+)
+def test_relu_of_a_million_elements(backend, dtype):
+    assert _relu(backend, dtype, range(20_000, 2**31)) > 0
+
+
+def _relu(backend: str, dtype: torch.dtype, sizes: range) -> int:
+    """On how many of the samples of so many elements ours ran."""
     gradients = dtype.is_floating_point
     ran = 0
     for sample in list(OPS["nn.functional.relu"].reference_inputs(DEVICE, dtype, requires_grad=gradients)):
         x = sample.input.detach()
-        if backend == "triton" and x.numel() > 600:
+        if x.numel() not in sizes:
             continue
         # as it comes, and as an activation
         for shaped in (x, x.reshape(1, -1, *x.shape[-2:])) if x.dim() > 1 and x.numel() else (x,):
@@ -241,7 +254,7 @@ def test_relu(backend, dtype):
             arguments = ((shaped.requires_grad_(gradients), zero.requires_grad_(gradients)), {})
             ran += _check_function(functional.add_act, lambda x, other: F.relu(x + other), arguments, backend)
             shaped = shaped.detach()
-    assert ran > 0
+    return ran
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

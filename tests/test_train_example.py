@@ -68,7 +68,7 @@ def flat(value, path=""):
     ids=["fused, ema", "plain, step, a worker", "fused, bf16, ema"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(train, data, tmp_path, options):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, options = tmp_path / "whole", tmp_path / "parts", (*options, "--model", "timm:test_resnet")
     assert train.main(arguments(data, whole, *options)) == 0
     assert train.main(arguments(data, parts, *options, "--until", 1)) == 0
     assert checkpoint(parts)["epoch"] == 1
