@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -244,7 +245,14 @@ def test_where_the_default_configuration_errs_the_kernel_is_out_with_all_that_wa
 
 
 @pytest.fixture
-def apart(search, tmp_path, monkeypatch):
+def forked(monkeypatch):
+    """Processes that need not import PyTorch; `test_workers` starts them as users do."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+
+
+@pytest.fixture
+def apart(search, forked, tmp_path, monkeypatch):
     """Runs a search of a few problems against a process that does what it is told."""
     monkeypatch.setattr(tune_search, "time", time)
     log = tmp_path / "log"
