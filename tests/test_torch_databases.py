@@ -7,6 +7,7 @@ raises the same type with the same message. What PyTorch runs a forced kernel ma
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -127,8 +128,9 @@ def _check_function(ours: Callable[..., Any], plain: Callable[..., Any], argumen
     return ran
 
 
+@functools.cache
 def _samples(name: str, dtype: torch.dtype) -> list[Any]:
-    """(arguments, keyword arguments) of every sample."""
+    """(arguments, keyword arguments) of every sample; nobody writes into them."""
     gradients = dtype.is_floating_point or dtype.is_complex
     found = OPS[name].sample_inputs(DEVICE, dtype, requires_grad=gradients)
     return [((s.input, *s.args), s.kwargs) for s in found]
