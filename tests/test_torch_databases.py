@@ -170,7 +170,19 @@ def _geometry(kwargs: dict[str, Any]) -> dict[str, Any]:
 def test_conv2d(backend, dtype):
     samples = _samples("nn.functional.conv2d", dtype)
     if backend == "triton":
-        samples = samples[::4]
+        # every fourth, each in one of the dtypes that its kernels have
+        samples = samples[4 * FLOATING[1:].index(dtype) :: 12] if dtype in FLOATING[1:] else samples[::4]
+    _conv2d(samples, backend)
+
+
+@pytest.mark.larger
+@pytest.mark.parametrize("dtype", _dtypes("nn.functional.conv2d"), ids=str)
+def test_conv2d_on_more_of_the_samples(dtype):
+    if "triton" in AVAILABLE:
+        _conv2d(_samples("nn.functional.conv2d", dtype)[::4], "triton")
+
+
+def _conv2d(samples: list[Any], backend: str) -> None:
     ran = 0
     for args, kwargs in samples:
 
