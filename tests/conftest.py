@@ -3,6 +3,7 @@
 On a GPU the same tests run on CUDA tensors, through compiled kernels: never through the interpreter.
 """
 
+import gc
 import os
 import tempfile
 
@@ -43,6 +44,11 @@ def pytest_collection_modifyitems(config, items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = kept
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: no later collection of garbage needs to walk over it."""
+    gc.freeze()
 
 
 def pytest_sessionfinish(session):

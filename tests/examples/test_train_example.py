@@ -68,7 +68,7 @@ def flat(value, path=""):
     ids=["fused, ema", "plain, step, a worker", "fused, bf16, ema"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(train, data, tmp_path, options):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, options = tmp_path / "whole", tmp_path / "parts", (*options, "--model", "timm:test_resnet")
     assert train.main(arguments(data, whole, *options)) == 0
     assert train.main(arguments(data, parts, *options, "--until", 1)) == 0
     assert checkpoint(parts)["epoch"] == 1
@@ -155,22 +155,24 @@ def test_sync_bn_on_a_cpu_is_refused(train, data, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
-def test_two_processes_of_torchrun(train, data, tmp_path):
+@pytest.mark.parametrize("begun_by", ["one process", pytest.param("torchrun", marks=pytest.mark.larger)])
+def test_two_processes_of_torchrun(train, data, tmp_path, begun_by):
     def torchrun(*more):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-        return subprocess.run(
-            command + arguments(data, tmp_path, "--epochs", "2", "--ema", "0.5", *more),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=environment,
-        )
+        done = subprocess.run([*command, *run, *more], capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    first = torchrun("--until", "1")
-    assert first.returncode == 0, first.stderr
-    second = torchrun("--resume")
-    assert second.returncode == 0, second.stderr
-    assert second.stdout.count("epoch 2/2") == 1, "one process speaks"
-    assert checkpoint(tmp_path)["options"]["world"] == 2
+    run = arguments(data, tmp_path, "--epochs", "2", "--ema", "0.5")
+    if begun_by == "torchrun":
+        torchrun("--until", "1")
+    else:
+        assert train.main([*run, "--until", "1"]) == 0
+        alone = checkpoint(tmp_path)
+        torch.save(alone | {"options": alone["options"] | {"world": 2}}, tmp_path / "checkpoint.pt")
+    begun = checkpoint(tmp_path)
+    assert torchrun("--resume").count("epoch 2/2") == 1, "one process speaks"
+    ended = checkpoint(tmp_path)
+    assert list(flat(ended)) == list(flat(begun)) and (ended["epoch"], ended["options"]["world"]) == (2, 2)

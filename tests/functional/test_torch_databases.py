@@ -7,6 +7,7 @@ raises the same type with the same message. What PyTorch runs a forced kernel ma
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -127,8 +128,9 @@ def _check_function(ours: Callable[..., Any], plain: Callable[..., Any], argumen
     return ran
 
 
+@functools.cache
 def _samples(name: str, dtype: torch.dtype) -> list[Any]:
-    """(arguments, keyword arguments) of every sample."""
+    """(arguments, keyword arguments) of every sample; nobody writes into them."""
     gradients = dtype.is_floating_point or dtype.is_complex
     found = OPS[name].sample_inputs(DEVICE, dtype, requires_grad=gradients)
     return [((s.input, *s.args), s.kwargs) for s in found]
@@ -168,7 +170,19 @@ def _geometry(kwargs: dict[str, Any]) -> dict[str, Any]:
 def test_conv2d(backend, dtype):
     samples = _samples("nn.functional.conv2d", dtype)
     if backend == "triton":
-        samples = samples[::4]
+        # every fourth, each in one of the dtypes that its kernels have
+        samples = samples[4 * FLOATING[1:].index(dtype) :: 12] if dtype in FLOATING[1:] else samples[::4]
+    _conv2d(samples, backend)
+
+
+@pytest.mark.larger
+@pytest.mark.parametrize("dtype", _dtypes("nn.functional.conv2d"), ids=str)
+def test_conv2d_on_more_of_the_samples(dtype):
+    if "triton" in AVAILABLE:
+        _conv2d(_samples("nn.functional.conv2d", dtype)[::4], "triton")
+
+
+def _conv2d(samples: list[Any], backend: str) -> None:
     ran = 0
     for args, kwargs in samples:
 
@@ -229,11 +243,24 @@ def _conv_bn(samples: list[Any], dtype: torch.dtype, backend: str, mode: str) ->
 @backends
 @pytest.mark.parametrize("dtype", _dtypes("nn.functional.relu"), ids=str)
 def test_relu(backend, dtype):
+    assert _relu(backend, dtype, range(600 if backend == "triton" else 20_000)) > 0
+
+
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "triton"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(d, marks=[pytest.mark.larger] * (d != torch.float32)) for d in _dtypes("nn.functional.relu")]
+)
+def test_relu_of_a_million_elements(backend, dtype):
+    assert _relu(backend, dtype, range(20_000, 2**31)) > 0
+
+
+def _relu(backend: str, dtype: torch.dtype, sizes: range) -> int:
+    """On how many of the samples of so many elements ours ran."""
     gradients = dtype.is_floating_point
     ran = 0
     for sample in list(OPS["nn.functional.relu"].reference_inputs(DEVICE, dtype, requires_grad=gradients)):
         x = sample.input.detach()
-        if backend == "triton" and x.numel() > 600:
+        if x.numel() not in sizes:
             continue
         # as it comes, and as an activation
         for shaped in (x, x.reshape(1, -1, *x.shape[-2:])) if x.dim() > 1 and x.numel() else (x,):
@@ -241,7 +268,7 @@ def test_relu(backend, dtype):
             arguments = ((shaped.requires_grad_(gradients), zero.requires_grad_(gradients)), {})
             ran += _check_function(functional.add_act, lambda x, other: F.relu(x + other), arguments, backend)
             shaped = shaped.detach()
-    assert ran > 0
+    return ran
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------

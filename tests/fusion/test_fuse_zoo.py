@@ -89,10 +89,15 @@ def test_wide_grouped_and_dilated_resnet_agrees():
     assert_same(plain, fused, torch.randn(2, 3, 32, 32, dtype=torch.float64), steps=1)
 
 
+def narrow_vgg11_bn():
+    vgg = torchvision.models.vgg
+    return vgg.make_layers([v if v == "M" else v // 8 for v in vgg.cfgs["A"]], batch_norm=True)
+
+
 # (constructor, fused modules, units, modules left alone, size of the picture)
 OTHERS = {
     "densenet": (lambda: torchvision.models.DenseNet(8, (2, 2), 8, num_classes=10), 5, 11, 0, 32),
-    "vgg11_bn": (lambda: torchvision.models.vgg11_bn().features, 1, 8, 0, 32),
+    "vgg11_bn": (narrow_vgg11_bn, 1, 8, 0, 32),
     "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.25), 31, 52, 0, 32),
     "mnasnet": (lambda: torchvision.models.mnasnet0_5(num_classes=10), 17, 52, 0, 32),
     "googlenet": (
@@ -225,7 +230,7 @@ def change_drop_path(model):
     "change", [change_drop_rate, change_classifier, change_drop_path, timm.models.ResNet.set_grad_checkpointing]
 )
 def test_timm_switches_after_fuse_are_honoured(change):
-    plain = small(timm.create_model("resnet18", num_classes=10))
+    plain = small(timm.create_model("resnet18", num_classes=10, channels=(64, 32, 32, 32)))
     fused = fuse(copy.deepcopy(plain))
     for model in (plain, fused):
         torch.manual_seed(1)

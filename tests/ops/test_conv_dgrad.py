@@ -13,6 +13,7 @@ from conv_cases import (
     DEVICE,
     NHWC,
     SHAPES,
+    a_few_shapes,
     affine,
     assert_sums,
     every_dtype,
@@ -82,7 +83,7 @@ def test_every_shape_behind_and_in_front_of_a_batch_norm(name, dtype):
     _check(_arguments(SHAPES[name], dtype, prologue=True, epilogue="batch norm"))
 
 
-@every_shape
+@a_few_shapes
 def test_every_shape_with_a_masked_residual(name):
     _check(_arguments(SHAPES[name], torch.float16, epilogue="masked residual"))
 

@@ -60,6 +60,14 @@ SHAPES = {
     "empty batch": problem(0, 16, 5, 5, 16, 3, 3, padding=(1, 1)),
 }
 every_shape = pytest.mark.parametrize("name", SHAPES)
+# For a test of which another covers every shape: a pointwise and a spatial filter, edges, strides, groups, nothing.
+FEW = (
+    *("1x1 stride 2, odd image", "3x3 stride 2, odd image", "3x3 dilation 2", "channels divide no tile"),
+    *("1x1 image under 3x3, stride 2", "rows that no tap reaches", "2 groups of 20", "empty batch"),
+)
+a_few_shapes = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.larger] * (name not in FEW)) for name in SHAPES]
+)
 
 
 def activation(n: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:

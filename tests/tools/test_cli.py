@@ -22,9 +22,10 @@ def run(*arguments, cwd, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
-def test_a_tiny_bench_end_to_end(tmp_path):
+@pytest.mark.parametrize("more", [(), pytest.param(("compile",), marks=pytest.mark.larger)], ids=["ours", "compile"])
+def test_a_tiny_bench_end_to_end(more, tmp_path):
     files = ["--json", "out/b.json", "--chart", "out/b.png"]
-    done = run(*TINY, "--contestants", "eager,compile,fused,frozen", *files, cwd=tmp_path)
+    done = run(*TINY, "--contestants", ",".join(["eager", *more, "fused", "frozen"]), *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "wrote out/b.json" in done.stdout and "wrote out/b.png" in done.stdout
     assert "infer, batch 1, fp32" in done.stdout and "geometric mean" in done.stdout
@@ -32,7 +33,7 @@ def test_a_tiny_bench_end_to_end(tmp_path):
     data = json.loads((tmp_path / "out" / "b.json").read_text())
     assert data["provenance"]["command"].startswith("resnet-fused bench --model resnet18")
     (case,) = data["cases"]
-    names = ("eager", "eager-channels-last", "compile", "fused", "frozen")
+    names = ("eager", "eager-channels-last", *more, "fused", "frozen")
     assert {result["contestant"]: result["status"] for result in case["results"]} == dict.fromkeys(names, "ok")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.png"]
 

@@ -271,21 +271,29 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path):
             ), (goal, name)
 
 
+COLLECT = """
+import json, sys, pytest
+for arguments in json.loads(sys.argv[1]):
+    print("selection", flush=True)
+    assert pytest.main(["-p", "no:cacheprovider", "--assert=plain", "--collect-only", "-q", *arguments]) == 0
+"""
+
+
 def test_the_selections_of_tests_find_tests():
     wanted = {"check": 2000, "gpu tests": 8, "memcheck": 40, "racecheck": 10}
-    for step in gpu_steps.steps():
-        if step.name in wanted:
-            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q"]
-            select = [
-                word for option, value in step.options.items() if option in ("-k", "-m") for word in (option, value)
-            ]
-            found = subprocess.run(
-                [*command, *select, *step.files], cwd=gpu_steps.ROOT, capture_output=True, text=True, check=False
-            )
-            count = sum("::" in line for line in found.stdout.splitlines())
-            assert found.returncode == 0 and count >= wanted[step.name], (step.name, count, found.stdout[-1500:])
-            if step.wrapper:
-                assert count < 400, (step.name, count)  # under the sanitizer each takes long
+    steps = [step for step in gpu_steps.steps() if step.name in wanted]
+    selections = [
+        [word for option in step.options.items() if option[0] in ("-k", "-m") for word in option] + list(step.files)
+        for step in steps
+    ]
+    command = [sys.executable, "-c", COLLECT, json.dumps(selections)]  # one process: each file is imported once
+    done = subprocess.run(command, cwd=gpu_steps.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr
+    for step, found in zip(steps, done.stdout.split("selection\n")[1:], strict=True):
+        count = sum("::" in line for line in found.splitlines())
+        assert count >= wanted[step.name], (step.name, count)
+        if step.wrapper:
+            assert count < 400, (step.name, count)  # under the sanitizer each takes long
 
 
 @needs_kernels
