@@ -14,6 +14,7 @@ from resnet_fused import dispatch, ops
 from resnet_fused.dispatch.choice import ALONE
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
+from resnet_fused.ops import conv_chain, conv_dgrad, conv_fprop, conv_fprop_stats, conv_join, conv_wgrad
 from resnet_fused.ops.arithmetic import unpack_bits
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.operands import Operands
@@ -33,7 +34,7 @@ def backends(device: torch.device) -> list[str]:
     return [name for name in KERNEL_BACKENDS if ops.available(name, device.type)]
 
 
-def operands_of(job: Job, make: Operands) -> tuple[Any, ...]:
+def operands_of(job: Job, make: Operands) -> Any:
     """What all calls of `timed` share: a convolution's arguments; a family's x, dy, residual (or None) and vectors."""
     problem = job.problem
     if isinstance(problem.shape, ConvShape):
@@ -49,7 +50,7 @@ def operands_of(job: Job, make: Operands) -> tuple[Any, ...]:
     return x, dy, residual, *(make.vector(c, positive=True) for _ in range(4))
 
 
-def timed(job: Job, choice: Choice, operands: tuple[Any, ...], fprop: Backends = _aten) -> Callable[[], object]:
+def timed(job: Job, choice: Choice, operands: Any, fprop: Backends = _aten) -> Callable[[], object]:
     """The call to time: what the network would run if this were the choice.
 
     Args:
@@ -64,11 +65,10 @@ def timed(job: Job, choice: Choice, operands: tuple[Any, ...], fprop: Backends =
     if op in _FAMILY_CALLS:
         return _FAMILY_CALLS[op](choice.backend, *operands)
     if choice.backend == "aten" and op in _UNFUSED:
-        x = operands[0]
-        passes = next(iter(backends(x.device)), "reference")
+        passes = next(iter(backends(operands[0].device)), "reference")
         if op == "conv_dgrad":
             operands = _dense_residual(operands)
-        return functools.partial(_UNFUSED[op], fprop if op in ("conv_chain", "conv_join") else passes, *operands)
+        return functools.partial(_UNFUSED[op], fprop if op in ("conv_chain", "conv_join") else passes, operands)
     return functools.partial(caller(op, choice), *operands)
 
 
@@ -83,63 +83,49 @@ def _normalised(passes: str, x: Tensor, scale: Tensor | None, shift: Tensor | No
     return value
 
 
-def _fprop_stats(passes: str, x: Tensor, weight: Tensor, scale: Any, shift: Any, *rest: Any) -> object:
+def _fprop_stats(passes: str, a: conv_fprop_stats.Args) -> object:
     """PyTorch's convolution between passes of ours: what a block runs where the plan has PyTorch's convolution."""
-    *geometry, rows = rest
-    y = F.conv2d(_normalised(passes, x, scale, shift), weight, None, *geometry)
-    return y, _run(passes, "bn_stats", y, rows)
+    x = _normalised(passes, a.x, a.x_scale, a.x_shift)
+    y = F.conv2d(x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+    return y, _run(passes, "bn_stats", y, a.rows)
 
 
-def _dense_residual(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+def _dense_residual(a: conv_dgrad.Args) -> conv_dgrad.Args:
     """The gradient of the shortcut behind its mask: what a block hands to a convolution that knows no bits."""
-    residual, mask = operands[4:6]
-    if residual is not None and mask is not None:
-        residual = torch.where(unpack_bits(mask, residual), residual, 0)
-    return (*operands[:4], residual, None, *operands[6:])
+    if a.residual is None or a.residual_mask is None:
+        return a
+    masked = torch.where(unpack_bits(a.residual_mask, a.residual), a.residual, 0)
+    return a._replace(residual=masked, residual_mask=None)
 
 
-def _dgrad(passes: str, *operands: Any) -> object:
-    dy, weight, dy_x, coefficients, residual, mask, x, scale, shift, mean, invstd, *rest = operands
-    none = (None,) * 5
-    if residual is not None:  # which the pass before then writes, beside the gradient
-        torch.zeros_like(residual)
-    dx = _run("aten", "conv_dgrad", dy, weight, dy_x, coefficients, residual, mask, *none, *rest)[0]
-    if x is None:
+def _dgrad(passes: str, a: conv_dgrad.Args) -> object:
+    if a.residual is not None:  # which the pass before then writes, beside the gradient
+        torch.zeros_like(a.residual)
+    dx = _run("aten", "conv_dgrad", *a._replace(x=None, scale=None, shift=None, mean=None, invstd=None))[0]
+    if a.x is None:
         return dx
-    return dx, _run(passes, "bn_backward_reduce", dx, x, None, scale, shift, mean, invstd, True, _rows(x))
+    norm = (a.scale, a.shift, a.mean, a.invstd)
+    return dx, _run(passes, "bn_backward_reduce", dx, a.x, None, *norm, True, _rows(a.x))
 
 
-def _wgrad(
-    passes: str, dy: Tensor, x: Tensor, dy_x: Any, coefficients: Any, scale: Any, shift: Any, *rest: Any
-) -> object:
-    a = _normalised(passes, x, scale, shift)
-    return _run("aten", "conv_wgrad", dy, a, dy_x, coefficients, None, None, *rest)
+def _wgrad(passes: str, a: conv_wgrad.Args) -> object:
+    x = _normalised(passes, a.x, a.x_scale, a.x_shift)
+    return _run("aten", "conv_wgrad", *a._replace(x=x, x_scale=None, x_shift=None))
 
 
-def _conv(fprop: Backends, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _conv(fprop: Backends, a: conv_fprop.Args) -> Tensor:
     """`conv_fprop` on the backend that a network runs it on."""
-    *_, stride, padding, dilation, groups, _ = rest
-    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    shape = ConvShape(*x.shape, weight.shape[0], *weight.shape[2:], *geometry)  # type: ignore[call-arg, arg-type]
-    value: Tensor = _run(fprop(shape), "conv_fprop", x, weight, *rest)
+    shape = ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+    value: Tensor = _run(fprop(shape), "conv_fprop", *a)
     return value
 
 
-def _join(fprop: Backends, *operands: Any) -> object:
-    x, weight, shortcut, shortcut_weight, shift, stride, relu = operands
-    one, zero = [1, 1], [0, 0]
-    projected = _conv(fprop, shortcut, shortcut_weight, None, None, None, stride, zero, one, 1, False)
-    return _conv(fprop, x, weight, None, shift, projected, one, zero, one, 1, relu)
+def _join(fprop: Backends, a: conv_join.Args) -> object:
+    return conv_join.sequence(a, functools.partial(_conv, fprop))
 
 
-def _chain(fprop: Backends, *operands: Any) -> object:
-    x, weight2, scale2, shift2, weight3, scale3, shift3, residual, weight1, scale1, shift1, *geometry = operands
-    one, zero = [1, 1], [0, 0]
-    a = _conv(fprop, x, weight2, scale2, shift2, None, *geometry, 1, True)
-    y = _conv(fprop, a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
-    if weight1 is None:
-        return y
-    return y, _conv(fprop, y, weight1, scale1, shift1, None, one, zero, one, 1, True)
+def _chain(fprop: Backends, a: conv_chain.Args) -> object:
+    return conv_chain.sequence(a, functools.partial(_conv, fprop))
 
 
 _UNFUSED: dict[str, Callable[..., object]] = {
