@@ -43,12 +43,12 @@ def bn_backward_finalize(
     sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, count: float
 ) -> Tensor:
     """(a, b, c) with a*dy + b*x + c == scale * (dy - sum_dy/count - (x - mean)*invstd * sum_dy_xhat/count): what the
-    prologues of `conv_dgrad` and `conv_wgrad` apply.
+    prologues of the gradients of a convolution apply.
 
     a = scale, b = -scale * invstd * sum_dy_xhat/count, c = -b*mean - scale * sum_dy/count.
 
     Args:
-        sum_dy: [C] fp32, contiguous, of `bn_backward_reduce` or `conv_dgrad`; so is sum_dy_xhat.
+        sum_dy: [C] fp32, contiguous, of `bn_backward_reduce` or of the data gradient; so is sum_dy_xhat.
         sum_dy_xhat: see sum_dy.
         scale: [C] fp32, contiguous, of `bn_finalize`; so are mean and invstd.
         mean: see scale.
