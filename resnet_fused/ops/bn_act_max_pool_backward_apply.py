@@ -43,7 +43,7 @@ def refuse(a: Args) -> str | None:
     return refuse_half(**sums) or bn_act_max_pool.refuse_backward(a.dy, a.index, a.x, **vectors, **sums)
 
 
-OPTIONS = {"constant": (False, True)}
+OPTIONS = {"constant": (True, False)}
 
 
 def case(make: Operands, size: Size, constant: bool = False) -> Args:

@@ -57,7 +57,7 @@ def refuse(a: Args) -> str | None:
     )
 
 
-OPTIONS = {"masked": (False, True), "relu": (False, True), "constant": (False, True), "with_dresidual": (False, True)}
+OPTIONS = {"masked": (False, True), "relu": (False, True), "constant": (True, False), "with_dresidual": (False, True)}
 
 
 def case(

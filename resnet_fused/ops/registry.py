@@ -48,7 +48,7 @@ class Op:
             Triton's convolutions return is NHWC.
         refuse: (args) to why the Triton kernel cannot run on them, or None. (A CUDA kernel says so itself.)
         case: (operands, shape, **options) to arguments; the shape is a `ConvShape` of a convolution, else (N, C, H, W).
-        options: the values that each option of `case` takes.
+        options: the values that each option of `case` takes; the last is the one that asks most of a kernel.
         compare: (args, actual, plain, truth) to what is to be compared of the results.
         flops: (args, results, PyTorch's count of a convolution) to their number; None where there is no product.
     """
@@ -88,9 +88,12 @@ class Op:
 
     def bytes_moved(self, args: Any) -> int:
         """Of the arguments read and the results written, each once."""
+        return sum(t.nbytes for t in (*args, *self.written(args)) if isinstance(t, Tensor))
+
+    def written(self, args: Any) -> tuple[Tensor, ...]:
+        """The results without values, as a tuple."""
         results = self.fake(args)
-        written = (results,) if isinstance(results, Tensor) else results
-        return sum(t.nbytes for t in (*args, *written) if isinstance(t, Tensor))
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
     def schema(self, *extra: str) -> str:
         """The op's schema, with these arguments behind its own."""
