@@ -1,7 +1,7 @@
 """The benchmark pages, generated from the recorded results: `python -m tools.pages`.
 
 Between the markers of README.md: the newest result of each machine. All of docs/benchmarks.md: the goals, every result,
-every sitting at a GPU. A chart a result. `--check` writes nothing and exits with 1 where a page is not what the results
+every GPU run. A chart a result. `--check` writes nothing and exits with 1 where a page is not what the results
 say.
 """
 
@@ -55,12 +55,12 @@ def pages(root: Path) -> dict[Path, str]:
     chapters = "\n".join("\n".join(_chapter(path, report)) for path, report in reversed(found.items()))
     return {
         README: f"{before}{BEGIN}\n{summary}\n{gpu}{END}{after}",
-        PAGE: "\n".join([HEAD, gpu, *_goals(root, found.values()), chapters, *_sittings(root)]),
+        PAGE: "\n".join([HEAD, gpu, *_goals(root, found.values()), chapters, *_gpu_runs(root)]),
     }
 
 
 def _goals(root: Path, reports: Iterable[Report]) -> Iterator[str]:
-    """What was to be reached on a GPU, from every result and everything that a sitting measured."""
+    """What was to be reached on a GPU, from every result and everything that a GPU run measured."""
     runs = gpu_results.recorded(root / RESULTS).values()
     every = [*reports, *(one for found in runs for one in found.reports.values())]
     yield "## Goals on a GPU\n"
@@ -71,11 +71,11 @@ def _goals(root: Path, reports: Iterable[Report]) -> Iterator[str]:
     )
 
 
-def _sittings(root: Path) -> Iterator[str]:
-    """A chapter a sitting at a GPU: what ran."""
+def _gpu_runs(root: Path) -> Iterator[str]:
+    """A chapter a GPU run: what ran."""
     for folder, found in reversed(gpu_results.recorded(root / RESULTS).items()):
         home = Path("..") / folder.relative_to(root)
-        yield f"## Sitting at {found.gpu}, {found.date}\n"
+        yield f"## GPU run on {found.gpu}, {found.date}\n"
         yield f"All that was measured: [`{folder.name}`]({home}).\n"
         yield "| step | | commit | in a line |\n|---|---|---|---|"
         for name, entry in found.state.items():

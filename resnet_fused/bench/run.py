@@ -11,7 +11,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -87,8 +86,8 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
     benchmark_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     reports: list[CaseReport] = []
-    loaded: list[dict[str, Any]] = []
-    agreement: dict[str, Any] | None = None
+    loaded: list[loader.Row] = []
+    agreement: images.Pictures | None = None
 
     def report() -> Report:
         cases = tuple(dataclasses.replace(one, roof=race.roofs.get(one.case.dtype)) for one in reports)
@@ -277,7 +276,7 @@ class _Race:
 
 def _load_and_train(
     options: Options, model: nn.Module, reports: list[CaseReport], reporter: Reporter
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[loader.Row]]:
     """Training from the loader of every contestant that was right, case by case."""
     if options.loader is None:
         return
@@ -298,7 +297,7 @@ def _load_and_train(
 
 def _loaded(
     options: Options, model: nn.Module, case: Case, names: list[str], folder: Path, reporter: Reporter
-) -> list[dict[str, Any]]:
+) -> list[loader.Row]:
     assert options.loader is not None
     generator = torch.Generator().manual_seed(options.seed)
     pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
@@ -326,10 +325,10 @@ def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:
     return dataclasses.replace(result, status="failed", reason=reason) if reason else result
 
 
-def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor) -> dict[str, Any]:
+def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor) -> images.Pictures:
     """Top-1 agreement and logit differences of the resnet_fused contestants with the baseline, per dtype."""
     source = str(options.images) if options.images else "scikit-learn's two sample photographs"
-    answer: dict[str, Any] = {"source": source, "count": len(pictures), "comparisons": []}
+    found: list[images.Agrees | images.Unknown] = []
     batch = min(len(pictures), PICTURE_BATCH)
     for dtype in dict.fromkeys(case.dtype for case in options.cases):
         case = Case(options.model, "infer", batch, dtype, str(options.device), images.CROP)
@@ -346,13 +345,13 @@ def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor
         except Exception as error:  # shown, not fatal: the timings stand on their own
             problem = f"{BASELINE}: {first_line(error)}"
         for name in ours:
-            outcome: dict[str, Any] = {"problem": problem}
             try:
                 if plain is not None:
-                    outcome = dict(images.compare(logits(name), plain))
+                    found.append({"contestant": name, "dtype": dtype, **images.compare(logits(name), plain)})
+                    continue
             except Unavailable:
                 continue  # the table says so
             except Exception as error:
-                outcome = {"problem": first_line(error)}
-            answer["comparisons"].append({"contestant": name, "dtype": dtype, **outcome})
-    return answer
+                problem = first_line(error)
+            found.append({"contestant": name, "dtype": dtype, "problem": problem})
+    return {"source": source, "count": len(pictures), "comparisons": found}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -83,7 +82,7 @@ def _only(report: Report, names: tuple[str, ...]) -> Report:
     return dataclasses.replace(report, cases=cases)
 
 
-def profile_cases(options: Options, reporter: Reporter) -> tuple[list[profile.CaseProfile], dict[str, Any]]:
+def profile_cases(options: Options, reporter: Reporter) -> tuple[list[profile.CaseProfile], provenance.Provenance]:
     """Where the steps of these cases go, and the provenance of that. A case that fails has its reason in it.
 
     Raises:

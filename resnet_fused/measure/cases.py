@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 import torch
 
@@ -29,7 +30,9 @@ __all__ = [
     "resolve_device",
     "seconds",
 ]
-MODES = ("infer", "train")
+Mode = Literal["infer", "train"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+MODES = get_args(Mode)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -91,7 +91,7 @@ def tune(
     found = _together(job for network, n in everything for job in jobs(network, modes, n, *what, alternatives=True))
     trained = everything if "train" in modes else []
     whole = _together(job for network, n in trained for job in blocks(network, n, DTYPES[dtype], tf32))
-    facts = provenance.collect(device, command)
+    facts = dict(provenance.collect(device, command))
     if processes is None:
         processes = 0 if rehearse else max(1, (os.cpu_count() or 1) - SPARE_CORES)
     bench = LocalWorker(device, arch, rounds=1) if rehearse else ProcessWorker(device, arch, rounds=None)

@@ -21,6 +21,7 @@ from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import DTYPES, UsageError
 from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
+from resnet_fused.measure.provenance import Provenance
 from resnet_fused.measure.workers import TaskFailure, isolated_map
 from resnet_fused.tuning.candidates import backends, candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
@@ -50,7 +51,7 @@ class Verification:
 
     device: str
     checks: tuple[Check, ...]
-    provenance: dict[str, Any]
+    provenance: Provenance
 
     @property
     def failures(self) -> list[Check]:
