@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -201,13 +203,14 @@ def conv_chain(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    fprop: Callable[..., Tensor] = conv_fprop,
 ) -> tuple[Tensor, Tensor]:
     one, zero = [1, 1], [0, 0]
-    a = conv_fprop(x, weight2, scale2, shift2, None, stride, padding, dilation, 1, True)
-    y = conv_fprop(a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
+    a = fprop(x, weight2, scale2, shift2, None, stride, padding, dilation, 1, True)
+    y = fprop(a, weight3, scale3, shift3, residual, one, zero, one, 1, True)
     if weight1 is None:
         return y, x.new_empty(0)
-    return y, conv_fprop(y, weight1, scale1, shift1, None, one, zero, one, 1, True)
+    return y, fprop(y, weight1, scale1, shift1, None, one, zero, one, 1, True)
 
 
 def conv_join(
@@ -218,10 +221,11 @@ def conv_join(
     shift: Tensor,
     shortcut_stride: list[int],
     relu: bool,
+    fprop: Callable[..., Tensor] = conv_fprop,
 ) -> Tensor:
     one, zero = [1, 1], [0, 0]
-    residual = conv_fprop(shortcut, shortcut_weight, None, None, None, shortcut_stride, zero, one, 1, False)
-    return conv_fprop(x, weight, None, shift, residual, one, zero, one, 1, relu)
+    residual = fprop(shortcut, shortcut_weight, None, None, None, shortcut_stride, zero, one, 1, False)
+    return fprop(x, weight, None, shift, residual, one, zero, one, 1, relu)
 
 
 def onednn_pack(

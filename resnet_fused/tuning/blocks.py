@@ -60,7 +60,7 @@ def operands(job: Job, make: Operands) -> Block:
     return Block(x, dy, branch, shortcut, shape.identity)
 
 
-def timed(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], list[Tensor]]:
+def make_benchmark_fn(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], list[Tensor]]:
     """One step of the block, forward and backward: its result and the gradients of all leaves.
 
     Args:
@@ -97,9 +97,9 @@ def check(job: Job, choice: Choice, device: torch.device, table: Table) -> str |
     job = dataclasses.replace(job, problem=job.problem.with_batch(min(job.problem.batch, CHECKED_IMAGES)))
     try:
         block = operands(job, Operands(device, job.problem.dtype, guarded=False))
-        ours = timed(job, choice, block, table)()
-        plain = timed(job, plans.ATEN, block, table)()
-        truth = [value.detach() for value in timed(job, plans.ATEN, _double(block), table)()]
+        ours = make_benchmark_fn(job, choice, block, table)()
+        plain = make_benchmark_fn(job, plans.ATEN, block, table)()
+        truth = [value.detach() for value in make_benchmark_fn(job, plans.ATEN, _double(block), table)()]
     except Exception as error:  # whatever a kernel raises is its result
         return first_line(error)
     names = ["the result", "the gradient of x", *(f"gradient {i}" for i in range(len(truth) - 2))]

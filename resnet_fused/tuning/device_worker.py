@@ -23,7 +23,7 @@ from resnet_fused.measure.timing import clock_for, first_line, time_interleaved
 from resnet_fused.measure.workers import TaskFailure, Worker, WorkerCrashed
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning import blocks
-from resnet_fused.tuning.calls import operands_of, timed
+from resnet_fused.tuning.calls import make_benchmark_fn, operands_of
 from resnet_fused.tuning.checks import check, check_all, crashed
 from resnet_fused.tuning.problems import Job, check_images
 from resnet_fused.tuning.work import Roofs
@@ -83,7 +83,7 @@ class LocalWorker:
                 self._operands = blocks.operands(job, make) if job.problem.op == BLOCK else operands_of(job, make)
                 self._job = job
             if job.problem.op == BLOCK:
-                call: Callable[[], object] = blocks.timed(job, choice, self._operands, table)
+                call: Callable[[], object] = blocks.make_benchmark_fn(job, choice, self._operands, table)
             else:
                 call = _planned(job, choice, self._operands, self.arch, table)
             self._calls[str(choice)] = captured(call, self.device, self._pool)
@@ -109,17 +109,17 @@ class LocalWorker:
 
 
 def _planned(job: Job, choice: Choice, operands: Any, arch: int, table: Table) -> Callable[[], object]:
-    """`timed`; what competes with a tail runs as the table has it."""
+    """`make_benchmark_fn`; what competes with a tail runs as the table has it."""
     problem = job.problem
     if problem.op not in ("conv_chain", "conv_join"):
-        return timed(job, choice, operands)
+        return make_benchmark_fn(job, choice, operands)
 
     def fprop(shape: ConvShape) -> str:
         return plans.choose(Problem("conv_fprop", shape, problem.dtype, problem.tf32), arch).backend
 
     def call() -> object:
         with plans.assuming(table):
-            return timed(job, choice, operands, fprop)()
+            return make_benchmark_fn(job, choice, operands, fprop)()
 
     return call
 

@@ -25,7 +25,7 @@ from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import DTYPES, UsageError
 from resnet_fused.measure.network import Network, networks
 from resnet_fused.measure.progress import Silent
-from resnet_fused.tuning.candidates import backends
+from resnet_fused.tuning.calls import backends
 from resnet_fused.tuning.device_worker import LocalWorker, ProcessWorker
 from resnet_fused.tuning.precompile import SPARE_CORES, Precompiler
 from resnet_fused.tuning.problems import Job, blocks, jobs, parts

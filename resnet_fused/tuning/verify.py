@@ -23,7 +23,8 @@ from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.provenance import Provenance
 from resnet_fused.measure.workers import TaskFailure, isolated_map
-from resnet_fused.tuning.candidates import backends, candidates
+from resnet_fused.tuning.calls import backends
+from resnet_fused.tuning.candidates import candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
 from resnet_fused.tuning.problems import Job, jobs
 
