@@ -10,10 +10,10 @@ from typing import Any
 
 import resnet_fused
 from benchmarks import gpu_results, targets
+from resnet_fused._command import UsageError
 from resnet_fused.bench import schema
 from resnet_fused.bench.results import Report, write_atomically, write_json
 from resnet_fused.dispatch import table as tables
-from resnet_fused.measure.cases import UsageError
 
 RESULTS, TABLES = Path("benchmarks/results"), Path("resnet_fused/dispatch/tables")
 KEPT = (gpu_results.STATE, gpu_results.RESULTS, "summary.txt", "profile.png")

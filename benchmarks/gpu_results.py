@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from resnet_fused import _records
+from resnet_fused._command import UsageError
 from resnet_fused._records import Misfit
 from resnet_fused.bench import schema
 from resnet_fused.bench.results import Report
-from resnet_fused.measure.cases import UsageError
 
 END_TO_END = ("train", "infer", "loader")  # the steps that measure what a user gets
 RESULTS, STATE = "results.json", "state.json"

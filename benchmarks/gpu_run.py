@@ -34,9 +34,9 @@ import torch
 
 from benchmarks import gpu_collect
 from benchmarks.gpu_steps import ROOT, Step, steps
+from resnet_fused._command import UsageError
 from resnet_fused.bench.results import write_atomically, write_json
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import UsageError
 
 TRIES = 3  # of a step that had all of its time and was not done
 DONE = ("ok", "failed", "absent")

@@ -8,8 +8,7 @@ from typing import TypedDict, final
 
 import torch
 
-from resnet_fused._command import one_line
-from resnet_fused.measure.cases import UsageError
+from resnet_fused._command import UsageError, one_line
 
 RESIZE, CROP = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.bench.images import MEAN, STD
 from resnet_fused.bench.runner import Runner
-from resnet_fused.measure.cases import Case, UsageError
-from resnet_fused.measure.timing import first_line, round_order
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.timing import round_order
 
 GENERATED, CLASSES, SIZE = 64, 4, (256, 320)  # pictures, folders, height and width: about ImageNet's after resizing
 PREFETCH = 2
@@ -194,7 +195,7 @@ def measure(
             raise
         except Exception as error:  # whatever a contestant raises is its result
             built.pop(name, None)
-            problems[name] = problem(case, name, first_line(error))
+            problems[name] = problem(case, name, one_line(error, kind=True))
 
     def rate(count: int, work: Callable[[], object]) -> float:
         _wait(device)
@@ -208,7 +209,7 @@ def measure(
         try:
             return next(stream)
         except Exception as error:
-            raise PipelineError(f"the input pipeline: {first_line(error)}") from error
+            raise PipelineError(f"the input pipeline: {one_line(error, kind=True)}") from error
 
     def trained(runner: Runner) -> Callable[[], object]:
         def work() -> object:

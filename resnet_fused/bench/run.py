@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from resnet_fused._command import one_line
 from resnet_fused.bench import images, loader
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from resnet_fused.bench.correctness import Errors, breach, errors_of
@@ -25,7 +26,7 @@ from resnet_fused.measure.activation_memory import saved_bytes
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Reporter
 from resnet_fused.measure.telemetry import GpuTelemetry
-from resnet_fused.measure.timing import Call, Measured, clock_for, first_line, time_interleaved
+from resnet_fused.measure.timing import Call, Measured, clock_for, time_interleaved
 
 CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 PICTURE_BATCH = 8
@@ -158,7 +159,7 @@ class _Race:
             if case.mode == "train" and device_captures(case):
                 shared = GraphMemory(torch.device(case.device))
         except Exception as error:  # no input, or no judge: nobody can run
-            reason = first_line(error)
+            reason = one_line(error, kind=True)
             return CaseReport(case, None, 0, tuple(Result(one.name, "failed", reason) for one in entrants))
         labels = labels % judge.logits.shape[1]
         built = [self._build(contestant, case, pixels, labels, judge, shared) for contestant in entrants]
@@ -192,7 +193,7 @@ class _Race:
                 on_round=lambda done: self.reporter.detail(f"round {done}"),
             )
         except Exception as error:  # a GPU that has no memory left for the clock
-            return Measured({}, dict.fromkeys(calls, first_line(error)), 0)
+            return Measured({}, dict.fromkeys(calls, one_line(error, kind=True)), 0)
 
     def _flops(self, case: Case) -> int | None:
         try:
@@ -270,7 +271,7 @@ class _Race:
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
-            return None, Result(contestant.name, "failed", first_line(error))
+            return None, Result(contestant.name, "failed", one_line(error, kind=True))
         return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved)
 
 
@@ -292,7 +293,7 @@ def _load_and_train(
                 folder = folder or stack.enter_context(loader.opened(options.loader))
                 yield _loaded(options, model, case, names, folder, reporter)
             except Exception as error:  # of the pictures: whoever trains on them
-                yield [loader.problem(case, name, first_line(error)) for name in names]
+                yield [loader.problem(case, name, one_line(error, kind=True)) for name in names]
 
 
 def _loaded(
@@ -343,7 +344,7 @@ def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor
         try:
             plain = logits(BASELINE)
         except Exception as error:  # shown, not fatal: the timings stand on their own
-            problem = f"{BASELINE}: {first_line(error)}"
+            problem = f"{BASELINE}: {one_line(error, kind=True)}"
         for name in ours:
             try:
                 if plain is not None:
@@ -352,6 +353,6 @@ def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor
             except Unavailable:
                 continue  # the table says so
             except Exception as error:
-                problem = first_line(error)
+                problem = one_line(error, kind=True)
             found.append({"contestant": name, "dtype": dtype, "problem": problem})
     return {"source": source, "count": len(pictures), "comparisons": found}

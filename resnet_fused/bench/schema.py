@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from resnet_fused import _records
+from resnet_fused._command import UsageError
 from resnet_fused._records import Misfit
 from resnet_fused.bench.results import CaseFile, CaseReport, Report, ReportFile, Result, ResultFile, write_json
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.cases import Case
 from resnet_fused.measure.provenance import Provenance
 from resnet_fused.measure.timing import Timing
 

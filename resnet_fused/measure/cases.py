@@ -7,29 +7,6 @@ from typing import Literal, get_args
 
 import torch
 
-from resnet_fused._command import (
-    UsageError,
-    choose,
-    choose_many,
-    positive_integer,
-    positive_integers,
-    resolve_device,
-    seconds,
-)
-
-__all__ = [
-    "DTYPES",
-    "MODES",
-    "Case",
-    "Unavailable",
-    "UsageError",
-    "choose",
-    "choose_many",
-    "positive_integer",
-    "positive_integers",
-    "resolve_device",
-    "seconds",
-]
 Mode = Literal["infer", "train"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 MODES = get_args(Mode)
@@ -58,8 +35,3 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.mode}, batch {self.batch}, {self.dtype}"
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line that an error of another library says, or its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

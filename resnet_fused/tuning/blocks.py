@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from resnet_fused import dispatch
+from resnet_fused._command import one_line
 from resnet_fused.contract import FACTOR, FLOOR_ULPS
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.conv import BlockShape, ConvShape
 from resnet_fused.dispatch.table import Choice, Entry, Table
 from resnet_fused.functional import block as chains
-from resnet_fused.measure.timing import first_line
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.problems import Job
 
@@ -101,7 +101,7 @@ def check(job: Job, choice: Choice, device: torch.device, table: Table) -> str |
         plain = make_benchmark_fn(job, plans.ATEN, block, table)()
         truth = [value.detach() for value in make_benchmark_fn(job, plans.ATEN, _double(block), table)()]
     except Exception as error:  # whatever a kernel raises is its result
-        return first_line(error)
+        return one_line(error, kind=True)
     names = ["the result", "the gradient of x", *(f"gradient {i}" for i in range(len(truth) - 2))]
     for name, actual, other, right in zip(names, ours, plain, truth, strict=True):
         off, usual = (float((value.detach().double() - right).norm()) for value in (actual, other))

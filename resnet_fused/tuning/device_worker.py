@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice, Problem, Table
 from resnet_fused.measure import roof
-from resnet_fused.measure.cases import DTYPES, UsageError
+from resnet_fused.measure.cases import DTYPES
 from resnet_fused.measure.cuda_graph import captured
-from resnet_fused.measure.timing import clock_for, first_line, time_interleaved
+from resnet_fused.measure.timing import clock_for, time_interleaved
 from resnet_fused.measure.workers import TaskFailure, Worker, WorkerCrashed
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning import blocks
@@ -65,7 +66,7 @@ class LocalWorker:
                 return {problem.op: check(alone, problem.op, choice, self.device)}
             return check_all(job, choice, self.device, images)
         except Exception as error:  # what does not fit, among others
-            return {problem.op: first_line(error)}
+            return {problem.op: one_line(error, kind=True)}
 
     def roofs(self, dtype: torch.dtype) -> Roofs:
         """What this device does at best in this dtype, measured."""
@@ -88,7 +89,7 @@ class LocalWorker:
                 call = _planned(job, choice, self._operands, self.arch, table)
             self._calls[str(choice)] = captured(call, self.device, self._pool)
         except Exception as error:  # whatever a kernel raises is its result
-            return first_line(error)
+            return one_line(error, kind=True)
         return None
 
     def race(self, budget_s: float) -> dict[str, float]:

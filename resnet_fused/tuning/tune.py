@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from resnet_fused import ops
+from resnet_fused._command import UsageError, choose, choose_many
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import tf32_allowed
 from resnet_fused.dispatch.table import Problem
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import DTYPES, UsageError
+from resnet_fused.measure.cases import DTYPES, MODES
 from resnet_fused.measure.network import Network, networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.tuning.calls import backends
@@ -73,11 +74,8 @@ def tune(
     Raises:
         UsageError: there is nothing to tune here, or a choice is unknown; one line.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choices: {', '.join(DTYPES)}")
-    modes = tuple(modes)
-    if not modes or set(modes) - {"infer", "train"}:
-        raise UsageError(f"unknown modes {', '.join(modes) or 'none'}; choices: infer, train")
+    choose(dtype, DTYPES, "dtype")
+    modes = choose_many(modes, MODES, "mode")
     batches = sorted({batch} if isinstance(batch, int) else set(batch), reverse=True)
     if not batches or min(batches) < 1:
         raise UsageError(f"batch {batch!r} is no number of images")

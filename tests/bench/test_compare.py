@@ -10,10 +10,10 @@ from recorded import BASELINE, case, report, result, usual
 from rich.console import Console
 
 from resnet_fused import cli
+from resnet_fused._command import UsageError
 from resnet_fused.bench import compare, schema
 from resnet_fused.bench.results import write_json
 from resnet_fused.measure import telemetry as clocks
-from resnet_fused.measure.cases import UsageError
 from resnet_fused.measure.timing import Timing
 
 

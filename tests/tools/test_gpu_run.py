@@ -14,9 +14,10 @@ import torch
 
 from benchmarks import targets as goals
 from resnet_fused import ops
+from resnet_fused._command import UsageError, choose_many
 from resnet_fused.bench import contestants, schema
 from resnet_fused.dispatch import table as tables
-from resnet_fused.measure.cases import DTYPES, MODES, UsageError, choose_many
+from resnet_fused.measure.cases import DTYPES, MODES
 from tools import pages as docs
 
 gpu_run = pytest.importorskip("benchmarks.gpu_run", reason="the benchmarks are not here")

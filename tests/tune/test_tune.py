@@ -8,12 +8,12 @@ import torch
 
 import resnet_fused
 from resnet_fused import cli, dispatch, ops
+from resnet_fused._command import UsageError, seconds
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.dispatch.table import Choice, Entry, Problem, Table
-from resnet_fused.measure.cases import UsageError, seconds
 from resnet_fused.measure.network import networks, tiny_network
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning import calls, checks, tune

@@ -15,11 +15,11 @@ import pytest
 import torch
 import tune_doubles
 
+from resnet_fused._command import UsageError
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.choice import ATEN, BLOCK
 from resnet_fused.dispatch.table import Choice
-from resnet_fused.measure.cases import UsageError
 from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.workers import WorkerCrashed
