@@ -12,7 +12,7 @@ from torch import Tensor
 
 from resnet_fused import dispatch
 from resnet_fused._command import one_line
-from resnet_fused.contract import FACTOR, FLOOR_ULPS
+from resnet_fused.contract import breach
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.conv import BlockShape, ConvShape
 from resnet_fused.dispatch.table import Choice, Entry, Table
@@ -91,8 +91,8 @@ def make_benchmark_fn(job: Job, choice: Choice, block: Block, table: Table) -> C
 
 
 def check(job: Job, choice: Choice, device: torch.device, table: Table) -> str | None:
-    """Why a step is not right, or None: no result may differ from float64's by more than twice what PyTorch's own does,
-    as a norm: next to zero the mask of a ReLU is a matter of rounding, in both.
+    """Why a step is not right, or None, by the numerics contract. Errors are norms: next to zero the mask of a ReLU is
+    a matter of rounding, in native PyTorch too.
     """
     job = dataclasses.replace(job, problem=job.problem.with_batch(min(job.problem.batch, CHECKED_IMAGES)))
     try:
@@ -104,10 +104,8 @@ def check(job: Job, choice: Choice, device: torch.device, table: Table) -> str |
         return one_line(error, kind=True)
     names = ["the result", "the gradient of x", *(f"gradient {i}" for i in range(len(truth) - 2))]
     for name, actual, other, right in zip(names, ours, plain, truth, strict=True):
-        off, usual = (float((value.detach().double() - right).norm()) for value in (actual, other))
-        allowed = FACTOR * usual + FLOOR_ULPS * torch.finfo(job.problem.dtype).eps * float(right.norm())
-        if not off <= allowed:  # a NaN is not
-            return f"{name} errs by {off:.2e} > {allowed:.2e} (plain: {usual:.2e})"
+        if reason := breach(actual, other, right, name, norm=True):
+            return reason
     return None
 
 
