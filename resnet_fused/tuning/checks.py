@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused._command import one_line
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
 from resnet_fused.measure import memory
-from resnet_fused.measure.timing import first_line
 from resnet_fused.ops import OPS
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.comparison import Comparison, double, map_tensors
@@ -58,7 +58,7 @@ def check(job: Job, op: str, choice: Choice, device: torch.device) -> str | None
         problems = (comparison.breach() for comparison in comparisons(op, operands, first, tf32))
         return next(filter(None, problems), None)
     except Exception as error:  # whatever a kernel raises is its result
-        return first_line(error)
+        return one_line(error, kind=True)
 
 
 def _refusal(op: str, choice: Choice, operands: Any, shape: Any) -> str | None:
