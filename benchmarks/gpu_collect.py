@@ -1,4 +1,4 @@
-"""Bring a sitting's results home: check all of them, then put each where the checkout keeps it."""
+"""Bring a GPU run's results home: check all of them, then put each where the checkout keeps it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import resnet_fused
 from benchmarks import gpu_results, targets
+from resnet_fused._command import UsageError
 from resnet_fused.bench import schema
 from resnet_fused.bench.results import Report, write_atomically, write_json
 from resnet_fused.dispatch import table as tables
-from resnet_fused.measure.cases import UsageError
 
 RESULTS, TABLES = Path("benchmarks/results"), Path("resnet_fused/dispatch/tables")
 KEPT = (gpu_results.STATE, gpu_results.RESULTS, "summary.txt", "profile.png")
@@ -41,13 +41,13 @@ def measured(results: dict[str, Any]) -> Iterator[str]:
 
 
 def collect(out: Path, root: Path) -> Iterator[str]:
-    """Put a sitting's results below `root`; a line for each. Collecting twice changes nothing.
+    """Put a GPU run's results below `root`; a line for each. Collecting twice changes nothing.
 
     benchmarks/results/<gpu>/ gets the end-to-end runs as one result, and a folder with all that was measured;
     resnet_fused/dispatch/tables/ the plan table, if it speaks of this version and of kernels that were verified.
 
     Raises:
-        UsageError: something is not what a sitting writes; then nothing was written.
+        UsageError: something is not what a GPU run writes; then nothing was written.
     """
     found = gpu_results.load(out)
     report = gpu_results.end_to_end(found)
@@ -57,7 +57,7 @@ def collect(out: Path, root: Path) -> Iterator[str]:
     if report is not None:
         known = [path for path in home.glob("*.json") if schema.load(path) == report]
         written.append(known[0] if known else schema.record(report, root / RESULTS))
-    folder = home / f"sitting-{found.date}"
+    folder = home / f"gpu-run-{found.date}"
     for name in KEPT:
         if (out / name).exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def collect(out: Path, root: Path) -> Iterator[str]:
     return _lines(found, report, [path.relative_to(root) for path in written], why)
 
 
-def _table(out: Path, found: gpu_results.Sitting) -> tuple[tables.Table | None, str]:
+def _table(out: Path, found: gpu_results.GpuRun) -> tuple[tables.Table | None, str]:
     """The plan table, or None and why not."""
     path = out / "plan" / tables.file_name(found.gpu)
     if not path.exists():
@@ -82,7 +82,7 @@ def _table(out: Path, found: gpu_results.Sitting) -> tuple[tables.Table | None, 
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
     if plan.gpu != found.gpu:
-        raise UsageError(f"{path}: of {plan.gpu}, the sitting's GPU is {found.gpu}")
+        raise UsageError(f"{path}: of {plan.gpu}, the run's GPU is {found.gpu}")
     if not plan.verified:
         return None, f"{path} says of no kernel that it was verified: left out"
     facts = [report.provenance for name, report in found.reports.items() if name in gpu_results.END_TO_END]
@@ -93,7 +93,7 @@ def _table(out: Path, found: gpu_results.Sitting) -> tuple[tables.Table | None, 
     return plan, ""
 
 
-def _lines(found: gpu_results.Sitting, report: Report | None, written: list[Path], why: str) -> Iterator[str]:
+def _lines(found: gpu_results.GpuRun, report: Report | None, written: list[Path], why: str) -> Iterator[str]:
     yield from (f"wrote {path}" for path in written)
     if why:
         yield why

@@ -1,60 +1,84 @@
-"""What a sitting at a GPU left behind (`python -m benchmarks.gpu_run`): read back, checked, as reports."""
+"""What a GPU run left behind (`python -m benchmarks.gpu_run`): read back, checked, as reports."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from resnet_fused import _records
+from resnet_fused._command import UsageError
+from resnet_fused._records import Misfit
 from resnet_fused.bench import schema
 from resnet_fused.bench.results import Report
-from resnet_fused.measure.cases import UsageError
 
-FORMAT = 1
 END_TO_END = ("train", "infer", "loader")  # the steps that measure what a user gets
 RESULTS, STATE = "results.json", "state.json"
 
 
+class Entry(TypedDict):
+    """What came of a step."""
+
+    status: str
+    seconds: float
+    headline: str
+    commit: str | None
+    date_utc: str
+    tries: int
+
+
 @dataclasses.dataclass(frozen=True)
-class Sitting:
+class State:
+    """What state.json holds."""
+
+    format: Literal[1]
+    gpu: str
+    steps: dict[str, Entry]
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuRun:
     """Attributes:
     gpu: its name.
-    state: by the step's name: status, seconds, headline, commit, date_utc.
+    state: by the step's name.
     data: by the step's name what it wrote.
     reports: of the steps that are runs of the bench.
     """
 
     gpu: str
-    state: dict[str, dict[str, Any]]
+    state: dict[str, Entry]
     data: dict[str, Any]
     reports: dict[str, Report]
 
     @property
     def date(self) -> str:
         """Of its last step."""
-        return str(max(entry["date_utc"] for entry in self.state.values()))[:10]
+        return max(entry["date_utc"] for entry in self.state.values())[:10]
 
 
-def load(folder: Path) -> Sitting:
+def load(folder: Path) -> GpuRun:
     """What a folder of `gpu_run` holds.
 
     Raises:
-        UsageError: a file is missing, or is not what a sitting writes; names the place.
+        UsageError: a file is missing, or is not what a GPU run writes; names the place.
     """
-    state, data = (_json(folder / name) for name in (STATE, RESULTS))
-    steps, gpu = state.get("steps"), state.get("gpu")
-    if state.get("format") != FORMAT or not isinstance(gpu, str) or not isinstance(steps, dict) or not steps:
-        raise UsageError(f"{folder / STATE}: not the state of a sitting")
-    for name, entry in steps.items():
-        if not all(isinstance(entry.get(field), str) for field in ("status", "headline", "date_utc")):
-            raise UsageError(f"{folder / STATE}: not the state of a step: {name}")
+    state = _read(State, folder / STATE)
+    if not state.steps:
+        raise UsageError(f"{folder / STATE}: steps is empty")
+    data = _read(dict[str, Any], folder / RESULTS)
     reports = {name: schema.parse(one, f"{folder / RESULTS}, {name}") for name, one in data.items() if is_report(one)}
     for name, one in data.items():
         facts = one.get("provenance") if isinstance(one, dict) else None
-        if facts is not None and (facts.get("gpu") or {}).get("name") != gpu:
-            raise UsageError(f"{folder / RESULTS}, {name}: measured on {facts.get('gpu')}, the sitting's is {gpu}")
-    return Sitting(gpu, steps, data, reports)
+        if facts is not None and (facts.get("gpu") or {}).get("name") != state.gpu:
+            raise UsageError(f"{folder / RESULTS}, {name}: measured on {facts.get('gpu')}, the run's is {state.gpu}")
+    return GpuRun(state.gpu, state.steps, data, reports)
+
+
+def _read(kind: Any, path: Path) -> Any:
+    try:
+        return _records.load(kind, schema.read_json(path))
+    except Misfit as misfit:
+        raise UsageError(f"{path}: {misfit}") from None
 
 
 def is_report(value: Any) -> bool:
@@ -62,13 +86,13 @@ def is_report(value: Any) -> bool:
     return isinstance(value, dict) and "cases" in value and "baseline" in value
 
 
-def end_to_end(sitting: Sitting) -> Report | None:
+def end_to_end(run: GpuRun) -> Report | None:
     """Training, inference and training from a loader as one report, where they are of one commit and of one torch.
 
     Raises:
         UsageError: they are not.
     """
-    parts = [sitting.reports[name] for name in END_TO_END if name in sitting.reports]
+    parts = [run.reports[name] for name in END_TO_END if name in run.reports]
     if not parts:
         return None
     facts = [part.provenance for part in parts]
@@ -88,21 +112,11 @@ def end_to_end(sitting: Sitting) -> Report | None:
     )
 
 
-def recorded(folder: Path) -> dict[Path, Sitting]:
-    """Every sitting below a folder of results, oldest first.
+def recorded(folder: Path) -> dict[Path, GpuRun]:
+    """Every GPU run below a folder of results, oldest first.
 
     Raises:
         UsageError: one of them cannot be read.
     """
-    found = {path.parent: load(path.parent) for path in folder.glob(f"*/sitting-*/{STATE}")}
+    found = {path.parent: load(path.parent) for path in folder.glob(f"*/gpu-run-*/{STATE}")}
     return dict(sorted(found.items(), key=lambda item: (item[1].date, item[0])))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: no object")
-    return data

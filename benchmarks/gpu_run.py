@@ -34,9 +34,9 @@ import torch
 
 from benchmarks import gpu_collect
 from benchmarks.gpu_steps import ROOT, Step, steps
+from resnet_fused._command import UsageError
 from resnet_fused.bench.results import write_atomically, write_json
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import UsageError
 
 TRIES = 3  # of a step that had all of its time and was not done
 DONE = ("ok", "failed", "absent")
@@ -50,7 +50,7 @@ REHEARSAL = "rehearsal on a CPU"
 
 
 @dataclasses.dataclass
-class Sitting:
+class RunFolder:
     """The folder, and what is recorded in it.
 
     Attributes:
@@ -68,7 +68,7 @@ class Sitting:
     results: dict[str, Any]
 
     @classmethod
-    def opened(cls, out: Path, gpu: str, rehearse: bool) -> Sitting:
+    def opened(cls, out: Path, gpu: str, rehearse: bool) -> RunFolder:
         """Raises:
         UsageError: the folder holds what another GPU has shown.
         """
@@ -224,18 +224,18 @@ def _wait(command: list[str], environment: dict[str, str], sink: Any, seconds: f
         process.wait()
 
 
-def plan(sitting: Sitting, minutes: float) -> Iterator[str]:
+def plan(run: RunFolder, minutes: float) -> Iterator[str]:
     """What would run, and in which call at the latest."""
     call, spent = 1, 0.0
     yield f"{'step':<20}{'limit s':>8}  {'call':>4}  status"
     for step in steps():
-        status = sitting.status(step) or "left"
+        status = run.status(step) or "left"
         if status not in DONE or step.each_call:
             if spent and spent + step.least_s > 60 * minutes:
                 call, spent = call + 1, 0.0
             spent += min(step.limit_s, 60 * minutes - spent)
         yield f"{step.name:<20}{step.limit_s:>8}  {'' if status in DONE else call:>4}  {status}"
-        yield f"    {' '.join(step.command(step.limit_s, Path('WORK'), sitting.rehearse))}"
+        yield f"    {' '.join(step.command(step.limit_s, Path('WORK'), run.rehearse))}"
     yield f"at the latest in {call} calls of {minutes:g} minutes, where every step takes all of its time"
 
 
@@ -266,31 +266,31 @@ def main(argv: list[str] | None = None) -> int:
         gpu = REHEARSAL if options.rehearse else torch.cuda.get_device_name() if torch.cuda.is_available() else None
         if gpu is None and not options.plan:
             parser.error("no CUDA GPU here; --rehearse runs every step on the CPU")
-        sitting = Sitting.opened(options.out.resolve(), gpu or "", options.rehearse)
+        run = RunFolder.opened(options.out.resolve(), gpu or "", options.rehearse)
     except UsageError as error:
         parser.error(str(error))
     if options.plan:
-        print("\n".join(plan(sitting, options.minutes)))
+        print("\n".join(plan(run, options.minutes)))
         return 0
-    return sit(sitting, time.monotonic() + 60 * options.minutes, options.again)
+    return run_steps(run, time.monotonic() + 60 * options.minutes, options.again)
 
 
-def sit(sitting: Sitting, deadline: float, again: list[str]) -> int:
+def run_steps(run: RunFolder, deadline: float, again: list[str]) -> int:
     """Run what is left until the deadline; the exit status."""
-    sitting.out.mkdir(parents=True, exist_ok=True)
+    run.out.mkdir(parents=True, exist_ok=True)
     for step in steps():
         if step.each_call or "all" in again or step.name in again:
-            sitting.state.pop(step.name, None)
+            run.state.pop(step.name, None)
         if "all" in again or step.name in again:
-            sitting.results.pop(step.name, None)
+            run.results.pop(step.name, None)
     for fresh in (True, False):
-        for step in sitting.todo(fresh):
+        for step in run.todo(fresh):
             left = int(deadline - time.monotonic())
             if left >= step.least_s:
-                sitting.run(step, min(step.limit_s, left))
-    sitting.write()
-    print("", *sitting.summary(), f"results in {sitting.out}", sep="\n")
-    statuses = {sitting.status(step) for step in steps()}
+                run.run(step, min(step.limit_s, left))
+    run.write()
+    print("", *run.summary(), f"results in {run.out}", sep="\n")
+    statuses = {run.status(step) for step in steps()}
     return 1 if "failed" in statuses else 0 if statuses <= {"ok", "absent"} else 3
 
 

@@ -1,6 +1,6 @@
-"""What a sitting at a GPU consists of: one table of steps, in order of value, and what a rehearsal changes in it.
+"""What a GPU run consists of: one table of steps, in order of value, and what a rehearsal changes in it.
 
-PyTorch's own is measured before ours; max-autotune alone comes after, because it compiles for minutes. It is no less
+Native PyTorch is measured before ours; max-autotune alone comes after, because it compiles for minutes. It is no less
 fair there: every run has the same baseline, interleaved.
 """
 
@@ -43,7 +43,7 @@ class Step:
         wrapper: what runs the program, but in a rehearsal.
         environment: of the process.
         absent: why it cannot run here, or None; asked when its turn has come.
-        uses_plan: whether it sees the sitting's plan table; what judges the kernels themselves does not.
+        uses_plan: whether it sees the run's plan table; what judges the kernels themselves does not.
         each_call: it runs in every call, whatever is recorded: what it makes lives on the machine.
     """
 

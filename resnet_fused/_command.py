@@ -22,9 +22,15 @@ class UsageError(ValueError):
     """A choice the command cannot honour; the message is one line that names the value and the choices."""
 
 
-def one_line(error: Exception) -> str:
-    """What an error of another library says, in one line of some 300 characters; its name where it says nothing."""
-    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+def one_line(error: BaseException, kind: bool = False) -> str:
+    """What an error says, in one line of some 300 characters; its type where it says nothing.
+
+    Args:
+        kind: also its type, and only the first of its lines: for an error that nobody foresaw.
+    """
+    name, said = type(error).__name__, str(error).strip()
+    text = textwrap.shorten(said.partition("\n")[0] if kind else said, 300, placeholder=" ...")
+    return f"{name}: {text}" if kind and text else text or name
 
 
 def choose(value: str, choices: Iterable[str], what: str) -> str:
@@ -46,10 +52,10 @@ def choose(value: str, choices: Iterable[str], what: str) -> str:
     raise UsageError(f"unknown {what} {value!r}; {hint}")
 
 
-def choose_many(text: str, choices: Iterable[str], what: str) -> tuple[str, ...]:
-    """Split a comma list and check each item; duplicates are dropped, the order is kept."""
+def choose_many(values: str | Iterable[str], choices: Iterable[str], what: str) -> tuple[str, ...]:
+    """Check each item, of a comma list where it is one; duplicates are dropped, the order is kept."""
     choices = list(choices)
-    items = [item.strip() for item in text.split(",") if item.strip()]
+    items = [item.strip() for item in (values.split(",") if isinstance(values, str) else values) if item.strip()]
     if not items:
         raise UsageError(f"no {what} given; choices: {', '.join(choices)}")
     return tuple(dict.fromkeys(choose(item, choices, what) for item in items))

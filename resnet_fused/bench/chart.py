@@ -33,14 +33,14 @@ def save(report: Report, path: Path) -> None:
         _panel(axis, case, report.baseline)
     axes[-1].set_xlabel("images per second (more is better); label: images/s, times the baseline")
     facts = report.provenance
-    commit = facts["commit"]
+    commit = facts.get("commit")
     where = f", commit {commit['sha'][:10]}{' + changes' if commit['dirty'] else ''}" if commit else ""
     title = (
         f"{report.model} on {provenance.device_name(facts)}\ntorch {facts['torch']}, {facts['date_utc'][:10]}{where}"
     )
     figure.suptitle(title, fontsize=11)
-    facts = {"Source": digest(report)}
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png", metadata=facts))
+    source = {"Source": digest(report)}
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png", metadata=source))
 
 
 def digest(report: Report) -> str:

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from resnet_fused._command import UsageError
 from resnet_fused.bench.results import CaseReport, Report, Result
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.cases import Case
 from resnet_fused.measure.timing import Timing
 
 OURS = ("fused", "frozen")

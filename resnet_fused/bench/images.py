@@ -4,14 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict, final
 
 import torch
 
-from resnet_fused._command import one_line
-from resnet_fused.measure.cases import UsageError
+from resnet_fused._command import UsageError, one_line
 
 RESIZE, CROP = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class _Compared(TypedDict):
+    contestant: str
+    dtype: str
+
+
+class Agreement(TypedDict):
+    """Top-1 agreement (0 to 1), the largest absolute logit difference, and that over the largest plain logit."""
+
+    top1_agreement: float
+    max_logit_difference: float
+    relative_difference: float
+
+
+@final
+class Agrees(_Compared, Agreement):
+    """How far a contestant agrees with the baseline."""
+
+
+@final
+class Unknown(_Compared):
+    """Why that is not known."""
+
+    problem: str
+
+
+class Pictures(TypedDict):
+    """Contestants on real pictures."""
+
+    source: str
+    count: int
+    comparisons: list[Agrees | Unknown]
 
 
 def load_folder(folder: Path) -> torch.Tensor:
@@ -71,8 +104,8 @@ def logits_of(forward: Callable[[torch.Tensor], torch.Tensor], pictures: torch.T
     return torch.cat(rows)
 
 
-def compare(logits: torch.Tensor, plain: torch.Tensor) -> dict[str, float]:
-    """Top-1 agreement (0 to 1) and the largest absolute logit difference, also over the largest plain logit."""
+def compare(logits: torch.Tensor, plain: torch.Tensor) -> Agreement:
+    """A contestant's logits and the baseline's."""
     difference = float((logits - plain).abs().max())
     return {
         "top1_agreement": float((logits.argmax(1) == plain.argmax(1)).double().mean()),

@@ -13,22 +13,59 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.bench.images import MEAN, STD
 from resnet_fused.bench.runner import Runner
-from resnet_fused.measure.cases import Case, UsageError
-from resnet_fused.measure.timing import first_line, round_order
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.timing import round_order
 
 GENERATED, CLASSES, SIZE = 64, 4, (256, 320)  # pictures, folders, height and width: about ImageNet's after resizing
 PREFETCH = 2
 ROUNDS = 3
 MAX_WORKERS = 16
+
+
+class Rates(TypedDict):
+    """Images per second: the median of the samples, and their percentiles."""
+
+    images_per_s: float
+    p20: float
+    p80: float
+    samples: list[float]
+
+
+class _Trained(TypedDict):
+    contestant: str
+    case: str
+    batch: int
+    dtype: str
+
+
+@final
+class Trained(_Trained):
+    """The three rates of a contestant on a case."""
+
+    workers: int
+    resident: Rates
+    loader: Rates
+    loader_to_loss: Rates
+
+
+@final
+class Untrained(_Trained):
+    """Why there are none."""
+
+    problem: str
+
+
+Row = Trained | Untrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +154,7 @@ class PipelineError(RuntimeError):
     """The input pipeline has failed, whoever asked for the batch."""
 
 
-def problem(case: Case, contestant: str, reason: str) -> dict[str, Any]:
+def problem(case: Case, contestant: str, reason: str) -> Untrained:
     """The row of a contestant that could not be measured."""
     return {"contestant": contestant, "case": case.label, "batch": case.batch, "dtype": case.dtype, "problem": reason}
 
@@ -131,7 +168,7 @@ def measure(
     rounds: int = ROUNDS,
     steps: int = 8,
     on_round: Callable[[int], None] = lambda done: None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """The three rates of every contestant on a training case.
 
     Each round gives every contestant a window of training on loaded batches and one on its own batch, and the pipeline
@@ -146,7 +183,7 @@ def measure(
     """
     device = torch.device(case.device)
     built: dict[str, Runner] = {}
-    problems: dict[str, dict[str, Any]] = {}
+    problems: dict[str, Untrained] = {}
     stream = batches(folder, case, workers)
     held = workers * PREFETCH
 
@@ -158,7 +195,7 @@ def measure(
             raise
         except Exception as error:  # whatever a contestant raises is its result
             built.pop(name, None)
-            problems[name] = problem(case, name, first_line(error))
+            problems[name] = problem(case, name, one_line(error, kind=True))
 
     def rate(count: int, work: Callable[[], object]) -> float:
         _wait(device)
@@ -172,7 +209,7 @@ def measure(
         try:
             return next(stream)
         except Exception as error:
-            raise PipelineError(f"the input pipeline: {first_line(error)}") from error
+            raise PipelineError(f"the input pipeline: {one_line(error, kind=True)}") from error
 
     def trained(runner: Runner) -> Callable[[], object]:
         def work() -> object:
@@ -226,18 +263,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _summary(rates: list[float]) -> dict[str, Any]:
+def _summary(rates: list[float]) -> Rates:
     p20, p50, p80 = (float(np.percentile(rates, percent)) for percent in (20, 50, 80))
     return {"images_per_s": p50, "p20": p20, "p80": p80, "samples": [round(rate, 4) for rate in rates]}
 
 
-def lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+def lines(rows: Iterable[Row]) -> Iterator[str]:
     """A line a contestant."""
     for row in rows:
         if "problem" in row:
             yield f"loader to loss, {row['case']}, {row['contestant']}: {row['problem']}"
             continue
-        resident, loader, both = (row[name] for name in ("resident", "loader", "loader_to_loss"))
+        resident, loader, both = row["resident"], row["loader"], row["loader_to_loss"]
         bound = "input pipeline" if loader["images_per_s"] < resident["images_per_s"] else "model"
         yield (
             f"loader to loss, {row['case']}, {row['contestant']}: {both['images_per_s']:.1f} images/s "

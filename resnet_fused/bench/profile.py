@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from resnet_fused._command import one_line
 from resnet_fused.bench import cost, kernel_times
 from resnet_fused.bench.contestants import CONTESTANTS
 from resnet_fused.bench.kernel_times import Kernel
@@ -24,7 +25,7 @@ from resnet_fused.bench.runner import Runner
 from resnet_fused.measure import memory, roof
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.network import Network
-from resnet_fused.measure.timing import clock_for, first_line
+from resnet_fused.measure.timing import clock_for
 
 STEPS, WARM_UP = 3, 2
 SCOPE, STEP = "layer: ", "one step"
@@ -180,7 +181,7 @@ def measure(
         try:
             found.append(_profile(model, network, case, name))
         except Exception as error:  # whatever a contestant raises is its result
-            failures.append((name, first_line(error)))
+            failures.append((name, one_line(error, kind=True)))
     whole, others = (tuple(p for p in found if (p.contestant in REPLACED) == it) for it in (False, True))
     return CaseProfile(case, network, bandwidth, flops_per_s, costs, whole, others, tuple(failures))
 

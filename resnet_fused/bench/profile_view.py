@@ -30,7 +30,7 @@ SHADES = {
 }
 
 
-def render(profiles: Sequence[CaseProfile], facts: dict[str, Any], console: Console) -> None:
+def render(profiles: Sequence[CaseProfile], facts: provenance.Provenance, console: Console) -> None:
     """Print a table a case: milliseconds and the percentage of the roof, by block and by convolution."""
     for one in profiles:
         for name, reason in one.failures:
@@ -92,7 +92,7 @@ def _name(kind: str, backward: bool) -> str:
     return f"{kind} backward" if backward else kind
 
 
-def save(profiles: Sequence[CaseProfile], facts: dict[str, Any], path: Path) -> None:
+def save(profiles: Sequence[CaseProfile], facts: provenance.Provenance, path: Path) -> None:
     """Draw a row a case of which there is something to draw to a PNG, written atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

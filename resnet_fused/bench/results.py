@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
+from resnet_fused import _records
 from resnet_fused._command import write_atomically as write_atomically  # for whoever writes results
 from resnet_fused._command import write_json as write_json
 from resnet_fused.bench.correctness import Errors
-from resnet_fused.measure.cases import Case
+from resnet_fused.bench.images import Pictures
+from resnet_fused.bench.loader import Row
+from resnet_fused.measure.cases import Case, Dtype, Mode
+from resnet_fused.measure.provenance import Provenance
 from resnet_fused.measure.roof import Roof
+from resnet_fused.measure.telemetry import Conditions
 from resnet_fused.measure.timing import Timing
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
+Status = Literal["ok", "failed", "unavailable"]  # failed: wrong, or raised
 INTERRUPTED = "interrupted"  # how a line of what was left out ends
 
 
@@ -22,7 +28,7 @@ class Result:
     """One contestant on one case. Only `status == "ok"` carries a speed."""
 
     contestant: str
-    status: str  # "ok", "failed" (wrong, or raised) or "unavailable"
+    status: Status
     reason: str | None = None
     errors: Errors | None = None
     setup_s: float | None = None
@@ -40,7 +46,7 @@ class CaseReport:
     rounds: int
     results: tuple[Result, ...]
     roof: Roof | None = None
-    conditions: dict[str, Any] | None = None  # clocks and throttling while it was timed, where a GPU tells
+    conditions: Conditions | None = None  # clocks and throttling while it was timed, where a GPU tells
 
     def speedup(self, result: Result, baseline: str) -> float | None:
         """Median time of the baseline over that of `result`; None where one of them has no speed."""
@@ -65,11 +71,11 @@ class Report:
 
     model: str
     baseline: str
-    provenance: dict[str, Any]
+    provenance: Provenance
     cases: tuple[CaseReport, ...]
     left_out: tuple[str, ...] = ()
-    pictures: dict[str, Any] | None = None
-    loader: tuple[dict[str, Any], ...] = ()  # training fed by a real input pipeline
+    pictures: Pictures | None = None
+    loader: tuple[Row, ...] = ()  # training fed by a real input pipeline
 
     def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
         """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
@@ -95,53 +101,126 @@ class Report:
         return list(dict.fromkeys(report.case.mode for report in self.cases))
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready values; an infinite error is the string "inf"."""
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            "baseline": self.baseline,
-            "provenance": self.provenance,
-            "cases": [self._case_json(report) for report in self.cases],
-            "left_out": list(self.left_out),
-            "geometric_mean_speedup": {
-                mode: {
-                    name: {"speedup": mean, "cases": count}
-                    for name, (mean, count) in self.geometric_means(mode).items()
-                }
-                for mode in self.modes()
-            },
-            "pictures": self.pictures,
-            "loader": list(self.loader),
-        }
+        """JSON-ready values of a `ReportFile`, with all that is derived from the samples."""
+        file = ReportFile(
+            SCHEMA,
+            self.model,
+            self.baseline,
+            self.provenance,
+            tuple(self._case(report) for report in self.cases),
+            self.left_out,
+            {mode: {name: Mean(*mean) for name, mean in self.geometric_means(mode).items()} for mode in self.modes()},
+            self.pictures,
+            self.loader,
+        )
+        value: dict[str, Any] = _records.to_json(file)
+        return value
 
-    def _case_json(self, report: CaseReport) -> dict[str, Any]:
-        roof = report.roof
-        return {
+    def _case(self, report: CaseReport) -> CaseFile:
+        return CaseFile(
             **dataclasses.asdict(report.case),
-            "rounds": report.rounds,
-            "flops_per_step": report.flops,
-            "roof_flops_per_s": {"gemm": roof.gemm, "conv": roof.conv} if roof else None,
-            "conditions": report.conditions,
-            "results": [self._result_json(report, result) for result in report.results],
-        }
+            rounds=report.rounds,
+            flops_per_step=report.flops,
+            roof_flops_per_s=report.roof,
+            conditions=report.conditions,
+            results=tuple(self._result(report, result) for result in report.results),
+        )
 
-    def _result_json(self, report: CaseReport, result: Result) -> dict[str, Any]:
+    def _result(self, report: CaseReport, result: Result) -> ResultFile:
         timing, rate = result.timing, report.flops_per_s(result)
-        errors = dataclasses.asdict(result.errors) if result.errors else None
-        return {
-            "contestant": result.contestant,
-            "status": result.status,
-            "reason": result.reason,
-            "images_per_s": report.images_per_s(result),
-            "speedup": report.speedup(result, self.baseline),
-            "ms": {"p20": timing.p20, "p50": timing.p50, "p80": timing.p80} if timing else None,
-            "samples_ms": [round(sample, 4) for sample in timing.samples_ms] if timing else None,
-            "setup_s": result.setup_s,
-            "peak_bytes": result.peak_bytes,
-            "saved": {"bytes": result.saved_bytes, "ratio": report.saved_ratio(result, self.baseline)}
+        return ResultFile(
+            contestant=result.contestant,
+            status=result.status,
+            reason=result.reason,
+            images_per_s=report.images_per_s(result),
+            speedup=report.speedup(result, self.baseline),
+            ms=Percentiles(timing.p20, timing.p50, timing.p80) if timing else None,
+            samples_ms=tuple(round(sample, 4) for sample in timing.samples_ms) if timing else None,
+            setup_s=result.setup_s,
+            peak_bytes=result.peak_bytes,
+            saved=Saved(result.saved_bytes, report.saved_ratio(result, self.baseline))
             if result.saved_bytes is not None
             else None,
-            "flops_per_s": rate,
-            "roof_fraction": rate / report.roof.best if rate and report.roof else None,
-            "errors": {k: "inf" if v == float("inf") else v for k, v in errors.items()} if errors else None,
-        }
+            flops_per_s=rate,
+            roof_fraction=rate / report.roof.best if rate and report.roof else None,
+            errors=result.errors,
+        )
+
+
+# What a file holds. What has a default is not in the files of older versions.
+
+
+@dataclasses.dataclass(frozen=True)
+class Percentiles:
+    """Of a contestant's samples."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What autograd saves, and that over the baseline's."""
+
+    bytes: int
+    ratio: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A geometric mean of speed-ups, and over how many cases."""
+
+    speedup: float
+    cases: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ResultFile:
+    """A `Result` in a file."""
+
+    contestant: str
+    status: Status
+    reason: str | None
+    images_per_s: float | None
+    speedup: float | None
+    ms: Percentiles | None
+    samples_ms: tuple[float, ...] | None
+    setup_s: float | None
+    peak_bytes: int | None
+    saved: Saved | None = None
+    flops_per_s: float | None = None
+    roof_fraction: float | None = None
+    errors: Errors | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CaseFile:
+    """A `CaseReport` in a file."""
+
+    model: str
+    mode: Mode
+    batch: int
+    dtype: Dtype
+    device: str
+    image_size: int
+    rounds: int
+    results: tuple[ResultFile, ...]
+    flops_per_step: int | None = None
+    roof_flops_per_s: Roof | None = None
+    conditions: Conditions | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportFile:
+    """A `Report` in a file."""
+
+    schema: Literal[1]
+    model: str
+    baseline: str
+    provenance: Provenance
+    cases: tuple[CaseFile, ...]
+    left_out: tuple[str, ...]
+    geometric_mean_speedup: dict[str, dict[str, Mean]] = dataclasses.field(default_factory=dict)
+    pictures: Pictures | None = None
+    loader: tuple[Row, ...] | None = ()

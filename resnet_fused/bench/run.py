@@ -11,11 +11,11 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
+from resnet_fused._command import one_line
 from resnet_fused.bench import images, loader
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from resnet_fused.bench.correctness import Errors, breach, errors_of
@@ -26,7 +26,7 @@ from resnet_fused.measure.activation_memory import saved_bytes
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Reporter
 from resnet_fused.measure.telemetry import GpuTelemetry
-from resnet_fused.measure.timing import Call, Measured, clock_for, first_line, time_interleaved
+from resnet_fused.measure.timing import Call, Measured, clock_for, time_interleaved
 
 CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 PICTURE_BATCH = 8
@@ -87,8 +87,8 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
     benchmark_before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     reports: list[CaseReport] = []
-    loaded: list[dict[str, Any]] = []
-    agreement: dict[str, Any] | None = None
+    loaded: list[loader.Row] = []
+    agreement: images.Pictures | None = None
 
     def report() -> Report:
         cases = tuple(dataclasses.replace(one, roof=race.roofs.get(one.case.dtype)) for one in reports)
@@ -159,7 +159,7 @@ class _Race:
             if case.mode == "train" and device_captures(case):
                 shared = GraphMemory(torch.device(case.device))
         except Exception as error:  # no input, or no judge: nobody can run
-            reason = first_line(error)
+            reason = one_line(error, kind=True)
             return CaseReport(case, None, 0, tuple(Result(one.name, "failed", reason) for one in entrants))
         labels = labels % judge.logits.shape[1]
         built = [self._build(contestant, case, pixels, labels, judge, shared) for contestant in entrants]
@@ -193,7 +193,7 @@ class _Race:
                 on_round=lambda done: self.reporter.detail(f"round {done}"),
             )
         except Exception as error:  # a GPU that has no memory left for the clock
-            return Measured({}, dict.fromkeys(calls, first_line(error)), 0)
+            return Measured({}, dict.fromkeys(calls, one_line(error, kind=True)), 0)
 
     def _flops(self, case: Case) -> int | None:
         try:
@@ -271,13 +271,13 @@ class _Race:
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
-            return None, Result(contestant.name, "failed", first_line(error))
+            return None, Result(contestant.name, "failed", one_line(error, kind=True))
         return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved)
 
 
 def _load_and_train(
     options: Options, model: nn.Module, reports: list[CaseReport], reporter: Reporter
-) -> Iterator[list[dict[str, Any]]]:
+) -> Iterator[list[loader.Row]]:
     """Training from the loader of every contestant that was right, case by case."""
     if options.loader is None:
         return
@@ -293,12 +293,12 @@ def _load_and_train(
                 folder = folder or stack.enter_context(loader.opened(options.loader))
                 yield _loaded(options, model, case, names, folder, reporter)
             except Exception as error:  # of the pictures: whoever trains on them
-                yield [loader.problem(case, name, first_line(error)) for name in names]
+                yield [loader.problem(case, name, one_line(error, kind=True)) for name in names]
 
 
 def _loaded(
     options: Options, model: nn.Module, case: Case, names: list[str], folder: Path, reporter: Reporter
-) -> list[dict[str, Any]]:
+) -> list[loader.Row]:
     assert options.loader is not None
     generator = torch.Generator().manual_seed(options.seed)
     pixels = torch.randn(case.batch, 3, case.image_size, case.image_size, generator=generator)
@@ -326,10 +326,10 @@ def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:
     return dataclasses.replace(result, status="failed", reason=reason) if reason else result
 
 
-def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor) -> dict[str, Any]:
+def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor) -> images.Pictures:
     """Top-1 agreement and logit differences of the resnet_fused contestants with the baseline, per dtype."""
     source = str(options.images) if options.images else "scikit-learn's two sample photographs"
-    answer: dict[str, Any] = {"source": source, "count": len(pictures), "comparisons": []}
+    found: list[images.Agrees | images.Unknown] = []
     batch = min(len(pictures), PICTURE_BATCH)
     for dtype in dict.fromkeys(case.dtype for case in options.cases):
         case = Case(options.model, "infer", batch, dtype, str(options.device), images.CROP)
@@ -344,15 +344,15 @@ def _compare_pictures(options: Options, model: nn.Module, pictures: torch.Tensor
         try:
             plain = logits(BASELINE)
         except Exception as error:  # shown, not fatal: the timings stand on their own
-            problem = f"{BASELINE}: {first_line(error)}"
+            problem = f"{BASELINE}: {one_line(error, kind=True)}"
         for name in ours:
-            outcome: dict[str, Any] = {"problem": problem}
             try:
                 if plain is not None:
-                    outcome = dict(images.compare(logits(name), plain))
+                    found.append({"contestant": name, "dtype": dtype, **images.compare(logits(name), plain)})
+                    continue
             except Unavailable:
                 continue  # the table says so
             except Exception as error:
-                outcome = {"problem": first_line(error)}
-            answer["comparisons"].append({"contestant": name, "dtype": dtype, **outcome})
-    return answer
+                problem = one_line(error, kind=True)
+            found.append({"contestant": name, "dtype": dtype, "problem": problem})
+    return {"source": source, "count": len(pictures), "comparisons": found}

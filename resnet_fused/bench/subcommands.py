@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from resnet_fused._command import one_line
 from resnet_fused.bench import compare, profile, schema
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
 from resnet_fused.bench.results import Report
@@ -17,7 +17,6 @@ from resnet_fused.bench.run import Options
 from resnet_fused.measure import models, network, provenance
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Reporter
-from resnet_fused.measure.timing import first_line
 
 PROFILED = (BASELINE, "fused", "frozen")  # the others are the same ops, or not ours
 
@@ -83,7 +82,7 @@ def _only(report: Report, names: tuple[str, ...]) -> Report:
     return dataclasses.replace(report, cases=cases)
 
 
-def profile_cases(options: Options, reporter: Reporter) -> tuple[list[profile.CaseProfile], dict[str, Any]]:
+def profile_cases(options: Options, reporter: Reporter) -> tuple[list[profile.CaseProfile], provenance.Provenance]:
     """Where the steps of these cases go, and the provenance of that. A case that fails has its reason in it.
 
     Raises:
@@ -104,6 +103,6 @@ def profile_cases(options: Options, reporter: Reporter) -> tuple[list[profile.Ca
             reporter.start(f"{case.label}: profiling {', '.join(entrants)}")
             found.append(profile.measure(model, networks[case.image_size], case, entrants, *known[case.dtype]))
         except Exception as error:  # a dtype without kernels on this device: nobody can run
-            failures = tuple((name, first_line(error)) for name in entrants)
+            failures = tuple((name, one_line(error, kind=True)) for name in entrants)
             found.append(profile.CaseProfile(case, networks[case.image_size], 0.0, 0.0, {}, (), (), failures))
     return found, facts

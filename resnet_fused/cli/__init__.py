@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.cli import bench, evaluate, info, tune, verify
 from resnet_fused.cli.output import PROGRAM, Parser, complain
 
@@ -34,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = int(arguments.function(arguments))
         sys.stdout.flush()
+    except UsageError as error:
+        return complain(one_line(error))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # as `head` leaves one
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
         return 128 + 13

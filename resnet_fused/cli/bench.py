@@ -11,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resnet_fused._command import check_backend, check_importable, check_writable
+from resnet_fused._command import (
+    UsageError,
+    check_backend,
+    check_importable,
+    check_writable,
+    choose_many,
+    positive_integer,
+    positive_integers,
+    resolve_device,
+)
 from resnet_fused.cli.output import PROGRAM, complain, show
 
 DEFAULT_MODEL = "resnet50"
@@ -86,7 +95,6 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as error:
         return complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
     from resnet_fused.dispatch import use_backend
-    from resnet_fused.measure.cases import UsageError
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -104,20 +112,14 @@ def run(arguments: argparse.Namespace) -> int:
             with contextlib.suppress(OSError):
                 results.write_json(report.to_json(), arguments.json)
 
-    try:
-        if arguments.compare:
-            return subcommands.compare_files(arguments.compare, out)
-        options = options_of(arguments)
-        if arguments.check:
-            return subcommands.check(options, arguments.check, measure, out)
-        if arguments.profile:
-            return _profile(arguments, options, out)
-        report = measure(options, keep)
-    except UsageError as error:
-        return complain(str(error))
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
-        return 130
+    if arguments.compare:
+        return subcommands.compare_files(arguments.compare, out)
+    options = options_of(arguments)
+    if arguments.check:
+        return subcommands.check(options, arguments.check, measure, out)
+    if arguments.profile:
+        return _profile(arguments, options, out)
+    report = measure(options, keep)
     status = 130 if report.interrupted else 0 if report.measured else 1
     return show(
         out,
@@ -151,15 +153,11 @@ def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
 def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-untyped-def]
     from resnet_fused.bench import roofline
     from resnet_fused.bench.results import write_json
-    from resnet_fused.measure import cases
 
-    try:
-        chosen = _chosen_cases(arguments) or ROOFLINE_CASES
-        size = cases.positive_integer(arguments.image_size, "--image-size")
-        check_writable("--json", arguments.json)
-        found = roofline.rooflines(arguments.model, chosen, size)
-    except cases.UsageError as error:
-        return complain(str(error))
+    chosen = _chosen_cases(arguments) or ROOFLINE_CASES
+    size = positive_integer(arguments.image_size, "--image-size")
+    check_writable("--json", arguments.json)
+    found = roofline.rooflines(arguments.model, chosen, size)
 
     def render() -> None:
         for one in found:
@@ -175,9 +173,9 @@ def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], 
 
     if not (arguments.mode or arguments.batch or arguments.dtype):
         return ()
-    modes = cases.choose_many(arguments.mode or "infer", cases.MODES, "mode")
-    batches = cases.positive_integers(arguments.batch or "1,8", "--batch")
-    dtypes = cases.choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
+    modes = choose_many(arguments.mode or "infer", cases.MODES, "mode")
+    batches = positive_integers(arguments.batch or "1,8", "--batch")
+    dtypes = choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
     return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
 
 
@@ -186,22 +184,22 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     from resnet_fused.bench import contestants, loader, run
     from resnet_fused.measure import cases, models, network
 
-    device = cases.resolve_device(arguments.device)
+    device = resolve_device(arguments.device)
     models.check(arguments.model)
     check_backend(arguments.backend, device)
     entrants = tuple(contestants.CONTESTANTS)
     if arguments.contestants:
-        entrants = cases.choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
-    size = cases.positive_integer(arguments.image_size, "--image-size")
-    rounds = cases.positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
+        entrants = choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
+    size = positive_integer(arguments.image_size, "--image-size")
+    rounds = positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
     chosen = _chosen_cases(arguments)
     wanted = bool(chosen or arguments.check)  # then all of it is measured
     budget = arguments.budget if arguments.budget is not None else None if wanted else DEFAULT_BUDGET_S
     chosen = chosen or DEFAULT_CASES
     if budget is not None and not budget > 0:
-        raise cases.UsageError(f"--budget {budget:g} is not a number of seconds > 0")
+        raise UsageError(f"--budget {budget:g} is not a number of seconds > 0")
     if not -(2**63) <= arguments.seed < 2**63:
-        raise cases.UsageError(f"--seed {arguments.seed} is not an integer of 64 bits")
+        raise UsageError(f"--seed {arguments.seed} is not an integer of 64 bits")
     entry = arguments.record and arguments.record / "new.json"
     for option, path in (("--json", arguments.json), ("--chart", arguments.chart), ("--record", entry)):
         check_writable(option, path)
@@ -211,16 +209,16 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         if wanted:
             check_importable(option, "PIL", "torchvision")
     if arguments.images and arguments.no_images:
-        raise cases.UsageError("--images and --no-images contradict each other")
+        raise UsageError("--images and --no-images contradict each other")
     source = None
     if arguments.workers and not arguments.loader:
-        raise cases.UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
+        raise UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
     if arguments.loader:
         if arguments.profile or arguments.check:
-            raise cases.UsageError("--loader goes with a race, not with --profile or --check")
+            raise UsageError("--loader goes with a race, not with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
-            raise cases.UsageError("--loader measures training, and no case does: add --mode train")
-        workers = cases.positive_integer(arguments.workers, "--workers") if arguments.workers else None
+            raise UsageError("--loader measures training, and no case does: add --mode train")
+        workers = positive_integer(arguments.workers, "--workers") if arguments.workers else None
         source = loader.Source(None if arguments.loader == GENERATED else arguments.loader, workers)
         if source.folder is not None:
             loader.check(source.folder)

@@ -83,10 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         with resnet_fused.use_backend(arguments.backend):
             evaluation = runner.evaluate(contestants, source, chosen, settings, _Progress())
     except ValueError as error:  # UsageError, and what the protocols and `use_backend` refuse
-        return complain(_command.one_line(error))
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
-        return 130
+        raise UsageError(str(error)) from None
     out = Console(width=None if sys.stdout.isatty() else 150)
 
     def write(path: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from resnet_fused._command import check_importable
-from resnet_fused.cli.output import PROGRAM, complain
+from resnet_fused._command import check_importable, choose_many, positive_integer
+from resnet_fused.cli.output import PROGRAM
 
 
 def add_problems(parser: argparse.ArgumentParser) -> None:
@@ -25,27 +24,21 @@ def on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any
     """Check what tune and verify share, and run one of them with progress on stderr."""
     from resnet_fused.measure import cases, models
 
-    try:
-        check_importable(arguments.command, "rich", "torchvision", "numpy")
-        from rich.console import Console
+    check_importable(arguments.command, "rich", "torchvision", "numpy")
+    from rich.console import Console
 
-        from resnet_fused.measure.progress import Reporter
+    from resnet_fused.measure.progress import Reporter
 
-        names = [name.strip() for name in (arguments.model or "resnet50,resnet18").split(",") if name.strip()]
-        for name in names:
-            models.check(name)
-        with Reporter(Console(stderr=True), None) as reporter:
-            common = {
-                "model": names,
-                "modes": cases.choose_many(arguments.mode, cases.MODES, "mode"),
-                "image_size": cases.positive_integer(arguments.image_size, "--image-size"),
-                "rehearse": arguments.rehearse,
-                "command": shlex.join([PROGRAM, *arguments.argv]),
-                "reporter": reporter,
-            }
-            return run(reporter, common)
-    except cases.UsageError as error:
-        return complain(str(error))
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+    names = [name.strip() for name in (arguments.model or "resnet50,resnet18").split(",") if name.strip()]
+    for name in names:
+        models.check(name)
+    with Reporter(Console(stderr=True), None) as reporter:
+        common = {
+            "model": names,
+            "modes": choose_many(arguments.mode, cases.MODES, "mode"),
+            "image_size": positive_integer(arguments.image_size, "--image-size"),
+            "rehearse": arguments.rehearse,
+            "command": shlex.join([PROGRAM, *arguments.argv]),
+            "reporter": reporter,
+        }
+        return run(reporter, common)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from resnet_fused._command import check_writable
+from resnet_fused._command import check_writable, choose, positive_integers, seconds
 from resnet_fused.cli.problems import add_problems, on_problems
 
 
@@ -30,10 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     def work(reporter: Any, common: dict[str, Any]) -> int:
         from resnet_fused.tuning import tune
 
-        dtype = cases.choose(arguments.dtype, cases.DTYPES, "dtype")
-        budget = cases.seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
+        dtype = choose(arguments.dtype, cases.DTYPES, "dtype")
+        budget = seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
         check_writable("--out", arguments.out)
-        common["batch"] = cases.positive_integers(arguments.batch, "--batch")
+        common["batch"] = positive_integers(arguments.batch, "--batch")
         print(tune.tune(dtype=dtype, budget_s=budget, again=arguments.again, path=arguments.out, **common))
         return 0
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from resnet_fused._command import check_writable, write_json
+from resnet_fused._command import check_writable, choose_many, positive_integer, write_json
 from resnet_fused.cli.output import show
 from resnet_fused.cli.problems import add_problems, on_problems
 
@@ -32,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         from resnet_fused.tuning import verify
 
-        dtypes = cases.choose_many(arguments.dtype, cases.DTYPES, "dtype")
+        dtypes = choose_many(arguments.dtype, cases.DTYPES, "dtype")
         check_writable("--json", arguments.json)
-        common["batch"] = cases.positive_integer(arguments.batch, "--batch")
+        common["batch"] = positive_integer(arguments.batch, "--batch")
         found = verify.verify(dtypes=dtypes, every_configuration=arguments.every_configuration, **common)
         target = ("--json", arguments.json, lambda path: write_json(found.to_json(), path))
         return show(Console(), 0 if found.passed else 1, lambda: print(found), target)

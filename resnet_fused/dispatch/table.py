@@ -16,23 +16,24 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from resnet_fused import _records
+from resnet_fused._records import Misfit
 from resnet_fused.dispatch.conv import BlockShape, ConvConfig, ConvShape
 
-FORMAT = 1
 SHIPPED = Path(__file__).resolve().parent / "tables"
-BACKENDS = ("aten", "triton", "cuda", "reference")
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+Backend = Literal["aten", "triton", "cuda", "reference"]
+_DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
 _Json = dict[str, Any]
 # What another GPU's table must show for a kernel of ours: PyTorch's time over its time.
 SAME_MODEL, SAME_ARCHITECTURE = 1.1, 1.25
-
-
-class TableError(ValueError):
-    """A file that is no table of this format; the message says where it departs from it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Problem:
             text += f" + {_kernel(s.shortcut)}" if s.shortcut else " + x" if s.identity else ""
         else:
             text = "x".join(map(str, s))
-        name = {v: k for k, v in _DTYPES.items()}[self.dtype]
+        name = _DTYPES[self.dtype]
         return " ".join([self.op, text, name, *(["tf32"] if self.tf32 else []), *self.flags])
 
 
@@ -148,120 +149,82 @@ class Table:
     entries: dict[Problem, Entry] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> _Json:
-        return {
-            "format": FORMAT,
-            "gpu": self.gpu,
-            "arch": self.arch,
-            "provenance": self.provenance,
-            "verified": sorted(map(list, self.verified)),
-            "entries": [_entry_to_json(entry) for entry in self.entries.values()],
-        }
+        entries = tuple(map(_entry_to_file, self.entries.values()))
+        file = _TableFile(1, self.gpu, self.arch, self.provenance, tuple(sorted(self.verified)), entries)  # type: ignore[arg-type]
+        value: _Json = _records.to_json(file)
+        return value
 
 
-def _entry_to_json(entry: Entry) -> _Json:
-    problem = dataclasses.asdict(entry.problem)
-    problem["dtype"] = str(entry.problem.dtype).removeprefix("torch.")
-    measured = [
-        {"backend": choice.backend, "config": choice.config and dataclasses.asdict(choice.config), "ms": ms}
-        for choice, ms in entry.measured
-    ]
-    times = [ms for _, ms in entry.measured]
-    return {**problem, "candidates": measured, "winner": times.index(min(times))}
+@dataclass(frozen=True)
+class _Candidate:
+    """One of an entry in a file."""
+
+    backend: Backend
+    config: ConvConfig | None
+    ms: float
+
+
+@dataclass(frozen=True)
+class _EntryFile:
+    """An `Entry` in a file; the winner is the place of the fastest candidate."""
+
+    op: str
+    shape: ConvShape | BlockShape | tuple[int, int, int, int]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    tf32: bool
+    flags: tuple[str, ...]
+    candidates: tuple[_Candidate, ...]
+    winner: int
+
+
+@dataclass(frozen=True)
+class _TableFile:
+    """A `Table` in a file."""
+
+    format: Literal[1]
+    gpu: str
+    arch: int
+    provenance: _Json
+    verified: tuple[tuple[str, Backend], ...]
+    entries: tuple[_EntryFile, ...]
+
+
+def _entry_to_file(entry: Entry) -> _EntryFile:
+    p, times = entry.problem, [ms for _, ms in entry.measured]
+    candidates = tuple(_Candidate(choice.backend, choice.config, ms) for choice, ms in entry.measured)  # type: ignore[arg-type]
+    return _EntryFile(p.op, p.shape, _DTYPES[p.dtype], p.tf32, p.flags, candidates, times.index(min(times)))  # type: ignore[arg-type]
 
 
 def from_json(value: Any) -> Table:
     """The table that `Table.to_json` wrote.
 
     Raises:
-        TableError: it is none, or one of another format.
+        Misfit: it is none, or one of another format; the message says where it departs from it.
     """
-    _expect(isinstance(value, dict), "a table is an object")
-    found = value.get("format")
-    _expect(found == FORMAT, f"format is {found!r}, this version of resnet_fused reads {FORMAT}")
-    gpu, arch = _typed(value, "gpu", str), _typed(value, "arch", int)
-    provenance = _typed(value, "provenance", dict)
-    pairs = _typed(value, "verified", list)
-    for pair in pairs:
-        good = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and pair[1] in BACKENDS
-        _expect(good, f"verified holds [op, backend] pairs, got {pair!r}")
-    verified = frozenset((op, backend) for op, backend in pairs)
-    entries = [_entry_from_json(entry, verified) for entry in _typed(value, "entries", list)]
-    return Table(gpu, arch, provenance, verified, {entry.problem: entry for entry in entries})
+    file: _TableFile = _records.load(_TableFile, value)
+    verified = frozenset(file.verified)
+    entries = (_entry(entry, verified, f"entries[{i}]") for i, entry in enumerate(file.entries))
+    return Table(file.gpu, file.arch, file.provenance, verified, {entry.problem: entry for entry in entries})
 
 
-def _entry_from_json(value: Any, verified: frozenset[tuple[str, str]]) -> Entry:
-    _expect(isinstance(value, dict), "an entry is an object")
-    op, dtype, shape = _typed(value, "op", str), _typed(value, "dtype", str), value.get("shape")
-    _expect(dtype in _DTYPES, f"dtype is {dtype!r}; choices: {', '.join(_DTYPES)}")
-    if isinstance(shape, dict):
-        shape = _block(shape) if "branch" in shape else _dataclass(ConvShape, shape)
-    else:
-        good = isinstance(shape, list) and len(shape) == 4 and all(isinstance(s, int) and s > 0 for s in shape)
-        _expect(good, f"shape is {shape!r}, not [n, c, h, w] nor a convolution's")
-        shape = tuple(shape)  # type: ignore[arg-type]
-    flags = _typed(value, "flags", list)
-    problem = Problem(op, shape, _DTYPES[dtype], _typed(value, "tf32", bool), tuple(sorted(map(str, flags))))
-    measured = []
-    for candidate in _typed(value, "candidates", list):
-        _expect(isinstance(candidate, dict), "a candidate is an object")
-        backend, ms, config = candidate.get("backend"), candidate.get("ms"), candidate.get("config")
-        _expect(backend in BACKENDS, f"backend is {backend!r}; choices: {', '.join(BACKENDS)}")
-        good = isinstance(ms, int | float) and not isinstance(ms, bool) and math.isfinite(ms) and ms > 0
-        _expect(good, f"ms is {ms!r}, not a time")
-        known = backend == "aten" or (op, backend) in verified
-        _expect(known, f"a time of {op} on {backend}, which is not verified")
-        measured.append((Choice(backend, None if config is None else _dataclass(ConvConfig, config)), float(ms)))
-    _expect(bool(measured), "an entry without candidates")
-    entry = Entry(problem, tuple(measured))
-    winner = value.get("winner")
-    good = isinstance(winner, int) and 0 <= winner < len(measured) and measured[winner][0] == entry.winner
-    _expect(good, f"winner is {winner!r}, not the fastest candidate of {problem}")
-    return entry
-
-
-def _block(value: _Json) -> BlockShape:
-    _expect(value.keys() <= {"branch", "shortcut", "identity"}, f"a block has no {', '.join(sorted(value))}")
-    branch, shortcut = _typed(value, "branch", list), value.get("shortcut")
-    _expect(bool(branch), "a block without convolutions")
-    projection = None if shortcut is None else _dataclass(ConvShape, shortcut)
-    return BlockShape(
-        tuple(_dataclass(ConvShape, conv) for conv in branch), projection, _typed(value, "identity", bool)
-    )
-
-
-def _expect(condition: bool, message: str) -> None:
-    if not condition:
-        raise TableError(message)
-
-
-def _typed(value: _Json, name: str, kind: type) -> Any:
-    found = value.get(name)
-    good = isinstance(found, kind) and (kind is not int or not isinstance(found, bool))
-    _expect(good, f"{name} is {found!r}, not {kind.__name__}")
-    return found
-
-
-def _dataclass(kind: Any, value: Any) -> Any:
-    """A `ConvShape` or `ConvConfig`, each field of the type of its default (ints where there is none)."""
-    _expect(isinstance(value, dict), f"{kind.__name__} is an object, got {value!r}")
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    strange = sorted(value.keys() - fields.keys())
-    _expect(not strange, f"{kind.__name__} has no {', '.join(strange)}")
-    arguments = {}
-    for name, field in fields.items():
-        default: Any = field.default
-        required = default is dataclasses.MISSING
-        _expect(name in value or not required, f"{kind.__name__} lacks {name}")
-        wanted = int if required else type(default)
-        found = value.get(name, default)
-        if isinstance(found, list):
-            found = tuple(found)
-        good = type(found) is wanted
-        if isinstance(found, tuple):
-            good = good and len(found) == 2 and all(type(v) is int for v in found)
-        _expect(good, f"{kind.__name__}.{name} is {found!r}")
-        arguments[name] = found
-    return kind(**arguments)
+def _entry(file: _EntryFile, verified: frozenset[tuple[str, str]], place: str) -> Entry:
+    dtype = next(dtype for dtype, name in _DTYPES.items() if name == file.dtype)
+    if isinstance(file.shape, tuple) and min(file.shape) < 1:
+        raise Misfit(f"{place}.shape", f"is {file.shape}, not sizes")
+    if isinstance(file.shape, BlockShape) and not file.shape.branch:
+        raise Misfit(f"{place}.shape.branch", "is empty")
+    for i, one in enumerate(file.candidates):
+        if not 0 < one.ms < math.inf:
+            raise Misfit(f"{place}.candidates[{i}].ms", f"is {one.ms}, not a time")
+        if one.backend != "aten" and (file.op, one.backend) not in verified:
+            raise Misfit(f"{place}.candidates[{i}]", f"is a time of {file.op} on {one.backend}, which is not verified")
+    times = [one.ms for one in file.candidates]
+    if not times:
+        raise Misfit(f"{place}.candidates", "is empty")
+    if file.winner not in range(len(times)) or times[file.winner] != min(times):
+        raise Misfit(f"{place}.winner", f"is {file.winner}, not the place of the fastest candidate")
+    problem = Problem(file.op, file.shape, dtype, file.tf32, tuple(sorted(file.flags)))
+    return Entry(problem, tuple((Choice(one.backend, one.config), one.ms) for one in file.candidates))
 
 
 def cache_folder() -> Path:

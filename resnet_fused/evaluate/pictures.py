@@ -59,7 +59,7 @@ class Pictures(torch.utils.data.Dataset):
         except Exception as error:  # of PIL's decoders: OSError, SyntaxError, ValueError, struct.error...
             samples = getattr(self.source, "samples", None)
             name = str(samples[index][0]) if samples else f"picture {index}"
-            return Unreadable(name, f"{type(error).__name__}: {one_line(error)}")
+            return Unreadable(name, one_line(error, kind=True))
         return Picture(self.views(pixels), int(target))
 
 

@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 import torch
 
-from resnet_fused._command import (
-    UsageError,
-    choose,
-    choose_many,
-    positive_integer,
-    positive_integers,
-    resolve_device,
-    seconds,
-)
-
-__all__ = [
-    "DTYPES",
-    "MODES",
-    "Case",
-    "Unavailable",
-    "UsageError",
-    "choose",
-    "choose_many",
-    "positive_integer",
-    "positive_integers",
-    "resolve_device",
-    "seconds",
-]
-MODES = ("infer", "train")
+Mode = Literal["infer", "train"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+MODES = get_args(Mode)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,8 +35,3 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.mode}, batch {self.batch}, {self.dtype}"
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line that an error of another library says, or its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_fused._command import one_line
-from resnet_fused.measure.cases import UsageError, choose
+from resnet_fused._command import UsageError, choose, one_line
 
 FAMILIES = ("resnet", "resnext", "wide_resnet")
 CALIBRATED = 128  # side of the pictures that batch norms get their statistics of

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resnet_fused._command import one_line
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure import models
-from resnet_fused.measure.cases import UsageError
 
 _BRANCH = ("conv1", "conv2", "conv3")
 

@@ -9,15 +9,66 @@ import platform
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 
 import resnet_fused
 
 
-def collect(device: torch.device, command: str) -> dict[str, Any]:
-    """Everything a reader needs to judge or repeat a measurement on `device`, as JSON-ready values."""
+class _Cpu(TypedDict):
+    name: str
+    capability: str
+    threads: int
+    load_average_1min: float
+
+
+class Cpu(_Cpu, total=False):
+    """Name, instruction set, cores, torch's threads, clock now, and the load others put on the machine."""
+
+    cores: int | None
+    mhz: float | None
+
+
+class Gpu(TypedDict):
+    """Name, capability, memory, CUDA; driver, clocks and power limit where nvidia-smi tells."""
+
+    name: str
+
+
+class Commit(TypedDict):
+    """Of the sources."""
+
+    sha: str
+    dirty: bool
+
+
+class _Always(TypedDict):
+    date_utc: str
+    command: str
+    torch: str
+    cpu: Cpu
+    gpu: Gpu | None
+
+
+class Provenance(_Always, total=False):
+    """Everything a reader needs to judge or repeat a measurement."""
+
+    commit: Commit | None
+    package: str
+    python: str
+    platform: str
+    triton: str | None
+    torchvision: str | None
+    timm: str | None
+    cudnn: int | None
+    onednn: str | None
+    cudnn_allow_tf32: bool
+    float32_matmul_precision: str
+
+
+def collect(device: torch.device, command: str) -> Provenance:
+    """Of what is measured on `device` by `command`."""
     return {
         "date_utc": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
@@ -38,7 +89,7 @@ def collect(device: torch.device, command: str) -> dict[str, Any]:
     }
 
 
-def device_name(provenance: dict[str, Any]) -> str:
+def device_name(provenance: Provenance) -> str:
     """The measured device in a few words, for titles."""
     if provenance["gpu"]:
         return str(provenance["gpu"]["name"])
@@ -58,8 +109,7 @@ def onednn_version() -> str | None:
     return match[1] if match else None
 
 
-def cpu() -> dict[str, Any]:
-    """Name, instruction set, cores, torch's threads, clock now, and the load others put on the machine."""
+def cpu() -> Cpu:
     text = _read("/proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     clock = re.search(r"^cpu MHz\s*:\s*([\d.]+)$", text, re.MULTILINE)
@@ -73,8 +123,7 @@ def cpu() -> dict[str, Any]:
     }
 
 
-def gpu(device: torch.device) -> dict[str, Any]:
-    """Name, capability, memory, CUDA; driver, clocks and power limit where nvidia-smi tells."""
+def gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     facts: dict[str, Any] = {
         "name": properties.name,
@@ -89,10 +138,10 @@ def gpu(device: torch.device) -> dict[str, Any]:
     row = _run([*query, f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"])
     values = [value.strip() for value in row.split(",")] if row else [None] * len(fields)
     facts.update(zip(fields, values, strict=False))
-    return facts
+    return cast(Gpu, facts)
 
 
-def commit() -> dict[str, Any] | None:
+def commit() -> Commit | None:
     """The commit of the checkout this package runs from and whether it has uncommitted changes; outside one what
     RESNET_FUSED_COMMIT says, as `git describe --always --dirty --abbrev=40 --exclude='*'` does, or None.
     """

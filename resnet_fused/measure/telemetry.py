@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 from types import TracebackType
-from typing import Any
+from typing import TypedDict, cast
 
 import torch
 
@@ -23,6 +23,25 @@ BITS = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
 }
+
+
+class Range(TypedDict):
+    """Of the samples of a quantity."""
+
+    min: float
+    median: float
+    max: float
+
+
+class Conditions(TypedDict):
+    """What a GPU was like while it was measured; None is what it does not tell."""
+
+    samples: int
+    sm_mhz: Range | None
+    memory_mhz: Range | None
+    temperature_c: Range | None
+    power_w: Range | None
+    throttled: dict[str, float]  # by reason, the share of the samples
 
 
 class GpuTelemetry:
@@ -50,7 +69,7 @@ class GpuTelemetry:
             self._output = self._process.communicate()[0]
             self._process = None
 
-    def seen(self) -> dict[str, Any] | None:
+    def seen(self) -> Conditions | None:
         """Minimum, median and maximum of each quantity, and the share of samples with each reason to throttle."""
         return summary(self._output)
 
@@ -70,7 +89,7 @@ def _command(device: torch.device) -> list[str] | None:
     return None
 
 
-def summary(output: str) -> dict[str, Any] | None:
+def summary(output: str) -> Conditions | None:
     """Of the lines that nvidia-smi printed; None where there is no whole line among them."""
     columns: dict[str, list[float]] = {name: [] for name in NAMES}
     seen: list[int] = []
@@ -95,17 +114,18 @@ def summary(output: str) -> dict[str, Any] | None:
         for name, values in columns.items()
     }
     shares = {name: sum(bool(mask & bit) for mask in seen) / len(seen) for bit, name in BITS.items()}
-    return {"samples": len(seen), **ranges, "throttled": {name: share for name, share in shares.items() if share}}
+    throttled = {name: share for name, share in shares.items() if share}
+    return cast(Conditions, {"samples": len(seen), **ranges, "throttled": throttled})
 
 
-def line(conditions: dict[str, Any] | None) -> str | None:
+def line(conditions: Conditions | None) -> str | None:
     """What `seen` found, in a line."""
     if not conditions:
         return None
     parts = []
     for name, unit in zip(NAMES, ("MHz", "MHz memory", "C", "W"), strict=True):
-        if conditions[name]:
-            low, high = conditions[name]["min"], conditions[name]["max"]
+        if found := cast("Range | None", conditions[name]):  # type: ignore[literal-required]
+            low, high = found["min"], found["max"]
             parts.append(f"{low:.0f}-{high:.0f} {unit}" if high > low else f"{low:.0f} {unit}")
     slowed = ", ".join(f"{name} {share:.0%} of the time" for name, share in conditions["throttled"].items())
     return f"{', '.join(parts)}; {f'slowed down by {slowed}' if slowed else 'not throttled'}"

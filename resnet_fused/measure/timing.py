@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
+from resnet_fused._command import one_line
+
 Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
@@ -121,7 +123,7 @@ def time_interleaved(
             try:
                 elapsed = clock(calls[name])
             except Exception as error:  # one contestant running out of memory must not end the race
-                failures[name] = first_line(error)
+                failures[name] = one_line(error, kind=True)
                 continue
             if keep:
                 samples[name].append(elapsed)
@@ -143,9 +145,3 @@ def time_interleaved(
         on_round(done)
     timings = {name: Timing(tuple(values)) for name, values in samples.items()}
     return Measured(timings, failures, done)
-
-
-def first_line(error: BaseException) -> str:
-    """The type and the first line of an exception's message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from resnet_fused.measure.timing import first_line
+from resnet_fused._command import one_line
 
 LIMIT_S = 60.0  # of a task, a kernel's compilation among it
 START_S = 300.0  # of a process, which imports torch
@@ -113,7 +113,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
                 result = getattr(made, method)(*given)
                 ends = spoils is not None and spoils(result)
             except Exception as error:
-                result = TaskFailure(first_line(error))
+                result = TaskFailure(one_line(error, kind=True))
             pipe.send((result, ends))
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from resnet_fused import dispatch
-from resnet_fused.contract import FACTOR, FLOOR_ULPS
+from resnet_fused._command import one_line
+from resnet_fused.contract import breach
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.conv import BlockShape, ConvShape
 from resnet_fused.dispatch.table import Choice, Entry, Table
 from resnet_fused.functional import block as chains
-from resnet_fused.measure.timing import first_line
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.problems import Job
 
@@ -60,7 +60,7 @@ def operands(job: Job, make: Operands) -> Block:
     return Block(x, dy, branch, shortcut, shape.identity)
 
 
-def timed(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], list[Tensor]]:
+def make_benchmark_fn(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], list[Tensor]]:
     """One step of the block, forward and backward: its result and the gradients of all leaves.
 
     Args:
@@ -91,23 +91,21 @@ def timed(job: Job, choice: Choice, block: Block, table: Table) -> Callable[[], 
 
 
 def check(job: Job, choice: Choice, device: torch.device, table: Table) -> str | None:
-    """Why a step is not right, or None: no result may differ from float64's by more than twice what PyTorch's own does,
-    as a norm: next to zero the mask of a ReLU is a matter of rounding, in both.
+    """Why a step is not right, or None, by the numerics contract. Errors are norms: next to zero the mask of a ReLU is
+    a matter of rounding, in native PyTorch too.
     """
     job = dataclasses.replace(job, problem=job.problem.with_batch(min(job.problem.batch, CHECKED_IMAGES)))
     try:
         block = operands(job, Operands(device, job.problem.dtype, guarded=False))
-        ours = timed(job, choice, block, table)()
-        plain = timed(job, plans.ATEN, block, table)()
-        truth = [value.detach() for value in timed(job, plans.ATEN, _double(block), table)()]
+        ours = make_benchmark_fn(job, choice, block, table)()
+        plain = make_benchmark_fn(job, plans.ATEN, block, table)()
+        truth = [value.detach() for value in make_benchmark_fn(job, plans.ATEN, _double(block), table)()]
     except Exception as error:  # whatever a kernel raises is its result
-        return first_line(error)
+        return one_line(error, kind=True)
     names = ["the result", "the gradient of x", *(f"gradient {i}" for i in range(len(truth) - 2))]
     for name, actual, other, right in zip(names, ours, plain, truth, strict=True):
-        off, usual = (float((value.detach().double() - right).norm()) for value in (actual, other))
-        allowed = FACTOR * usual + FLOOR_ULPS * torch.finfo(job.problem.dtype).eps * float(right.norm())
-        if not off <= allowed:  # a NaN is not
-            return f"{name} errs by {off:.2e} > {allowed:.2e} (plain: {usual:.2e})"
+        if reason := breach(actual, other, right, name, norm=True):
+            return reason
     return None
 
 

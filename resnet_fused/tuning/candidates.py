@@ -13,10 +13,8 @@ from resnet_fused.dispatch import conv, conv_chain, conv_wgrad, experimental
 from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.table import Choice, Problem
-from resnet_fused.tuning.calls import backends, operands_of, timed
+from resnet_fused.tuning.calls import backends
 from resnet_fused.tuning.problems import FAMILIES, Job
-
-__all__ = ["backends", "candidates", "configurations", "operands_of", "timed"]
 
 
 def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -> list[Choice]:

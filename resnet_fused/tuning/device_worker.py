@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
+from resnet_fused._command import UsageError, one_line
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice, Problem, Table
 from resnet_fused.measure import roof
-from resnet_fused.measure.cases import DTYPES, UsageError
+from resnet_fused.measure.cases import DTYPES
 from resnet_fused.measure.cuda_graph import captured
-from resnet_fused.measure.timing import clock_for, first_line, time_interleaved
+from resnet_fused.measure.timing import clock_for, time_interleaved
 from resnet_fused.measure.workers import TaskFailure, Worker, WorkerCrashed
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning import blocks
-from resnet_fused.tuning.calls import operands_of, timed
+from resnet_fused.tuning.calls import make_benchmark_fn, operands_of
 from resnet_fused.tuning.checks import check, check_all, crashed
 from resnet_fused.tuning.problems import Job, check_images
 from resnet_fused.tuning.work import Roofs
@@ -65,7 +66,7 @@ class LocalWorker:
                 return {problem.op: check(alone, problem.op, choice, self.device)}
             return check_all(job, choice, self.device, images)
         except Exception as error:  # what does not fit, among others
-            return {problem.op: first_line(error)}
+            return {problem.op: one_line(error, kind=True)}
 
     def roofs(self, dtype: torch.dtype) -> Roofs:
         """What this device does at best in this dtype, measured."""
@@ -83,12 +84,12 @@ class LocalWorker:
                 self._operands = blocks.operands(job, make) if job.problem.op == BLOCK else operands_of(job, make)
                 self._job = job
             if job.problem.op == BLOCK:
-                call: Callable[[], object] = blocks.timed(job, choice, self._operands, table)
+                call: Callable[[], object] = blocks.make_benchmark_fn(job, choice, self._operands, table)
             else:
                 call = _planned(job, choice, self._operands, self.arch, table)
             self._calls[str(choice)] = captured(call, self.device, self._pool)
         except Exception as error:  # whatever a kernel raises is its result
-            return first_line(error)
+            return one_line(error, kind=True)
         return None
 
     def race(self, budget_s: float) -> dict[str, float]:
@@ -109,17 +110,17 @@ class LocalWorker:
 
 
 def _planned(job: Job, choice: Choice, operands: Any, arch: int, table: Table) -> Callable[[], object]:
-    """`timed`; what competes with a tail runs as the table has it."""
+    """`make_benchmark_fn`; what competes with a tail runs as the table has it."""
     problem = job.problem
     if problem.op not in ("conv_chain", "conv_join"):
-        return timed(job, choice, operands)
+        return make_benchmark_fn(job, choice, operands)
 
     def fprop(shape: ConvShape) -> str:
         return plans.choose(Problem("conv_fprop", shape, problem.dtype, problem.tf32), arch).backend
 
     def call() -> object:
         with plans.assuming(table):
-            return timed(job, choice, operands, fprop)()
+            return make_benchmark_fn(job, choice, operands, fprop)()
 
     return call
 

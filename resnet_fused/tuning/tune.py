@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from resnet_fused import ops
+from resnet_fused._command import UsageError, choose, choose_many
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import tf32_allowed
 from resnet_fused.dispatch.table import Problem
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import DTYPES, UsageError
+from resnet_fused.measure.cases import DTYPES, MODES
 from resnet_fused.measure.network import Network, networks
 from resnet_fused.measure.progress import Silent
-from resnet_fused.tuning.candidates import backends
+from resnet_fused.tuning.calls import backends
 from resnet_fused.tuning.device_worker import LocalWorker, ProcessWorker
 from resnet_fused.tuning.precompile import SPARE_CORES, Precompiler
 from resnet_fused.tuning.problems import Job, blocks, jobs, parts
@@ -73,11 +74,8 @@ def tune(
     Raises:
         UsageError: there is nothing to tune here, or a choice is unknown; one line.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choices: {', '.join(DTYPES)}")
-    modes = tuple(modes)
-    if not modes or set(modes) - {"infer", "train"}:
-        raise UsageError(f"unknown modes {', '.join(modes) or 'none'}; choices: infer, train")
+    choose(dtype, DTYPES, "dtype")
+    modes = choose_many(modes, MODES, "mode")
     batches = sorted({batch} if isinstance(batch, int) else set(batch), reverse=True)
     if not batches or min(batches) < 1:
         raise UsageError(f"batch {batch!r} is no number of images")
@@ -91,7 +89,7 @@ def tune(
     found = _together(job for network, n in everything for job in jobs(network, modes, n, *what, alternatives=True))
     trained = everything if "train" in modes else []
     whole = _together(job for network, n in trained for job in blocks(network, n, DTYPES[dtype], tf32))
-    facts = provenance.collect(device, command)
+    facts = dict(provenance.collect(device, command))
     if processes is None:
         processes = 0 if rehearse else max(1, (os.cpu_count() or 1) - SPARE_CORES)
     bench = LocalWorker(device, arch, rounds=1) if rehearse else ProcessWorker(device, arch, rounds=None)

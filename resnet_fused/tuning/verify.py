@@ -15,14 +15,17 @@ from typing import Any
 import torch
 
 from resnet_fused import ops
+from resnet_fused._command import UsageError, choose_many
 from resnet_fused.dispatch.conv import tf32_allowed
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import DTYPES, UsageError
+from resnet_fused.measure.cases import DTYPES, MODES
 from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
+from resnet_fused.measure.provenance import Provenance
 from resnet_fused.measure.workers import TaskFailure, isolated_map
-from resnet_fused.tuning.candidates import backends, candidates
+from resnet_fused.tuning.calls import backends
+from resnet_fused.tuning.candidates import candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
 from resnet_fused.tuning.problems import Job, jobs
 
@@ -50,7 +53,7 @@ class Verification:
 
     device: str
     checks: tuple[Check, ...]
-    provenance: dict[str, Any]
+    provenance: Provenance
 
     @property
     def failures(self) -> list[Check]:
@@ -122,10 +125,7 @@ def verify(
         UsageError: no kernel can run here, or a choice is unknown; one line.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not rehearse else "cpu")
-    dtypes = tuple(dtypes)
-    unknown = sorted(set(dtypes) - set(DTYPES))
-    if unknown or not dtypes:
-        raise UsageError(f"unknown dtype {unknown[0] if unknown else 'none'!r}; choices: {', '.join(DTYPES)}")
+    modes, dtypes = choose_many(modes, MODES, "mode"), choose_many(dtypes, DTYPES, "dtype")
     if not backends(device):
         reasons = "; ".join(f"{name}: {ops.unavailable(name, device.type)}" for name in ("triton", "cuda"))
         raise UsageError(f"nothing to verify: no kernel of this package runs here ({reasons})")

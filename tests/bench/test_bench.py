@@ -10,13 +10,14 @@ import torch
 import torchvision
 from torch import nn
 
+from resnet_fused._command import UsageError, choose_many, positive_integers, resolve_device
 from resnet_fused.bench import chart, images, profile, results, run, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
 from resnet_fused.bench.correctness import FLOORS, Errors, breach, errors_of, max_error, norm_error
 from resnet_fused.bench.runner import Outcome, Runner, reference
 from resnet_fused.measure import cases, memory, models, provenance, roof
 from resnet_fused.measure import timing as harness
-from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.cases import Case
 from resnet_fused.measure.timing import MAX_ROUNDS, MIN_ROUNDS, Timing, cpu_clock, round_order, time_interleaved
 from resnet_fused.tuning import device_worker as device_process
 
@@ -123,20 +124,20 @@ def test_choose_names_the_value_and_close_choices():
         models.check("resnet5")
     assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="unknown dtype 'int8'; choices: fp32, bf16, fp16"):
-        cases.choose_many("fp32,int8", cases.DTYPES, "dtype")
-    assert cases.choose_many("bf16, fp32,bf16", cases.DTYPES, "dtype") == ("bf16", "fp32")
+        choose_many("fp32,int8", cases.DTYPES, "dtype")
+    assert choose_many("bf16, fp32,bf16", cases.DTYPES, "dtype") == ("bf16", "fp32")
 
 
 @pytest.mark.parametrize("text", ["", ",", "0", "-1", "1,x", "1.5"])
 def test_batches_must_be_positive_integers(text):
     with pytest.raises(UsageError):
-        cases.positive_integers(text, "--batch")
+        positive_integers(text, "--batch")
 
 
 @pytest.mark.parametrize("text", ["tpu", "cuda:x", "cpu:0", "cuda:", "cuda:99"])
 def test_devices_that_are_not_here(text):
     with pytest.raises(UsageError, match=text):
-        cases.resolve_device(text)
+        resolve_device(text)
 
 
 # models

@@ -10,10 +10,10 @@ from recorded import BASELINE, case, report, result, usual
 from rich.console import Console
 
 from resnet_fused import cli
+from resnet_fused._command import UsageError
 from resnet_fused.bench import compare, schema
 from resnet_fused.bench.results import write_json
 from resnet_fused.measure import telemetry as clocks
-from resnet_fused.measure.cases import UsageError
 from resnet_fused.measure.timing import Timing
 
 
@@ -40,6 +40,13 @@ def test_a_result_is_read_as_it_was_written(written):
     assert schema.load(written("a.json", before)).to_json() == before.to_json()
 
 
+def test_what_a_run_adds_is_read_as_it_was_written(written):
+    value = json.loads(json.dumps(usual().to_json()))
+    value |= {"pictures": PICTURES, "loader": [_LOADED, {**_TRAINED, "problem": "no memory"}]}
+    value["cases"][0]["conditions"] = CONDITIONS
+    assert json.loads(json.dumps(schema.load(written("a.json", value)).to_json())) == value
+
+
 def _set(value, *path):
     """A change of the JSON: `path` to the place."""
 
@@ -52,26 +59,58 @@ def _set(value, *path):
 
 
 _FUSED = ("cases", 0, "results", 1)
+_AGREES = {"contestant": "fused", "dtype": "fp32", "max_logit_difference": 0.1, "relative_difference": 0}
+_AGREES["top1_agreement"] = 1
+PICTURES = {"source": "a", "count": 2, "comparisons": [_AGREES, {**_AGREES, "problem": "no memory"}]}
+_RANGE = {"min": 1, "median": 2, "max": 3}
+CONDITIONS = {"samples": 2, "sm_mhz": _RANGE, "memory_mhz": _RANGE, "temperature_c": None, "power_w": _RANGE}
+CONDITIONS["throttled"] = {"software power cap": 0.5}
+_TRAINED = {"contestant": "fused", "case": "train, batch 4, fp32", "batch": 4, "dtype": "fp32"}
+_RATES = {"images_per_s": 2.0, "p20": 1.0, "p80": 3, "samples": [2, 3.5]}
+_LOADED = {**_TRAINED, "workers": 0, "resident": _RATES, "loader": _RATES, "loader_to_loss": _RATES}
 BROKEN = {
-    "schema": (_set(7, "schema"), "its schema is 7, this version reads 1"),
-    "no schema": (lambda data: data.pop("schema"), "'schema'"),
-    "no provenance": (lambda data: data.pop("provenance"), "'provenance'"),
-    "commit": (lambda data: data["provenance"].update(commit={"sha": "abc"}), "dirty"),
-    "mode": (_set("predict", "cases", 0, "mode"), "predict"),
-    "dtype": (_set("fp8", "cases", 0, "dtype"), "fp8"),
-    "batch": (_set("4", "cases", 0, "batch"), "batch"),
-    "no cases": (_set([], "cases"), "no cases"),
-    "status": (_set("great", *_FUSED, "status"), "great"),
-    "speed of a failed one": (_set("failed", *_FUSED, "status"), "fused in infer"),
-    "typed median": (_set(7.0, *_FUSED, "ms", "p50"), "p50 of fused in infer, batch 4, fp32 is 7.0, its samples say 8"),
-    "typed rate": (_set(600.0, *_FUSED, "images_per_s"), "images_per_s of fused in infer, batch 4, fp32 is 600.0"),
-    "typed speed-up": (_set(1.5, *_FUSED, "speedup"), "its samples say 1.25"),
-    "an error nobody knows": (_set(1.0, *_FUSED, "errors", "luck"), "errors of fused"),
-    "saved": (_set({}, *_FUSED, "saved"), "'bytes'"),
-    "samples lost": (_set([8.0, 8.0], *_FUSED, "samples_ms"), "fused"),
-    "sample": (_set(["8"] * 3, *_FUSED, "samples_ms"), "samples_ms"),
+    "schema": (_set(7, "schema"), "schema is 7, not 1"),
+    "no schema": (lambda data: data.pop("schema"), "schema is missing"),
+    "no provenance": (lambda data: data.pop("provenance"), "provenance is missing"),
+    "commit": (lambda data: data["provenance"].update(commit={"sha": "abc"}), "provenance.commit.dirty is missing"),
+    "mode": (_set("predict", "cases", 0, "mode"), 'cases[0].mode is "predict", not'),
+    "dtype": (_set("fp8", "cases", 0, "dtype"), 'cases[0].dtype is "fp8"'),
+    "batch": (_set("4", "cases", 0, "batch"), 'cases[0].batch is "4", not int'),
+    "no cases": (_set([], "cases"), "cases is empty"),
+    "status": (_set("great", *_FUSED, "status"), 'cases[0].results[1].status is "great"'),
+    "speed of a failed one": (_set("failed", *_FUSED, "status"), "cases[0].results[1] (fused) is failed"),
+    "typed median": (_set(7.0, *_FUSED, "ms", "p50"), "cases[0].results[1].ms.p50 is 7, its samples say 8"),
+    "typed rate": (_set(600.0, *_FUSED, "images_per_s"), "cases[0].results[1].images_per_s is 600, its"),
+    "typed speed-up": (_set(1.5, *_FUSED, "speedup"), "cases[0].results[1].speedup is 1.5, its samples say 1.25"),
+    "an error nobody knows": (_set(1.0, *_FUSED, "errors", "luck"), "cases[0].results[1].errors.luck is unknown"),
+    "saved": (_set({}, *_FUSED, "saved"), "cases[0].results[1].saved.bytes is missing"),
+    "samples lost": (_set([8.0, 8.0], *_FUSED, "samples_ms"), "cases[0].results[1].samples_ms is not 3 times"),
+    "sample": (_set(["8"] * 3, *_FUSED, "samples_ms"), 'cases[0].results[1].samples_ms[0] is "8", not float'),
     "twice": (_set(BASELINE, *_FUSED, "contestant"), "twice"),
-    "true for a number": (_set(True, "cases", 0, "rounds"), "rounds"),
+    "true for a number": (_set(True, "cases", 0, "rounds"), "cases[0].rounds is true, not int"),
+    "typed mean": (_set(2.0, "geometric_mean_speedup", "infer", "fused", "speedup"), "infer.fused.speedup is 2"),
+    "errors no object": (_set([], *_FUSED, "errors"), "cases[0].results[1].errors is [], not an object or null"),
+    "error a word": (_set("great", *_FUSED, "errors", "logits"), 'errors.logits is "great", not float'),
+    "load average": (_set(None, "provenance", "cpu", "load_average_1min"), "cpu.load_average_1min is null, not float"),
+    "no load average": (lambda data: data["provenance"]["cpu"].pop("load_average_1min"), "average_1min is missing"),
+    "pictures a number": (_set(3, "pictures"), "pictures is 3, not an object or null"),
+    "pictures of nobody": (_set({"source": "a", "count": 2}, "pictures"), "pictures.comparisons is missing"),
+    "pictures count": (_set({**PICTURES, "count": "two"}, "pictures"), 'pictures.count is "two", not int'),
+    "agreement a word": (
+        _set({**PICTURES, "comparisons": [{**_AGREES, "top1_agreement": "all"}]}, "pictures"),
+        'pictures.comparisons[0].top1_agreement is "all", not float',
+    ),
+    "conditions a word": (_set("hot", "cases", 0, "conditions"), 'cases[0].conditions is "hot", not an object'),
+    "conditions empty": (_set({}, "cases", 0, "conditions"), "cases[0].conditions.samples is missing"),
+    "conditions of a word": (
+        _set({**CONDITIONS, "power_w": {"min": 1, "median": "2", "max": 3}}, "cases", 0, "conditions"),
+        'cases[0].conditions.power_w.median is "2", not float',
+    ),
+    "throttled": (_set({**CONDITIONS, "throttled": [1]}, "cases", 0, "conditions"), "conditions.throttled is [1]"),
+    "loader a word": (_set("fast", "loader"), 'loader is "fast", not a list'),
+    "loader of words": (_set(["fast"], "loader"), 'loader[0] is "fast", not an object'),
+    "loader without rates": (_set([_TRAINED], "loader"), "loader[0].workers is missing"),
+    "loader rate": (_set([{**_LOADED, "loader": {**_RATES, "p20": None}}], "loader"), "loader[0].loader.p20 is null"),
 }
 
 
@@ -84,7 +123,7 @@ def test_what_is_no_result_is_said_in_one_line(change, hint, written):
     assert hint in str(error.value) and "broken.json" in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("content", "hint"), [(None, "No such file"), ("{", "no JSON"), ("[]", "no object")])
+@pytest.mark.parametrize(("content", "hint"), [(None, "No such file"), ("{", "no JSON"), ("[]", "not an object")])
 def test_what_is_no_file_or_no_json(content, hint, tmp_path):
     if content:
         (tmp_path / "a.json").write_text(content)

@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 
 from resnet_fused import cli, dispatch
+from resnet_fused._command import UsageError
 from resnet_fused.bench import cost, roofline
 from resnet_fused.measure import network
-from resnet_fused.measure.cases import UsageError
 
 BATCH = 256
 

@@ -9,11 +9,12 @@ from networks import small_resnet
 from torch import nn
 
 from resnet_fused import cli
+from resnet_fused._command import UsageError
 from resnet_fused.bench import loader
 from resnet_fused.bench.contestants import CONTESTANTS
 from resnet_fused.bench.runner import Runner
 from resnet_fused.measure import models
-from resnet_fused.measure.cases import Case, UsageError
+from resnet_fused.measure.cases import Case
 
 CASE = Case("small", "train", 4, "fp32", "cpu", 32)
 

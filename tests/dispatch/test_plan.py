@@ -221,20 +221,20 @@ def _broken():
 
     first = ("entries", 0, "candidates", 1)
     return {
-        "another format": (change((), "format", 2), "format is 2"),
-        "no format": (change((), "format", None), "format is None"),
+        "another format": (change((), "format", 2), "format is 2, not 1"),
+        "no format": (change((), "format", None), "format is null, not 1"),
         "not an object": ([1, 2], "an object"),
         "arch": (change((), "arch", "sm_90"), "arch"),
         "verified": (change((), "verified", [["conv_fprop", "magic"]]), "magic"),
         "not verified": (change((), "verified", []), "not verified"),
         "dtype": (change(("entries", 0), "dtype", "float8"), "float8"),
         "shape": (change(("entries", 0), "shape", [1, 2]), "shape"),
-        "field missing": (change(("entries", 0), "shape", {"n": 1}), "lacks"),
+        "field missing": (change(("entries", 0), "shape", {"n": 1}), "entries[0].shape.c is missing"),
         "field unknown": (change((*first, "config"), "magic", 1), "magic"),
         "field type": (change((*first, "config"), "block_m", "128"), "block_m"),
-        "time": (change(first, "ms", -1), "ms is -1"),
+        "time": (change(first, "ms", -1), "candidates[1].ms is -1"),
         "winner": (change(("entries", 0), "winner", 0), "winner"),
-        "no candidates": (change(("entries", 0), "candidates", []), "without candidates"),
+        "no candidates": (change(("entries", 0), "candidates", []), "entries[0].candidates is empty"),
         "truncated": (json.dumps(good)[:100], "line"),
         "candidate": (change(("entries", 0, "candidates"), 1, candidate["ms"]), "candidate"),
     }

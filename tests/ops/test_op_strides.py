@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from networks import pictures, small_resnet, step
-from op_cases import DEVICE, NCHW, NHWC, OPS, conv_samples, memory_samples
+from op_cases import DEVICE, NCHW, NHWC, OPS
 from torch import Tensor, nn
 
 from resnet_fused import fuse, ops
-from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.ops.arithmetic import in_memory_order, pack_bits, unpack_bits
+from resnet_fused.ops.operands import Operands
 
 BACKENDS = [name for name in ("reference", "aten", "cuda", "triton") if ops.available(name, DEVICE)]
 # Sizes of 1 make an activation NCHW and NHWC at once: that of the image, that of the convolution's result, or both.
-SIZES = {
-    "plain": ({"n": 2, "c": 8, "h": 3, "w": 2}, {"k": 8}),
-    "one channel": ({"n": 2, "c": 1, "h": 3, "w": 2}, {"k": 8}),
-    "one output channel": ({"n": 2, "c": 8, "h": 3, "w": 2}, {"k": 1}),
-    "one pixel": ({"n": 2, "c": 8, "h": 1, "w": 1}, {"k": 8}),
-    "to one pixel": ({"n": 3, "c": 8, "h": 2, "w": 2}, {"k": 8, "stride": 2}),
+SIZES = {  # image, output channels, stride
+    "plain": ((2, 8, 3, 2), 8, 1),
+    "one channel": ((2, 1, 3, 2), 8, 1),
+    "one output channel": ((2, 8, 3, 2), 1, 1),
+    "one pixel": ((2, 8, 1, 1), 8, 1),
+    "to one pixel": ((3, 8, 2, 2), 8, 2),
 }
 # Which bits lie beside which activation, in the order of its memory.
 BITS = {"mask": "x", "residual_mask": "residual"}
@@ -74,9 +75,45 @@ SAME_MEMORY: list[Callable[[Tensor], Tensor | None]] = [_sizes_of_one, _offset] 
 FOREIGN: list[Callable[[Tensor], Tensor | None]] = [_other_order, _turned, _sliced, _some_channels, _expanded]
 
 
-def _samples(size: str) -> dict[str, tuple]:
-    image, more = SIZES[size]
-    return {**memory_samples(**image), **conv_samples(**image, **more)}
+# Of the records' sample arguments: with all that an op takes, and where that excludes something, once more with that.
+VARIANTS: dict[str, list[dict]] = {
+    "bn_stats": [{"rows": 3}],
+    "bn_apply": [{"residual": "affine", "with_mask": True}],
+    "bn_backward_reduce": [{"masked": True, "rows": 3}],
+    "bn_backward_apply": [{"with_dresidual": True}, {"masked": True, "constant": True, "with_dresidual": True}],
+    "bn_act_max_pool_backward_reduce": [{"rows": 3}],
+    "pack_weight": [{"flip": True}],
+    "conv_fprop": [{"scaled": True, "residual": True}],
+    "conv_fprop_stats": [{"prologue": True, "rows": 3}],
+    "conv_dgrad": [{"prologue": True, "epilogue": "masked residual"}, {"epilogue": "batch norm"}],
+    "conv_dgrad_join": [{"epilogue": "masked residual"}],
+    "conv_wgrad": [{"x_prologue": True, "dy_prologue": True}],
+}
+
+
+def _samples(size: str) -> Iterator[tuple[str, tuple]]:
+    """Arguments of every op, in NHWC order: a 3x3 from c channels of h x w pixels to k, and what goes with it."""
+    image, k, stride = SIZES[size]
+    n, c, h, w = image
+    conv = ConvShape(n, c, h, w, k, 3, 3, (stride, stride), (1, 1))
+    shapes = {"conv_join": ConvShape(*conv.output, c, 1, 1), "pack_weight": (6, c, 3, 2), "reduce_rows": image}
+    more: dict[str, dict] = {
+        "conv_join": {"shortcut_channels": c, "shortcut_stride": stride},
+        "conv_chain": {"outputs": c, "following": k},
+    }
+    for name, record in ops.OPS.items():
+        # In a dtype that the Triton kernel takes.
+        make = Operands(torch.device(DEVICE), torch.float16 if name == "conv_chain" else torch.float32, guarded=False)
+        for variant in VARIANTS.get(name, [{}]):
+            shape = shapes.get(name, conv if name.startswith("conv") else image)
+            args = record.case(make, shape, **variant, **more.get(name, {}))
+            if name == "bn_finalize":
+                rows = {"mean": make.vector(3, c).double(), "m2": make.vector(3, c, positive=True)}
+                running = {"running_mean": make.vector(c), "running_var": make.vector(c, positive=True)}
+                args = args._replace(**rows, count=torch.full((3,), 13.0, device=DEVICE), **running)
+            if name == "reduce_rows":
+                args = args._replace(partials=make.vector(5, c, 3))
+            yield name, tuple(args)
 
 
 def _names(op: str) -> list[str]:
@@ -127,8 +164,7 @@ def _assert_right(op: str, actual: list[Tensor], x: Tensor, right: list[Tensor],
 def test_no_op_misreads_a_stride(backend, size):
     foreign = FOREIGN if backend != "triton" or size == "plain" or DEVICE == "cuda" else [_sliced]  # interpreted
     answered = 0
-    for label, sample in _samples(size).items():
-        op = label.split()[0]
+    for op, sample in _samples(size):
         if not ops.implements(backend, op):
             continue
         try:
@@ -139,7 +175,7 @@ def test_no_op_misreads_a_stride(backend, size):
         for variant in SAME_MEMORY:
             args = [variant(a) if isinstance(a, Tensor) else a for a in _clone(sample)]
             args = [old if new is None else new for old, new in zip(_clone(sample), args, strict=True)]
-            actual, what = _run(op, backend, args), f"{label}: {_name(variant)}"
+            actual, what = _run(op, backend, args), f"{op}: {_name(variant)}"
             if backend in ("cuda", "triton"):
                 assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True)), what
             _assert_right(op, actual, args[0], expected, sample[0], what)
@@ -191,8 +227,7 @@ def _gives_a_reason(refusal: RuntimeError) -> bool:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("size", [size for size in SIZES if size != "plain"])
 def test_fake_kernels_say_the_strides_of_ambiguous_results(backend, size):
-    for label, sample in _samples(size).items():
-        op = label.split()[0]
+    for op, sample in _samples(size):
         if ops.implements(backend, op) and op != "conv_chain":
             utility = "test_faketensor"
             torch.library.opcheck(

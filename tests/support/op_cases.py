@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from resnet_fused import ops
 from resnet_fused.contract import in_double
+from resnet_fused.ops.backends import implementation
 
 OPS = torch.ops.resnet_fused
+# Functions of an op's name and arguments, `reference.add_act(x, other, relu)`.
+reference, aten = (
+    SimpleNamespace(**{op: implementation(backend, op) for op in ops.OPS if ops.implements(backend, op)})
+    for backend in ("reference", "aten")
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
     pytest.param(
@@ -167,74 +174,3 @@ def plain_stem(x, weight, bias, dy):
     y = F.max_pool2d(F.relu(F.batch_norm(x, None, None, weight, bias, True, 0.1, EPS)), 3, 2, 1)
     gradients = torch.autograd.grad(y, (x, bias, weight), dy)
     return {"pooled": y, **dict(zip(("stem dx", "stem dbias", "stem dweight"), gradients, strict=True))}
-
-
-def memory_samples(n=2, c=8, h=4, w=5) -> dict[str, tuple]:
-    """Arguments of every op but the convolutions', for an activation of this size in NHWC order."""
-    x, v = activation((n, c, h, w), torch.float32, NHWC), vector(c)
-    mean, m2 = torch.randn(3, c, device=DEVICE, dtype=torch.float64), torch.rand(3, c, device=DEVICE)
-    mask = torch.randint(0, 256, ((x.numel() + 7) // 8,), dtype=torch.uint8, device=DEVICE)
-    pooled, index = OPS.bn_act_max_pool(x, v, v, backend="reference")
-    backward, count = (v, vector(c), vector(c), v.abs()), float(n * h * w)
-    return {
-        "bn_stats": (x, 3),
-        "bn_finalize": (
-            *(mean, m2, torch.full((3,), 13.0, device=DEVICE)),
-            *(v, vector(c), vector(c), v.abs(), 0.1, EPS),
-        ),
-        "bn_apply": (x, v, vector(c), torch.randn_like(x), vector(c), vector(c), True, True),
-        "bn_backward_reduce": (torch.randn_like(x), x, mask, *backward, True, 3),
-        "bn_backward_apply": (torch.randn_like(x), x, None, *backward, vector(c), vector(c), count, True, True),
-        "bn_backward_apply behind a mask": (torch.randn_like(x), x, mask, *backward, None, None, count, True, True),
-        "add_act": (x, torch.randn_like(x), True),
-        "add_act_backward": (torch.randn_like(x), x),
-        "bn_act_max_pool": (x, v, vector(c)),
-        "bn_act_max_pool_backward_reduce": (torch.randn_like(pooled), index, x, *backward, 3),
-        "bn_act_max_pool_backward_apply": (
-            *(torch.randn_like(pooled), index, x, *backward),
-            *(vector(c), vector(c), count),
-        ),
-        "reduce_rows": (torch.randn(5, c, 3, device=DEVICE),),
-        "pack_weight": (activation((6, c, 3, 2), torch.float32, NHWC), True),
-    }
-
-
-def conv_samples(n=2, c=8, k=8, h=5, w=4, stride=1) -> dict[str, tuple]:
-    """Arguments of the convolutions' ops: 3x3 from c channels of h x w pixels to k, all in NHWC order."""
-
-    def nhwc(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return activation(shape, dtype, NHWC)
-
-    def positive(size: int) -> Tensor:
-        return torch.rand(size, device=DEVICE) + 0.5
-
-    def bits(t: Tensor) -> Tensor:
-        return torch.randint(0, 256, ((t.numel() + 7) // 8,), dtype=torch.uint8, device=DEVICE)
-
-    p, q = (h - 1) // stride + 1, (w - 1) // stride + 1
-    x, weight, dy = nhwc(n, c, h, w), nhwc(k, c, 3, 3), nhwc(n, k, p, q)
-    geometry = [stride, stride], [1, 1], [1, 1], 1
-    gradient, coefficients = nhwc(n, c, h, w), torch.randn(3, k, device=DEVICE)
-    affine = positive(c), positive(c), positive(c), positive(c)
-    return {
-        "conv_fprop": (x, weight, positive(k), positive(k), nhwc(n, k, p, q), *geometry, True),
-        "conv_fprop_stats": (x, weight, positive(c), positive(c), *geometry, 3),
-        "conv_dgrad": (
-            *(dy, weight, nhwc(n, k, p, q), coefficients, gradient, bits(gradient)),
-            *((None,) * 5),
-            *([h, w], *geometry),
-        ),
-        "conv_dgrad behind a relu": (dy, weight, None, None, None, None, x, *affine, [h, w], *geometry),
-        "conv_dgrad_join": (
-            *(dy, weight, None, None, gradient, bits(gradient), x, bits(x), *affine[2:]),
-            *(nhwc(n, c, h, w), positive(c), positive(c), [h, w], *geometry),
-        ),
-        "conv_wgrad": (dy, x, nhwc(n, k, p, q), coefficients, positive(c), positive(c), [3, 3], *geometry),
-        "bn_backward_finalize": (*(positive(k) for _ in range(5)), 40.0),
-        "conv_chain": (  # in a dtype that the Triton kernel takes
-            *(x.half(), weight.half(), None, positive(k), nhwc(c, k, 1, 1, dtype=torch.float16), None, positive(c)),
-            *(nhwc(n, c, p, q, dtype=torch.float16), nhwc(k, c, 1, 1, dtype=torch.float16), None, positive(k)),
-            *geometry[:3],
-        ),
-        "conv_join": (dy, nhwc(c, k, 1, 1), x, nhwc(c, c, 1, 1), positive(c), [stride, stride], True),
-    }

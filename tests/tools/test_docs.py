@@ -77,7 +77,9 @@ def test_errors_are_one_line(checkout, capsys):
     bad = checkout / "benchmarks/results/x/bad.json"
     write_json({"schema": 1}, bad)
     assert docs.main(["--root", str(checkout)]) == 2
-    assert "bad.json" in (text := capsys.readouterr().err) and "'model'" in text and len(text.splitlines()) == 1
+    assert (
+        "bad.json" in (text := capsys.readouterr().err) and "model is missing" in text and len(text.splitlines()) == 1
+    )
 
 
 def test_the_committed_results_hold_what_results_hold():

@@ -14,9 +14,10 @@ import torch
 
 from benchmarks import targets as goals
 from resnet_fused import ops
+from resnet_fused._command import UsageError, choose_many
 from resnet_fused.bench import contestants, schema
 from resnet_fused.dispatch import table as tables
-from resnet_fused.measure.cases import DTYPES, MODES, UsageError, choose_many
+from resnet_fused.measure.cases import DTYPES, MODES
 from tools import pages as docs
 
 gpu_run = pytest.importorskip("benchmarks.gpu_run", reason="the benchmarks are not here")
@@ -100,7 +101,7 @@ def test_results_come_home_whole_or_not_at_all(rehearsed, tmp_path):
     assert [case.case.mode for case in report.cases] == ["infer", "train"] and report.loader
     assert "gpu_run_" not in report.provenance["command"]  # a folder that is gone
     assert tables.read(root / "resnet_fused/dispatch/tables/nvidia-test-1.json").verified
-    (folder,) = home.glob("sitting-*")
+    (folder,) = home.glob("gpu-run-*")
     assert {path.name for path in folder.iterdir()} == set(gpu_collect.KEPT)
     assert (
         "docs/gpu_log.md" in said
@@ -297,7 +298,7 @@ def test_the_selections_of_tests_find_tests():
 
 
 @needs_kernels
-def test_the_plan_of_a_sitting_is_printed_and_runs_nothing(tmp_path, capsys):
+def test_the_plan_of_a_gpu_run_is_printed_and_runs_nothing(tmp_path, capsys):
     assert gpu_run.main(["--plan", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert all(step.name in out for step in gpu_steps.steps()) and "calls of 9 minutes" in out
@@ -317,3 +318,31 @@ def test_bad_usage_is_said(arguments, capsys):
     assert stop.value.code == 2 and any(
         word in said for word in ("--rehearse ", "--minutes 0", "choices: all", "nowhere")
     )
+
+
+ENTRY = {"status": "ok", "seconds": 1, "headline": "a", "commit": None, "date_utc": "2026-01-01", "tries": 1}
+
+
+@pytest.mark.parametrize(
+    ("state", "results", "hint"),
+    [
+        ({"gpu": GPU, "steps": {}}, {}, "state.json: format is missing"),
+        ({"format": 2, "gpu": GPU, "steps": {}}, {}, "state.json: format is 2, not 1"),
+        ({"format": 1, "gpu": None, "steps": {}}, {}, "state.json: gpu is null, not str"),
+        ({"format": 1, "gpu": GPU, "steps": {}}, {}, "state.json: steps is empty"),
+        (
+            {"format": 1, "gpu": GPU, "steps": {"build": {**ENTRY, "tries": "2"}}},
+            {},
+            'steps.build.tries is "2", not int',
+        ),
+        ({"format": 1, "gpu": GPU, "steps": {"build": 3}}, {}, "steps.build is 3, not an object"),
+        ({"format": 1, "gpu": GPU, "steps": {"build": ENTRY}}, [], "results.json: the file is"),
+        ({"format": 1, "gpu": GPU, "steps": {"a": ENTRY}}, {"train": {"cases": 1, "baseline": 2}}, "schema is missing"),
+    ],
+)
+def test_what_is_no_gpu_run_is_said_in_one_line(state, results, hint, tmp_path):
+    for name, value in (("state.json", state), ("results.json", results)):
+        (tmp_path / name).write_text(json.dumps(value))
+    with pytest.raises(UsageError) as error:
+        gpu_collect.collect(tmp_path, tmp_path / "root")
+    assert hint in str(error.value) and len(str(error.value).splitlines()) == 1

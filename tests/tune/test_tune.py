@@ -8,17 +8,16 @@ import torch
 
 import resnet_fused
 from resnet_fused import cli, dispatch, ops
+from resnet_fused._command import UsageError, seconds
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.dispatch.table import Choice, Entry, Problem, Table
-from resnet_fused.measure.cases import UsageError, seconds
 from resnet_fused.measure.network import networks, tiny_network
 from resnet_fused.ops.operands import Operands
-from resnet_fused.tuning import calls as timed
+from resnet_fused.tuning import calls, checks, tune
 from resnet_fused.tuning import candidates as candidate_list
-from resnet_fused.tuning import checks, tune
 from resnet_fused.tuning import device_worker as device_process
 from resnet_fused.tuning import search as tune_search
 from resnet_fused.tuning.candidates import candidates, configurations
@@ -218,10 +217,10 @@ def test_what_competes_with_a_tail_runs_as_the_table_has_it(op, count):
         asked.append(shape)
         return "reference"
 
-    operands = timed.operands_of(job, Operands(CPU, torch.float32, guarded=False))
-    separate = timed.timed(job, Choice("aten"), operands, fprop)()
+    operands = calls.operands_of(job, Operands(CPU, torch.float32, guarded=False))
+    separate = calls.make_benchmark_fn(job, Choice("aten"), operands, fprop)()
     assert len(asked) == count and set(asked) <= inference
-    fused = timed.timed(job, Choice("reference"), operands)()
+    fused = calls.make_benchmark_fn(job, Choice("reference"), operands)()
     for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (separate, fused)), strict=True):
         assert (one - other).abs().max() <= 1e-5 * other.abs().max()
 

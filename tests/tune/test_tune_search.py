@@ -16,11 +16,11 @@ import pytest
 import torch
 import tune_doubles
 
+from resnet_fused._command import UsageError
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.choice import ATEN, BLOCK
 from resnet_fused.dispatch.table import Choice
-from resnet_fused.measure.cases import UsageError
 from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.workers import WorkerCrashed
@@ -355,7 +355,7 @@ import dataclasses, os, torch
 from pathlib import Path
 from dry_device import dry_device
 from resnet_fused.tuning import precompile as compile_ahead
-from resnet_fused.tuning import calls as timed
+from resnet_fused.tuning import calls
 from resnet_fused.tuning import candidates as listing
 from resnet_fused.measure.network import networks
 from resnet_fused.tuning.problems import Operands, check_images, jobs
@@ -387,8 +387,8 @@ with dry_device(90) as driver:
     for job, choice in picked:
         for problem in (job.problem, job.problem.with_batch(check_images(job.problem, 4))):
             one = dataclasses.replace(job, problem=problem)
-            operands = timed.operands_of(one, Operands(cpu, torch.bfloat16, guarded=False))
-            timed.timed(one, choice, operands)()
+            operands = calls.operands_of(one, Operands(cpu, torch.bfloat16, guarded=False))
+            calls.make_benchmark_fn(one, choice, operands)()
     assert driver.dry_launches() >= 6, driver.dry_launches()
 assert len(before) > 3 and binaries() == before, binaries() - before
 print("all right")

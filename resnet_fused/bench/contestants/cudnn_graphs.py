@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused._command import one_line
 from resnet_fused.dispatch.conv import uses_tf32
-from resnet_fused.measure.cases import Unavailable, reason_of
+from resnet_fused.measure.cases import Unavailable
 
 OLDEST_CUDNN = 90000
 PATIENCE_S = 1.0  # with the plans of one graph; those that are compiled at run time take half a second each
@@ -120,7 +121,7 @@ def imported() -> Any:
     try:
         cudnn = importlib.import_module("cudnn")
     except Exception as error:  # a package that breaks on import, for want of libcudnn say, is as good as none
-        raise Unavailable(f"cudnn cannot be imported ({reason_of(error)}); it needs nvidia-cudnn-frontend") from None
+        raise Unavailable(f"cudnn cannot be imported ({one_line(error)}); it needs nvidia-cudnn-frontend") from None
     missing = [name for name in _REQUIRED if not hasattr(cudnn, name)]
     if missing:
         raise Unavailable(f"the installed package cudnn has no {', '.join(missing)}; it needs nvidia-cudnn-frontend")
@@ -190,7 +191,7 @@ class Graph:
         except Unavailable:
             raise
         except Exception as error:  # cuDNN's "not supported" is an exception of its package's own
-            raise Unavailable(f"cuDNN has no engine for {what}: {reason_of(error)}") from None
+            raise Unavailable(f"cuDNN has no engine for {what}: {one_line(error)}") from None
 
     def run(self, operands: dict[str, Tensor], workspace: Tensor) -> None:
         """Launch on the current stream.
@@ -222,7 +223,7 @@ class Graph:
             except Exception as error:  # filtered out, cannot be built, wants more memory than there is
                 problem = error
         if not found:
-            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {reason_of(problem)}")
+            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {one_line(problem)}")
         _, index, size = min(found)
         return index, size
 

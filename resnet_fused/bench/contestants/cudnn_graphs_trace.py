@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from resnet_fused.measure.cases import Unavailable, reason_of
+from resnet_fused._command import one_line
+from resnet_fused.measure.cases import Unavailable
 
 _ADDS = (operator.add, torch.add, "add")
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
@@ -26,7 +27,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         network = fx.symbolic_trace(model)
     except Exception as error:  # control flow on values, say
-        raise Unavailable(f"torch.fx cannot trace this model: {reason_of(error)}") from None
+        raise Unavailable(f"torch.fx cannot trace this model: {one_line(error)}") from None
     for node in list(network.graph.nodes):
         if node.op == "call_module" and node.args:
             module = network.get_submodule(str(node.target))

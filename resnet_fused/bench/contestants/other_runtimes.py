@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_fused.measure.cases import Case, Unavailable, reason_of
+from resnet_fused._command import one_line
+from resnet_fused.measure.cases import Case, Unavailable
 
 _NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "torch_tensorrt": ("torch_tensorrt",)}
 
@@ -50,7 +51,7 @@ def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable
     try:
         session = runtime.InferenceSession(program.model_proto.SerializeToString(), settings, providers=[provider])
     except Exception as error:  # no kernel for an op in this dtype, say
-        raise Unavailable(f"onnxruntime does not take the exported model: {reason_of(error)}") from None
+        raise Unavailable(f"onnxruntime does not take the exported model: {one_line(error)}") from None
     (entry,), (result,) = session.get_inputs(), session.get_outputs()
     element = {"fp32": 1, "fp16": 10, "bf16": 16}[case.dtype]  # onnx.TensorProto.DataType
     with torch.no_grad():
