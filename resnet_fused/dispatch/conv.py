@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,6 +34,22 @@ class ConvShape:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        image: Sequence[int],
+        filter: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int = 1,
+    ) -> ConvShape:
+        """The problem of an image [N, C, H, W] under a filter [K, C/groups, R, S]."""
+        n, c, h, w = image
+        k, _, r, s = filter
+        pairs = ((stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]))
+        return cls(n, c, h, w, k, r, s, *pairs, groups)
 
     @property
     def image(self) -> tuple[int, int, int, int]:

@@ -29,7 +29,8 @@ from resnet_fused.inference.plan import PlannedConv
 from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.nn.sums import PLUS, Sum
-from resnet_fused.ops import aten
+from resnet_fused.ops import conv_fprop, onednn
+from resnet_fused.ops.arithmetic import fold
 
 # oneDNN's fused ReLU turns a NaN into 0. Where one shows up, the network runs again with ReLU as a pass of its own.
 keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
@@ -116,24 +117,24 @@ class Kernel:
         self.op, self.backend = op, backend
         self._last: tuple[Any, bool] | None = None  # the last operands asked about, and the answer
 
-    def refusal(self, *args: Any) -> str | None:
-        """Why the op cannot run on these arguments, its own in its order, or None."""
-        x, weight = args[:2]
-        reason = ops.refusal(self.backend, self.op, x)
-        if reason is None and x.dtype != weight.dtype:
-            reason = f"the input is {x.dtype}, the weight {weight.dtype}"
+    def refusal(self, args: Any) -> str | None:
+        """Why the op cannot run on these arguments, those of its record, or None."""
+        reason = ops.refusal(self.backend, self.op, args.x)
+        for name, t in args._asdict().items():
+            if reason is None and isinstance(t, Tensor) and t.dim() == 4 and t.dtype != args.x.dtype:
+                reason = f"the input is {args.x.dtype}, the {name} {t.dtype}"
         if reason is None and self.backend == "triton":
             from resnet_fused import kernels
 
             reason = kernels.refuse(self.op, *args)
         return reason
 
-    def takes(self, args: tuple[Any, ...], *activations: Tensor | None) -> bool:
+    def takes(self, args: Any, *activations: Tensor | None) -> bool:
         """Whether the op can run; `activations` are the arguments that change from call to call."""
         asked = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in activations]
         last = self._last
         if last is None or last[0] != asked:
-            self._last = last = (asked, self.refusal(*args) is None)
+            self._last = last = (asked, self.refusal(args) is None)
         return last[1]
 
     def __call__(self, *args: Any) -> Any:
@@ -269,11 +270,11 @@ class FoldedConv(FrozenConv):
     def __init__(self, source: Source) -> None:
         super().__init__(source, "aten")
         scale, shift = source.affine()
-        weight = aten.fold(source.conv.weight, scale, self.dtype)
-        self.packed = aten.onednn_runs(weight, weight)
+        weight = fold(source.conv.weight, scale, self.dtype)
+        self.packed = onednn.runs(weight, weight)
         if self.packed:
-            shift = shift.to(aten.bias_dtype(weight.dtype, source.add is not None))
-            weight = aten.onednn_pack(weight, *self.geometry, source.example.x.shape)
+            shift = shift.to(onednn.bias_dtype(weight.dtype, source.add is not None))
+            weight = onednn.pack(weight, *self.geometry, source.example.x.shape)
         self.constant("weight", weight)
         self.constant("bias", shift if self.packed else shift.to(weight.dtype))
         self._tried: dict[Any, str | None] = {}  # why cuDNN's fused convolution is not to run on these operands
@@ -297,9 +298,11 @@ class FoldedConv(FrozenConv):
         if not self.packed:
             if relu and cudnn.available(x) and self._cudnn_refusal(x, residual) is None:
                 return cudnn.conv_relu(x, self.weight, self.bias, residual, self.geometry)  # type: ignore[arg-type]
-            return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, relu)
+            return conv_fprop.native(
+                conv_fprop.Args(x, self.weight, None, self.bias, residual, *self.geometry, relu=relu)
+            )
         relu_apart = relu and keep_nan.get()
-        y = aten.onednn_conv(
+        y = onednn.conv(
             x, self.weight, self.bias, residual, *self.geometry, relu and not relu_apart, overwrite_residual
         )
         y = y.relu_() if relu_apart else y
@@ -327,20 +330,20 @@ class EpilogueConv(FrozenConv):
         self.constant("scale", scale)
         self.constant("shift", shift)
         args = self._arguments(example.x, example.residual if self.adds else None, self.relu)
-        self.refusal = self.kernel.refusal(*args)
+        self.refusal = self.kernel.refusal(args)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.scale, self.shift
 
-    def _arguments(self, x: Tensor, residual: Tensor | None, relu: bool) -> tuple[Any, ...]:
+    def _arguments(self, x: Tensor, residual: Tensor | None, relu: bool) -> conv_fprop.Args:
         x, weight, residual = conv_operands(self.backend, x, self.weight, residual)
-        return (x, weight, self.scale, self.shift, residual, *self.geometry, relu)
+        return conv_fprop.Args(x, weight, self.scale, self.shift, residual, *self.geometry, relu=relu)
 
     def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
         args = self._arguments(x, residual, relu)
-        if not self.kernel.takes(args, args[0], args[4]):
-            return aten.conv_fprop(x, self.weight, self.scale, self.shift, residual, *self.geometry, relu)
+        if not self.kernel.takes(args, args.x, args.residual):
+            return conv_fprop.native(args._replace(x=x, weight=self.weight, residual=residual))
         return in_format(self.kernel(*args), x, self.nchw)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from resnet_fused.contract import floor
 from resnet_fused.dispatch.conv import uses_tf32
 from resnet_fused.functional.common import Geometry
-from resnet_fused.ops import aten
+from resnet_fused.ops import conv_fprop
 
 TF32_EPS = 2.0**-10
 SLACK = 4.0  # of what two right results may differ by: native rounds the sum three times, cuDNN once
@@ -60,7 +60,7 @@ def refusal(
     """
     x, residual = _random(x), None if residual is None else _random(residual)
     x[0, 0, 0, 0] = torch.nan
-    expected = aten.conv_fprop(x, weight, None, bias, residual, *geometry, True)  # type: ignore[arg-type]
+    expected = conv_fprop.native(conv_fprop.Args(x, weight, None, bias, residual, *geometry, relu=True))
     try:
         for _ in range(4):  # what the allocator gives the result next, if cuDNN reads it, is not zero
             torch.full(tuple(shape), torch.nan, dtype=x.dtype, device=x.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,8 @@ from resnet_fused.dispatch.conv import ConvShape, uses_tf32
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.functional.common import autocast, conv_operands, conv_shape, fits
 from resnet_fused.inference.conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format
-from resnet_fused.ops import aten
+from resnet_fused.ops import conv_chain, conv_fprop, conv_join
+from resnet_fused.ops.arithmetic import fold
 
 Result = tuple[Tensor, Tensor | None]
 
@@ -37,7 +37,7 @@ class Chain:
         self.conv2, self.conv3, self.head = conv2, conv3, head
         self.kernel = Kernel("conv_chain", backend)
         self.nchw = conv2.nchw and conv3.nchw and (head is None or head.nchw)
-        reason = self.kernel.refusal(*self._arguments(conv2.example.x, conv3.example.y, head))
+        reason = self.kernel.refusal(self._arguments(conv2.example.x, conv3.example.y, head))
         if reason is not None:
             raise Refused(reason)
         members = [conv3] if head is None else [conv3, head]
@@ -45,17 +45,22 @@ class Chain:
             conv.plan_in("conv_chain", f"in the chain of {conv2.layer}")
         conv2.plan_in("conv_chain", ", ".join(conv.layer for conv in members))
 
-    def _arguments(self, x: Tensor, residual: Tensor, head: EpilogueConv | None) -> tuple[Any, ...]:
+    def _arguments(self, x: Tensor, residual: Tensor, head: EpilogueConv | None) -> conv_chain.Args:
         x, _, y = conv_operands(self.kernel.backend, x, self.conv2.weight, residual)
-        first = (None, None, None) if head is None else head.affine
-        return (x, *self.conv2.affine, *self.conv3.affine, y, *first, *self.conv2.geometry[:3])
+        assert y is not None
+        (weight2, scale2, shift2), (weight3, scale3, shift3) = self.conv2.affine, self.conv3.affine
+        weight1, scale1, shift1 = (None, None, None) if head is None else head.affine
+        stride, padding, dilation, _ = self.conv2.geometry
+        return conv_chain.Args(
+            x, weight2, scale2, shift2, weight3, scale3, shift3, y, weight1, scale1, shift1, stride, padding, dilation
+        )
 
     def __call__(self, x: Tensor, residual: Tensor, with_head: bool) -> Result:
         """The result of the block and, with `with_head`, the first activation of the one after."""
         head = self.head if with_head else None
         shape = self.conv3.result_shape(self.conv2.result_shape(x.shape))
         args = self._arguments(x, residual, head) if fits(residual, shape, x.dtype, x.device) else None
-        if args is None or not self.kernel.takes(args, args[0], args[7], args[8]):
+        if args is None or not self.kernel.takes(args, args.x, args.residual, args.weight1):
             return self.conv3(self.conv2(x), residual), None
         y, following = self.kernel(*args)
         if head is None:
@@ -84,23 +89,23 @@ class Join(Constants):
         self.backend, self.kernel = backend, Kernel("conv_join", backend)
         self.stride, self.add = projection.geometry[0], conv3.add
         self.nchw = conv3.nchw and projection.nchw
-        weights = [aten.fold(conv.weight, conv.scale) for conv in (conv3, projection)]
+        weights = [fold(conv.weight, conv.scale) for conv in (conv3, projection)]
         if not all(bool(weight.isfinite().all()) for weight in weights):
             raise Refused(f"a weight with its scale folded in is not finite in {weights[0].dtype}")
         for name, weight in zip(("weight", "shortcut_weight"), weights, strict=True):
             self.constant(name, conv_operands(backend, projection.example.x, weight, None)[1])
         self.constant("shift", conv3.shift + projection.shift)
-        reason = self.kernel.refusal(*self._arguments(conv3.example.x, projection.example.x))
+        reason = self.kernel.refusal(self._arguments(conv3.example.x, projection.example.x))
         if reason is not None:
             raise Refused(reason)
         conv3.plan_in("conv_join", f"{projection.layer} along its input channels")
         projection.plan_in("conv_join", f"with {conv3.layer}")
         self.planned = (conv3.planned, projection.planned)
 
-    def _arguments(self, x: Tensor, shortcut: Tensor) -> tuple[Any, ...]:
+    def _arguments(self, x: Tensor, shortcut: Tensor) -> conv_join.Args:
         x, weight, _ = conv_operands(self.backend, x, self.weight, None)
         shortcut = conv_operands(self.backend, shortcut, weight, None)[0]
-        return (x, weight, shortcut, self.shortcut_weight, self.shift, self.stride, True)
+        return conv_join.Args(x, weight, shortcut, self.shortcut_weight, self.shift, self.stride, relu=True)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
         if shortcut.dtype is not x.dtype:
@@ -109,11 +114,12 @@ class Join(Constants):
         shape = conv_shape(x.shape, self.weight, ([1, 1], *pointwise))  # type: ignore[arg-type]
         if shape == conv_shape(shortcut.shape, self.shortcut_weight, (self.stride, *pointwise)):  # type: ignore[arg-type]
             args = self._arguments(x, shortcut)
-            if self.kernel.takes(args, args[0], args[2]):
+            if self.kernel.takes(args, args.x, args.shortcut):
                 return in_format(self.kernel(*args), x, self.nchw)
-        y = aten.conv_fprop(x, self.weight, None, self.shift, None, [1, 1], *pointwise, False)
-        residual = aten.conv_fprop(shortcut, self.shortcut_weight, None, None, None, self.stride, *pointwise, False)
-        return self.add(y, residual).relu_()
+        one, zero = (1, 1), (0, 0)
+        last = conv_fprop.Args(x, self.weight, None, self.shift, None, one, zero, one, 1, relu=False)
+        projection = last._replace(x=shortcut, weight=self.shortcut_weight, shift=None, stride=self.stride)
+        return self.add(conv_fprop.native(last), conv_fprop.native(projection)).relu_()
 
     def extra_repr(self) -> str:
         return f"shortcut_stride={self.stride}, backend={self.backend}"

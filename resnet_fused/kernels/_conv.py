@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.conv import uses_tf32 as uses_tf32  # for the kernels' files
 from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.kernels._launch import MAX_REGISTERS as MAX_REGISTERS  # for the kernels' files
@@ -61,26 +59,3 @@ def activation_tile(x, scale, shift, exists, valid, PADDED: tl.constexpr):
 def bn_gradient(dy, x, a, b, c):
     """The prologue of dgrad and wgrad: a batch norm's backward a * dy + b * x + c, in fp32."""
     return tl.fma(to_fp32(dy), a, affine(x, b, c))
-
-
-def conv_shape(
-    image: tuple[int, ...],
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> ConvShape:
-    """The problem of an image [N, C, H, W] under a weight [K, C/groups, R, S]."""
-    n, c, h, w = image
-    k, _, r, s = weight.shape
-    return ConvShape(
-        n, c, h, w, k, r, s, (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
-    )
-
-
-def refuse_groups(weight: Tensor, inputs: int, groups: int) -> str | None:
-    """Why a weight does not fit a number of input channels, or None."""
-    if groups < 1 or weight.shape[0] % groups or inputs != weight.shape[1] * groups:
-        return f"groups={groups} and weight {tuple(weight.shape)} do not fit {inputs} input channels"
-    return None

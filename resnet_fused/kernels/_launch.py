@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from resnet_fused._compiling import constant
 
 # Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_COMPUTE_CAPABILITY = 80
 # As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
 MAX_REGISTERS = 255
@@ -27,10 +27,6 @@ def compute_capability(device: torch.device) -> int:
         return MIN_COMPUTE_CAPABILITY
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def refuse_device(device: torch.device) -> str | None:
@@ -74,6 +70,11 @@ def _try_a_loop() -> str | None:
 def index_type(*numels: int) -> tl.dtype:
     """The type of element offsets: 64-bit only where a tensor (and the tile that overhangs its end) needs it."""
     return tl.int64 if max(numels) > 2**31 - 2**20 else tl.int32
+
+
+def empty_nhwc(like: Tensor, *size: int) -> Tensor:
+    """An activation of this size, of the dtype and on the device of `like`: what every convolution here returns."""
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._operands import is_nhwc
+from resnet_fused.ops.arithmetic import is_nhwc
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

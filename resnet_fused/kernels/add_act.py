@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._operands import refuse_activations
 from resnet_fused.kernels._tile import TILE, relu, round_to, to_fp32
 
 
@@ -33,11 +32,6 @@ def _add_act_backward_kernel(dy, y, dz, numel, INDEX: tl.constexpr, BLOCK: tl.co
     dropped = to_fp32(tl.load(y + offset, mask=valid, other=0.0)) <= 0.0
     gradient = tl.load(dy + offset, mask=valid, other=0.0)
     tl.store(dz + offset, tl.where(dropped, tl.zeros_like(gradient), gradient), mask=valid)
-
-
-def refuse(x: Tensor, other: Tensor, *rest: object) -> str | None:
-    """Why `add_act(x, other, relu)` or `add_act_backward(x, other)` cannot run on these arguments, or None."""
-    return refuse_activations(x, other=other)
 
 
 def _block(numel: int, largest: int = TILE) -> int:

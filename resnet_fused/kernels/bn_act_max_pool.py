@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._operands import is_nhwc, refuse_activations, refuse_vectors
 from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to, to_fp32
+from resnet_fused.ops.arithmetic import is_nhwc
 
 # Elements of a tile by "is NHWC". In NCHW order neighbours in a thread share no address, and more than this many spill.
 TILE = {True: 2048, False: 512}
@@ -74,11 +74,6 @@ def _bn_act_max_pool_kernel(
         out = (image * C * (P * Q) + place)[:, None] + (channel.to(INDEX) * (P * Q))[None, :]
     tl.store(y + out, round_to(best, y.dtype.element_ty), mask=exists)
     tl.store(index + out, winner.to(tl.uint8), mask=exists)
-
-
-def refuse(x: Tensor, scale: Tensor, shift: Tensor) -> str | None:
-    """Why `bn_act_max_pool` cannot run on these arguments, or None."""
-    return refuse_activations(x) or refuse_vectors(x.device, x.shape[1], torch.float32, scale=scale, shift=shift)
 
 
 def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, launch, name_of
-from resnet_fused.kernels._operands import is_nhwc, refuse_activations, refuse_half, refuse_rows, refuse_vectors
+from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import (
     input_gradient,
     partials_like,
@@ -23,6 +22,7 @@ from resnet_fused.kernels._tile import (
     to_fp32,
 )
 from resnet_fused.kernels.reduce_rows import reduce_pair
+from resnet_fused.ops.arithmetic import is_nhwc
 
 # Elements of a tile by "is NHWC": with four windows to look into, more than this many spill.
 TILE = {True: 1024, False: 512}
@@ -159,49 +159,6 @@ def _bn_act_max_pool_backward_apply_kernel(
     else:
         gradient = channel_scale * dz
     tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)
-
-
-def _refuse(dy: Tensor, index: Tensor, x: Tensor, **vectors: Tensor | None) -> str | None:
-    """Why neither backward pass can run on these arguments, or None."""
-    reason = refuse_activations(x) or refuse_vectors(x.device, x.shape[1], torch.float32, **vectors)
-    if reason is not None:
-        return reason
-    n, c, h, w = x.shape
-    pooled = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    for name, tensor, dtype in (("dy", dy, x.dtype), ("index", index, torch.uint8)):
-        if tuple(tensor.shape) != pooled:
-            return f"{name} must have the shape {pooled} of the pooled {tuple(x.shape)}, got {tuple(tensor.shape)}"
-        if tensor.dtype != dtype or tensor.device != x.device:
-            got = f"{name_of(tensor.dtype)} on {tensor.device}"
-            return f"{name} must be {name_of(dtype)} on {x.device}, got {got}"
-        if not (is_nhwc(tensor) if is_nhwc(x) else tensor.is_contiguous()):
-            return f"{name} has strides {tuple(tensor.stride())}, x {tuple(x.stride())}: one memory order for all"
-    return None
-
-
-def refuse_bn_act_max_pool_backward_reduce(
-    dy: Tensor, index: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor, rows: int
-) -> str | None:
-    """Why `bn_act_max_pool_backward_reduce` cannot run on these arguments, or None."""
-    return _refuse(dy, index, x, scale=scale, shift=shift, mean=mean, invstd=invstd) or refuse_rows(rows)
-
-
-def refuse_bn_act_max_pool_backward_apply(
-    dy: Tensor,
-    index: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_dy: Tensor | None,
-    sum_dy_xhat: Tensor | None,
-    count: float,
-) -> str | None:
-    """Why `bn_act_max_pool_backward_apply` cannot run on these arguments, or None."""
-    sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
-    reason = refuse_half(**sums)
-    return reason or _refuse(dy, index, x, scale=scale, shift=shift, mean=mean, invstd=invstd, **sums)
 
 
 def bn_act_max_pool_backward_reduce(

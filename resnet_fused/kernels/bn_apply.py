@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._operands import refuse_activations, refuse_vectors
 from resnet_fused.kernels._tile import affine, mask_tile, octet_tile, octets_of, relu, round_to, to_fp32
 
 
@@ -53,25 +52,6 @@ def _bn_apply_kernel(
         bits = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, None, :], axis=2)
         place, exists = mask_tile(rows, octets, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
         tl.store(mask + place, bits.to(tl.uint8), mask=exists)
-
-
-def refuse(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    residual_shift: Tensor | None,
-    relu: bool,
-    with_mask: bool,
-) -> str | None:
-    """Why `bn_apply` cannot run on these arguments, or None."""
-    if (residual_scale is None) != (residual_shift is None):
-        return "residual_scale and residual_shift come together"
-    if residual_scale is not None and residual is None:
-        return "residual_scale comes with a residual, got none"
-    vectors = {"scale": scale, "shift": shift, "residual_scale": residual_scale, "residual_shift": residual_shift}
-    return refuse_activations(x, residual=residual) or refuse_vectors(x.device, x.shape[1], torch.float32, **vectors)
 
 
 def bn_apply(

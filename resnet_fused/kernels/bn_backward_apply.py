@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import MAX_REGISTERS, index_type, launch
-from resnet_fused.kernels._operands import refuse_activations, refuse_bits, refuse_half, refuse_vectors
 from resnet_fused.kernels._tile import input_gradient, mask_tile, octet_tile, octets_of, passes_relu, round_to, to_fp32
 
 
@@ -64,31 +63,6 @@ def _bn_backward_apply_kernel(
     else:
         gradient = channel_scale * dz
     tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)
-
-
-def refuse(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_dy: Tensor | None,
-    sum_dy_xhat: Tensor | None,
-    count: float,
-    relu: bool,
-    with_dresidual: bool,
-) -> str | None:
-    """Why `bn_backward_apply` cannot run on these arguments, or None."""
-    vectors = {"scale": scale, "shift": shift, "mean": mean, "invstd": invstd}
-    sums = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat}
-    return (
-        refuse_activations(x, dy=dy)
-        or refuse_half(**sums)
-        or refuse_vectors(x.device, x.shape[1], torch.float32, **vectors, **sums)
-        or refuse_bits(x, mask=mask)
-    )
 
 
 def bn_backward_apply(

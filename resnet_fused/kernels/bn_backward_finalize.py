@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import launch, name_of, refuse_device
+from resnet_fused.kernels._launch import launch
 
 _BLOCK = 128
 
@@ -39,32 +39,16 @@ def _bn_backward_finalize_kernel(
     tl.store(coefficients + 2 * C + channel, c, mask=exists)
 
 
-def refuse(
-    sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, count: float
-) -> str | None:
-    """Why `bn_backward_finalize` cannot run on these arguments, or None."""
-    vectors = {"sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat, "scale": scale, "mean": mean, "invstd": invstd}
-    for name, vector in vectors.items():
-        if vector.dtype != torch.float32 or vector.shape != sum_dy.shape or vector.dim() != 1:
-            wanted = f"a float32 vector, of one length with the others ({tuple(sum_dy.shape)})"
-            return f"{name} must be {wanted}, got {name_of(vector.dtype)} {tuple(vector.shape)}"
-        if not vector.is_contiguous():
-            return f"{name} must be contiguous, got strides {tuple(vector.stride())}"
-        if vector.device != sum_dy.device:
-            return f"{name} is on {vector.device}, sum_dy on {sum_dy.device}"
-    return refuse_device(sum_dy.device)
-
-
 def bn_backward_finalize(
     sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, count: float
 ) -> Tensor:
     """(a, b, c) with a*dy + b*x + c == scale * (dy - sum_dy/count - (x - mean)*invstd * sum_dy_xhat/count): what the
-    prologues of `conv_dgrad` and `conv_wgrad` apply.
+    prologues of the gradients of a convolution apply.
 
     a = scale, b = -scale * invstd * sum_dy_xhat/count, c = -b*mean - scale * sum_dy/count.
 
     Args:
-        sum_dy: [C] fp32, contiguous, of `bn_backward_reduce` or `conv_dgrad`; so is sum_dy_xhat.
+        sum_dy: [C] fp32, contiguous, of `bn_backward_reduce` or of the data gradient; so is sum_dy_xhat.
         sum_dy_xhat: see sum_dy.
         scale: [C] fp32, contiguous, of `bn_finalize`; so are mean and invstd.
         mean: see scale.

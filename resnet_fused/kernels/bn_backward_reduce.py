@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._operands import refuse_activations, refuse_bits, refuse_rows, refuse_vectors
 from resnet_fused.kernels._tile import (
     partials_like,
     passes_bit,
@@ -74,26 +72,6 @@ def _bn_backward_reduce_kernel(
     out = row * C + channel
     tl.store(sum_dy + out, sum_lanes(total), mask=exists)
     tl.store(sum_dy_xhat + out, sum_lanes(total_x) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
-
-
-def refuse(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    relu: bool,
-    rows: int,
-) -> str | None:
-    """Why `bn_backward_reduce` cannot run on these arguments, or None."""
-    return (
-        refuse_activations(x, dy=dy)
-        or refuse_vectors(x.device, x.shape[1], torch.float32, scale=scale, shift=shift, mean=mean, invstd=invstd)
-        or refuse_bits(x, mask=mask)
-        or refuse_rows(rows)
-    )
 
 
 def bn_backward_reduce(

@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import DTYPES, launch, name_of, refuse_device
-from resnet_fused.kernels._operands import refuse_vectors
+from resnet_fused.kernels._launch import launch
 from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import row_blocks
 
@@ -94,39 +93,6 @@ def _bn_finalize_kernel(
         unbiased = variance * (n_all / (n_all - 1.0))
         new = tl.fma(tl.zeros_like(merged) + momentum, unbiased, (1.0 - momentum) * old)
         tl.store(place, round_to(new, running_var.dtype.element_ty), mask=exists)
-
-
-def refuse(
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> str | None:
-    """Why `bn_finalize` cannot run on these arguments, or None."""
-    reason = refuse_device(mean.device)
-    if reason is None and mean.dim() != 2:
-        return f"mean must be [rows, C], got {tuple(mean.shape)}"
-    for name, rows, dtype in (("mean", mean, torch.float64), ("m2", m2, torch.float32)):
-        fits = rows.shape == mean.shape and rows.dtype == dtype and rows.device == mean.device
-        if reason is None and not (fits and rows.is_contiguous()):
-            got = f"{name_of(rows.dtype)} {tuple(rows.shape)} with strides {tuple(rows.stride())} on {rows.device}"
-            reason = f"{name} must be contiguous {name_of(dtype)} {tuple(mean.shape)} on {mean.device}, got {got}"
-    reason = reason or refuse_vectors(mean.device, mean.shape[0], torch.float32, count=count)
-    parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in parameters.items():
-        if reason is not None or vector is None:
-            continue
-        if vector.shape != mean.shape[1:] or vector.dtype not in DTYPES or vector.device != mean.device:
-            got = f"{name_of(vector.dtype)} {tuple(vector.shape)} on {vector.device}"
-            reason = f"{name} must be a vector of {mean.shape[1]} on {mean.device}, got {got}"
-        elif name.startswith("running") and vector.stride(0) == 0 and vector.shape[0] > 1:
-            reason = f"{name} is written, and its elements lie on one another: strides {tuple(vector.stride())}"
-    return reason
 
 
 def bn_finalize(

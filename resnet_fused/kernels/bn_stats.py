@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._operands import refuse_activations, refuse_rows
 from resnet_fused.kernels._tile import pixel_offset, reduction_of, reduction_tile, sum_lanes, to_fp32
 
 
@@ -71,11 +70,6 @@ def _bn_stats_kernel(
     tl.store(mean + out, reference.to(tl.float64) + merged.to(tl.float64), mask=exists)
     tl.store(m2 + out, merged_m2, mask=exists)
     tl.store(count + row + tl.zeros((BLOCK_CHANNELS,), tl.int32), (end - first).to(tl.float32), mask=channel == 0)
-
-
-def refuse(x: Tensor, rows: int) -> str | None:
-    """Why `bn_stats` cannot run on these arguments, or None."""
-    return refuse_activations(x) or refuse_rows(rows)
 
 
 def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,11 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
-from resnet_fused.dispatch.conv import ConvConfig
-from resnet_fused.dispatch.conv_chain import chain_flags, chain_refusal, chain_tile
-from resnet_fused.kernels._conv import conv_shape, dot_dtype, taps_inside
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
-from resnet_fused.kernels._operands import empty_nhwc, refuse_like, refuse_operands, refuse_vectors
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.conv_chain import chain_flags, chain_tile
+from resnet_fused.kernels._conv import dot_dtype, taps_inside
+from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 
 
@@ -156,55 +155,6 @@ def _conv_chain_kernel(
         tl.store(following + place, round_to(value, following.dtype.element_ty), mask=stored)
 
 
-def _refuse_pointwise(name: str, weight: Tensor, inputs: int) -> str | None:
-    if weight.dim() != 4 or tuple(weight.shape[1:]) != (inputs, 1, 1):
-        return f"{name} must be [outputs, {inputs}, 1, 1], got {tuple(weight.shape)}"
-    return None
-
-
-def refuse(
-    x: Tensor,
-    weight2: Tensor,
-    scale2: Tensor | None,
-    shift2: Tensor,
-    weight3: Tensor,
-    scale3: Tensor | None,
-    shift3: Tensor,
-    residual: Tensor,
-    weight1: Tensor | None,
-    scale1: Tensor | None,
-    shift1: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> str | None:
-    """Why `conv_chain` cannot run on these arguments, or None."""
-    reason = refuse_operands(x, weight2) or refuse_operands(x, weight3)
-    if reason is not None:
-        return reason
-    inner, outputs = weight2.shape[0], weight3.shape[0]
-    if weight2.shape[1] != x.shape[1]:
-        return f"weight2 {tuple(weight2.shape)} does not fit {x.shape[1]} input channels"
-    reason = _refuse_pointwise("weight3", weight3, inner)
-    next_channels = None
-    if weight1 is not None:
-        next_channels = weight1.shape[0]
-        reason = reason or refuse_operands(x, weight1) or _refuse_pointwise("weight1", weight1, outputs)
-        if shift1 is None:
-            reason = reason or "weight1 comes with shift1"
-        reason = reason or refuse_vectors(x.device, next_channels, scale1=scale1, shift1=shift1)
-    elif scale1 is not None or shift1 is not None:
-        reason = reason or "scale1 and shift1 come with weight1"
-    shape = conv_shape(tuple(x.shape), weight2, stride, padding, dilation, 1)
-    return (
-        reason
-        or chain_refusal(shape, outputs, next_channels, x.dtype)
-        or refuse_like(x, (shape.n, outputs, shape.p, shape.q), residual=residual)
-        or refuse_vectors(x.device, inner, scale2=scale2, shift2=shift2)
-        or refuse_vectors(x.device, outputs, scale3=scale3, shift3=shift3)
-    )
-
-
 def conv_chain(
     x: Tensor,
     weight2: Tensor,
@@ -248,7 +198,7 @@ def conv_chain(
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
         next: [N, C1, P, Q] likewise, or an empty tensor.
     """
-    shape = conv_shape(tuple(x.shape), weight2, stride, padding, dilation, 1)
+    shape = ConvShape.of(x.shape, weight2.shape, stride, padding, dilation)
     outputs = weight3.shape[0]
     next_channels = None if weight1 is None else weight1.shape[0]
     if config is None:

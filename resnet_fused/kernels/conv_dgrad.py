@@ -10,27 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
-from resnet_fused.dispatch.conv import ConvConfig, dgrad_refusal
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     bn_gradient,
-    conv_shape,
     dot_dtype,
-    refuse_groups,
     taps_inside,
     uses_tf32,
 )
 from resnet_fused.kernels._dgrad import JOIN_TILE, class_pixel, join_sums
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
-from resnet_fused.kernels._operands import (
-    empty_nhwc,
-    refuse_bits,
-    refuse_coefficients,
-    refuse_half,
-    refuse_like,
-    refuse_operands,
-    refuse_vectors,
-)
+from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
@@ -210,56 +199,6 @@ def _conv_dgrad_kernel(
             tl.store(sum_dx_shortcut + partial, total_shortcut * channel_invstd, mask=stored)
 
 
-def refuse(
-    dy: Tensor,
-    weight: Tensor,
-    dy_x: Tensor | None,
-    dy_coefficients: Tensor | None,
-    residual: Tensor | None,
-    residual_mask: Tensor | None,
-    x: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> str | None:
-    """Why `conv_dgrad` cannot run on these arguments, or None."""
-    reason = refuse_operands(dy, weight)
-    if reason is not None:
-        return reason
-    image = (dy.shape[0], weight.shape[1] * groups, *size)
-    reason = refuse_groups(weight, image[1], groups)
-    if reason is not None:
-        return reason
-    problem = conv_shape(image, weight, stride, padding, dilation, groups)
-    out = (problem.n, problem.k, problem.p, problem.q)
-    reason = dgrad_refusal(problem)
-    if reason is None and tuple(dy.shape) != out:
-        reason = f"a convolution of an image {tuple(size)} gives {out}, dy is {tuple(dy.shape)}"
-    reason = reason or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients) or refuse_like(dy, out, dy_x=dy_x)
-    if reason is None and dy_coefficients is not None:
-        reason = refuse_coefficients(dy_coefficients, problem.k, dy.device)
-    if reason is None and residual is not None and x is not None:
-        reason = "residual and x exclude each other, got both"
-    if reason is None and residual_mask is not None:
-        reason = (
-            "residual_mask comes with a residual, got none"
-            if residual is None
-            else refuse_bits(residual, residual_mask=residual_mask)
-        )
-    return (
-        reason
-        or refuse_half(x=x, scale=scale, shift=shift, mean=mean, invstd=invstd)
-        or refuse_like(dy, image, residual=residual, x=x)
-        or refuse_vectors(dy.device, problem.c, scale=scale, shift=shift, mean=mean, invstd=invstd)
-    )
-
-
 def conv_dgrad(
     dy: Tensor,
     weight: Tensor,
@@ -335,7 +274,8 @@ def run(
         dx, and with x the sums of every tile of pixels, [tiles, C] each: two, and with `shortcut` a third.
     """
     dy_x, x, shortcut = operands[0], operands[4], operands[10]
-    shape = conv_shape((dy.shape[0], weight.shape[1] * groups, *size), weight, stride, padding, dilation, groups)
+    image = (dy.shape[0], weight.shape[1] * groups, *size)
+    shape = ConvShape.of(image, weight.shape, stride, padding, dilation, groups)
     tf32 = uses_tf32(dy.dtype)
     if config is None:
         flags = () if dy_x is None else ("prologue",)

@@ -5,45 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig
-from resnet_fused.kernels._operands import refuse_bits, refuse_half, refuse_like, refuse_vectors
-from resnet_fused.kernels.conv_dgrad import refuse as refuse_dgrad
 from resnet_fused.kernels.conv_dgrad import run
 from resnet_fused.kernels.reduce_rows import reduce_pair, reduce_rows
-
-
-def refuse(
-    dy: Tensor,
-    weight: Tensor,
-    dy_x: Tensor | None,
-    dy_coefficients: Tensor | None,
-    residual: Tensor | None,
-    residual_mask: Tensor | None,
-    x: Tensor,
-    mask: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    shortcut: Tensor | None,
-    shortcut_mean: Tensor | None,
-    shortcut_invstd: Tensor | None,
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> str | None:
-    """Why `conv_dgrad_join` cannot run on these arguments, or None."""
-    before = (dy, weight, dy_x, dy_coefficients, residual, residual_mask)
-    reason = refuse_dgrad(*before, *(None,) * 5, size, stride, padding, dilation, groups)
-    if reason is not None:
-        return reason
-    channels = weight.shape[1] * groups
-    means = {"mean": mean, "invstd": invstd, "shortcut_mean": shortcut_mean, "shortcut_invstd": shortcut_invstd}
-    return (
-        refuse_half(shortcut=shortcut, shortcut_mean=shortcut_mean, shortcut_invstd=shortcut_invstd)
-        or refuse_like(dy, (dy.shape[0], channels, *size), x=x, shortcut=shortcut)
-        or refuse_vectors(dy.device, channels, None, **means)
-        or refuse_bits(x, mask=mask)
-    )
 
 
 def conv_dgrad_join(

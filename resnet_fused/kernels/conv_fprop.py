@@ -10,25 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     activation_tile,
-    conv_shape,
     dot_dtype,
-    refuse_groups,
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
-from resnet_fused.kernels._operands import (
-    empty_nhwc,
-    refuse_half,
-    refuse_like,
-    refuse_operands,
-    refuse_rows,
-    refuse_vectors,
-)
+from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
@@ -182,51 +172,6 @@ def _conv_fprop_kernel(
         store_tile_statistics(rounded, m < M, pixels, mean, m2, count, row, K, channel, stored, pid_n == 0)
 
 
-def refuse(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    relu: bool,
-) -> str | None:
-    """Why `conv_fprop` cannot run on these arguments, or None."""
-    reason = refuse_operands(x, weight) or refuse_groups(weight, x.shape[1], groups)
-    if reason is not None:
-        return reason
-    shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
-    return (
-        conv_refusal(shape)
-        or refuse_like(x, (shape.n, shape.k, shape.p, shape.q), residual=residual)
-        or refuse_vectors(x.device, shape.k, scale=scale, shift=shift)
-    )
-
-
-def refuse_conv_fprop_stats(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor | None,
-    x_shift: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    rows: int,
-) -> str | None:
-    """Why `conv_fprop_stats` cannot run on these arguments, or None."""
-    reason = refuse(x, weight, None, None, None, stride, padding, dilation, groups, False)
-    return (
-        reason
-        or refuse_rows(rows)
-        or refuse_half(x_scale=x_scale, x_shift=x_shift)
-        or refuse_vectors(x.device, x.shape[1], x_scale=x_scale, x_shift=x_shift)
-    )
-
-
 def conv_fprop(
     x: Tensor,
     weight: Tensor,
@@ -258,7 +203,7 @@ def conv_fprop(
     Returns:
         y: [N, K, P, Q] in NHWC order, in the dtype of x.
     """
-    shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
+    shape = ConvShape.of(x.shape, weight.shape, stride, padding, dilation, groups)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     if config is None:
         config = _planned("conv_fprop", x, krsc, residual, shape)
@@ -304,7 +249,7 @@ def conv_fprop_stats(
     Source: the tiles merge as in Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
         variances, 1979.
     """
-    shape = conv_shape(x.shape, weight, stride, padding, dilation, groups)
+    shape = ConvShape.of(x.shape, weight.shape, stride, padding, dilation, groups)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     if config is None:
         config = _planned("conv_fprop_stats", x, krsc, None, shape, () if x_scale is None else ("prologue",))

@@ -10,8 +10,7 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import join_flags
 from resnet_fused.kernels._conv import MAX_REGISTERS, dot_dtype, uses_tf32
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
-from resnet_fused.kernels._operands import empty_nhwc, refuse_like, refuse_operands, refuse_vectors
+from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 
 
@@ -97,32 +96,6 @@ def _conv_join_kernel(
         acc = relu(acc)
     stored = (m < M)[:, None] & (n < K)[None, :]
     tl.store(y + (m[:, None] * K + n[None, :]), round_to(acc, y.dtype.element_ty), mask=stored)
-
-
-def refuse(
-    x: Tensor,
-    weight: Tensor,
-    shortcut: Tensor,
-    shortcut_weight: Tensor,
-    shift: Tensor,
-    shortcut_stride: list[int],
-    relu: bool,
-) -> str | None:
-    """Why `conv_join` cannot run on these arguments, or None."""
-    reason = refuse_operands(x, weight) or refuse_operands(shortcut, shortcut_weight)
-    if reason is not None:
-        return reason
-    outputs, inputs = weight.shape[0], x.shape[1]
-    if tuple(weight.shape[1:]) != (inputs, 1, 1) or 0 in (inputs, outputs):
-        return f"weight must be [outputs, {inputs}, 1, 1], got {tuple(weight.shape)}"
-    if tuple(shortcut_weight.shape) != (outputs, shortcut.shape[1], 1, 1) or shortcut.shape[1] == 0:
-        wanted = (outputs, shortcut.shape[1], 1, 1)
-        return f"shortcut_weight must be {wanted}, got {tuple(shortcut_weight.shape)}"
-    size = [-(-extent // step) for extent, step in zip(shortcut.shape[2:], shortcut_stride, strict=True)]
-    if [shortcut.shape[0], *size] != [x.shape[0], *x.shape[2:]]:
-        strided = f"shortcut {tuple(shortcut.shape)} with stride {tuple(shortcut_stride)}"
-        return f"{strided} does not have the pixels of x {tuple(x.shape)}"
-    return refuse_like(x, tuple(shortcut.shape), shortcut=shortcut) or refuse_vectors(x.device, outputs, shift=shift)
 
 
 def conv_join(

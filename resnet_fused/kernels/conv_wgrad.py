@@ -8,16 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape, wgrad_refusal
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.kernels._conv import bn_gradient, dot_dtype, relu_affine, uses_tf32
 from resnet_fused.kernels._launch import compute_capability, index_type, launch
-from resnet_fused.kernels._operands import (
-    refuse_coefficients,
-    refuse_half,
-    refuse_like,
-    refuse_nhwc,
-    refuse_vectors,
-)
 from resnet_fused.kernels._tile import channel_unit, round_to
 from resnet_fused.kernels.reduce_rows import reduce_rows
 
@@ -209,64 +202,6 @@ def _conv_wgrad_kernel(
     tl.store(partial + offset, acc, mask=k_exists & row_exists)
 
 
-def _shape(
-    dy: Tensor, x: Tensor, filter: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> ConvShape:
-    n, c, h, w = x.shape
-    return ConvShape(
-        n,
-        c,
-        h,
-        w,
-        dy.shape[1],
-        filter[0],
-        filter[1],
-        (stride[0], stride[1]),
-        (padding[0], padding[1]),
-        (dilation[0], dilation[1]),
-        groups,
-    )
-
-
-def refuse(
-    dy: Tensor,
-    x: Tensor,
-    dy_x: Tensor | None,
-    dy_coefficients: Tensor | None,
-    x_scale: Tensor | None,
-    x_shift: Tensor | None,
-    filter: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> str | None:
-    """Why `conv_wgrad` cannot run on these arguments, or None."""
-    reason = (
-        refuse_nhwc(x)
-        or refuse_half(dy_x=dy_x, dy_coefficients=dy_coefficients)
-        or refuse_half(x_scale=x_scale, x_shift=x_shift)
-    )
-    if reason is not None:
-        return reason
-    if dy.dim() != 4:
-        return f"dy is 4-D [N, K, P, Q], got {dy.dim()}-D"
-    inputs, outputs = x.shape[1], dy.shape[1]
-    if groups < 1 or inputs % groups or outputs % groups:
-        return f"groups={groups} does not divide {inputs} input and {outputs} output channels"
-    problem = _shape(dy, x, filter, stride, padding, dilation, groups)
-    reason = wgrad_refusal(problem)
-    if reason is not None:
-        return reason
-    if dy_coefficients is not None:
-        reason = refuse_coefficients(dy_coefficients, outputs, x.device)
-        if reason is not None:
-            return reason
-    return refuse_like(x, (problem.n, outputs, problem.p, problem.q), dy=dy, dy_x=dy_x) or refuse_vectors(
-        x.device, inputs, x_scale=x_scale, x_shift=x_shift
-    )
-
-
 def conv_wgrad(
     dy: Tensor,
     x: Tensor,
@@ -308,7 +243,7 @@ def conv_wgrad(
     Returns:
         dweight: [K, C/groups, R, S] fp32, in KRSC memory order.
     """
-    shape = _shape(dy, x, filter, stride, padding, dilation, groups)
+    shape = ConvShape.of(x.shape, (dy.shape[1], x.shape[1] // groups, *filter), stride, padding, dilation, groups)
     tf32 = uses_tf32(x.dtype)
     x_prologue, dy_prologue = x_scale is not None, dy_x is not None
     if config is None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import DTYPES, index_type, launch, name_of, refuse_device
+from resnet_fused.kernels._launch import index_type, launch
 
 _BLOCK = 1024
 
@@ -41,15 +41,6 @@ def _pack_weight_kernel(
         s = S - 1 - s
     offset = o * stride_outer + r * stride_r + s * stride_s + i * stride_inner
     tl.store(packed + place, tl.load(weight + offset, mask=place < numel), mask=place < numel)
-
-
-def refuse(weight: Tensor, flip: bool) -> str | None:
-    """Why `pack_weight` cannot run on these arguments, or None."""
-    if weight.dim() != 4:
-        return f"the weight must be 4-D [K, C/groups, R, S], got {weight.dim()}-D"
-    if weight.dtype not in DTYPES:
-        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(weight.dtype)}"
-    return refuse_device(weight.device)
 
 
 def pack_weight(weight: Tensor, flip: bool) -> Tensor:

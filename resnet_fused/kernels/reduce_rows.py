@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import DTYPES, index_type, launch, name_of, refuse_device
+from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 
 
@@ -89,15 +89,6 @@ def _reduce(first: Tensor, second: Tensor | None, dtype: torch.dtype) -> tuple[T
         BLOCK_COLUMNS=block_columns,
     )
     return (first_sum, second_sum) if spans == 1 else _reduce(first_sum, second_sum, dtype)
-
-
-def refuse(partials: Tensor) -> str | None:
-    """Why `reduce_rows` cannot run on these arguments, or None."""
-    if partials.dtype not in DTYPES:
-        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(partials.dtype)}"
-    if partials.dim() == 0:
-        return "partials need a dimension to sum over, got a scalar"
-    return refuse_device(partials.device)
 
 
 def reduce_rows(partials: Tensor) -> Tensor:

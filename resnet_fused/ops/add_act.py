@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnet_fused.ops.arithmetic import like, up
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_activations
 from resnet_fused.ops.registry import Size, register
 
 
@@ -28,8 +29,12 @@ def fake(a: Args) -> Tensor:
     return torch.empty_like(a.x)
 
 
+def refuse(a: Args) -> str | None:
+    return refuse_activations(a.x, other=a.other)
+
+
 def case(make: Operands, size: Size, relu: bool = True) -> Args:
     return Args(make.activation(*size), make.activation(*size), relu)
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="add_act", cuda=True)

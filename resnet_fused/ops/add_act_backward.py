@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnet_fused.ops.arithmetic import like, select
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_activations
 from resnet_fused.ops.registry import Size, register
 
 
@@ -26,8 +27,12 @@ def fake(a: Args) -> Tensor:
     return torch.empty_like(a.y)
 
 
+def refuse(a: Args) -> str | None:
+    return refuse_activations(a.dy, y=a.y)
+
+
 def case(make: Operands, size: Size) -> Args:
     return Args(make.activation(*size), make.activation(*size))
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="add_act", cuda=True)

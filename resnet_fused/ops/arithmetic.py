@@ -45,6 +45,11 @@ def vector(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
+def is_nhwc(t: Tensor) -> bool:
+    """Whether `t` fills its memory in the order (n, h, w, c); it may fill it in the order (n, c, h, w) too."""
+    return t.is_contiguous(memory_format=torch.channels_last)
+
+
 def is_nchw(t: Tensor) -> bool:
     """Whether an activation with a bit mask is NCHW in memory; else it is NHWC.
 
@@ -90,24 +95,29 @@ def normalise(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x.double() * per_channel(scale.double()) + per_channel(shift.double())
 
 
+def fold(weight: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """weight * scale per output channel, rounded once to `dtype` (None: the weight's), in its memory format."""
+    if scale is not None:
+        weight, dtype = weight * scale.view(-1, 1, 1, 1), dtype or weight.dtype
+    return weight if dtype is None else weight.to(dtype)
+
+
 def passes_relu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Where the gradient passes the ReLU behind x*scale + shift: not (y <= 0), of y as it was rounded."""
     return ~(normalise(x, scale, shift).to(x.dtype) <= 0)
 
 
 def activation(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """round(relu(x*scale + shift)) in the compute dtype, as `bn_apply` would write it; x itself without a map."""
-    if scale is None or shift is None:
-        return up(x)
-    return up(like(normalise(x, scale, shift).relu(), x))
+    """round(relu(x*scale + shift)), as `bn_apply` would write it; x itself without a map."""
+    return x if scale is None or shift is None else like(normalise(x, scale, shift).relu(), x)
 
 
 def bn_gradient(dy: Tensor, x: Tensor | None, coefficients: Tensor | None) -> Tensor:
-    """round(a*dy + b*x + c) in the compute dtype, as `bn_backward_apply` would write it; dy itself without them."""
+    """round(a*dy + b*x + c), as `bn_backward_apply` would write it; dy itself without them."""
     if x is None or coefficients is None:
-        return up(dy)
+        return dy
     a, b, c = (per_channel(v.double()) for v in coefficients)
-    return up(like(dy.double() * a + x.double() * b + c, dy))
+    return like(dy.double() * a + x.double() * b + c, dy)
 
 
 def gradient_sums(dz: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> tuple[Tensor, Tensor]:

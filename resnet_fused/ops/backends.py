@@ -13,17 +13,15 @@ from torch import Tensor
 
 from resnet_fused import _library
 from resnet_fused._compiling import constant
-from resnet_fused.ops import aten, reference
+from resnet_fused.ops.refusals import refuse_dtype
 from resnet_fused.ops.registry import OPS
-
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def implements(backend: str, op: str) -> bool:
     """Whether `backend` has a kernel for `op` at all, on whatever device."""
-    if backend == "aten":
-        return hasattr(aten, op)
-    return op in OPS and (backend == "reference" or backend in OPS[op].kernels)
+    if op not in OPS or backend == "reference":
+        return op in OPS
+    return OPS[op].native is not None if backend == "aten" else backend in OPS[op].kernels
 
 
 @constant
@@ -90,8 +88,8 @@ def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | N
         return f"the input is a {type(x).__name__}, not a plain tensor"
     if x.dim() != 4:
         return f"activations must be 4-D [N, C, H, W], got {x.dim()}-D"
-    if backend != "reference" and x.dtype not in KERNEL_DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
+    if backend != "reference" and (problem := refuse_dtype(x.dtype)) is not None:
+        return problem
     if not x.is_floating_point():
         return f"activations must be floating point, got {str(x.dtype).removeprefix('torch.')}"
     for other in others:
@@ -122,19 +120,20 @@ def conv_refusal(
     """
     if backend != "triton":
         return None
-    from resnet_fused.kernels.conv_fprop import refuse
+    from resnet_fused.kernels import refuse
 
-    stride, padding, dilation, groups = geometry
-    return refuse(x, weight, None, None, residual, list(stride), list(padding), list(dilation), groups, False)
+    reason: str | None = refuse("conv_fprop", x, weight, None, None, residual, *geometry, False)
+    return reason
 
 
 @functools.cache
 def implementation(backend: str, op: str) -> Callable[..., Any]:
     """The function that runs `op` on `backend`; its arguments are the op's without `backend`."""
+    record = OPS[op]
     if backend == "reference":
-        return getattr(reference, op)
-    if backend == "aten" and hasattr(aten, op):
-        return getattr(aten, op)
+        return lambda *values: record.reference(record.args(*values))
+    if backend == "aten" and (native := record.native) is not None:
+        return lambda *values: native(record.args(*values))
     if backend == "triton" and implements(backend, op):
         checked: Callable[[str], Callable[..., Any]] = importlib.import_module("resnet_fused.kernels").checked
         return checked(op)

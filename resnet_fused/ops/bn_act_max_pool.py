@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.ops.arithmetic import like, memory_format, normalise, window_corner
+from resnet_fused.ops.arithmetic import is_nhwc, like, memory_format, normalise, window_corner
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import name_of, refuse_activations, refuse_vectors
 from resnet_fused.ops.registry import Size, register
 
 
@@ -36,14 +37,23 @@ def reference(a: Args) -> Out:
     return Out(y, torch.empty_like(y, dtype=torch.uint8).copy_(index))
 
 
+def pooled_size(x: Tensor) -> tuple[int, ...]:
+    """The size of what is pooled of `x`."""
+    n, c, h, w = x.shape
+    return n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1
+
+
 def fake(a: Args) -> Out:
-    n, c, h, w = a.x.shape
-    size = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    order = memory_format(a.x)
+    size, order = pooled_size(a.x), memory_format(a.x)
     return Out(
         torch.empty(size, dtype=a.x.dtype, device=a.x.device, memory_format=order),
         torch.empty(size, dtype=torch.uint8, device=a.x.device, memory_format=order),
     )
+
+
+def refuse(a: Args) -> str | None:
+    vectors = {"scale": a.scale, "shift": a.shift}
+    return refuse_activations(a.x) or refuse_vectors(a.x.device, a.x.shape[1], torch.float32, **vectors)
 
 
 def case(make: Operands, size: Size) -> Args:
@@ -56,4 +66,21 @@ def pooled(make: Operands, size: Size) -> tuple[Args, Out]:
     return a, fake(a) if make.device.type == "meta" else reference(a)
 
 
-register(__name__, kernels=("triton", "cuda"))
+def refuse_backward(dy: Tensor, index: Tensor, x: Tensor, **vectors: Tensor | None) -> str | None:
+    """Why neither op of the backward can run on these arguments, or None."""
+    reason = refuse_activations(x) or refuse_vectors(x.device, x.shape[1], torch.float32, **vectors)
+    if reason is not None:
+        return reason
+    pooled = pooled_size(x)
+    for name, tensor, dtype in (("dy", dy, x.dtype), ("index", index, torch.uint8)):
+        if tuple(tensor.shape) != pooled:
+            return f"{name} must have the shape {pooled} of the pooled {tuple(x.shape)}, got {tuple(tensor.shape)}"
+        if tensor.dtype != dtype or tensor.device != x.device:
+            got = f"{name_of(tensor.dtype)} on {tensor.device}"
+            return f"{name} must be {name_of(dtype)} on {x.device}, got {got}"
+        if not (is_nhwc(tensor) if is_nhwc(x) else tensor.is_contiguous()):
+            return f"{name} has strides {tuple(tensor.stride())}, x {tuple(x.stride())}: one memory order for all"
+    return None
+
+
+register(__name__, triton="bn_act_max_pool", cuda=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fused.ops import bn_act_max_pool
 from resnet_fused.ops.arithmetic import input_gradient, unpool
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_half
 from resnet_fused.ops.registry import Size, register
 
 
@@ -36,7 +37,13 @@ def fake(a: Args) -> Tensor:
     return torch.empty_like(a.x)
 
 
-OPTIONS = {"constant": (False, True)}
+def refuse(a: Args) -> str | None:
+    vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
+    sums = {"sum_dy": a.sum_dy, "sum_dy_xhat": a.sum_dy_xhat}
+    return refuse_half(**sums) or bn_act_max_pool.refuse_backward(a.dy, a.index, a.x, **vectors, **sums)
+
+
+OPTIONS = {"constant": (True, False)}
 
 
 def case(make: Operands, size: Size, constant: bool = False) -> Args:
@@ -61,4 +68,4 @@ def case(make: Operands, size: Size, constant: bool = False) -> Args:
     )
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_act_max_pool_backward", cuda=True)

@@ -11,6 +11,7 @@ from resnet_fused.ops import bn_act_max_pool, comparison
 from resnet_fused.ops.arithmetic import gradient_sums, unpool, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_rows
 from resnet_fused.ops.registry import Size, register
 
 
@@ -39,6 +40,11 @@ def fake(a: Args) -> Out:
     return Out(vector(a.x, a.x.shape[1]), vector(a.x, a.x.shape[1]))
 
 
+def refuse(a: Args) -> str | None:
+    vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
+    return bn_act_max_pool.refuse_backward(a.dy, a.index, a.x, **vectors) or refuse_rows(a.rows)
+
+
 def case(make: Operands, size: Size, rows: int | None = None) -> Args:
     a, (y, index) = bn_act_max_pool.pooled(make, size)
     rows = rows or partial_rows(size[0] * size[2] * size[3], size[1])
@@ -51,4 +57,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return comparison.gradient_sums(dz, exact.x, exact.mean, exact.invstd, actual, plain)
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_act_max_pool_backward", cuda=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fused.ops.arithmetic import in_memory_order, is_nchw, like, normalise, pack_bits, up
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_activations, refuse_half, refuse_vectors
 from resnet_fused.ops.registry import Size, register
 
 
@@ -52,6 +53,17 @@ def fake(a: Args) -> Out:
     return Out(torch.empty_like(a.x), a.x.new_empty(bits, dtype=torch.uint8))
 
 
+def refuse(a: Args) -> str | None:
+    if a.residual_scale is not None and a.residual is None:
+        return "residual_scale comes with a residual, got none"
+    residual = {"residual_scale": a.residual_scale, "residual_shift": a.residual_shift}
+    return (
+        refuse_half(**residual)
+        or refuse_activations(a.x, residual=a.residual)
+        or refuse_vectors(a.x.device, a.x.shape[1], torch.float32, scale=a.scale, shift=a.shift, **residual)
+    )
+
+
 OPTIONS = {"residual": ("", "plain", "affine"), "relu": (False, True), "with_mask": (False, True)}
 
 
@@ -81,4 +93,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return found
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_apply", cuda=True)

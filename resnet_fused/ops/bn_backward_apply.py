@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnet_fused.ops.arithmetic import behind_relu, input_gradient, like
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_activations, refuse_bits, refuse_half, refuse_vectors
 from resnet_fused.ops.registry import Size, register
 
 
@@ -45,7 +46,18 @@ def fake(a: Args) -> Out:
     return Out(torch.empty_like(a.x), torch.empty_like(a.x) if a.with_dresidual else a.x.new_empty(0))
 
 
-OPTIONS = {"masked": (False, True), "relu": (False, True), "constant": (False, True), "with_dresidual": (False, True)}
+def refuse(a: Args) -> str | None:
+    vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
+    sums = {"sum_dy": a.sum_dy, "sum_dy_xhat": a.sum_dy_xhat}
+    return (
+        refuse_activations(a.x, dy=a.dy)
+        or refuse_half(**sums)
+        or refuse_vectors(a.x.device, a.x.shape[1], torch.float32, **vectors, **sums)
+        or refuse_bits(a.x.numel(), a.x.device, mask=a.mask)
+    )
+
+
+OPTIONS = {"masked": (False, True), "relu": (False, True), "constant": (True, False), "with_dresidual": (False, True)}
 
 
 def case(
@@ -79,4 +91,4 @@ def case(
     )
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_backward_apply", cuda=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from resnet_fused.ops.arithmetic import vector
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import name_of
 from resnet_fused.ops.registry import Size, register
 
 
@@ -33,10 +34,26 @@ def fake(a: Args) -> Tensor:
     return vector(a.scale, 3, a.scale.shape[0])
 
 
+native = reference
+
+
+def refuse(a: Args) -> str | None:
+    vectors = {"sum_dy": a.sum_dy, "sum_dy_xhat": a.sum_dy_xhat, "scale": a.scale, "mean": a.mean, "invstd": a.invstd}
+    for name, given in vectors.items():
+        if given.dtype != torch.float32 or given.shape != a.sum_dy.shape or given.dim() != 1:
+            wanted = f"a float32 vector, of one length with the others ({tuple(a.sum_dy.shape)})"
+            return f"{name} must be {wanted}, got {name_of(given.dtype)} {tuple(given.shape)}"
+        if not given.is_contiguous():
+            return f"{name} must be contiguous, got strides {tuple(given.stride())}"
+        if given.device != a.sum_dy.device:
+            return f"{name} is on {given.device}, sum_dy on {a.sum_dy.device}"
+    return None
+
+
 def case(make: Operands, size: Size) -> Args:
     n, c, h, w = size
     sums = (make.vector(c), make.vector(c))
     return Args(*sums, make.vector(c, positive=True), *make.moments(c), float(n * h * w))
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="bn_backward_finalize")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from resnet_fused.dispatch.heuristics import partial_rows
@@ -11,6 +12,7 @@ from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import behind_relu, gradient_sums, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_activations, refuse_bits, refuse_rows, refuse_vectors
 from resnet_fused.ops.registry import Size, register
 
 
@@ -45,6 +47,16 @@ def fake(a: Args) -> Out:
     return Out(vector(a.x, a.x.shape[1]), vector(a.x, a.x.shape[1]))
 
 
+def refuse(a: Args) -> str | None:
+    vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
+    return (
+        refuse_activations(a.x, dy=a.dy)
+        or refuse_vectors(a.x.device, a.x.shape[1], torch.float32, **vectors)
+        or refuse_bits(a.x.numel(), a.x.device, mask=a.mask)
+        or refuse_rows(a.rows)
+    )
+
+
 OPTIONS = {"masked": (False, True), "relu": (False, True)}
 
 
@@ -67,4 +79,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return comparison.gradient_sums(dz, exact.x, exact.mean, exact.invstd, actual, plain)
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_backward_reduce", cuda=True)

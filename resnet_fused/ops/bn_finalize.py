@@ -7,9 +7,11 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import DTYPES
 from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops.arithmetic import vector
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import name_of, refuse_vectors
 from resnet_fused.ops.registry import Mutated, Size, register
 
 
@@ -58,6 +60,26 @@ def fake(a: Args) -> Out:
     return Out(*(vector(a.m2, a.mean.shape[1]) for _ in Out._fields))
 
 
+def refuse(a: Args) -> str | None:
+    if a.mean.dim() != 2:
+        return f"mean must be [rows, C], got {tuple(a.mean.shape)}"
+    shape, device = a.mean.shape, a.mean.device
+    for name, rows, dtype in (("mean", a.mean, torch.float64), ("m2", a.m2, torch.float32)):
+        if rows.shape != shape or rows.dtype != dtype or rows.device != device or not rows.is_contiguous():
+            got = f"{name_of(rows.dtype)} {tuple(rows.shape)} with strides {tuple(rows.stride())} on {rows.device}"
+            return f"{name} must be contiguous {name_of(dtype)} {tuple(shape)} on {device}, got {got}"
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        vector = getattr(a, name)
+        if vector is None:
+            continue
+        if vector.shape != shape[1:] or vector.dtype not in DTYPES or vector.device != device:
+            got = f"{name_of(vector.dtype)} {tuple(vector.shape)} on {vector.device}"
+            return f"{name} must be a vector of {shape[1]} on {device}, got {got}"
+        if name.startswith("running") and vector.stride(0) == 0 and vector.shape[0] > 1:
+            return f"{name} is written, and its elements lie on one another: strides {tuple(vector.stride())}"
+    return refuse_vectors(device, shape[0], torch.float32, count=a.count)
+
+
 def case(make: Operands, size: Size) -> Args:
     n, c, h, w = size
     rows = partial_rows(n * h * w, c)
@@ -66,4 +88,4 @@ def case(make: Operands, size: Size) -> Args:
     return Args(make.vector(rows, c).double(), make.vector(rows, c, positive=True), count, *vectors, 0.1, 1e-5)
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_finalize", cuda=True)

@@ -13,6 +13,7 @@ from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import compute_dtype, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_activations, refuse_rows
 from resnet_fused.ops.registry import Size, register
 
 
@@ -53,6 +54,10 @@ def fake(a: Args) -> Out:
     return Out(mean, vector(a.x, a.rows, channels), vector(a.x, a.rows))
 
 
+def refuse(a: Args) -> str | None:
+    return refuse_activations(a.x) or refuse_rows(a.rows)
+
+
 def case(make: Operands, size: Size, rows: int | None = None) -> Args:
     return Args(make.activation(*size), rows or partial_rows(size[0] * size[2] * size[3], size[1]))
 
@@ -61,4 +66,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return comparison.statistics(a.x, actual)
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="bn_stats", cuda=True)

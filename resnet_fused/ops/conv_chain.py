@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv_chain import chain_refusal
 from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import refuse_like, refuse_operands, refuse_vectors
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -40,21 +44,64 @@ def reference(a: Args) -> Out:
     y = round(relu(conv1x1(a, weight3)*scale3 + shift3 + residual));
     next = round(relu(conv1x1(y, weight1)*scale1 + shift1)), or an empty tensor without weight1.
     """
+    return sequence(a, conv_fprop.reference)
+
+
+def sequence(a: Args, fprop: Callable[[conv_fprop.Args], Tensor]) -> Out:
+    """The convolutions one by one, each by `fprop`."""
     one, zero = (1, 1), (0, 0)
-
-    def fprop(*operands: Tensor | None, geometry: tuple[Pair, ...] = (one, zero, one)) -> Tensor:
-        return conv_fprop.reference(conv_fprop.Args(*operands, *geometry, 1, True))  # type: ignore[arg-type, call-arg]
-
-    inner = fprop(a.x, a.weight2, a.scale2, a.shift2, None, geometry=(a.stride, a.padding, a.dilation))
-    y = fprop(inner, a.weight3, a.scale3, a.shift3, a.residual)
+    geometry, pointwise = (a.stride, a.padding, a.dilation, 1), (one, zero, one, 1)
+    inner = fprop(conv_fprop.Args(a.x, a.weight2, a.scale2, a.shift2, None, *geometry, relu=True))
+    y = fprop(conv_fprop.Args(inner, a.weight3, a.scale3, a.shift3, a.residual, *pointwise, relu=True))
     if a.weight1 is None:
         return Out(y, a.x.new_empty(0))
-    return Out(y, fprop(y, a.weight1, a.scale1, a.shift1, None))
+    return Out(y, fprop(conv_fprop.Args(y, a.weight1, a.scale1, a.shift1, None, *pointwise, relu=True)))
 
 
 def fake(a: Args) -> Out:
     y = F.conv2d(F.conv2d(a.x, a.weight2, None, a.stride, a.padding, a.dilation), a.weight3)
     return Out(y, a.x.new_empty(0) if a.weight1 is None else F.conv2d(y, a.weight1))
+
+
+def native(a: Args) -> Out:
+    return sequence(a, conv_fprop.native)
+
+
+def refuse(a: Args) -> str | None:
+    reason = refuse_operands(a.x, a.weight2) or refuse_operands(a.x, a.weight3)
+    if reason is not None:
+        return reason
+    inner, outputs, device = a.weight2.shape[0], a.weight3.shape[0], a.x.device
+    following = None if a.weight1 is None else a.weight1.shape[0]
+    if a.weight2.shape[1] != a.x.shape[1]:
+        return f"weight2 {tuple(a.weight2.shape)} does not fit {a.x.shape[1]} input channels"
+    reason = _refuse_pointwise("weight3", a.weight3, inner)
+    if a.weight1 is not None:
+        reason = reason or refuse_operands(a.x, a.weight1) or _refuse_pointwise("weight1", a.weight1, outputs)
+        reason = reason or ("weight1 comes with shift1" if a.shift1 is None else None)
+    elif a.scale1 is not None or a.shift1 is not None:
+        reason = reason or "scale1 and shift1 come with weight1"
+    shape = ConvShape.of(a.x.shape, a.weight2.shape, a.stride, a.padding, a.dilation)
+    return (
+        reason
+        or refuse_vectors(device, following or 0, scale1=a.scale1, shift1=a.shift1)
+        or chain_refusal(shape, outputs, following, a.x.dtype)
+        or refuse_like(a.x, (shape.n, outputs, shape.p, shape.q), residual=a.residual)
+        or refuse_vectors(device, inner, scale2=a.scale2, shift2=a.shift2)
+        or refuse_vectors(device, outputs, scale3=a.scale3, shift3=a.shift3)
+    )
+
+
+def _refuse_pointwise(name: str, weight: Tensor, inputs: int) -> str | None:
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (inputs, 1, 1):
+        return f"{name} must be [outputs, {inputs}, 1, 1], got {tuple(weight.shape)}"
+    return None
+
+
+def flops(a: Args, out: Out, count: FlopCount) -> int:
+    inner = torch.Size((a.x.shape[0], a.weight2.shape[0], *out.y.shape[2:]))
+    found = count(a.x.shape, a.weight2.shape, inner) + count(inner, a.weight3.shape, out.y.shape)
+    return found if a.weight1 is None else found + count(out.y.shape, a.weight1.shape, out.next.shape)
 
 
 def case(make: Operands, s: ConvShape, outputs: int = 0, following: int = 0) -> Args:
@@ -83,4 +130,4 @@ def case(make: Operands, s: ConvShape, outputs: int = 0, following: int = 0) -> 
     )
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_chain")

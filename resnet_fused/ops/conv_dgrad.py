@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import ConvShape, dgrad_refusal
 from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import (
     bn_gradient,
@@ -24,7 +25,16 @@ from resnet_fused.ops.arithmetic import (
 )
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import (
+    refuse_bits,
+    refuse_coefficients,
+    refuse_groups,
+    refuse_half,
+    refuse_like,
+    refuse_operands,
+    refuse_vectors,
+)
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -60,25 +70,67 @@ def reference(a: Args) -> Out:
     not (round(x*scale + shift) <= 0) (a select), and sum_dx = sum(dx), sum_dx_xhat = sum(dx * (x - mean) * invstd),
     [C] each, of dx as it was rounded. Without them the sums are empty tensors. residual and x exclude each other.
     """
-    size = [a.dy.shape[0], a.weight.shape[1] * a.groups, *a.size]
     with torch.autocast(a.dy.device.type, enabled=False):
-        gradient = bn_gradient(a.dy, a.dy_x, a.dy_coefficients)
-        dx = conv2d_input(size, up(a.weight), gradient, a.stride, a.padding, a.dilation, a.groups)
+        return _run(a, up)
+
+
+def _image(a: Args) -> tuple[int, ...]:
+    return a.dy.shape[0], a.weight.shape[1] * a.groups, *a.size
+
+
+def _run(a: Args, cast: Callable[[Tensor], Tensor]) -> Out:
+    """The data gradient of operands in the dtype that `cast` gives them."""
+    gradient, weight = cast(bn_gradient(a.dy, a.dy_x, a.dy_coefficients)), cast(a.weight)
+    dx = conv2d_input(_image(a), weight, gradient, a.stride, a.padding, a.dilation, a.groups)
     if a.residual is not None:
-        addend = up(a.residual)
-        dx = dx + (addend if a.residual_mask is None else select(unpack_bits(a.residual_mask, a.residual), addend))
+        addend = cast(a.residual)
+        dx += addend if a.residual_mask is None else select(unpack_bits(a.residual_mask, a.residual), addend)
     if a.x is None or a.scale is None or a.shift is None or a.mean is None or a.invstd is None:
-        return Out(rounded(dx, a.dy), dx.new_empty(0), dx.new_empty(0))
+        return Out(rounded(dx, a.dy), vector(a.dy, 0), vector(a.dy, 0))
     dx = rounded(select(passes_relu(a.x, a.scale, a.shift), dx), a.dy)
     return Out(dx, *gradient_sums(up(dx), a.x, a.mean, a.invstd))
 
 
 def fake(a: Args) -> Out:
-    channels = a.weight.shape[1] * a.groups
-    size, order = (a.dy.shape[0], channels, *a.size), memory_format(a.dy)
-    dx = torch.empty(size, dtype=a.dy.dtype, device=a.dy.device, memory_format=order)
-    sums = channels if a.x is not None else 0
+    order = memory_format(a.dy)
+    dx = torch.empty(_image(a), dtype=a.dy.dtype, device=a.dy.device, memory_format=order)
+    sums = 0 if a.x is None else dx.shape[1]
     return Out(dx, vector(a.dy, sums), vector(a.dy, sums))
+
+
+def native(a: Args) -> Out:
+    return _run(a, lambda t: t)
+
+
+def refuse(a: Args) -> str | None:
+    image = _image(a)
+    reason = refuse_operands(a.dy, a.weight) or refuse_groups(a.weight, image[1], a.groups)
+    if reason is not None:
+        return reason
+    shape = ConvShape.of(image, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+    reason = dgrad_refusal(shape)
+    if reason is not None:
+        return reason
+    if tuple(a.dy.shape) != shape.output:
+        return f"a convolution of an image {tuple(a.size)} gives {shape.output}, dy is {tuple(a.dy.shape)}"
+    if a.residual is not None and a.x is not None:
+        return "residual and x exclude each other, got both"
+    if a.residual is None and a.residual_mask is not None:
+        return "residual_mask comes with a residual, got none"
+    vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
+    return (
+        refuse_half(dy_x=a.dy_x, dy_coefficients=a.dy_coefficients)
+        or refuse_like(a.dy, shape.output, dy_x=a.dy_x)
+        or refuse_coefficients(a.dy_coefficients, shape.k, a.dy.device)
+        or refuse_half(x=a.x, **vectors)
+        or refuse_like(a.dy, image, residual=a.residual, x=a.x)
+        or refuse_bits(math.prod(image), a.dy.device, residual_mask=a.residual_mask)
+        or refuse_vectors(a.dy.device, shape.c, None, **vectors)
+    )
+
+
+def flops(a: Args, out: Out, count: FlopCount) -> int:
+    return count(a.dy.shape, a.weight.shape, out.dx.shape, transposed=True)
 
 
 OPTIONS = {"prologue": (False, True), "epilogue": ("", "residual", "masked residual", "batch norm")}
@@ -122,4 +174,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return found
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_dgrad")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import comparison, conv_dgrad
-from resnet_fused.ops.arithmetic import gradient_sums, memory_format, select, unpack_bits, up, vector
+from resnet_fused.ops.arithmetic import gradient_sums, select, unpack_bits, up, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import refuse_bits, refuse_half, refuse_like, refuse_vectors
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -49,9 +51,17 @@ def reference(a: Args) -> Out:
     `bn_backward_reduce` would find for x and, behind the same mask, for the projection `shortcut`; without it the last
     is empty.
     """
-    before = (a.dy, a.weight, a.dy_x, a.dy_coefficients, a.residual, a.residual_mask)
-    geometry = (a.size, a.stride, a.padding, a.dilation, a.groups)
-    dx = conv_dgrad.reference(conv_dgrad.Args(*before, None, None, None, None, None, *geometry)).dx
+    return _run(a, conv_dgrad.reference)
+
+
+def _dgrad(a: Args) -> conv_dgrad.Args:
+    """The arguments of the gradient itself, which is that of a convolution without a batch norm in front."""
+    shared = {name: value for name, value in a._asdict().items() if name in conv_dgrad.Args._fields}
+    return conv_dgrad.Args(**shared | dict.fromkeys(("x", "scale", "shift", "mean", "invstd")))
+
+
+def _run(a: Args, dgrad: Callable[[conv_dgrad.Args], conv_dgrad.Out]) -> Out:
+    dx = dgrad(_dgrad(a)).dx
     dz = select(unpack_bits(a.mask, a.x), up(dx))
     sums = gradient_sums(dz, a.x, a.mean, a.invstd)
     if a.shortcut is None or a.shortcut_mean is None or a.shortcut_invstd is None:
@@ -60,11 +70,32 @@ def reference(a: Args) -> Out:
 
 
 def fake(a: Args) -> Out:
-    channels = a.weight.shape[1] * a.groups
-    size, order = (a.dy.shape[0], channels, *a.size), memory_format(a.dy)
-    dx = torch.empty(size, dtype=a.dy.dtype, device=a.dy.device, memory_format=order)
+    dx = conv_dgrad.fake(_dgrad(a)).dx
+    channels = dx.shape[1]
     shortcut = 0 if a.shortcut is None else channels
     return Out(dx, vector(a.dy, channels), vector(a.dy, channels), vector(a.dy, shortcut))
+
+
+def native(a: Args) -> Out:
+    return _run(a, conv_dgrad.native)
+
+
+def refuse(a: Args) -> str | None:
+    reason = conv_dgrad.refuse(_dgrad(a))
+    if reason is not None:
+        return reason
+    image = (a.dy.shape[0], a.weight.shape[1] * a.groups, *a.size)
+    shortcut = {"shortcut_mean": a.shortcut_mean, "shortcut_invstd": a.shortcut_invstd}
+    return (
+        refuse_half(shortcut=a.shortcut, **shortcut)
+        or refuse_like(a.dy, image, x=a.x, shortcut=a.shortcut)
+        or refuse_vectors(a.dy.device, image[1], None, mean=a.mean, invstd=a.invstd, **shortcut)
+        or refuse_bits(math.prod(image), a.dy.device, mask=a.mask)
+    )
+
+
+def flops(a: Args, out: Out, count: FlopCount) -> int:
+    return count(a.dy.shape, a.weight.shape, out.dx.shape, transposed=True)
 
 
 OPTIONS = {"prologue": (False, True), "epilogue": ("", "masked residual"), "projection": (False, True)}
@@ -111,4 +142,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return found
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_dgrad_join")

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvShape
-from resnet_fused.ops.arithmetic import per_channel, up
+from resnet_fused.dispatch.conv import ConvShape, conv_refusal
+from resnet_fused.ops import onednn
+from resnet_fused.ops.arithmetic import fold, per_channel, up
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import refuse_groups, refuse_like, refuse_operands, refuse_vectors
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -45,6 +47,39 @@ def fake(a: Args) -> Tensor:
     return F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
 
 
+def native(a: Args) -> Tensor:
+    """With the scale in the weight: oneDNN's fused convolution on a CPU, else cuDNN's and passes of their own."""
+    weight = fold(a.weight, a.scale)
+    geometry = (a.stride, a.padding, a.dilation, a.groups)
+    if onednn.runs(a.x, weight):
+        # ReLU as a pass of its own: oneDNN's turns a NaN into 0, PyTorch's keeps it.
+        # Contiguous, because oneDNN's reads a bias without its stride.
+        dtype = onednn.bias_dtype(a.x.dtype, a.residual is not None)
+        bias = None if a.shift is None else a.shift.to(dtype).contiguous()
+        y = onednn.conv(a.x, weight, bias, a.residual, *geometry, relu=False)
+    else:
+        y = F.conv2d(a.x, weight, None if a.shift is None else a.shift.to(weight.dtype), *geometry)
+        if a.residual is not None:
+            y += a.residual
+    return y.relu_() if a.relu else y
+
+
+def refuse(a: Args) -> str | None:
+    reason = refuse_operands(a.x, a.weight) or refuse_groups(a.weight, a.x.shape[1], a.groups)
+    if reason is not None:
+        return reason
+    shape = ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+    return (
+        conv_refusal(shape)
+        or refuse_like(a.x, shape.output, residual=a.residual)
+        or refuse_vectors(a.x.device, shape.k, scale=a.scale, shift=a.shift)
+    )
+
+
+def flops(a: Args, y: Tensor, count: FlopCount) -> int:
+    return count(a.x.shape, a.weight.shape, y.shape)
+
+
 OPTIONS = {"scaled": (False, True), "residual": (False, True), "relu": (False, True)}
 
 
@@ -69,4 +104,4 @@ def case(make: Operands, s: ConvShape, scaled: bool = False, residual: bool = Fa
     )
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_fprop")

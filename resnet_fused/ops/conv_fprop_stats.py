@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.heuristics import partial_rows
-from resnet_fused.ops import bn_stats, comparison
+from resnet_fused.ops import bn_stats, comparison, conv_fprop
 from resnet_fused.ops.arithmetic import activation, up
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import refuse_half, refuse_rows, refuse_vectors
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -43,14 +45,38 @@ def reference(a: Args) -> Out:
     left over have mean = m2 = count = 0.
     """
     with torch.autocast(a.x.device.type, enabled=False):
-        x = activation(a.x, a.x_scale, a.x_shift)
-        y = F.conv2d(x, up(a.weight), None, a.stride, a.padding, a.dilation, a.groups).to(a.x.dtype)
+        return _run(a, up)
+
+
+def _run(a: Args, cast: Callable[[Tensor], Tensor]) -> Out:
+    """The convolution of operands in the dtype that `cast` gives them."""
+    x, weight = cast(activation(a.x, a.x_scale, a.x_shift)), cast(a.weight)
+    y = F.conv2d(x, weight, None, a.stride, a.padding, a.dilation, a.groups).to(a.x.dtype)
     return Out(y, *bn_stats.reference(bn_stats.Args(y, a.rows)))
 
 
 def fake(a: Args) -> Out:
     y = F.conv2d(a.x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
     return Out(y, *bn_stats.fake(bn_stats.Args(y, a.rows)))
+
+
+def native(a: Args) -> Out:
+    return _run(a, lambda t: t)
+
+
+def refuse(a: Args) -> str | None:
+    geometry = (a.stride, a.padding, a.dilation, a.groups)
+    prologue = {"x_scale": a.x_scale, "x_shift": a.x_shift}
+    return (
+        conv_fprop.refuse(conv_fprop.Args(a.x, a.weight, None, None, None, *geometry, relu=False))
+        or refuse_rows(a.rows)
+        or refuse_half(**prologue)
+        or refuse_vectors(a.x.device, a.x.shape[1], None, **prologue)
+    )
+
+
+def flops(a: Args, out: Out, count: FlopCount) -> int:
+    return count(a.x.shape, a.weight.shape, out.y.shape)
 
 
 OPTIONS = {"prologue": (False, True)}
@@ -80,4 +106,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return [Comparison("y", actual.y, plain.y, truth.y), *comparison.statistics(actual.y, actual[1:])]
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_fprop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.arithmetic import per_channel, up
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import refuse_like, refuse_operands, refuse_vectors
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -35,8 +38,45 @@ def reference(a: Args) -> Tensor:
     return (y.relu() if a.relu else y).to(a.x.dtype)
 
 
+def sequence(a: Args, fprop: Callable[[conv_fprop.Args], Tensor]) -> Tensor:
+    """The projection and what it is added to, each by `fprop`."""
+    one, zero = (1, 1), (0, 0)
+    projection = conv_fprop.Args(
+        a.shortcut, a.shortcut_weight, None, None, None, a.shortcut_stride, zero, one, 1, relu=False
+    )
+    return fprop(conv_fprop.Args(a.x, a.weight, None, a.shift, fprop(projection), one, zero, one, 1, a.relu))
+
+
 def fake(a: Args) -> Tensor:
     return F.conv2d(a.x, a.weight)
+
+
+def native(a: Args) -> Tensor:
+    return sequence(a, conv_fprop.native)
+
+
+def refuse(a: Args) -> str | None:
+    reason = refuse_operands(a.x, a.weight) or refuse_operands(a.shortcut, a.shortcut_weight)
+    if reason is not None:
+        return reason
+    outputs, inputs = a.weight.shape[0], a.x.shape[1]
+    if tuple(a.weight.shape[1:]) != (inputs, 1, 1) or 0 in (inputs, outputs):
+        return f"weight must be [outputs, {inputs}, 1, 1], got {tuple(a.weight.shape)}"
+    wanted = (outputs, a.shortcut.shape[1], 1, 1)
+    if tuple(a.shortcut_weight.shape) != wanted or a.shortcut.shape[1] == 0:
+        return f"shortcut_weight must be {wanted}, got {tuple(a.shortcut_weight.shape)}"
+    size = [-(-extent // step) for extent, step in zip(a.shortcut.shape[2:], a.shortcut_stride, strict=True)]
+    if [a.shortcut.shape[0], *size] != [a.x.shape[0], *a.x.shape[2:]]:
+        strided = f"shortcut {tuple(a.shortcut.shape)} with stride {tuple(a.shortcut_stride)}"
+        return f"{strided} does not have the pixels of x {tuple(a.x.shape)}"
+    return refuse_like(a.x, tuple(a.shortcut.shape), shortcut=a.shortcut) or refuse_vectors(
+        a.x.device, outputs, shift=a.shift
+    )
+
+
+def flops(a: Args, y: Tensor, count: FlopCount) -> int:
+    shortcut = count(a.shortcut.shape, a.shortcut_weight.shape, y.shape)
+    return shortcut + count(a.x.shape, a.weight.shape, y.shape)
 
 
 OPTIONS = {"relu": (False, True)}
@@ -60,4 +100,4 @@ def case(make: Operands, s: ConvShape, shortcut_channels: int = 0, shortcut_stri
     )
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_join")

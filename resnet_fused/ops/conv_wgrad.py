@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import ConvShape, wgrad_refusal
 from resnet_fused.ops import comparison
-from resnet_fused.ops.arithmetic import activation, bn_gradient, vector
+from resnet_fused.ops.arithmetic import activation, bn_gradient, up, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.registry import Pair, register
+from resnet_fused.ops.refusals import refuse_coefficients, refuse_half, refuse_like, refuse_nhwc, refuse_vectors
+from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
@@ -35,16 +37,53 @@ def reference(a: Args) -> Tensor:
     data's dtype), [K, C/groups, R, S] in KRSC memory order. The pixels are split and summed in a fixed order:
     deterministic.
     """
-    size = [a.dy.shape[1], a.x.shape[1] // a.groups, *a.filter]
     with torch.autocast(a.x.device.type, enabled=False):
-        x, gradient = activation(a.x, a.x_scale, a.x_shift), bn_gradient(a.dy, a.dy_x, a.dy_coefficients)
-        dweight = conv2d_weight(x, size, gradient, a.stride, a.padding, a.dilation, a.groups)
-    return dweight.contiguous(memory_format=torch.channels_last)
+        return _run(a, up)
+
+
+def _size(a: Args) -> tuple[int, ...]:
+    return a.dy.shape[1], a.x.shape[1] // a.groups, *a.filter
+
+
+def _run(a: Args, cast: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight gradient of operands in the dtype that `cast` gives them."""
+    x, gradient = activation(a.x, a.x_scale, a.x_shift), bn_gradient(a.dy, a.dy_x, a.dy_coefficients)
+    dweight = conv2d_weight(cast(x), _size(a), cast(gradient), a.stride, a.padding, a.dilation, a.groups)
+    return up(dweight).contiguous(memory_format=torch.channels_last)
 
 
 def fake(a: Args) -> Tensor:
-    size = (a.dy.shape[1], a.x.shape[1] // a.groups, *a.filter)
-    return vector(a.x, *size).contiguous(memory_format=torch.channels_last)
+    return vector(a.x, *_size(a)).contiguous(memory_format=torch.channels_last)
+
+
+def native(a: Args) -> Tensor:
+    return _run(a, lambda t: t)
+
+
+def refuse(a: Args) -> str | None:
+    reason = (
+        refuse_nhwc(a.x)
+        or refuse_half(dy_x=a.dy_x, dy_coefficients=a.dy_coefficients)
+        or refuse_half(x_scale=a.x_scale, x_shift=a.x_shift)
+    )
+    if reason is not None:
+        return reason
+    if a.dy.dim() != 4:
+        return f"dy is 4-D [N, K, P, Q], got {a.dy.dim()}-D"
+    inputs, outputs, device = a.x.shape[1], a.dy.shape[1], a.x.device
+    if a.groups < 1 or inputs % a.groups or outputs % a.groups:
+        return f"groups={a.groups} does not divide {inputs} input and {outputs} output channels"
+    shape = ConvShape.of(a.x.shape, _size(a), a.stride, a.padding, a.dilation, a.groups)
+    return (
+        wgrad_refusal(shape)
+        or refuse_coefficients(a.dy_coefficients, outputs, device)
+        or refuse_like(a.x, shape.output, dy=a.dy, dy_x=a.dy_x)
+        or refuse_vectors(device, inputs, x_scale=a.x_scale, x_shift=a.x_shift)
+    )
+
+
+def flops(a: Args, dweight: Tensor, count: FlopCount) -> int:
+    return count(*(t.transpose(0, 1).shape for t in (a.x, a.dy, dweight)))
 
 
 OPTIONS = {"x_prologue": (False, True), "dy_prologue": (False, True)}
@@ -78,4 +117,4 @@ def compare(a: Args, actual: Tensor, plain: Tensor, truth: Tensor) -> list[Compa
     return [Comparison("dweight", actual, plain, truth, terms)]
 
 
-register(__name__, kernels=("triton",))
+register(__name__, triton="conv_wgrad")

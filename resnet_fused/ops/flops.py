@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.abc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from resnet_fused.ops.registry import OPS, Op
 
 _COUNTER = "torch.utils.flop_counter"
-
-Shape = Sequence[int]
 
 
 def register_formulas(counter: ModuleType) -> None:
@@ -27,51 +28,23 @@ def register_formulas(counter: ModuleType) -> None:
     """
     conv = counter.conv_flop_count
 
-    def fprop(x: Shape, weight: Shape, *_: Any, out_shape: Any, **__: Any) -> int:
-        y = out_shape[0] if isinstance(out_shape, tuple) and not isinstance(out_shape, torch.Size) else out_shape
-        return int(conv(x, weight, y))
+    def ours(op: Op) -> Callable[..., int]:
+        flops = op.flops
+        assert flops is not None
+        return lambda *values, out_val, **_: int(flops(op.args(*values), op.results(out_val), conv))
 
-    def dgrad(dy: Shape, weight: Shape, *_: Any, out_shape: tuple[Shape, ...], **__: Any) -> int:
-        return int(conv(dy, weight, out_shape[0], transposed=True))
-
-    def wgrad(dy: Shape, x: Shape, *_: Any, out_shape: Shape, **__: Any) -> int:
-        swapped = [(shape[1], shape[0], *shape[2:]) for shape in (x, dy, out_shape)]
-        return int(conv(*swapped))
-
-    def chain(
-        x: Shape, weight2: Shape, scale2: Any, shift2: Any, weight3: Shape, scale3: Any, shift3: Any, residual: Any,
-        weight1: Shape | None, *_: Any, out_shape: tuple[Shape, Shape], **__: Any,
-    ) -> int:  # fmt: skip
-        y, following = out_shape
-        inner = (y[0], weight2[0], *y[2:])
-        count = conv(x, weight2, inner) + conv(inner, weight3, y)
-        return int(count if weight1 is None else count + conv(y, weight1, following))
-
-    def join(x: Shape, weight: Shape, shortcut: Shape, shortcut_weight: Shape, *_: Any, **results: Any) -> int:
-        y = results["out_shape"]
-        return int(conv(x, weight, y) + conv(shortcut, shortcut_weight, y))
-
-    def onednn(*args: Any, out_shape: Shape, **_: Any) -> int:
+    def onednn(*args: Any, out_val: Tensor, **_: Any) -> int:
         """(x, weight, bias, ...), (x, residual, weight, ...) or (residual, x, weight, ...): the weight is the last."""
-        *_rest, weight = (shape for shape in args[:3] if isinstance(shape, torch.Size) and len(shape) == len(out_shape))
-        return int(conv(out_shape, weight, out_shape))
+        *_rest, weight = (t.shape for t in args[:3] if isinstance(t, Tensor) and t.dim() == out_val.dim())
+        return int(conv(out_val.shape, weight, out_val.shape))
 
-    ours = torch.ops.resnet_fused
-    formulas = {
-        ours.conv_fprop: fprop,
-        ours.conv_fprop_stats: fprop,
-        ours.conv_dgrad: dgrad,
-        ours.conv_dgrad_join: dgrad,
-        ours.conv_wgrad: wgrad,
-        ours.conv_chain: chain,
-        ours.conv_join: join,
-    }
+    formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):
         if hasattr(torch.ops.mkldnn, name):
             formulas[getattr(torch.ops.mkldnn, name)] = onednn
     for op, formula in formulas.items():
         if op not in counter.flop_registry:
-            counter.register_flop_formula(op)(formula)
+            counter.register_flop_formula(op, get_raw=True)(formula)
 
 
 class _Finder(importlib.abc.MetaPathFinder):

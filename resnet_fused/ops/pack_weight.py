@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.ops.operands import Operands
+from resnet_fused.ops.refusals import refuse_dtype
 from resnet_fused.ops.registry import Size, register
 
 
@@ -28,6 +29,12 @@ def fake(a: Args) -> Tensor:
     return a.weight.new_empty((c, r, s, k) if a.flip else (k, r, s, c))
 
 
+def refuse(a: Args) -> str | None:
+    if a.weight.dim() != 4:
+        return f"the weight must be 4-D [K, C/groups, R, S], got {a.weight.dim()}-D"
+    return refuse_dtype(a.weight.dtype)
+
+
 OPTIONS = {"flip": (False, True)}
 
 
@@ -35,4 +42,4 @@ def case(make: Operands, size: Size, flip: bool = False) -> Args:
     return Args(make.weight(*size), flip)
 
 
-register(__name__, kernels=("triton", "cuda"))
+register(__name__, triton="pack_weight", cuda=True)

@@ -1,7 +1,8 @@
 """The registry of ops: a module `ops/<op>.py` is the record of one, and everything that concerns all ops iterates here.
 
 A record holds `Args` and `Out` (typed tuples, from which the schema is made), `reference` (its docstring is the
-contract) and `fake`. `torch.ops.resnet_fused.<op>` has one keyword argument more, `str backend`.
+contract) and what else the attributes of `Op` say. `torch.ops.resnet_fused.<op>` has one keyword argument more, `str
+backend`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from resnet_fused.ops.comparison import Comparison, each
 
 Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
 Size = Sequence[int]  # (N, C, H, W)
+FlopCount = Callable[..., int]  # PyTorch's, of a convolution: (shape of x, of weight, of y, transposed=False)
 _SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float"}
 
 
@@ -36,26 +38,43 @@ class Op:
 
     Attributes:
         name: of the op and of its module, its Triton launcher and its C++ function.
+        triton: the module of `kernels` that has the launcher, or None.
+        cuda: whether there is a CUDA kernel.
         args: the typed tuple of its arguments, in their order.
         out: the typed tuple of its results; `Tensor` where there is one.
         reference: (args) to the results in plain PyTorch; any device, any strides; rounded once.
-        fake: (args) to results without values, of the shapes, dtypes and strides of `reference` and `aten`. What
+        native: (args) to the results of PyTorch's own kernels, the backend "aten"; None where nothing of ours calls it.
+        fake: (args) to results without values, of the shapes, dtypes and strides of `reference` and `native`. What
             Triton's convolutions return is NHWC.
+        refuse: (args) to why the Triton kernel cannot run on them, or None. (A CUDA kernel says so itself.)
         case: (operands, shape, **options) to arguments; the shape is a `ConvShape` of a convolution, else (N, C, H, W).
-        options: the values that each option of `case` takes.
+        options: the values that each option of `case` takes; the last is the one that asks most of a kernel.
         compare: (args, actual, plain, truth) to what is to be compared of the results.
-        kernels: the backends that have a kernel of ours.
+        flops: (args, results, PyTorch's count of a convolution) to their number; None where there is no product.
     """
 
     name: str
+    triton: str | None
+    cuda: bool
     args: type[Any]
     out: type[Any]
     reference: Callable[[Any], Any]
+    native: Callable[[Any], Any] | None
     fake: Callable[[Any], Any]
+    refuse: Callable[[Any], str | None]
     case: Callable[..., Any]
     options: Mapping[str, Sequence[Any]]
     compare: Callable[[Any, Any, Any, Any], list[Comparison]]
-    kernels: tuple[str, ...]
+    flops: Callable[[Any, Any, FlopCount], int] | None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The backends that have a kernel of ours."""
+        return ("triton",) * (self.triton is not None) + ("cuda",) * self.cuda
+
+    def results(self, returned: Any) -> Any:
+        """What an implementation returned as `out`."""
+        return returned if self.out is Tensor else self.out(*returned)
 
     def variants(self) -> Iterator[dict[str, Any]]:
         """Every combination of the options of `case`."""
@@ -69,9 +88,12 @@ class Op:
 
     def bytes_moved(self, args: Any) -> int:
         """Of the arguments read and the results written, each once."""
+        return sum(t.nbytes for t in (*args, *self.written(args)) if isinstance(t, Tensor))
+
+    def written(self, args: Any) -> tuple[Tensor, ...]:
+        """The results without values, as a tuple."""
         results = self.fake(args)
-        written = (results,) if isinstance(results, Tensor) else results
-        return sum(t.nbytes for t in (*args, *written) if isinstance(t, Tensor))
+        return (results,) if isinstance(results, Tensor) else tuple(results)
 
     def schema(self, *extra: str) -> str:
         """The op's schema, with these arguments behind its own."""
@@ -100,25 +122,29 @@ OPS: dict[str, Op] = {}
 _library = torch.library.Library("resnet_fused", "FRAGMENT")
 
 
-def register(module: str, *, kernels: Sequence[str]) -> Op:
+def register(module: str, *, triton: str | None = None, cuda: bool = False) -> Op:
     """Make an op of the record in this module.
 
     Args:
         module: its name, `__name__`.
-        kernels: the backends that have a kernel of ours, of `"triton"` and `"cuda"`.
+        triton, cuda: as in `Op`.
     """
     record = sys.modules[module]
     name = module.rpartition(".")[2]
     op = Op(
         name,
+        triton,
+        cuda,
         record.Args,
         getattr(record, "Out", Tensor),
         record.reference,
+        getattr(record, "native", None),
         record.fake,
+        record.refuse,
         record.case,
         getattr(record, "OPTIONS", {}),
         getattr(record, "compare", _compare),
-        tuple(kernels),
+        getattr(record, "flops", None),
     )
     OPS[name] = op
     return op

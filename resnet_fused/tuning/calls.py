@@ -14,7 +14,7 @@ from resnet_fused import dispatch, ops
 from resnet_fused.dispatch.choice import ALONE
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
-from resnet_fused.ops import OPS, aten
+from resnet_fused.ops import OPS, conv_chain, conv_dgrad, conv_fprop, conv_fprop_stats, conv_join, conv_wgrad
 from resnet_fused.ops.arithmetic import unpack_bits
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.operands import Operands
@@ -87,8 +87,8 @@ def make_benchmark_fn(
         if op == "conv_dgrad":
             operands = _dense_residual(operands)
         return functools.partial(_UNFUSED[op], passes, operands)
-    if choice.backend == "aten" and op in ("conv_chain", "conv_join"):
-        return functools.partial(getattr(aten, op), *operands, fprop=functools.partial(_conv, fprop))
+    if choice.backend == "aten" and op in _SEQUENCES:
+        return functools.partial(_SEQUENCES[op], operands, functools.partial(_conv, fprop))
     return functools.partial(caller(op, choice), *operands)
 
 
@@ -112,13 +112,13 @@ def _normalised(passes: str, x: Tensor, scale: Tensor | None, shift: Tensor | No
 # Native convolutions between passes of ours: what a block runs where the plan has native PyTorch's convolution.
 
 
-def _fprop_stats(passes: str, a: Any) -> object:
+def _fprop_stats(passes: str, a: conv_fprop_stats.Args) -> object:
     x = _normalised(passes, a.x, a.x_scale, a.x_shift)
     y = F.conv2d(x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
     return y, _run(passes, "bn_stats", x=y, rows=a.rows)
 
 
-def _dense_residual(a: Any) -> Any:
+def _dense_residual(a: conv_dgrad.Args) -> conv_dgrad.Args:
     """The gradient of the shortcut after its mask: what a block hands to a convolution that knows no bits."""
     if a.residual is None or a.residual_mask is None:
         return a
@@ -126,20 +126,19 @@ def _dense_residual(a: Any) -> Any:
     return a._replace(residual=residual, residual_mask=None)
 
 
-def _dgrad(passes: str, a: Any) -> object:
+def _dgrad(passes: str, a: conv_dgrad.Args) -> object:
     if a.residual is not None:  # which the pass before then writes, beside the gradient
         torch.zeros_like(a.residual)
-    alone = a._replace(x=None, scale=None, shift=None, mean=None, invstd=None)
-    dx = aten.conv_dgrad(*alone)[0]
+    dx = conv_dgrad.native(a._replace(x=None, scale=None, shift=None, mean=None, invstd=None)).dx
     if a.x is None:
         return dx
     vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
     return dx, _run(passes, "bn_backward_reduce", dy=dx, x=a.x, mask=None, **vectors, relu=True, rows=_rows(a.x))
 
 
-def _wgrad(passes: str, a: Any) -> object:
+def _wgrad(passes: str, a: conv_wgrad.Args) -> object:
     x = _normalised(passes, a.x, a.x_scale, a.x_shift)
-    return aten.conv_wgrad(*a._replace(x=x, x_scale=None, x_shift=None))
+    return conv_wgrad.native(a._replace(x=x, x_scale=None, x_shift=None))
 
 
 _UNFUSED: dict[str, Callable[..., object]] = {
@@ -149,12 +148,12 @@ _UNFUSED: dict[str, Callable[..., object]] = {
 }
 
 
-def _conv(fprop: Backends, *arguments: Any) -> Tensor:
+_SEQUENCES: dict[str, Callable[..., object]] = {"conv_chain": conv_chain.sequence, "conv_join": conv_join.sequence}
+
+
+def _conv(fprop: Backends, a: conv_fprop.Args) -> Tensor:
     """`conv_fprop` on the backend that a network runs it on."""
-    a = OPS["conv_fprop"].args(*arguments)
-    filter = a.weight.shape
-    geometry = (tuple(a.stride), tuple(a.padding), tuple(a.dilation), a.groups)
-    shape = ConvShape(*a.x.shape, filter[0], *filter[2:], *geometry)  # type: ignore[call-arg]
+    shape = ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
     value: Tensor = implementation(fprop(shape), "conv_fprop")(*a)
     return value
 

@@ -15,7 +15,7 @@ from resnet_fused._command import one_line
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
 from resnet_fused.measure import memory
-from resnet_fused.ops import OPS, aten
+from resnet_fused.ops import OPS
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.comparison import Comparison, double, map_tensors
 from resnet_fused.ops.operands import Operands
@@ -61,15 +61,14 @@ def check(job: Job, op: str, choice: Choice, device: torch.device) -> str | None
         return one_line(error, kind=True)
 
 
-def _refusal(op: str, choice: Choice, operands: Sequence[Any], shape: Any) -> str | None:
+def _refusal(op: str, choice: Choice, operands: Any, shape: Any) -> str | None:
     if choice.backend != "triton":
         return None
     reason: str | None = importlib.import_module("resnet_fused.kernels").refuse(op, *operands)
     if reason is None and choice.config is not None and choice.config.kernel != "pointer":
         experimental = importlib.import_module("resnet_fused.kernels.experimental")
-        krsc = operands[1].contiguous(memory_format=torch.channels_last)
-        residual = operands[4] if op == "conv_fprop" else None
-        reason = experimental.refuse(operands[0], krsc, residual, shape, choice.config)
+        krsc = operands.weight.contiguous(memory_format=torch.channels_last)
+        reason = experimental.refuse(operands.x, krsc, getattr(operands, "residual", None), shape, choice.config)
     return reason
 
 
@@ -96,24 +95,23 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before  # type: ignore[attr-defined]
 
 
-def comparisons(op: str, operands: Sequence[Any], results: Sequence[Tensor], tf32: bool = False) -> list[Comparison]:
+def comparisons(op: str, operands: Any, results: Sequence[Tensor], tf32: bool = False) -> list[Comparison]:
     """What to compare of the results of an op.
 
     Args:
         op: its name.
-        operands: what it was called with.
+        operands: what it was called with, as its record has them.
         results: what came of it.
         tf32: products may round their operands to TF32. Whether cuDNN's do depends on the algorithm it picks, so the
             yardstick is not its error but that of operands cut off as the matrix units cut them off.
     """
     record = OPS[op]
-    args = record.args(*operands)
-    native = None if tf32 else getattr(aten, op, None)
-    plain = record.reference(map_tensors(args, _cut_off) if tf32 else args) if native is None else native(*args)
-    truth = record.reference(double(args))
-    if record.out is Tensor:
-        return record.compare(args, results[0], plain, truth)
-    return record.compare(args, record.out(*results), record.out(*plain), truth)
+    if tf32:
+        plain = record.reference(map_tensors(operands, _cut_off))
+    else:
+        plain = (record.native or record.reference)(operands)
+    actual = results[0] if record.out is Tensor else record.out(*results)
+    return record.compare(operands, actual, plain, record.reference(double(operands)))
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from contract import assert_no_worse
+from op_cases import reference
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
@@ -17,7 +18,6 @@ from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.inference import EpilogueConv, FoldedConv, FrozenBlock, FrozenStage
 from resnet_fused.inference.conv import Example, Kernel, Source
 from resnet_fused.nn import BasicBlock, Bottleneck
-from resnet_fused.ops import reference
 
 NHWC = torch.channels_last
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -262,8 +262,8 @@ def test_operands_that_a_backend_refuses_at_run_time_take_pytorchs_convolution(r
     frozen = _frozen(model, x)
     original = Kernel.refusal
 
-    def refusal(self, *args):
-        return "too large" if self.op == refused and args[0].shape[0] > 2 else original(self, *args)
+    def refusal(self, args):
+        return "too large" if self.op == refused and args.x.shape[0] > 2 else original(self, args)
 
     monkeypatch.setattr(Kernel, "refusal", refusal)
     large = torch.randn(3, 16, 6, 6)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conv_cases import runs_kernels
-from op_cases import DEVICE
+from op_cases import DEVICE, reference
 
 pytest.importorskip("triton")
 
 from resnet_fused.kernels import bn_backward_finalize, refuse
-from resnet_fused.ops import reference
 
 pytestmark = runs_kernels
 

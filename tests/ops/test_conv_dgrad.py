@@ -26,6 +26,7 @@ from conv_cases import (
     problem,
     runs_kernels,
 )
+from op_cases import aten, reference
 
 from resnet_fused.contract import in_double
 from resnet_fused.dispatch.conv import (
@@ -35,7 +36,7 @@ from resnet_fused.dispatch.conv import (
     training_refusal,
 )
 from resnet_fused.kernels import conv_dgrad, refuse
-from resnet_fused.ops import arithmetic, aten, reference
+from resnet_fused.ops import arithmetic
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
 EPILOGUES = ("plain", "residual", "masked residual", "batch norm")

@@ -24,13 +24,14 @@ from conv_cases import (
     problem,
     runs_kernels,
 )
+from op_cases import aten, reference
 
 from resnet_fused.contract import in_double
 from resnet_fused.dispatch.conv import ConvConfig, conv_dgrad_configurations
 from resnet_fused.dispatch.table import Choice
 from resnet_fused.kernels import conv_dgrad, conv_dgrad_join, refuse
 from resnet_fused.measure.network import tiny_network
-from resnet_fused.ops import arithmetic, aten, reference
+from resnet_fused.ops import arithmetic
 from resnet_fused.tuning import checks
 from resnet_fused.tuning.problems import jobs
 

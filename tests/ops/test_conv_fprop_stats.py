@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_no_worse
-from op_cases import pixels
+from op_cases import pixels, reference
 
 pytest.importorskip("triton")
 
@@ -32,7 +32,6 @@ from resnet_fused.contract import in_double
 from resnet_fused.dispatch.conv import ConvConfig, conv_fprop_configurations
 from resnet_fused.kernels import conv_fprop, conv_fprop_stats, refuse
 from resnet_fused.kernels.merge_statistics import merge_statistics
-from resnet_fused.ops import reference
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
 SMALL = ConvConfig(32, 16, 16, 4, 2)  # many tiles of a small image

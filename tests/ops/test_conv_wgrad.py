@@ -14,11 +14,13 @@ from torch.nn.grad import conv2d_weight
 
 pytest.importorskip("triton")
 
+from op_cases import reference
+
 from resnet_fused.contract import in_double
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_wgrad import MAX_PARTIAL_BYTES, conv_wgrad_configurations, conv_wgrad_heuristic
 from resnet_fused.kernels import conv_wgrad, refuse
-from resnet_fused.ops import arithmetic, reference
+from resnet_fused.ops import arithmetic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -84,6 +84,13 @@ def test_a_triton_launcher_takes_the_arguments_of_its_record(name):
     assert taken == list(ops.OPS[name].args._fields)
 
 
+@pytest.mark.parametrize("name", [name for name, op in ops.OPS.items() if op.triton])
+def test_a_record_refuses_float64_and_takes_what_its_own_sample_is(name):
+    op, args, _ = sample(name, {}, torch.float16)
+    assert op.refuse(args) is None
+    assert "float64" in op.refuse(comparison.double(args))
+
+
 @pytest.mark.skipif(not _library.operators("add_act"), reason="the compiled kernels are not built")
 @pytest.mark.parametrize("name", [name for name, op in ops.OPS.items() if "cuda" in op.kernels])
 def test_the_library_has_the_schema_of_the_record(name):

@@ -12,10 +12,11 @@ from conv_cases import runs_kernels
 
 pytest.importorskip("triton")
 
+from op_cases import reference
+
 from resnet_fused import kernels
 from resnet_fused.kernels._launch import index_type
 from resnet_fused.kernels._tile import octets_of, reduction_of
-from resnet_fused.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}

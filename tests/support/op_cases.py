@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor
 
 from resnet_fused import ops
 from resnet_fused.contract import in_double
+from resnet_fused.ops.backends import implementation
 
 OPS = torch.ops.resnet_fused
+# Functions of an op's name and arguments, `reference.add_act(x, other, relu)`.
+reference, aten = (
+    SimpleNamespace(**{op: implementation(backend, op) for op in ops.OPS if ops.implements(backend, op)})
+    for backend in ("reference", "aten")
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
     pytest.param(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from conv_cases import problem
+from op_cases import reference
 
 from resnet_fused import ops
 from resnet_fused.dispatch.table import Problem
-from resnet_fused.ops import arithmetic, reference
+from resnet_fused.ops import arithmetic
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.checks import comparisons
 from resnet_fused.tuning.problems import Job, arguments
@@ -45,11 +46,11 @@ def test_tf32_is_judged_by_what_tf32_loses(op):
 def test_the_mask_is_judged_by_the_result_beside_it():
     """A sum that cancels may round to either side of zero; what its bit says must be what was written."""
     what = Problem("bn_apply", (1, 8, 2, 2), torch.float32, False, ("residual",))
-    operands = list(arguments(Job(what), Operands(CPU, torch.float32)))
-    operands[2:6] = torch.zeros(8), operands[3], torch.ones(8), torch.zeros(8)
-    product = operands[0].double() * operands[1].double().view(-1, 1, 1)
-    operands[3] = -product.float()  # what is left is the product's rounding
-    operands[3][0, 0, 0, 0] += 5
+    operands = arguments(Job(what), Operands(CPU, torch.float32))
+    residual = -(operands.x.double() * operands.scale.double().view(-1, 1, 1)).float()
+    residual[0, 0, 0, 0] += 5  # of the others the product's rounding is left
+    one, zero = torch.ones(8), torch.zeros(8)
+    operands = operands._replace(shift=zero, residual=residual, residual_scale=one, residual_shift=zero)
     y, mask = reference.bn_apply(*operands)
     assert 1 < int((y > 0).sum()) < y.numel()
     fused = torch.where(y > 1, y, 0)  # as two roundings have it

@@ -6,13 +6,16 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
 
 import torch
+from torch import Tensor
 
+from resnet_fused.ops import OPS
+from resnet_fused.ops.operands import Operands
 from tools.compile_gate.conv_cases import conv_cases
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, vector
+
+META = torch.device("meta")
 
 __all__ = ["TYPES", "Case", "Expect", "batch_norm_cases", "conv_cases"]
 
@@ -32,69 +35,37 @@ def batch_norm_cases(arch: int, quick: bool) -> Iterator[Case]:
     dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.float16, torch.bfloat16)
     for size, nhwc, dtype in itertools.product(sizes, (True,) if quick else (True, False), dtypes):
         label = f"{TYPES[dtype]} {'NHWC' if nhwc else 'NCHW'} {size}"
-        all_options = size == "even" and not quick
-        yield from _family(
-            dtype, nhwc, *sizes[size], label, vectors=size not in ("ragged", "ones"), all_options=all_options
-        )
-    yield (
-        "rows 256",
-        Expect(wide_loads=True),
-        lambda: op(
-            "bn_finalize", vector(256, 256).double(), vector(256, 256), vector(256), *(vector(256),) * 4, 0.1, 1e-5
-        ),
-    )
-    yield "rows 256", Expect(wide_loads=True), lambda: op("reduce_rows", vector(256, 256))
+        vectors, every = size not in ("ragged", "ones"), size == "even" and not quick
+        yield from _family(Operands(META, dtype, nhwc), *sizes[size], label, vectors=vectors, every=every)
+    rows = vector(256, 256)
+    finalize = (rows.double(), rows, vector(256), *(vector(256),) * 4, 0.1, 1e-5)
+    yield "rows 256", Expect(wide_loads=True), functools.partial(op, "bn_finalize", *finalize)
+    yield "rows 256", Expect(wide_loads=True), functools.partial(op, "reduce_rows", rows)
     weight = activation((256, 256, 3, 3), torch.bfloat16, True)
     for flip in (False,) if quick else (False, True):
         yield f"bf16 flip={flip}", Expect(wide_stores=True), functools.partial(op, "pack_weight", weight, flip)
 
 
 def _family(
-    dtype: torch.dtype,
-    nhwc: bool,
-    block: tuple[int, ...],
-    stem: tuple[int, ...],
-    label: str,
-    *,
-    vectors: bool,
-    all_options: bool,
+    make: Operands, block: tuple[int, ...], stem: tuple[int, ...], label: str, *, vectors: bool, every: bool
 ) -> Iterator[Case]:
-    wide = math.prod(block) > 2**31
-    both = Expect(wide_loads=vectors, wide_stores=vectors, index64=wide)
-    loads = replace(both, wide_stores=False)
-    x, c = activation(block, dtype, nhwc), vector(block[1])
-    mask = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8, device="meta")
-    rows = 256
-
-    def case(expect: Expect, what: str, name: str, *args: Any) -> Case:
-        return f"{label} {what}".strip(), expect, functools.partial(op, name, *args)
-
-    yield case(loads, "", "bn_stats", x, rows)
-    residuals = {"": (None, None, None), "+ residual": (x, None, None), "+ affine residual": (x, c, c)}
-    for (what, residual), (relu, with_mask) in itertools.product(
-        residuals.items(), ((False, False), (True, False), (True, True))
-    ):
-        if all_options or (residual[1] is not None and with_mask):
-            yield case(both, f"{what} relu={relu} mask={with_mask}", "bn_apply", x, c, c, *residual, relu, with_mask)
-    for what, bits, relu in (("", None, False), ("recomputed mask", None, True), ("mask", mask, True)):
-        if not all_options and bits is None:
+    """Every op of activations that is no convolution, in every variant of its sample arguments or in that which asks
+    most of a kernel.
+    """
+    for record in OPS.values():
+        if record.flops is not None or record.args._fields[0] not in ("x", "dy"):
             continue
-        yield case(loads, what, "bn_backward_reduce", x, x, bits, c, c, c, c, relu, rows)
-        for sums, dresidual in itertools.product(((c, c), (None, None)), (True, False)):
-            if all_options or (sums[0] is not None and dresidual):
-                more = f"{what} sums={sums[0] is not None} dresidual={dresidual}"
-                yield case(both, more, "bn_backward_apply", x, x, bits, c, c, c, c, *sums, 2.0, relu, dresidual)
-    large = x.numel() > 1
-    flat = replace(both, wide_loads=large, wide_stores=large)
-    yield case(flat, "", "add_act", x, x, True)
-    yield case(flat, "", "add_act_backward", x, x)
-    # The pool strides through x, so in NCHW order it has no vectors to read.
-    pooled = replace(both, wide_loads=vectors and nhwc, wide_stores=vectors and nhwc)
-    x, c = activation(stem, dtype, nhwc), vector(stem[1])
-    half = (*stem[:2], (stem[2] - 1) // 2 + 1, (stem[3] - 1) // 2 + 1)
-    dy, index = activation(half, dtype, nhwc), activation(half, torch.uint8, nhwc)
-    yield case(pooled, "", "bn_act_max_pool", x, c, c)
-    yield case(
-        replace(pooled, wide_stores=False), "", "bn_act_max_pool_backward_reduce", dy, index, x, c, c, c, c, rows
-    )
-    yield case(pooled, "", "bn_act_max_pool_backward_apply", dy, index, x, c, c, c, c, c, c, 2.0)
+        pools = "max_pool" in record.name
+        rows = {"rows": 256} if "rows" in record.args._fields else {}
+        variants = list(record.variants())
+        for variant in variants if every else variants[-1:]:
+            args = record.case(make, stem if pools else block, **variant, **rows)
+            tensors = [t for t in args if isinstance(t, Tensor)]
+            elementwise = not rows and all(t.dim() == 4 for t in tensors)
+            # The pool strides through x, so in NCHW order it has no vectors to read.
+            wide = tensors[0].numel() > 1 if elementwise else vectors and (make.nhwc or not pools)
+            stores = any(t.dim() == 4 for t in record.written(args))
+            large = math.prod(block) > 2**31
+            expect = Expect(wide_loads=wide, wide_stores=wide and stores, index64=large)
+            what = " ".join([label, *(f"{name}={value}" for name, value in variant.items() if value != "")])
+            yield what, expect, functools.partial(op, record.name, *args)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from resnet_fused.dispatch.conv import ConvConfig, conv_dgrad_configurations, conv_fprop_configurations
-from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_dgrad_configurations, conv_fprop_configurations
+from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
 
 
 def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
@@ -90,6 +91,12 @@ def _training_cases(dtype: torch.dtype, tf32: bool, arch: int, quick: bool) -> I
             yield _dgrad(dtype, tf32, configs[-1], prologue, "batch norm", 64, 3, 1, batch=16384)
 
 
+def _shape(batch: int, channels: int, outputs: int, filter_size: int, stride: int) -> ConvShape:
+    """Of an image [batch, channels, 56, 56]."""
+    square = (filter_size, filter_size)
+    return ConvShape(batch, channels, 56, 56, outputs, *square, (stride, stride), (filter_size // 2, filter_size // 2))
+
+
 def _statistics(
     dtype: torch.dtype,
     tf32: bool,
@@ -101,18 +108,15 @@ def _statistics(
     batch: int = 64,
 ) -> Case:
     """A convolution of [batch, channels, 56, 56] to 256 channels, with a row of statistics for every tile."""
-    pad, out = filter_size // 2, 56 // stride
-    x = activation((batch, channels, 56, 56), dtype, True)
-    weight = activation((256, channels, filter_size, filter_size), dtype, True)
-    maps = (vector(channels), vector(channels)) if prologue else (None, None)
-    tiles = -(-batch * out * out // config.block_m)
-    args = (x, weight, *maps, [stride] * 2, [pad] * 2, [1, 1], 1, tiles, config)
+    shape = _shape(batch, channels, 256, filter_size, stride)
+    tiles = -(-batch * shape.p * shape.q // config.block_m)
+    args = (*sample("conv_fprop_stats", dtype, shape, prologue=prologue, rows=tiles), config)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
         copies=tensor_cores and not config.flat,
         wide_stores=True,
-        index64=batch * 256 * out * out > 2**31,
+        index64=math.prod(shape.output) > 2**31,
     )
     return _case("conv_fprop_stats", args, expect, dtype, tf32, config, channels, filter_size, stride, prologue, "")
 
@@ -129,39 +133,18 @@ def _dgrad(
     batch: int = 64,
 ) -> Case:
     """The gradient of [batch, 256, 56, 56] from `outputs` channels."""
-    pad, out = filter_size // 2, 56 // stride
-    dy = activation((batch, outputs, out, out), dtype, True)
-    weight = activation((outputs, 256, filter_size, filter_size), dtype, True)
-    image = activation((batch, 256, 56, 56), dtype, True)
-    before = (dy, vector(3, outputs)) if prologue else (None, None)
-    mask = torch.empty((image.numel() + 7) // 8, dtype=torch.uint8, device="meta")
-    after = {
-        "": (None,) * 7,
-        "residual": (image, *(None,) * 6),
-        "masked residual": (image, mask, *(None,) * 5),
-        "batch norm": (None, None, image, *(vector(256) for _ in range(4))),
-        "join": (image, mask, image, mask, vector(256), vector(256), *(None,) * 3),
-        "join behind a projection": (
-            image,
-            mask,
-            image,
-            mask,
-            vector(256),
-            vector(256),
-            image,
-            vector(256),
-            vector(256),
-        ),
-    }[epilogue]
-    name = "conv_dgrad_join" if "join" in epilogue else "conv_dgrad"
-    args = (dy, weight, *before, *after, [56, 56], [stride] * 2, [pad] * 2, [1, 1], 1, config)
+    shape, name = _shape(batch, 256, outputs, filter_size, stride), "conv_dgrad"
+    options: dict[str, Any] = {"epilogue": epilogue}
+    if "join" in epilogue:
+        name, options = "conv_dgrad_join", {"epilogue": "masked residual", "projection": "projection" in epilogue}
+    args = (*sample(name, dtype, shape, prologue=prologue, **options), config)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
         copies=tensor_cores,
         wide_loads=epilogue != "",
         wide_stores=True,
-        index64=image.numel() > 2**31,
+        index64=math.prod(shape.image) > 2**31,
     )
     return _case(name, args, expect, dtype, tf32, config, outputs, filter_size, stride, prologue, epilogue)
 
@@ -207,18 +190,17 @@ def _conv(
     batch: int = 64,
 ) -> Case:
     """A convolution of [batch, channels, 56, 56] to 256 channels; with `epilogue`, the whole of it."""
-    pad, out = filter_size // 2, (56 + 2 * (filter_size // 2) - filter_size) // stride + 1
-    x = activation((batch, channels, 56, 56), dtype, True)
-    weight = activation((256, channels, filter_size, filter_size), dtype, True)
-    affine = (vector(256), vector(256), activation((batch, 256, out, out), dtype, True))
-    args = (x, weight, *(affine if epilogue else (None, None, None)), [stride] * 2, [pad] * 2, [1, 1], 1, epilogue)
+    shape = _shape(batch, channels, 256, filter_size, stride)
+    args = sample("conv_fprop", dtype, shape, scaled=epilogue, residual=epilogue, relu=epilogue)
+    if not epilogue:
+        args = args._replace(shift=None)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
         copies=tensor_cores and not config.flat,
         wide_loads=epilogue,
         wide_stores=True,
-        index64=batch * 256 * out * out > 2**31,
+        index64=math.prod(shape.output) > 2**31,
     )
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
     what = f"{'tf32' if tf32 else TYPES[dtype]} {tile} c{channels} {filter_size}x{filter_size}"

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.ops import OPS
+from resnet_fused.ops.operands import Operands
+
 TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -54,7 +57,12 @@ def tf32_switch(allowed: bool) -> Iterator[None]:
         torch.backends.cudnn.conv.fp32_precision = before  # type: ignore[attr-defined]
 
 
-def op(name: str, *args: Any) -> object:
-    from resnet_fused.kernels import OPS
+def sample(name: str, dtype: torch.dtype, shape: Any, **options: Any) -> Any:
+    """Sample arguments of an op, without memory, in NHWC order."""
+    return OPS[name].case(Operands(torch.device("meta"), dtype), shape, **options)
 
-    return OPS[name](*args)
+
+def op(name: str, *args: Any) -> object:
+    from resnet_fused.kernels import LAUNCHERS
+
+    return LAUNCHERS[name](*args)

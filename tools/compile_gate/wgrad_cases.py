@@ -6,15 +6,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import conv_chain_configurations, conv_join_configurations
 from resnet_fused.dispatch.conv_wgrad import conv_wgrad_configurations
-from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, tf32_switch, vector
+from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
 
 _PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
 # Prologues of x and of dy.
@@ -91,20 +92,15 @@ def _wgrad(
     channels = (32 if aligned else 3) if config.flat else (256 if aligned else 67)
     outputs = 256 if aligned else 61
     filter_size, stride = (7, 2) if config.flat and not aligned else (1 if pointwise else 3, 1)
-    out = (size - 1) // stride + 1
-    x, dy = _nhwc(dtype, batch, channels, size, size), _nhwc(dtype, batch, outputs, out, out)
+    filter, strides, pad = (filter_size, filter_size), (stride, stride), (filter_size // 2, filter_size // 2)
+    shape = ConvShape(batch, channels, size, size, outputs, *filter, strides, pad)
+    args = sample("conv_wgrad", dtype, shape, x_prologue=x_prologue, dy_prologue=dy_prologue)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
         copies=tensor_cores and aligned,
         wide_stores=aligned,
-        index64=dy.numel() > 2**31,
-    )
-    args = (
-        *(dy, x),
-        *((dy, vector(3, outputs)) if dy_prologue else (None, None)),
-        *((vector(channels),) * 2 if x_prologue else (None, None)),
-        *([filter_size] * 2, [stride] * 2, [filter_size // 2] * 2, [1, 1], 1),
+        index64=math.prod(shape.output) > 2**31,
     )
 
     def run() -> object:
@@ -155,14 +151,13 @@ def _chain(
 
 
 def _join(dtype: torch.dtype, tf32: bool, config: ConvConfig, channels: int, shortcut_channels: int) -> Case:
-    x, shortcut = _nhwc(dtype, 64, channels, 28, 28), _nhwc(dtype, 64, shortcut_channels, 56, 56)
-    weights = (_nhwc(dtype, 512, inputs, 1, 1) for inputs in (channels, shortcut_channels))
-    weight, shortcut_weight = weights
+    shape = ConvShape(64, channels, 28, 28, 512, 1, 1)
+    args = sample("conv_join", dtype, shape, shortcut_channels=shortcut_channels, shortcut_stride=2)
     tensor_cores = dtype != torch.float32 or tf32
 
     def run() -> object:
         with tf32_switch(tf32):
-            return op("conv_join", x, weight, shortcut, shortcut_weight, vector(512), [2, 2], True, config)
+            return op("conv_join", *args, config)
 
     label = _label(dtype, tf32, config, f"c{channels}+{shortcut_channels}")
     return label, Expect(matrix=tensor_cores, copies=tensor_cores, wide_stores=True), run

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.experimental import KERNELS, refuse_shape, tiling
-from resnet_fused.kernels._launch import INTERPRETED, compute_capability, refuse_device
-from resnet_fused.kernels._operands import empty_nhwc
+from resnet_fused.kernels._launch import INTERPRETED, compute_capability, empty_nhwc, refuse_device
 
 _MODULES = {
     "tma_gemm": "tma",

@@ -1,4 +1,4 @@
-"""Which tensors the kernels take, and the one place that says in what order a tensor lies in memory.
+"""Which tensors the Triton kernels take: what the records' `refuse` are made of.
 
 A dimension of size 1 may carry any stride and says nothing of the order: an activation of one channel or one pixel is
 NCHW and NHWC at once. The memory-bound kernels take either order, alike in all activations of a call, and return it.
@@ -10,21 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fused.kernels._launch import DTYPES, name_of, refuse_device
+from resnet_fused.dispatch.conv import DTYPES
+from resnet_fused.ops.arithmetic import is_nhwc
 
 
-def is_nhwc(x: Tensor) -> bool:
-    """Whether `x` fills its memory in the order (n, h, w, c); it may fill it in the order (n, c, h, w) too."""
-    return x.is_contiguous(memory_format=torch.channels_last)
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_dtype(dtype: torch.dtype) -> str | None:
+    """Why no kernel takes data of this dtype, or None."""
+    return None if dtype in DTYPES else f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(dtype)}"
 
 
 def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
     """Why `x`, and the activations that must agree with it in all but values, cannot be processed, or None."""
-    reason = refuse_device(x.device)
+    reason = refuse_dtype(x.dtype)
     if reason is not None:
         return reason
-    if x.dtype not in DTYPES:
-        return f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(x.dtype)}"
     if x.dim() != 4:
         return f"activations are 4-D [N, C, H, W], got {x.dim()}-D"
     if not (x.is_contiguous() or is_nhwc(x)):
@@ -71,22 +74,17 @@ def refuse_half(**pair: Tensor | None) -> str | None:
     return None
 
 
-def refuse_bits(like: Tensor, **masks: Tensor | None) -> str | None:
-    """Why bit masks are not of the elements of `like`, or None."""
-    size = (like.numel() + 7) // 8
+def refuse_bits(elements: int, device: torch.device, **masks: Tensor | None) -> str | None:
+    """Why bit masks are not of so many elements, or None."""
+    size = (elements + 7) // 8
     for name, mask in masks.items():
         if mask is None:
             continue
-        fits = mask.shape == (size,) and mask.dtype == torch.uint8 and mask.device == like.device
+        fits = mask.shape == (size,) and mask.dtype == torch.uint8 and mask.device == device
         if not fits or not mask.is_contiguous():
             got = f"{name_of(mask.dtype)} {list(mask.shape)} with strides {list(mask.stride())} on {mask.device}"
-            return f"{name} must be contiguous uint8 [{size}] on {like.device}, got {got}"
+            return f"{name} must be contiguous uint8 [{size}] on {device}, got {got}"
     return None
-
-
-def empty_nhwc(like: Tensor, *size: int) -> Tensor:
-    """An activation of this size, of the dtype and on the device of `like`: what every convolution here returns."""
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def refuse_nhwc(x: Tensor) -> str | None:
@@ -112,6 +110,13 @@ def refuse_operands(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
+def refuse_groups(weight: Tensor, inputs: int, groups: int) -> str | None:
+    """Why a weight does not fit a number of input channels, or None."""
+    if groups < 1 or weight.shape[0] % groups or inputs != weight.shape[1] * groups:
+        return f"groups={groups} and weight {tuple(weight.shape)} do not fit {inputs} input channels"
+    return None
+
+
 def refuse_like(like: Tensor, shape: tuple[int, ...], **others: Tensor | None) -> str | None:
     """Why further activations are not of this shape, the dtype and device of `like`, and NHWC order, or None."""
     for name, other in others.items():
@@ -124,8 +129,10 @@ def refuse_like(like: Tensor, shape: tuple[int, ...], **others: Tensor | None) -
     return None
 
 
-def refuse_coefficients(coefficients: Tensor, outputs: int, device: torch.device) -> str | None:
+def refuse_coefficients(coefficients: Tensor | None, outputs: int, device: torch.device) -> str | None:
     """Why these are not the coefficients of a batch norm's backward over so many channels, or None."""
+    if coefficients is None:
+        return None
     if (
         tuple(coefficients.shape) != (3, outputs)
         or coefficients.dtype != torch.float32
