@@ -35,20 +35,14 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
         if not quick or dtype == torch.bfloat16:
             yield from _training_cases(dtype, tf32, arch, quick)
     yield "tf32 depthwise ones", Expect(matrix=True), _depthwise
-    for name in ("conv_fprop_stats", "conv_dgrad"):
-        yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(_ones, name)
+    # One image of one pixel, one unit of channels: arguments that triton turns into constants.
+    one: tuple[tuple[str, dict[str, Any]], ...]
+    one = (("conv_fprop_stats", {"rows": 1}), ("conv_dgrad", {"epilogue": "batch norm"}))
+    for name, options in one:
+        args = sample(name, torch.bfloat16, ConvShape(1, 8, 1, 1, 8, 3, 3, padding=(1, 1)), prologue=True, **options)
+        yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(op, name, *args)
     merge = functools.partial(_merge, 6272, 256, 256)
     yield "6272 tiles to 256", Expect(wide_loads=True), merge
-
-
-def _ones(name: str) -> object:
-    """One image of one pixel, one unit of channels: arguments that triton turns into constants."""
-    x, weight = activation((1, 8, 1, 1), torch.bfloat16, True), activation((8, 8, 3, 3), torch.bfloat16, True)
-    steps = ([1, 1], [1, 1], [1, 1], 1)
-    if name == "conv_fprop_stats":
-        return op(name, x, weight, vector(8), vector(8), *steps, 1)
-    norm = (vector(8) for _ in range(4))
-    return op(name, x, weight, x, vector(3, 8), None, None, x, *norm, [1, 1], *steps)
 
 
 def _merge(tiles: int, channels: int, rows: int) -> object:

@@ -10,12 +10,11 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import conv_chain_configurations, conv_join_configurations
 from resnet_fused.dispatch.conv_wgrad import conv_wgrad_configurations
-from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
+from tools.compile_gate.expect import TYPES, Case, Expect, op, sample, tf32_switch, vector
 
 _PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
 # Prologues of x and of dy.
@@ -65,10 +64,6 @@ def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
         yield from _chain_ones()
 
 
-def _nhwc(dtype: torch.dtype, *shape: int) -> Tensor:
-    return activation(shape, dtype, True)
-
-
 def _label(dtype: torch.dtype, tf32: bool, config: ConvConfig, *more: str) -> str:
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
     return " ".join([f"{'tf32' if tf32 else TYPES[dtype]} {tile}", *filter(None, more)])
@@ -116,38 +111,32 @@ def _wgrad(
 def _wgrad_ones() -> Iterator[Case]:
     """Sizes of 1, which triton turns into constants: of the image, of the channels, of the vectors in them."""
     for flat, channels, filter_size in ((False, 1, 1), (False, 8, 3), (True, 1, 3)):
-        x, affine = _nhwc(torch.bfloat16, 1, channels, 1, 1), (vector(channels),) * 2
-        geometry = ([filter_size] * 2, [1, 1], [filter_size // 2] * 2, [1, 1], 1)
-        config = ConvConfig(64, 16, 32, 4, 2, flat)
-        args = (x, x, x, vector(3, channels), *affine, *geometry, config)
+        pad = (filter_size // 2, filter_size // 2)
+        shape = ConvShape(1, channels, 1, 1, channels, filter_size, filter_size, padding=pad)
+        args = sample("conv_wgrad", torch.bfloat16, shape, x_prologue=True, dy_prologue=True)
         label = f"ones c{channels} {filter_size}x{filter_size}"
-        yield label, Expect(matrix=True), functools.partial(op, "conv_wgrad", *args)
+        yield label, Expect(matrix=True), functools.partial(op, "conv_wgrad", *args, ConvConfig(64, 16, 32, 4, 2, flat))
 
 
 def _chain_ones() -> Iterator[Case]:
     config = ConvConfig(64, 32, 32, 4, 2)
-    x, one, v = _nhwc(torch.bfloat16, 1, 8, 1, 1), _nhwc(torch.bfloat16, 1, 1, 1, 1), vector(8)
-    filters, pointwise = _nhwc(torch.bfloat16, 8, 8, 3, 3), _nhwc(torch.bfloat16, 8, 8, 1, 1)
-    args = (filters, v, v, pointwise, v, v, x, pointwise, v, v)
-    expect = Expect(matrix=True)
-    yield "ones", expect, functools.partial(op, "conv_chain", x, *args, [1, 1], [1, 1], [1, 1], config)
-    yield "ones", expect, functools.partial(op, "conv_join", one, one, one, one, vector(1), [1, 1], True, config)
+    shape, v = ConvShape(1, 8, 1, 1, 8, 3, 3, padding=(1, 1)), vector(8)
+    chain = sample("conv_chain", torch.bfloat16, shape, outputs=8, following=8)._replace(scale2=v, scale3=v, scale1=v)
+    join = sample("conv_join", torch.bfloat16, ConvShape(1, 1, 1, 1, 1, 1, 1))
+    for name, args in (("conv_chain", chain), ("conv_join", join)):
+        yield "ones", Expect(matrix=True), functools.partial(op, name, *args, config)
 
 
 def _chain(
     dtype: torch.dtype, config: ConvConfig, inner: int, outputs: int, following: int | None, batch: int = 64
 ) -> Case:
-    pixels = (batch, 56, 56)
-    x, residual = (_nhwc(dtype, batch, channels, *pixels[1:]) for channels in (inner, outputs))
-    weight2, weight3 = _nhwc(dtype, inner, inner, 3, 3), _nhwc(dtype, outputs, inner, 1, 1)
-    head: tuple[Tensor | None, ...] = (None, None, None)
-    if following is not None:
-        head = (_nhwc(dtype, following, outputs, 1, 1), vector(following), vector(following))
-    tail = (weight2, *(vector(inner),) * 2, weight3, *(vector(outputs),) * 2, residual)
-    wide = residual.numel() > 2**31
+    shape = ConvShape(batch, inner, 56, 56, inner, 3, 3, padding=(1, 1))
+    args = sample("conv_chain", dtype, shape, outputs=outputs, following=following or 0)
+    args = args._replace(scale2=args.shift2, scale3=args.shift3, scale1=args.shift1)
+    wide = args.residual.numel() > 2**31
     label = _label(dtype, False, config, f"c{inner} {outputs} {following or '-'}", "wide" * wide)
     expect = Expect(matrix=True, copies=True, wide_stores=True, index64=wide)
-    return label, expect, functools.partial(op, "conv_chain", x, *tail, *head, [1, 1], [1, 1], [1, 1], config)
+    return label, expect, functools.partial(op, "conv_chain", *args, config)
 
 
 def _join(dtype: torch.dtype, tf32: bool, config: ConvConfig, channels: int, shortcut_channels: int) -> Case:
