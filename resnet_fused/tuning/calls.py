@@ -87,9 +87,8 @@ def make_benchmark_fn(
         if op == "conv_dgrad":
             operands = _dense_residual(operands)
         return functools.partial(_UNFUSED[op], passes, operands)
-    if choice.backend == "aten" and op in ("conv_chain", "conv_join"):
-        sequence = (conv_chain if op == "conv_chain" else conv_join).sequence
-        return functools.partial(sequence, operands, functools.partial(_conv, fprop))
+    if choice.backend == "aten" and op in _SEQUENCES:
+        return functools.partial(_SEQUENCES[op], operands, functools.partial(_conv, fprop))
     return functools.partial(caller(op, choice), *operands)
 
 
@@ -130,8 +129,7 @@ def _dense_residual(a: conv_dgrad.Args) -> conv_dgrad.Args:
 def _dgrad(passes: str, a: conv_dgrad.Args) -> object:
     if a.residual is not None:  # which the pass before then writes, beside the gradient
         torch.zeros_like(a.residual)
-    alone = a._replace(x=None, scale=None, shift=None, mean=None, invstd=None)
-    dx = conv_dgrad.native(alone).dx
+    dx = conv_dgrad.native(a._replace(x=None, scale=None, shift=None, mean=None, invstd=None)).dx
     if a.x is None:
         return dx
     vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
@@ -148,6 +146,9 @@ _UNFUSED: dict[str, Callable[..., object]] = {
     "conv_dgrad": _dgrad,
     "conv_wgrad": _wgrad,
 }
+
+
+_SEQUENCES: dict[str, Callable[..., object]] = {"conv_chain": conv_chain.sequence, "conv_join": conv_join.sequence}
 
 
 def _conv(fprop: Backends, a: conv_fprop.Args) -> Tensor:
