@@ -7,7 +7,7 @@ import triton.language as tl
 
 from resnet_fused.kernels._tile import passes_bit, sum_lanes, to_fp32
 
-JOIN_TILE = 512  # elements of a step of `join_sums` for each warp: 16 a thread, so that they fit beside three sums
+SUM_TILE = 512  # elements of a step of `written_sums` for each warp: 16 a thread, so that they fit beside three sums
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def image_pixel(row, class_h, class_w, i, j, H, W, stride_h, stride_w):
 
 
 @triton.jit
-def join_sums(
+def written_sums(
     dx,
     x,
     mask,
@@ -51,10 +51,10 @@ def join_sums(
     ROWS: tl.constexpr,
 ):
     """sum(dz), sum(dz * (x - mean)) and sum(dz * (shortcut - shortcut_mean)) over a tile of pixels from `first` on, dz
-    = mask ? dx : 0.
+    = dx, with a mask where it is set and else 0.
 
     What the program itself has written to dx is read again, out of a cache and a few rows at a time: all operands at
-    once, beside the accumulator, are more than there are registers.
+    once, beside the accumulator, are more than there are registers, and on sm_90 ptxas would wait for every wgmma.
     """
     tl.debug_barrier()  # dx was written by other threads
     channel_mean = tl.load(mean + channel, mask=stored, other=0.0)[None, :]
@@ -69,7 +69,8 @@ def join_sums(
         offset = pixel[:, None] * C + channel[None, :]
         valid = (row < M)[:, None] & stored[None, :]
         dz = to_fp32(tl.load(dx + offset, mask=valid, other=0.0))
-        dz = tl.where(passes_bit(mask, offset, valid), dz, 0.0)
+        if mask is not None:
+            dz = tl.where(passes_bit(mask, offset, valid), dz, 0.0)
         value = to_fp32(tl.load(x + offset, mask=valid, other=0.0))
         total += dz
         total_x = tl.fma(dz, tl.where(valid, value - channel_mean, 0.0), total_x)

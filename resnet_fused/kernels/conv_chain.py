@@ -124,7 +124,9 @@ def _conv_chain_kernel(
         acc = tl.where((inner < C2)[None, :], acc, 0.0)
     a = round_to(acc, x.dtype.element_ty).to(DOT_DTYPE)
 
-    following_acc = tl.zeros((BLOCK_M, NEXT), tl.float32)
+    # Bits between two rounds: a product that only the next round's product reads would be left running, and on sm_90
+    # ptxas, which cannot set the other accumulator to zero meanwhile, would wait for every wgmma of the kernel.
+    following_bits = tl.zeros((BLOCK_M, NEXT), tl.int32)
     head = tl.arange(0, NEXT)
     for start in range(0, K, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -147,9 +149,11 @@ def _conv_chain_kernel(
         if weight1 is not None:
             w_tile = weight1 + ((head * K)[None, :] + n[:, None])
             right = tl.load(w_tile, mask=(head < C1)[None, :] & n_exists[:, None], other=0.0)
+            following_acc = following_bits.to(tl.float32, bitcast=True)
             following_acc = tl.dot(rounded.to(DOT_DTYPE), right.to(DOT_DTYPE), following_acc)
+            following_bits = following_acc.to(tl.int32, bitcast=True)
     if weight1 is not None:
-        value = relu(_normalised(following_acc, scale1, shift1, head, head < C1))
+        value = relu(_normalised(following_bits.to(tl.float32, bitcast=True), scale1, shift1, head, head < C1))
         place = m[:, None] * C1 + head[None, :]
         stored = pixel_exists & (head < C1)[None, :]
         tl.store(following + place, round_to(value, following.dtype.element_ty), mask=stored)

@@ -18,9 +18,9 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._dgrad import JOIN_TILE, class_pixel, join_sums
+from resnet_fused.kernels._dgrad import SUM_TILE, class_pixel, written_sums
 from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
-from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
 
@@ -72,7 +72,7 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    JOIN_ROWS: tl.constexpr,  # with a mask: pixels of a step of the reduction
+    SUM_ROWS: tl.constexpr,  # pixels of a step of the sums
 ):
     """dx[n, h, w, c] = sum over (r, s, k) of g[n, p, q, k] * weight[k, r, s, c] where h + pad = p * stride + r *
     dilation, likewise w; g = dy, or round(a * dy + b * dy_x + c) inside the image and zero outside.
@@ -174,21 +174,12 @@ def _conv_dgrad_kernel(
         channel_scale = tl.load(scale + channel, mask=stored, other=0.0)[None, :]
         channel_shift = tl.load(shift + channel, mask=stored, other=0.0)[None, :]
         acc = tl.where(passes_relu(value, channel_scale, channel_shift) & out_mask, acc, 0.0)
-    rounded = round_to(acc, dx.dtype.element_ty)
-    tl.store(dx + out, rounded, mask=out_mask)
+    tl.store(dx + out, round_to(acc, dx.dtype.element_ty), mask=out_mask)
 
-    if x is not None and mask is None:
-        dz = to_fp32(rounded)
-        channel_mean = tl.load(mean + channel, mask=stored, other=0.0)
-        channel_invstd = tl.load(invstd + channel, mask=stored, other=0.0)
-        centred = tl.where(out_mask, to_fp32(value) - channel_mean[None, :], 0.0)
-        partial = tile.to(INDEX) * C + channel
-        tl.store(sum_dx + partial, sum_lanes(dz), mask=stored)
-        tl.store(sum_dx_xhat + partial, sum_lanes(dz * centred) * channel_invstd, mask=stored)
-    if mask is not None:
+    if x is not None:
         place = (first, M, class_h, class_w, i, j, H, W, stride_h, stride_w, C, channel, stored)
-        total, total_x, total_shortcut = join_sums(
-            dx, x, mask, mean, shortcut, shortcut_mean, *place, BLOCK_M, BLOCK_N, JOIN_ROWS
+        total, total_x, total_shortcut = written_sums(
+            dx, x, mask, mean, shortcut, shortcut_mean, *place, BLOCK_M, BLOCK_N, SUM_ROWS
         )
         partial = tile.to(INDEX) * C + channel
         tl.store(sum_dx + partial, total, mask=stored)
@@ -323,7 +314,7 @@ def run(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        JOIN_ROWS=min(config.block_m, JOIN_TILE * config.num_warps // config.block_n),
+        SUM_ROWS=min(config.block_m, SUM_TILE * config.num_warps // config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,

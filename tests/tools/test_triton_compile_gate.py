@@ -59,6 +59,41 @@ def test_a_kernel_that_is_not_what_it_should_be_fails(expected, problems):
     assert EXPECTED[expected] in problems[expected]
 
 
+SERIALISED = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def kernel(x, y, K, DEFINED: tl.constexpr):
+    i = tl.arange(0, 64)
+    tile = i[:, None] * 64 + i[None, :]
+    first, acc = (tl.load(x + tile) * 2.0).to(tl.bfloat16), tl.zeros((64, 64), tl.float32)
+    for k in range(0, K, 64):
+        left = first
+        if DEFINED:  # its accumulator is set to zero while the other product of the round before runs
+            left = (tl.dot(first, tl.load(x + k * 64 + tile)) + 1.0).to(tl.bfloat16)
+        acc = tl.dot(left, tl.load(x + (K + k) * 64 + tile), acc)
+    tl.store(y + tile, acc)
+"""
+
+
+def test_products_that_wait_for_one_another_fail(tmp_path):
+    (tmp_path / "serialised.py").write_text(SERIALISED)
+    script = f"""
+import os, sys
+del os.environ["TRITON_INTERPRET"]
+sys.path.append({str(tmp_path)!r})
+from tools.compile_gate import triton_gate as gate
+signature = (("x", "*bf16"), ("y", "*fp32"), ("K", "i32"), ("DEFINED", "constexpr"))
+for defined in (False, True):
+    args = ("x", "serialised", "kernel", 90, signature, ((3, defined),), (0, 1, 2), (("num_warps", 4),))
+    print(gate.compile_job(gate.Job(*args, gate.Expect(matrix=True))).problems)
+"""
+    done = _run(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]", "['serialised wgmma']"]
+
+
 @pytest.mark.parametrize("kernel, arch", [("wgmma_conv", "90"), ("tcgen05_conv", "100")])
 def test_the_experimental_kernels_are_what_they_should_be(kernel, arch, tmp_path):
     """And the rows that the documentation is made of say so."""
@@ -91,10 +126,13 @@ SASS = """
 def test_issue_over_mma_counts_the_innermost_loop_with_matrix_instructions():
     assert [len(body) for body in machine_code.loops(SASS)] == [3, 6]
     # 3 instructions x 4 warps / 4 schedulers, over 2 x 4096 FLOP x 4 warps / 2048 FLOP a cycle.
-    assert machine_code._issue_per_mma(SASS, "", 80, 4, False) == pytest.approx(3 / 16)
-    assert machine_code._issue_per_mma(SASS, "wgmma tf32", 80, 4, False) == pytest.approx(3 / 32)
-    assert machine_code._issue_per_mma(SASS.replace("HMMA", "IMAD"), "", 80, 4, False) is None
-    wgmma = SASS.replace("HMMA.16816", "HGMMA.64x128x16")
+    loop = machine_code.main_loop(SASS)
+    assert len(loop) == 3
+    assert machine_code._issue_per_mma(loop, "", 80, 4, False) == pytest.approx(3 / 16)
+    assert machine_code._issue_per_mma(loop, "wgmma tf32", 80, 4, False) == pytest.approx(3 / 32)
+    assert machine_code.main_loop(SASS.replace("HMMA", "IMAD")) == []
+    assert machine_code._issue_per_mma([], "", 80, 4, False) is None
+    wgmma = machine_code.main_loop(SASS.replace("HMMA.16816", "HGMMA.64x128x16"))
     assert machine_code._issue_per_mma(wgmma, "", 90, 8, False) == pytest.approx((3 * 2) / (2 * 2 * 2**18 / 4096))
 
 

@@ -30,6 +30,7 @@ class MachineCode:
     stores: int = 0
     wide_stores: int = 0
     index64: bool = False  # some pointer is offset by 64 bits
+    loop: int = 0  # instructions of the main loop
     issue_per_mma: float | None = None
 
 
@@ -49,6 +50,7 @@ def read(asm: Any, arch: int, num_warps: int) -> MachineCode:
     assert found is not None, usage
     kinds = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
     specialized = "ttg.warp_specialize" in ttgir
+    loop = main_loop(sass)
     return MachineCode(
         registers=int(found[1]),
         spills=count(r"\b(?:STL|LDL)\b") + int(found[2]) // 4,
@@ -61,7 +63,8 @@ def read(asm: Any, arch: int, num_warps: int) -> MachineCode:
         stores=count("STG"),
         wide_stores=count(r"STG\.E\S*\.128"),
         index64=bool(count(r"tt\.addptr .*xi64>", asm.get("ttir", ttgir))),
-        issue_per_mma=_issue_per_mma(sass, ptx, arch, num_warps, specialized),
+        loop=len(loop),
+        issue_per_mma=_issue_per_mma(loop, ptx, arch, num_warps, specialized),
     )
 
 
@@ -84,24 +87,27 @@ def loops(sass: str) -> list[list[str]]:
     return found
 
 
-def _issue_per_mma(sass: str, ptx: str, arch: int, num_warps: int, specialized: bool) -> float | None:
-    """Issue cycles over tensor core cycles of the shortest loop with matrix instructions; None without such a loop."""
-    matrix = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b\S*")
-    bodies = [body for body in loops(sass) if any(matrix.search(line) for line in body)]
-    if not bodies:
-        return None
-    body = min(bodies, key=len)
+_MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b\S*")
+
+
+def main_loop(sass: str) -> list[str]:
+    """The shortest loop with matrix instructions."""
+    return min((body for body in loops(sass) if any(map(_MATRIX.search, body))), key=len, default=[])
+
+
+def _issue_per_mma(loop: list[str], ptx: str, arch: int, num_warps: int, specialized: bool) -> float | None:
+    """Issue cycles over tensor core cycles of the main loop; None without one."""
     peak = FLOP_PER_CYCLE[arch] / (2 if "tf32" in ptx else 1)
     flop = 0.0
-    for line in body:
-        found = matrix.search(line)
+    for line in loop:
+        found = _MATRIX.search(line)
         if found is not None:
             flop += _flop(found[0], num_warps, ptx)
     if flop == 0:
         return None
     # A warp-specialised tcgen05 loop is run by the one warp that issues the products.
     warps = 1 if specialized and "tcgen05.mma" in ptx else num_warps
-    return (len(body) * warps / SCHEDULERS) / (flop / peak)
+    return (len(loop) * warps / SCHEDULERS) / (flop / peak)
 
 
 def _flop(instruction: str, num_warps: int, ptx: str) -> float:
