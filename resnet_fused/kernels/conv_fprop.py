@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic, conv_refusal
+from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     activation_tile,
@@ -20,7 +21,7 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._operands import (
     empty_nhwc,
     refuse_half,
@@ -332,7 +333,7 @@ def _planned(
     op: str, x: Tensor, krsc: Tensor, residual: Tensor | None, shape: ConvShape, flags: tuple[str, ...] = ()
 ) -> ConvConfig:
     """The plan's configuration; the heuristic's where these operands do not suit the formulation that was measured."""
-    problem = (shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype))
+    problem = (shape, x.dtype, arch(x.device), uses_tf32(x.dtype))
     config = conv_config(op, *problem, flags)
     if config.kernel == "pointer":
         return config
