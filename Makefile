@@ -106,6 +106,7 @@ properties: library-test
 
 lint: install
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
 types: install
 	$(PY) -m mypy

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 examples/train.py DATA --model timm:resnet50d --amp bf16 --ema 0.9999 --sync-bn
 
 DATA holds `train/<class>/*` and `val/<class>/*`, as torchvision.datasets.ImageFolder reads them. Data pipeline, models,
-optimiser and schedules are torchvision's, timm's and PyTorch's; `resnet_fused.fuse` is the one line that is ours.
+optimiser and schedules are torchvision's, timm's and PyTorch's; ours are two lines, `fuse` and `graphed`.
 
 Every epoch ends with a checkpoint in `--out`. `--resume` goes on behind the last one, with the pictures, in the order
 and with the augmentations that an uninterrupted run would have seen; `--until` stops early. A checkpoint holds plain
@@ -220,7 +220,15 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=options.amp == "fp16")
         if self.scaler.is_enabled():  # the schedule counts the steps that the scaler skips, the first one too
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+        self.step = resnet_fused.graphed(self.compute, self.parallel) if options.graph else self.compute
         self.epoch = 0  # finished ones
+
+    def compute(self, pictures: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, and its gradients."""
+        with self.autocast():
+            loss = F.cross_entropy(self.parallel(pictures), labels, label_smoothing=self.options.smoothing)
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def autocast(self) -> torch.autocast:
         dtype = AMP[self.options.amp]
@@ -238,16 +246,14 @@ class Trainer:
         quiet = self.options.quiet or not self.place.leads or not sys.stdout.isatty()
         for batch in track(self.loaders.train, f"epoch {self.epoch + 1}", transient=True, disable=quiet):
             pictures, labels = self.move(*batch)
-            with self.autocast():
-                loss = F.cross_entropy(self.parallel(pictures), labels, label_smoothing=self.options.smoothing)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            loss = self.step(pictures, labels)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.schedule.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
-            total += torch.stack([loss.detach().double(), torch.ones_like(total[0])])
+            total += torch.stack([loss.double(), torch.ones_like(total[0])])
         self.epoch += 1
         if self.place.world > 1:
             dist.all_reduce(total)
@@ -341,6 +347,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("--model", default="resnet50", help="a torchvision model, or timm:<name> (resnet50)")
     parser.add_argument("--fuse", action=argparse.BooleanOptionalAction, default=True, help="run it fused (yes)")
+    parser.add_argument(
+        "--graph", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, a step as a CUDA graph (yes)"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="where checkpoint.pt is (out/train)")
     parser.add_argument("--resume", action="store_true", help="go on behind the checkpoint in --out")
     parser.add_argument("--epochs", type=int, default=90)

@@ -10,6 +10,7 @@ from resnet_fused.dispatch import use_backend
 from resnet_fused.fusion import FusionReport, fuse, report, unfuse
 from resnet_fused.inference import freeze
 from resnet_fused.info import info
+from resnet_fused.training import graphed
 
 if TYPE_CHECKING:
     from resnet_fused.tuning.tune import tune
@@ -22,6 +23,7 @@ __all__ = [
     "freeze",
     "functional",
     "fuse",
+    "graphed",
     "info",
     "models",
     "nn",

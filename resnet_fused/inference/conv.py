@@ -25,6 +25,7 @@ from resnet_fused.functional.common import (
     operand_reason,
 )
 from resnet_fused.functional.statistics import constant_affine
+from resnet_fused.inference import cudnn
 from resnet_fused.inference.plan import PlannedConv
 from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
@@ -255,7 +256,8 @@ class FrozenConv(Constants):
 
 
 class FoldedConv(FrozenConv):
-    """On PyTorch's own convolution: batch norm folded into the weight and the bias, prepacked for oneDNN on a CPU.
+    """On native PyTorch: batch norm folded into the weight and the bias, prepacked for oneDNN on a CPU; on a GPU cuDNN
+    adds the bias and the residual and applies ReLU where that was tried and found right.
 
     Attributes:
         keeps_order: the result has the memory order of PyTorch's; a prepacked weight makes it NHWC otherwise.
@@ -273,10 +275,28 @@ class FoldedConv(FrozenConv):
             shift = shift.to(aten.bias_dtype(weight.dtype, source.add is not None))
             weight = aten.onednn_pack(weight, *self.geometry, source.example.x.shape)
         self.constant("weight", weight)
-        self.constant("bias", shift)
+        self.constant("bias", shift if self.packed else shift.to(weight.dtype))
+        self._tried: dict[Any, str | None] = {}  # why cuDNN's fused convolution is not to run on these operands
+        example = source.example
+        if self.relu and cudnn.available(weight):
+            residual = example.residual if self.adds else None
+            reason = self._cudnn_refusal(example.x, residual)
+            op = cudnn.name(residual) if reason is None else self.planned.op
+            self.planned = replace(self.planned, op=op, reason=self.planned.reason or reason or "")
+
+    def _cudnn_refusal(self, x: Tensor, residual: Tensor | None) -> str | None:
+        key = (x.shape, x.stride(), None if residual is None else residual.stride(), uses_tf32(x.dtype))
+        if key not in self._tried:
+            if torch.cuda.is_current_stream_capturing():
+                return "it was not tried before the capture"
+            operands = (x, self.weight, self.bias, self.result_shape(x.shape), residual)
+            self._tried[key] = cudnn.refusal(*operands, self.geometry)  # type: ignore[arg-type]
+        return self._tried[key]
 
     def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
         if not self.packed:
+            if relu and cudnn.available(x) and self._cudnn_refusal(x, residual) is None:
+                return cudnn.conv_relu(x, self.weight, self.bias, residual, self.geometry)  # type: ignore[arg-type]
             return aten.conv_fprop(x, self.weight, None, self.bias, residual, *self.geometry, relu)
         relu_apart = relu and keep_nan.get()
         y = aten.onednn_conv(

@@ -45,7 +45,7 @@ def test_add_act(backend, dtype, layout, shape, relu):
 
 @backends
 @dtypes
-@pytest.mark.parametrize("shape", [(1, 5), (7, 3, 2), (40, 64), (3, 16, 9), (300, 1), (5, 2, 600), (0, 4), (4, 0)])
+@pytest.mark.parametrize("shape", [(1, 5), (7, 3, 2), (40, 64), (3, 16, 9), (300, 1), (5, 2, 600), (2049, 3), (0, 4), (4, 0)])
 def test_reduce_rows(backend, dtype, shape):
     partials = torch.randn(shape).to(DEVICE, dtype)
     total = OPS.reduce_rows(partials, backend=backend)
