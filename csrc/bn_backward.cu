@@ -22,8 +22,8 @@ Activation check(const char* op, const Tensor& dy, const Tensor& x, const Option
 template <class T>
 Backward<T> arguments(const Tensor& dy, const Tensor& x, const OptionalTensor& mask, const Tensor& scale,
                       const Tensor& shift, const Tensor& mean, const Tensor& invstd, bool relu) {
-  const Gate gate = !relu ? Gate::kOpen : mask.has_value() ? Gate::kBits : Gate::kRecompute;
-  return {data<T>(dy), data<T>(x), data<uint8_t>(mask), data(scale), data(shift), data(mean), data(invstd), gate};
+  const ReluMask relu_mask = !relu ? ReluMask::kNone : mask.has_value() ? ReluMask::kBits : ReluMask::kRecompute;
+  return {data<T>(dy), data<T>(x), data<uint8_t>(mask), data(scale), data(shift), data(mean), data(invstd), relu_mask};
 }
 
 }  // namespace

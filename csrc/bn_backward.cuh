@@ -1,4 +1,4 @@
-// The backward of batch norm (+ residual) (+ ReLU), with dz = gate ? dy : 0:
+// The backward of batch norm (+ residual) (+ ReLU), with dz = relu mask ? dy : 0:
 //
 //     bn_backward_reduce:  sum_dy = sum(dz)        sum_dy_xhat = sum(dz (x - mean) invstd)
 //     bn_backward_apply:   dx = scale (dz - sum_dy / count - (x - mean) invstd sum_dy_xhat / count)        dresidual =
@@ -14,25 +14,26 @@
 namespace resnet_fused {
 
 // How ReLU's mask is known: not at all, from bits, or from x by the arithmetic of bn_apply.
-enum class Gate : int { kOpen, kBits, kRecompute };
+enum class ReluMask : int { kNone, kBits, kRecompute };
 
 template <class T>
 struct Backward {
   const T *dy, *x;
   const uint8_t* mask;
   const float *scale, *shift, *mean, *invstd;
-  Gate gate;
+  ReluMask relu_mask;
 };
 
-// Zeroes dz[j] where the gate is shut, a true select: a NaN gradient behind a shut gate is dropped.
+// Zeroes dz[j] where ReLU's mask is 0, a true select: there a NaN gradient is dropped.
 template <class T, int V>
-__device__ __forceinline__ void close_gate(float (&dz)[V], Gate gate, unsigned bits, const float (&x)[V],
-                                           const float (&scale)[V], const float (&shift)[V]) {
+__device__ __forceinline__ void apply_relu_mask(float (&dz)[V], ReluMask kind, unsigned bits, const float (&x)[V],
+                                                const float (&scale)[V], const float (&shift)[V]) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const bool open = gate == Gate::kOpen ||
-                      (gate == Gate::kBits ? (bits >> j & 1) != 0 : passes<T>(__fmaf_rn(x[j], scale[j], shift[j])));
-    if (!open) dz[j] = 0.0f;
+    const bool passed = kind == ReluMask::kNone ||
+                        (kind == ReluMask::kBits ? (bits >> j & 1) != 0
+                                                 : passes<T>(__fmaf_rn(x[j], scale[j], shift[j])));
+    if (!passed) dz[j] = 0.0f;
   }
 }
 
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t i = (pixel + u * tiling.lanes) * C + channel;
         dy[u] = Vec<T, V>::load(p.dy + i);
         x[u] = Vec<T, V>::load(p.x + i);
-        bits[u] = p.gate == Gate::kBits ? mask_bits<V>(p.mask, i) : 0;
+        bits[u] = p.relu_mask == ReluMask::kBits ? mask_bits<V>(p.mask, i) : 0;
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
         float dz[V], v[V];
         dy[u].unpack(dz);
         x[u].unpack(v);
-        close_gate<T>(dz, p.gate, bits[u], v, scale, shift);
+        apply_relu_mask<T>(dz, p.relu_mask, bits[u], v, scale, shift);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           sums.first[j] += dz[j];
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t n = plane.quotient(at), i = (n * C + c) * plane.d + (at - n * plane.d);
       dy[u] = Vec<T, V>::load(p.dy + i);
       x[u] = Vec<T, V>::load(p.x + i);
-      bits[u] = p.gate == Gate::kBits ? mask_bits<V>(p.mask, i) : 0;
+      bits[u] = p.relu_mask == ReluMask::kBits ? mask_bits<V>(p.mask, i) : 0;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       float dz[V], v[V];
       dy[u].unpack(dz);
       x[u].unpack(v);
-      close_gate<T>(dz, p.gate, bits[u], v, scale, shift);
+      apply_relu_mask<T>(dz, p.relu_mask, bits[u], v, scale, shift);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
         if (at + j < begin || at + j >= end) continue;
@@ -164,13 +165,13 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kUnroll = kChannels == Channels::kEach ? 1 : kInFlight<T, 8>;
   int64_t octet = walk.first();
   if (octet >= walk.octets) return;
-  const bool batch = sum_dy != nullptr, reads_x = batch || p.gate == Gate::kRecompute;
+  const bool batch = sum_dy != nullptr, reads_x = batch || p.relu_mask == ReluMask::kRecompute;
   float scale[8], shift[8], mean[8], slope[8], offset[8];  // dx = scale dz + slope (x - mean) + offset
   const auto parameters = [&](int64_t o) {
     int64_t c[8];
     walk.template channels_of<kChannels>(o, c);
     gather(scale, p.scale, c, 1.0f);
-    gather(shift, p.gate == Gate::kRecompute ? p.shift : nullptr, c, 0.0f);
+    gather(shift, p.relu_mask == ReluMask::kRecompute ? p.shift : nullptr, c, 0.0f);
     gather(mean, batch ? p.mean : nullptr, c, 0.0f);
     gather(slope, batch ? p.invstd : nullptr, c, 0.0f);
     gather(offset, sum_dy, c, 0.0f);
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kThreads)
         dy[u] = Vec<T, 8>::load(p.dy + 8 * o);
         if (reads_x) x[u] = Vec<T, 8>::load(p.x + 8 * o);
       }
-      bits[u] = p.gate == Gate::kBits ? mask_bits<8>(p.mask, 8 * o) : 0;
+      bits[u] = p.relu_mask == ReluMask::kBits ? mask_bits<8>(p.mask, 8 * o) : 0;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(kThreads)
       float dz[8], v[8];
       dy[u].unpack(dz);
       x[u].unpack(v);
-      close_gate<T>(dz, p.gate, bits[u], v, scale, shift);
+      apply_relu_mask<T>(dz, p.relu_mask, bits[u], v, scale, shift);
       if (dresidual != nullptr) {
         if constexpr (kChannels == Channels::kEach) {
           store_octet(dresidual, 8 * o, walk.count, walk.aligned, dz);

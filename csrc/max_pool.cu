@@ -59,7 +59,7 @@ Checked check(const char* op, const Tensor& dy, const Tensor& index, const Tenso
 template <class T>
 Backward<T> arguments(const Tensor& dy, const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& mean,
                       const Tensor& invstd) {
-  return {data<T>(dy), data<T>(x), nullptr, data(scale), data(shift), data(mean), data(invstd), Gate::kRecompute};
+  return {data<T>(dy), data<T>(x), nullptr, data(scale), data(shift), data(mean), data(invstd), ReluMask::kRecompute};
 }
 
 }  // namespace

@@ -196,7 +196,7 @@ struct Patch {
     float dz[V], v[V];
     gradient<i>(dz, pool, w);
     x[i].unpack(v);
-    close_gate<T>(dz, Gate::kRecompute, 0, v, scale, shift);
+    apply_relu_mask<T>(dz, ReluMask::kRecompute, 0, v, scale, shift);
     f(i, dz, v);
   }
 };

@@ -1,8 +1,7 @@
-"""The choice of a backend: what the user forced, else what was verified on this device, else PyTorch's own kernels."""
+"""The choice of a backend: what the user forced, else what was verified on this device, else native PyTorch."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,9 +9,10 @@ import torch
 
 from resnet_fused._compiling import constant
 from resnet_fused.dispatch import choice
+from resnet_fused.dispatch.device import arch
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
-# A plain global, as PyTorch's own backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
+# A plain global, as PyTorch's backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
 # torch 2.11.
 _forced = "auto"
 
@@ -22,8 +22,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op of the `with` block, and the backward of its results, on one backend, in all threads.
 
     An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the
-    reason, or PyTorch's own exception where PyTorch refuses them too; `"reference"` runs whatever PyTorch runs. An op
-    for which a backend has no kernel at all (a convolution under `"cuda"`) runs on PyTorch's own.
+    reason, or PyTorch's exception where PyTorch refuses them too; `"reference"` runs whatever PyTorch runs. An op
+    for which a backend has no kernel at all (a convolution under `"cuda"`) runs on native PyTorch.
 
     Args:
         name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"` or
@@ -49,16 +49,10 @@ def forced_backend() -> str | None:
 
 @constant
 def default_backend(op: str, device_type: str) -> str:
-    """The backend of `op` where none is forced: on a GPU what the measured tables say, elsewhere PyTorch's own.
+    """The backend of `op` where none is forced: on a GPU what the measured tables say, elsewhere native PyTorch.
 
     A kernel becomes the default on an architecture once it has been verified and timed there.
     """
     if device_type != "cuda" or not torch.cuda.is_available():
         return "aten"
-    return choice.default_on(_arch(torch.cuda.current_device()), op)
-
-
-@functools.cache
-def _arch(device: int) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return choice.default_on(arch(torch.device("cuda", torch.cuda.current_device())), op)

@@ -1,4 +1,4 @@
-"""The plan's answer for one problem: the measured table, else what won over all problems of its op, else PyTorch's own.
+"""What runs one problem: the measured table's answer, else what won over all problems of the op, else native PyTorch.
 
 The functions that take tables are pure. `choose`, `conv_config`, `layer` and `block` hand them the tables of this
 machine's GPU, and keep each answer: nothing is ever measured here.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from resnet_fused.dispatch import formulation
+from resnet_fused.dispatch import device, formulation
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import BlockShape, ConvConfig, ConvShape, conv_dgrad_heuristic, conv_fprop_heuristic
 from resnet_fused.dispatch.conv_chain import chain_heuristic, join_heuristic
@@ -60,7 +60,7 @@ def plan(problem: Problem, arch: int, known: Iterable[Table] = (), gpu: str | No
         gpu: the GPU's name, or None.
     """
     known = list(known)
-    table, margin = tables.speaking_for(known, gpu, arch)
+    table, margin = tables.select_table(known, gpu, arch)
     found = measured(problem, table, margin=margin)
     if found is not None:
         return found
@@ -79,7 +79,7 @@ def default(
         arch, known, gpu: as for `plan`.
         dtype: only of problems in this one.
     """
-    table, margin = tables.speaking_for(list(known), gpu, arch)
+    table, margin = tables.select_table(list(known), gpu, arch)
     if table is None:
         return "aten"
     entries = [
@@ -113,7 +113,7 @@ def plan_layer(
     `plan` has for it: a pure function of the arguments of both.
     """
     known = list(known)
-    table, margin = tables.speaking_for(known, gpu, arch)
+    table, margin = tables.select_table(known, gpu, arch)
     found = formulation.layer(shape, dtype, arch, tf32, first, residual, table, margin)
     if found is not None:
         return found
@@ -155,8 +155,7 @@ def _name(arch: int) -> str | None:
 def gpu_name(arch: int) -> str | None:
     """The first GPU of this process of that architecture."""
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        major, minor = torch.cuda.get_device_capability(index)
-        if 10 * major + minor == arch:
+        if device.arch(torch.device("cuda", index)) == arch:
             return torch.cuda.get_device_name(index)
     return None
 
@@ -183,7 +182,7 @@ def conv_config(
             and the join those of `conv_chain.chain_flags`, `conv_chain.join_flags`.
     """
     problem = Problem(op, shape, dtype, tf32, flags)
-    table, _ = tables.speaking_for(_known(), _name(arch), arch)
+    table, _ = tables.select_table(_known(), _name(arch), arch)
     found = measured(problem, table, "triton")
     if found is None:  # a launcher may say less of what its op does than the table distinguishes
         variants = (Problem(op, shape, dtype, tf32, tuple(sorted((*flags, more)))) for more in _UNSEEN)
@@ -206,10 +205,10 @@ def layer(shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool, first: bo
 
 @functools.lru_cache(maxsize=8192)
 def block(shape: BlockShape, dtype: torch.dtype, arch: int, tf32: bool) -> str | None:
-    """The backend of a chain's passes, `"aten"` for PyTorch's own layer by layer; None where no such chain was
+    """The backend of a chain's passes, `"aten"` for native PyTorch layer by layer; None where no such chain was
     measured, and the plan of its ops decides.
     """
-    table, margin = tables.speaking_for(_known(), _name(arch), arch)
+    table, margin = tables.select_table(_known(), _name(arch), arch)
     found = measured(Problem(BLOCK, shape, dtype, tf32), table, margin=margin)
     return None if found is None else found.backend
 

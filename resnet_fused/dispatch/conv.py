@@ -159,7 +159,7 @@ def training_refusal(shape: ConvShape, dtype: torch.dtype) -> str | None:
 
 
 def tf32_allowed() -> bool:
-    """PyTorch's own switch for convolutions; `torch.backends.cudnn.allow_tf32` sets it too."""
+    """PyTorch's switch for convolutions; `torch.backends.cudnn.allow_tf32` sets it too."""
     precision: str = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     return precision == "tf32"
 

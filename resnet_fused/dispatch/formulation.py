@@ -2,8 +2,8 @@
 
 A convolution stands between passes of memory-bound kernels, and a fusion replaces a pass. Whether it pays is a sum: the
 fused kernel against the plain one and the pass. The table's entries are measured that way: of `conv_fprop_stats`,
-`conv_dgrad` and `conv_wgrad` the time of PyTorch's own includes the passes that a block runs around it. What is left to
-add here is the pass that writes a normalised activation where no convolution normalises on its way in.
+`conv_dgrad` and `conv_wgrad` native PyTorch's time includes the passes that a block runs around it. What is left to add
+here is the pass that writes a normalised activation where no convolution normalises on its way in.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def layer(
         shape, dtype, tf32, first, residual: see `problems`.
         arch: compute capability times ten.
         table: with the times, or None.
-        margin: PyTorch's own runs a convolution unless it takes this many times as long.
+        margin: native PyTorch runs a convolution unless it takes this many times as long.
     """
     rule = by_rule(shape, dtype, arch, first)
     fusions = [rule] if first else [rule, replace(rule, prologue=not rule.prologue)]

@@ -15,7 +15,7 @@ def measured(problem: Problem, table: Table | None, backend: str | None = None, 
         problem: what is to run.
         table: where to look, or None.
         backend: only of this one.
-        margin: PyTorch's own is the answer unless it takes this many times as long.
+        margin: native PyTorch is the answer unless it takes this many times as long.
     """
     entry = entry_of(problem, table)
     if entry is None:

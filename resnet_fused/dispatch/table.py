@@ -96,7 +96,7 @@ def _kernel(s: ConvShape) -> str:
 class Choice:
     """A backend and, where it takes one, a launch configuration (None: the launcher's own).
 
-    Of a residual block `"aten"` is PyTorch's own layer by layer, another backend the chain whose passes beside the
+    Of a residual block `"aten"` is native PyTorch layer by layer, another backend the chain whose passes beside the
     convolutions run on it.
     """
 
@@ -275,8 +275,8 @@ def of_gpu(tables: Iterable[Table], gpu: str) -> Table | None:
     return next((table for table in tables if table.gpu == gpu), None)
 
 
-def speaking_for(tables: Iterable[Table], gpu: str | None, arch: int) -> tuple[Table | None, float]:
-    """The table to ask about a GPU, and by which factor a kernel of ours must have beaten PyTorch's own in it to be
+def select_table(tables: Iterable[Table], gpu: str | None, arch: int) -> tuple[Table | None, float]:
+    """The table to ask about a GPU, and by which factor a kernel of ours must have beaten native PyTorch in it to be
     chosen: 1 in the GPU's own, more in that of another GPU of its architecture, as clocks, multiprocessors and memory
     differ. One of the same model (H100 PCIe, H100 SXM) goes before the others.
     """

@@ -38,7 +38,7 @@ def pair(value: Padding) -> tuple[int, int] | None:
 
 
 def geometry_of(stride: Pair, padding: Padding, dilation: Pair, groups: int) -> Geometry | None:
-    """What the kernels are told of a convolution; None where only PyTorch's own can be."""
+    """What the kernels are told of a convolution; None where only native PyTorch can run it."""
     pairs = pair(stride), pair(padding), pair(dilation)
     return None if None in pairs else (*pairs, groups)  # type: ignore[return-value]
 
@@ -129,7 +129,7 @@ def choose(
 
 
 def runs_plain(op: str, device_type: str) -> bool:
-    """Whether nothing is forced and the plan has PyTorch's own kernels for `op`."""
+    """Whether nothing is forced and the plan has native PyTorch for `op`."""
     return dispatch.forced_backend() is None and dispatch.default_backend(op, device_type) == "aten"
 
 
@@ -187,7 +187,7 @@ class Refused(RuntimeError):
 
 
 def refused(forced: str | None, function: str, reason: str) -> str:
-    """What runs where a backend cannot, for this reason: PyTorch's own, `"aten"`.
+    """What runs where a backend cannot, for this reason: native PyTorch, `"aten"`.
 
     Raises:
         Refused: the backend was forced, and is not `"reference"`, which runs what PyTorch runs.

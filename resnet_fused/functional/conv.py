@@ -12,7 +12,6 @@ from torch._prims_common import suggest_memory_format
 from resnet_fused.dispatch import forced_backend
 from resnet_fused.dispatch.conv import ConvShape, training_refusal
 from resnet_fused.functional import native
-from resnet_fused.functional.block import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.common import (
     Act,
     Geometry,
@@ -33,6 +32,7 @@ from resnet_fused.functional.common import (
     wants_gradient,
 )
 from resnet_fused.functional.norm import batch_norm_act
+from resnet_fused.functional.residual import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.ops.arithmetic import compute_dtype
 
@@ -71,7 +71,7 @@ def conv_bn_act(
         residual: of the result's shape, or None.
         bias: the convolution's own, `[K]`, or None.
         stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels; padding `"same"` or `"valid"` is
-            PyTorch's own and not fused.
+            native PyTorch's and not fused.
         groups: as in `torch.nn.functional.conv2d`.
         training, momentum, eps, act: as in `batch_norm_act`.
 
@@ -154,7 +154,7 @@ def conv_affine_act(
         scale, shift: `[K]`, or None for 1 and 0.
         residual: of the result's shape, or None.
         stride, padding, dilation: an int or `(vertical, horizontal)`, in pixels; padding `"same"` or `"valid"` is
-            PyTorch's own and not fused.
+            native PyTorch's and not fused.
         groups: as in `torch.nn.functional.conv2d`.
         act: `"relu"` or None.
 

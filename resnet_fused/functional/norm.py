@@ -48,7 +48,7 @@ def batch_norm_act(
     was added.
 
     Args:
-        x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on PyTorch's own kernels).
+        x: `[N, C, H, W]`, float32, float16, bfloat16 (float64 on native PyTorch).
         running_mean, running_var: `[C]`, or None in training.
         weight, bias: `[C]`, of the dtype of `x` or float32; None for 1 and 0.
         residual: of the shape of `x`, or None.

@@ -64,7 +64,7 @@ def finalize(
     )
     for original, copy in zip(running, packed, strict=True):
         if original is not None and copy is not None and copy is not original:
-            original.data.copy_(copy)  # not counted by autograd, as PyTorch's own batch norm is not
+            original.data.copy_(copy)  # not counted by autograd, as native batch norm is not
     return affine
 
 

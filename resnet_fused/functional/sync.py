@@ -20,7 +20,7 @@ _op = torch.ops.resnet_fused
 
 
 def choose_sync(op: str, x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
-    """The backend of a function below; None where PyTorch's own is to run: `nn.SyncBatchNorm` has one for a GPU.
+    """The backend of a function below; None where native PyTorch is to run: `nn.SyncBatchNorm` has one for a GPU.
 
     All ranks must choose alike, so nothing here may depend on the size of the batch.
 

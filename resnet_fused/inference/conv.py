@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 from resnet_fused import dispatch, ops
 from resnet_fused.dispatch.conv import ConvShape, uses_tf32
+from resnet_fused.dispatch.device import arch
 from resnet_fused.functional.common import (
     autocast,
     autocast_dtype,
@@ -106,8 +107,7 @@ class Source:
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         shape = ConvShape(n, c, h, w, k, r, s, *geometry)  # type: ignore[arg-type]
         tf32 = uses_tf32(x.dtype)
-        major, minor = torch.cuda.get_device_capability(x.device)
-        return dispatch.choose(dispatch.Problem("conv_fprop", shape, x.dtype, tf32), 10 * major + minor).backend
+        return dispatch.choose(dispatch.Problem("conv_fprop", shape, x.dtype, tf32), arch(x.device)).backend
 
 
 class Kernel:

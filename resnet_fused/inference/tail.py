@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from resnet_fused import dispatch
 from resnet_fused.dispatch.conv import ConvShape, uses_tf32
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
+from resnet_fused.dispatch.device import arch
 from resnet_fused.functional.common import autocast, conv_operands, conv_shape, fits
 from resnet_fused.inference.conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format
 from resnet_fused.ops import conv_chain, conv_fprop, conv_join
@@ -211,8 +211,7 @@ def _planned(op: str, flags: tuple[str, ...], conv: FrozenConv) -> str:
         return dispatch.default_backend(op, x.device.type)
     geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
     shape = ConvShape(*x.shape, conv.example.y.shape[1], *conv.filter, *geometry)  # type: ignore[call-arg, arg-type]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return dispatch.choose(dispatch.Problem(op, shape, x.dtype, uses_tf32(x.dtype), flags), 10 * major + minor).backend
+    return dispatch.choose(dispatch.Problem(op, shape, x.dtype, uses_tf32(x.dtype), flags), arch(x.device)).backend
 
 
 def _check_pointwise(conv: FrozenConv, any_stride: bool) -> None:

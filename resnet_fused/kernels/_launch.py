@@ -12,28 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused._compiling import constant
+from resnet_fused.dispatch.device import MIN_ARCH, arch
 
 # Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-MIN_COMPUTE_CAPABILITY = 80
 # As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
 MAX_REGISTERS = 255
 
 
-@functools.cache
-def compute_capability(device: torch.device) -> int:
-    """80 for sm_80 and so on; the interpreter, which has none, takes the configurations of the smallest."""
-    if device.type != "cuda":
-        return MIN_COMPUTE_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def refuse_device(device: torch.device) -> str | None:
     """Why no Triton kernel can run on `device`, or None."""
     if device.type == "cuda":
-        if compute_capability(device) < MIN_COMPUTE_CAPABILITY:
-            return f"the GPU has compute capability {compute_capability(device) / 10}, the kernels need 8.0 or newer"
+        if arch(device) < MIN_ARCH:
+            return f"the GPU has compute capability {arch(device) / 10}, the kernels need {MIN_ARCH / 10} or newer"
         return None
     if device.type == "cpu" and INTERPRETED:
         return _interpreter_problem()

@@ -10,8 +10,9 @@ from torch import Tensor
 from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import chain_flags, chain_tile
+from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import dot_dtype, taps_inside
-from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 
 
@@ -207,7 +208,7 @@ def conv_chain(
     next_channels = None if weight1 is None else weight1.shape[0]
     if config is None:
         flags = chain_flags(outputs, next_channels)
-        config = conv_config("conv_chain", shape, x.dtype, compute_capability(x.device), False, flags)
+        config = conv_config("conv_chain", shape, x.dtype, arch(x.device), False, flags)
     pixels = shape.n * shape.p * shape.q
     y = empty_nhwc(x, shape.n, outputs, shape.p, shape.q)
     following = None if next_channels is None else empty_nhwc(x, shape.n, next_channels, shape.p, shape.q)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     bn_gradient,
@@ -19,7 +20,7 @@ from resnet_fused.kernels._conv import (
     uses_tf32,
 )
 from resnet_fused.kernels._dgrad import SUM_TILE, class_pixel, written_sums
-from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, to_fp32
 from resnet_fused.kernels.reduce_rows import reduce_pair
 
@@ -270,7 +271,7 @@ def run(
     tf32 = uses_tf32(dy.dtype)
     if config is None:
         flags = () if dy_x is None else ("prologue",)
-        config = conv_config("conv_dgrad", shape, dy.dtype, compute_capability(dy.device), tf32, flags)
+        config = conv_config("conv_dgrad", shape, dy.dtype, arch(dy.device), tf32, flags)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     dx = empty_nhwc(dy, shape.n, shape.c, shape.h, shape.w)
     classes = shape.stride[0] * shape.stride[1]

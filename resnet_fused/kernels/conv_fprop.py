@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic
+from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     activation_tile,
@@ -18,7 +19,7 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
@@ -277,7 +278,7 @@ def _planned(
     op: str, x: Tensor, krsc: Tensor, residual: Tensor | None, shape: ConvShape, flags: tuple[str, ...] = ()
 ) -> ConvConfig:
     """The plan's configuration; the heuristic's where these operands do not suit the formulation that was measured."""
-    problem = (shape, x.dtype, compute_capability(x.device), uses_tf32(x.dtype))
+    problem = (shape, x.dtype, arch(x.device), uses_tf32(x.dtype))
     config = conv_config(op, *problem, flags)
     if config.kernel == "pointer":
         return config

@@ -9,8 +9,9 @@ from torch import Tensor
 from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import join_flags
+from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import MAX_REGISTERS, dot_dtype, uses_tf32
-from resnet_fused.kernels._launch import compute_capability, empty_nhwc, index_type, launch
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 
 
@@ -130,7 +131,7 @@ def conv_join(
     if config is None:
         shape = ConvShape(batch, channels, height, width, outputs, 1, 1)
         flags = join_flags(shortcut_channels, shortcut_stride[0])
-        config = conv_config("conv_join", shape, x.dtype, compute_capability(x.device), tf32, flags)
+        config = conv_config("conv_join", shape, x.dtype, arch(x.device), tf32, flags)
     y = empty_nhwc(x, batch, outputs, height, width)
     unit = channel_unit(channels, shortcut_channels)
     pixels = batch * height * width

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import bn_gradient, dot_dtype, relu_affine, uses_tf32
-from resnet_fused.kernels._launch import compute_capability, index_type, launch
+from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import channel_unit, round_to
 from resnet_fused.kernels.reduce_rows import reduce_rows
 
@@ -248,7 +249,7 @@ def conv_wgrad(
     x_prologue, dy_prologue = x_scale is not None, dy_x is not None
     if config is None:
         flags = ("dy_prologue",) * dy_prologue + ("x_prologue",) * x_prologue
-        config = conv_config("conv_wgrad", shape, x.dtype, compute_capability(x.device), tf32, flags)
+        config = conv_config("conv_wgrad", shape, x.dtype, arch(x.device), tf32, flags)
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     unit = channel_unit(shape.c, shape.k, group_inputs, group_outputs)
     pixels = shape.n * shape.p * shape.q

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from resnet_fused import functional
 from resnet_fused.functional.common import Act, add_relu, fits, operand_dtype
+from resnet_fused.functional.residual import ConvBN, choose_chain, run_chain
 from resnet_fused.functional.sync import choose_sync, sync_batch_norm_act, sync_batch_norm_act_max_pool
 from resnet_fused.nn.convs import CONVS, Conv, RecognisedConv
 from resnet_fused.nn.eligibility import not_plain, untouched, watched
@@ -197,7 +198,7 @@ def conv_bn_chain(
     described = [_describe(conv, bn) for conv, bn, _ in units]  # type: ignore[arg-type]
     branch, projection = described[: len(layers)], described[len(layers) :]
     try:
-        chain = functional.block.choose_chain(
+        chain = choose_chain(
             "residual_block", x, branch, projection[0] if projection else None,
             identity=residual is None and shortcut is None, residual=residual,
         )  # fmt: skip
@@ -209,7 +210,7 @@ def conv_bn_chain(
         assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
         described[i] = dataclasses.replace(described[i], momentum=begin_batch_norm(bn)[1])
     branch, projection = described[: len(layers)], described[len(layers) :]
-    return functional.block.run_chain(chain, x, branch, projection[0] if projection else None, residual)
+    return run_chain(chain, x, branch, projection[0] if projection else None, residual)
 
 
 def _one_by_one(x: Tensor, layers: Layers, residual: Tensor, add: Sum) -> Tensor:
@@ -219,9 +220,9 @@ def _one_by_one(x: Tensor, layers: Layers, residual: Tensor, add: Sum) -> Tensor
     return conv_bn_act(x, *last, relu=True, residual=residual, add=add)
 
 
-def _describe(conv: Conv, bn: BatchNorm) -> functional.block.ConvBN:
+def _describe(conv: Conv, bn: BatchNorm) -> ConvBN:
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return functional.block.ConvBN(
+    return ConvBN(
         conv.weight,
         *running_statistics(bn),
         bn.weight,

@@ -16,7 +16,7 @@ from resnet_fused.contract import breach
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.conv import BlockShape, ConvShape
 from resnet_fused.dispatch.table import Choice, Entry, Table
-from resnet_fused.functional import block as chains
+from resnet_fused.functional import residual as chains
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.problems import Job
 

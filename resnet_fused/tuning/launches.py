@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from resnet_fused.dispatch import device
+
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
@@ -48,13 +50,8 @@ def recording() -> Iterator[list[tuple[Any, str, tuple[Any, ...], dict[str, Any]
 @contextlib.contextmanager
 def configured_for(arch: int) -> Iterator[None]:
     """Launchers ask for configurations of `arch`."""
-    asked = "compute_capability"
-    modules = [m for n, m in sys.modules.items() if n.startswith("resnet_fused.kernels.") and hasattr(m, asked)]
-    before = [getattr(module, asked) for module in modules]
-    for module in modules:
-        setattr(module, asked, lambda device: arch)
+    before, device._arch = device._arch, lambda _: arch  # type: ignore[assignment]
     try:
         yield
     finally:
-        for module, function in zip(modules, before, strict=True):
-            setattr(module, asked, function)
+        device._arch = before

@@ -123,9 +123,9 @@ class TuneReport:
         known: problems of which the table knew every candidate already, from the same versions.
         left: problems of which candidates are left for the next call.
         changes: (problem, choice before, choice now), where they differ.
-        refuted: (op, backend, why) of kernels that were not right.
+        disabled: (op, backend, why) of kernels that were not right.
         dropped: (problem, choice, why) of candidates that were not right, or did not run, in this call.
-        lost: (problem, choice, why) of candidates that crashed or hung, in any call; none is tried again.
+        crashed: (problem, choice, why) of candidates that crashed or hung, in any call; none is tried again.
         predictions: for each network, mode and batch.
         summaries: for each op.
     """
@@ -136,9 +136,9 @@ class TuneReport:
     known: int = 0
     left: int = 0
     changes: list[tuple[Problem, Choice, Choice]] = field(default_factory=list)
-    refuted: list[tuple[str, str, str]] = field(default_factory=list)
+    disabled: list[tuple[str, str, str]] = field(default_factory=list)
     dropped: list[tuple[Problem, Choice, str]] = field(default_factory=list)
-    lost: list[tuple[str, str, str]] = field(default_factory=list)
+    crashed: list[tuple[str, str, str]] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     summaries: list[Summary] = field(default_factory=list)
 
@@ -147,8 +147,8 @@ class TuneReport:
         if len(self.changes) > CHANGES_SHOWN:
             lines.append(f"... and {len(self.changes) - CHANGES_SHOWN} more changes")
         lines += [f"not right: {problem}: {choice}: {why}" for problem, choice, why in self.dropped[:CHANGES_SHOWN]]
-        lines += [f"lost: {problem}: {choice}: {why}" for problem, choice, why in self.lost[:CHANGES_SHOWN]]
-        lines += [f"never chosen: {op} on {backend}, because of {why}" for op, backend, why in self.refuted]
+        lines += [f"crashed: {problem}: {choice}: {why}" for problem, choice, why in self.crashed[:CHANGES_SHOWN]]
+        lines += [f"never chosen: {op} on {backend}, because of {why}" for op, backend, why in self.disabled]
         left = f", {self.left} left for the next call" if self.left else ""
         lines.append(f"{self.measured} problems measured, {self.known} known already{left}")
         if self.table.gpu == REHEARSAL:

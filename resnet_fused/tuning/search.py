@@ -64,10 +64,10 @@ class Search:
         old = self.before if self.before is not None and continues(self.before, facts, gpu) else None
         self.table = Table(gpu, 0 if rehearse else arch, facts) if old is None else old
         noted = self.table.provenance
-        self.refuted = {(op, backend): why for op, backend, why in noted.get("refuted", [])}
-        self.lost: list[tuple[str, str, str]] = [(p, c, why) for p, c, why in noted.get("lost", [])]
+        self.disabled = {(op, backend): why for op, backend, why in noted.get("disabled", [])}
+        self.crashed: list[tuple[str, str, str]] = [(p, c, why) for p, c, why in noted.get("crashed", [])]
         self.failed: dict[tuple[str, str], str] = {(p, c): why for p, c, why in noted.get("failed", [])}
-        self.left_out: set[tuple[str, str]] = {(op, kernel) for op, kernel in noted.get("left_out", [])}
+        self.excluded: set[tuple[str, str]] = {(op, kernel) for op, kernel in noted.get("excluded", [])}
         self.losses: Counter[tuple[str, str]] = Counter()
         self.dropped: list[tuple[Problem, Choice, str]] = []
         self.right: set[tuple[Problem, Choice]] = set()  # checked, and good
@@ -113,9 +113,9 @@ class Search:
             len(known),
             left,
             self._changed([*ops, *whole]),
-            [(*pair, why) for pair, why in self.refuted.items()],
+            [(*pair, why) for pair, why in self.disabled.items()],
             self.dropped,
-            self.lost,
+            self.crashed,
             summaries=summarise(ops, self.table),
         )
 
@@ -167,9 +167,9 @@ class Search:
         names = (str(problem), str(choice))
         return not (
             names in self.failed
-            or any(names == (p, c) for p, c, _ in self.lost)
-            or (problem.op, choice.backend) in self.refuted
-            or (problem.op, _formulation(choice)) in self.left_out
+            or any(names == (p, c) for p, c, _ in self.crashed)
+            or (problem.op, choice.backend) in self.disabled
+            or (problem.op, _formulation(choice)) in self.excluded
         )
 
     def _time_left(self) -> float:
@@ -260,19 +260,19 @@ class Search:
     def _lose(self, job: Job, choice: Choice, why: str, first: bool) -> None:
         """A candidate took its process with it: never again."""
         self.reporter.detail(f"{choice}: {why}")
-        self.lost.append((str(job.problem), str(choice), why))
+        self.crashed.append((str(job.problem), str(choice), why))
         self.right.discard((job.problem, choice))
         kind = (job.problem.op, _formulation(choice))
         self.losses[kind] += 1
         if choice != ATEN and kind[1] != "pointer" and self.losses[kind] >= LOSSES:
-            self.left_out.add(kind)
+            self.excluded.add(kind)
         if first and choice != ATEN:
             self._refute(job.problem.op, choice.backend, f"{job.problem}: {why}")
         self._note()
         self._write()
 
     def _refute(self, op: str, backend: str, why: str) -> None:
-        self.refuted[(op, backend)] = why
+        self.disabled[(op, backend)] = why
         pairs = self.table.verified - {(op, backend)}
         entries = {}
         for problem, entry in self.table.entries.items():
@@ -301,10 +301,10 @@ class Search:
 
     def _note(self) -> None:
         facts = {
-            "refuted": [[*pair, why] for pair, why in self.refuted.items()],
+            "disabled": [[*pair, why] for pair, why in self.disabled.items()],
             "failed": [[*names, why] for names, why in self.failed.items()],
-            "lost": [list(one) for one in self.lost],
-            "left_out": [list(pair) for pair in sorted(self.left_out)],
+            "crashed": [list(one) for one in self.crashed],
+            "excluded": [list(pair) for pair in sorted(self.excluded)],
         }
         self.table = dataclasses.replace(self.table, provenance={**self.table.provenance, **facts})
 

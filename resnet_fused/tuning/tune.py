@@ -21,6 +21,7 @@ from resnet_fused._command import UsageError, choose, choose_many
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import tf32_allowed
+from resnet_fused.dispatch.device import arch as arch_of
 from resnet_fused.dispatch.table import Problem
 from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import DTYPES, MODES
@@ -130,8 +131,7 @@ def _where(rehearse: bool) -> tuple[torch.device, int, str]:
         device, arch, name = torch.device("cpu"), 80, REHEARSAL
     elif torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        major, minor = torch.cuda.get_device_capability(device)
-        arch, name = 10 * major + minor, torch.cuda.get_device_name(device)
+        arch, name = arch_of(device), torch.cuda.get_device_name(device)
     else:
         raise UsageError("nothing to tune: no CUDA GPU here; --rehearse runs every step on the CPU")
     if not backends(device):

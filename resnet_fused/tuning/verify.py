@@ -17,6 +17,7 @@ import torch
 from resnet_fused import ops
 from resnet_fused._command import UsageError, choose_many
 from resnet_fused.dispatch.conv import tf32_allowed
+from resnet_fused.dispatch.device import arch as arch_of
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import DTYPES, MODES
@@ -129,10 +130,7 @@ def verify(
     if not backends(device):
         reasons = "; ".join(f"{name}: {ops.unavailable(name, device.type)}" for name in ("triton", "cuda"))
         raise UsageError(f"nothing to verify: no kernel of this package runs here ({reasons})")
-    arch = 80
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = 10 * major + minor
+    arch = arch_of(device)
     found: dict[Problem, Job] = {}
     for network in networks(model, image_size, rehearse):
         for dtype in dtypes:

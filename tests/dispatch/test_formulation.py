@@ -127,9 +127,9 @@ def test_a_block_that_was_measured_runs_what_won(chain, expected):
 
 def test_the_network_asks_the_table_about_its_blocks(monkeypatch):
     """`choose_chain` on tensors that say they are on a GPU: what the table says of the block is what runs."""
-    from resnet_fused.functional import block as blocks
+    from resnet_fused.functional import residual as blocks
 
-    monkeypatch.setattr(blocks, "_arch", lambda device: ARCH)
+    monkeypatch.setattr(blocks.decide, "arch", lambda device: ARCH)
 
     def layer(shape):
         weight, vector = torch.empty(shape.k, shape.c, shape.r, shape.s, dtype=DTYPE), torch.empty(shape.k)
@@ -149,10 +149,10 @@ def test_the_network_asks_the_table_about_its_blocks(monkeypatch):
     for ms, expected in ((9.0, "triton"), (11.0, "aten")):
         with choice.assuming(table_of(Entry(problem, ((Choice("aten"), 10.0), (Choice("triton"), ms))))):
             x, half, full = OnGpu(), OnGpu(torch.float16), OnGpu(torch.float32)
-            assert blocks._measured(x, DTYPE, branch, None, x) == expected
-            assert blocks._measured(x, DTYPE, branch, None, None) is None
-            assert blocks._measured(half, torch.float16, branch, None, half) is None
-            assert blocks._measured(full, DTYPE, branch, None, full) is None  # autocast's: a sum of two dtypes
+            assert blocks.decide._measured(x, DTYPE, branch, None, x) == expected
+            assert blocks.decide._measured(x, DTYPE, branch, None, None) is None
+            assert blocks.decide._measured(half, torch.float16, branch, None, half) is None
+            assert blocks.decide._measured(full, DTYPE, branch, None, full) is None  # autocast's: a sum of two dtypes
 
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "residual", "none"])
@@ -160,7 +160,7 @@ def test_the_network_asks_the_table_about_its_blocks(monkeypatch):
 def test_a_chain_of_pytorchs_own_layers_is_the_layers(shortcut, relu, monkeypatch):
     import torch.nn.functional as F
 
-    from resnet_fused.functional import block as blocks
+    from resnet_fused.functional import residual as blocks
 
     monkeypatch.setattr(blocks, "_measured", lambda *_: "aten")
 
@@ -237,11 +237,11 @@ def test_freeze_asks_the_table_about_each_tail(op, monkeypatch):
 def test_a_block_of_mixed_backends_is_right_and_runs_what_the_table_says(seed, projection, monkeypatch):
     """`reference` stands for kernels of ours; whether it is the faster one is a coin toss for every convolution."""
     from resnet_fused import ops
-    from resnet_fused.functional import block as blocks
+    from resnet_fused.functional import residual as blocks
 
     random, tf32 = torch.Generator().manual_seed(seed), uses_tf32(torch.float32)
     monkeypatch.setattr(ops, "unavailable", lambda *_: None)
-    monkeypatch.setattr(blocks.dispatch, "default_backend", lambda *_: "reference")
+    monkeypatch.setattr(blocks.decide.dispatch, "default_backend", lambda *_: "reference")
     c, inner, size = 16, 8, 6
     shapes = [ConvShape(2, c, size, size, inner, 1, 1), ConvShape(2, inner, size, size, inner, 3, 3, padding=(1, 1))]
     shapes.append(ConvShape(2, inner, size, size, c, 1, 1))

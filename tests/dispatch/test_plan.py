@@ -134,7 +134,7 @@ def test_a_gpus_own_table_goes_before_that_of_its_model_before_that_of_its_archi
     asked = [(table.gpu, table.gpu) for table in tables]
     asked += [("NVIDIA H100 NVL", "NVIDIA H100 PCIe"), ("NVIDIA H200", "NVIDIA GH200 480GB")]
     for gpu, expected in asked:
-        table, margin = table_module.speaking_for(tables, gpu, 90)
+        table, margin = table_module.select_table(tables, gpu, 90)
         assert table.gpu == expected and (margin == 1.0) == (gpu == expected)
 
 

@@ -16,8 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fused import dispatch, functional, fuse, ops, use_backend
 from resnet_fused.dispatch import Fusion
-from resnet_fused.functional import block, block_autograd
-from resnet_fused.functional.block import ConvBN, choose_chain
+from resnet_fused.functional.residual import ConvBN, backward, choose_chain, decide
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(not ops.available(name, DEVICE), reason="not available here"))
@@ -64,8 +63,8 @@ def seeded():
 def chains(monkeypatch):
     """The chains that run."""
     ran = []
-    original = block_autograd.join
-    monkeypatch.setattr(block_autograd, "join", lambda chain, *args: (ran.append(chain), original(chain, *args))[1])
+    original = backward.join
+    monkeypatch.setattr(backward, "join", lambda chain, *args: (ran.append(chain), original(chain, *args))[1])
     return ran
 
 
@@ -158,7 +157,7 @@ def test_every_way_to_fuse_is_right(name, fusion, monkeypatch, chains):
 @pytest.mark.parametrize("fusion", [FUSIONS[0], FUSIONS[-1]], ids=["all", "none"])
 def test_the_plan_may_mix_backends(conv_backends, fusion, monkeypatch, chains):
     monkeypatch.setattr(dispatch, "training", lambda *args: fusion)
-    monkeypatch.setattr(block, "_conv_backends", lambda *args: conv_backends)
+    monkeypatch.setattr(decide, "_conv_backends", lambda *args: conv_backends)
     for name in ("bottleneck, strided", "bottleneck"):
         plain, x = _made(name)
         _assert_same_step(plain.train(), x, "reference", torch.float32)

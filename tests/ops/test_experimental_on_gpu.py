@@ -11,6 +11,7 @@ import pytest
 import torch
 from conv_cases import problem
 
+from resnet_fused.dispatch.device import arch
 from resnet_fused.dispatch.experimental import configurations, refuse_shape
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure.workers import TaskFailure, isolated_map
@@ -39,8 +40,7 @@ def tasks(op, dtype, arch, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("op", ["conv_fprop", "conv_fprop_stats"])
 def test_every_configuration_is_right(op):
-    major, minor = torch.cuda.get_device_capability()
-    todo = list(tasks(op, torch.bfloat16, 10 * major + minor, torch.device("cuda")))
+    todo = list(tasks(op, torch.bfloat16, arch(torch.device("cuda")), torch.device("cuda")))
     if not todo:
         pytest.skip("no formulation on tensor maps for this GPU")
     wrong = []

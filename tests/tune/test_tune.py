@@ -278,7 +278,7 @@ def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path,
     whole = blocks(tiny_network(), 2, torch.bfloat16, False)
     first = resnet_fused.tune(dtype="bf16", rehearse=True)
     assert (first.measured, first.known, first.left) == (len(kept) + len(whole), 0, 0)
-    assert not first.refuted and not first.dropped and not first.lost
+    assert not first.disabled and not first.dropped and not first.crashed
     assert first.path == tmp_path / "rehearsal" / "cpu.json"
     table = tables.read(first.path)
     assert table == first.table and table.arch == 0 and table.gpu == REHEARSAL
@@ -305,13 +305,13 @@ def test_a_kernel_that_errs_is_never_timed_nor_verified_again(tmp_path, monkeypa
     assert backends
     monkeypatch.setattr(device_process, "check_all", lambda job, *_: {job.problem.op: "errs by 1"})
     wrong = resnet_fused.tune(**options, again=True)
-    assert {(op, backend) for op, backend, _ in wrong.refuted} == {("bn_apply", backend) for backend in backends}
+    assert {(op, backend) for op, backend, _ in wrong.disabled} == {("bn_apply", backend) for backend in backends}
     assert not any(pair[0] == "bn_apply" for pair in wrong.table.verified)
     assert all(choice == Choice("aten") for e in wrong.table.entries.values() for choice, _ in e.measured)
     monkeypatch.undo()
     monkeypatch.setattr(tune, "jobs", lambda *_, **__: kept)
     later = resnet_fused.tune(**options, again=True)
-    assert later.refuted == wrong.refuted and "never chosen: bn_apply" in str(later)
+    assert later.disabled == wrong.disabled and "never chosen: bn_apply" in str(later)
 
 
 def test_a_table_of_other_versions_is_begun_anew():

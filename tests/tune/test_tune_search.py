@@ -224,7 +224,7 @@ def test_a_candidate_that_errs_is_never_timed_and_not_asked_about_again(search):
     made, bench = search(wrong={("conv_dgrad", str(bad))})
     done = made.run(search.jobs, search.blocks, 1e9)
     assert all(choice != bad or problem.op != "conv_dgrad" for problem, choices in bench.raced for choice in choices)
-    assert all(choice == bad for _, choice, _ in done.dropped) and not done.refuted and done.left == 0
+    assert all(choice == bad for _, choice, _ in done.dropped) and not done.disabled and done.left == 0
     assert ("conv_dgrad", "triton") in done.table.verified
     made, second = search()
     assert made.run(search.jobs, search.blocks, 1e9).left == 0 and not second.checked
@@ -235,7 +235,7 @@ def test_where_the_default_configuration_errs_the_kernel_is_out_with_all_that_wa
     made.run(search.jobs, search.blocks, 20)
     made, _ = search(wrong={("conv_wgrad", "triton")}, again=True)
     done = made.run(search.jobs, search.blocks, 1e9)
-    assert [(op, backend) for op, backend, _ in done.refuted] == [("conv_wgrad", "triton")]
+    assert [(op, backend) for op, backend, _ in done.disabled] == [("conv_wgrad", "triton")]
     assert ("conv_wgrad", "triton") not in done.table.verified
     for problem, entry in done.table.entries.items():
         assert problem.op != "conv_wgrad" or {choice.backend for choice, _ in entry.measured} == {"aten"}
@@ -275,7 +275,7 @@ def apart(search, forked, tmp_path, monkeypatch):
 
 def test_a_process_answers_and_is_kept(apart):
     done, lines, processes = apart()
-    assert done.left == 0 and processes == 1 and not done.lost and not done.dropped
+    assert done.left == 0 and processes == 1 and not done.crashed and not done.dropped
     assert {len(entry.measured) for entry in done.table.entries.values()} == {
         len(listing.candidates(job, CPU, ARCH)) for job in apart.jobs
     }
@@ -283,38 +283,38 @@ def test_a_process_answers_and_is_kept(apart):
 
 @pytest.mark.parametrize("question", ["check", "prepare"])
 @pytest.mark.parametrize("how,why", [("crash", "exit code"), ("hang", "not done after 3 s")])
-def test_a_candidate_that_takes_its_process_with_it_is_left_out_for_good(apart, question, how, why):
+def test_a_candidate_that_takes_its_process_with_it_is_excluded_for_good(apart, question, how, why):
     bad = listing.candidates(apart.jobs[0], CPU, ARCH)[3]
     done, _, processes = apart((question, str(bad), how))
-    assert done.lost and all(choice == str(bad) and why in reason for _, choice, reason in done.lost)
-    assert processes == 1 + len(done.lost) and done.left == 0 and not done.refuted
+    assert done.crashed and all(choice == str(bad) and why in reason for _, choice, reason in done.crashed)
+    assert processes == 1 + len(done.crashed) and done.left == 0 and not done.disabled
     for job in apart.jobs:
         left = {str(choice) for choice, _ in done.table.entries[job.problem].measured}
         assert left == {str(choice) for choice in listing.candidates(job, CPU, ARCH)} - {str(bad)}
     again, lines, _ = apart((question, str(bad), how))
-    assert not lines and again.lost == done.lost and f"lost: {done.lost[0][0]}" in str(again)
+    assert not lines and again.crashed == done.crashed and f"crashed: {done.crashed[0][0]}" in str(again)
 
 
 def test_a_cuda_error_that_is_caught_ends_the_process_too(apart):
     bad = listing.candidates(apart.jobs[0], CPU, ARCH)[3]
     done, _, processes = apart(("check", str(bad), "AcceleratorError: CUDA error: an illegal memory access"))
-    assert done.lost and processes == 1 + len(done.lost) and "illegal memory access" in done.lost[0][2]
+    assert done.crashed and processes == 1 + len(done.crashed) and "illegal memory access" in done.crashed[0][2]
 
 
 def test_where_the_default_configuration_is_lost_the_kernel_is_out(apart):
     default = listing.candidates(apart.jobs[0], CPU, ARCH, quick=True)[1]
     done, _, _ = apart(("check", str(default), "hang"))
-    assert (apart.jobs[0].problem.op, "triton") in {(op, backend) for op, backend, _ in done.refuted}
+    assert (apart.jobs[0].problem.op, "triton") in {(op, backend) for op, backend, _ in done.disabled}
     assert {choice.backend for choice, _ in done.table.entries[apart.jobs[0].problem].measured} == {"aten"}
 
 
-def test_a_formulation_that_is_lost_twice_is_left_out_of_its_op(apart):
+def test_a_formulation_that_is_lost_twice_is_excluded_of_its_op(apart):
     some = [job for job in apart.jobs if any("wgmma" in str(c) for c in listing.candidates(job, CPU, ARCH))]
     assert some
     gluon = [str(c) for c in listing.candidates(some[0], CPU, ARCH) if "wgmma" in str(c)]
     done, lines, _ = apart(*(("check", name, "crash") for name in gluon))
-    assert len(done.lost) == tune_search.LOSSES < len(gluon)
-    assert done.table.provenance["left_out"] == [[some[0].problem.op, "wgmma_conv"]] and done.left == 0
+    assert len(done.crashed) == tune_search.LOSSES < len(gluon)
+    assert done.table.provenance["excluded"] == [[some[0].problem.op, "wgmma_conv"]] and done.left == 0
 
 
 def test_a_race_that_is_lost_leaves_pytorchs_own(apart):
@@ -333,7 +333,7 @@ def test_a_process_that_does_not_start_is_one_clear_error_and_costs_no_candidate
     with pytest.raises(UsageError, match="does not start.*exit code 3"):
         apart(make=tune_doubles.never)
     table = tables.read(search.path)
-    assert not table.provenance["lost"] if "lost" in table.provenance else True
+    assert not table.provenance["crashed"] if "crashed" in table.provenance else True
     assert apart()[0].left == 0
 
 

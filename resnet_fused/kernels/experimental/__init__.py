@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.device import arch
 from resnet_fused.dispatch.experimental import KERNELS, refuse_shape, tiling
-from resnet_fused.kernels._launch import INTERPRETED, compute_capability, empty_nhwc, refuse_device
+from resnet_fused.kernels._launch import INTERPRETED, empty_nhwc, refuse_device
 
 _MODULES = {
     "tma_gemm": "tma",
@@ -54,8 +55,7 @@ def refuse(x: Tensor, krsc: Tensor, residual: Tensor | None, shape: ConvShape, c
     if INTERPRETED and not config.kernel.startswith("tma"):
         return f"{config.kernel} is written in Gluon, which Triton's interpreter does not run"
     # The interpreter copies boxes on any machine.
-    arch = 90 if INTERPRETED else compute_capability(x.device)
-    reason = refuse_shape(shape, x.dtype, arch, config)
+    reason = refuse_shape(shape, x.dtype, 90 if INTERPRETED else arch(x.device), config)
     if reason is not None:
         return reason
     for name, tensor in (("x", x), ("weight", krsc), ("residual", residual)):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import MULTIPROCESSORS
-from resnet_fused.kernels._launch import compute_capability
+from resnet_fused.dispatch.device import arch
 
 
 def launch(kernel: Any, x: Tensor, tiles: int, *args: Any, **options: Any) -> None:
@@ -16,6 +16,6 @@ def launch(kernel: Any, x: Tensor, tiles: int, *args: Any, **options: Any) -> No
     if x.device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     else:
-        multiprocessors = MULTIPROCESSORS[compute_capability(x.device)]
+        multiprocessors = MULTIPROCESSORS[arch(x.device)]
     with torch.cuda.device_of(x):
         kernel[(min(tiles, multiprocessors),)](*args, **options)

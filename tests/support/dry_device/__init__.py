@@ -60,6 +60,7 @@ def dry_device(arch: int) -> Iterator[ctypes.CDLL]:
     from triton.runtime import driver
 
     from resnet_fused import kernels, ops
+    from resnet_fused.dispatch import device
     from resnet_fused.dispatch.conv import MULTIPROCESSORS
     from resnet_fused.kernels import _conv, _launch, experimental
 
@@ -76,12 +77,11 @@ def dry_device(arch: int) -> Iterator[ctypes.CDLL]:
         setattr(module, name, value)
 
     assert kernels and _conv
+    replace(device, "_arch", lambda _: arch)
     unavailable = ops.backends._unavailable
     replace(ops.backends, "_unavailable", lambda name, kind: None if name == "triton" else unavailable(name, kind))
     for name, module in list(sys.modules.items()):
         if name.startswith("resnet_fused.kernels"):
-            if hasattr(module, "compute_capability"):
-                replace(module, "compute_capability", lambda device: arch)
             if hasattr(module, "refuse_device"):
                 replace(module, "refuse_device", lambda device: None)
     for kernel in _kernels():

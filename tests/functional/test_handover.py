@@ -10,8 +10,8 @@ import weakref
 import pytest
 import torch
 import torchvision
-from border_cases import check, gradients, loss_of, made, seeded, watched  # noqa: F401
 from contract import assert_no_worse
+from handover_cases import check, gradients, loss_of, made, seeded, watched  # noqa: F401
 from op_cases import DEVICE
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -19,7 +19,7 @@ from torchvision.models.resnet import Bottleneck
 
 from resnet_fused import dispatch, fuse, ops, use_backend
 from resnet_fused.dispatch import Fusion
-from resnet_fused.functional import block_border
+from resnet_fused.functional.residual import handover
 
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(not ops.available(name, DEVICE), reason="not available here"))
@@ -52,7 +52,7 @@ def test_nothing_but_the_order_of_a_sum_depends_on_it(backend, monkeypatch):
     """With it and without: bit for bit in the reference, whose order is one."""
     module, x = made(dtype=torch.float32)
     with_it = gradients(fuse(copy.deepcopy(module)), x, backend=backend)
-    monkeypatch.setattr(block_border, "behind", lambda ctx, x: None)
+    monkeypatch.setattr(handover, "producer", lambda ctx, x: None)
     without = gradients(fuse(copy.deepcopy(module)), x, backend=backend)
     for name, expected in without.items():
         if backend == "reference":
@@ -213,5 +213,5 @@ def test_no_more_is_saved(monkeypatch):
         return sum(sizes.values())
 
     with_it = count()
-    monkeypatch.setattr(block_border, "offer", lambda ctx, operands: None)
+    monkeypatch.setattr(handover, "publish", lambda ctx, operands: None)
     assert with_it == count()

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resnet_fused import fuse, use_backend
-from resnet_fused.functional import block_border
+from resnet_fused.functional.residual import handover
 
 
 def projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -35,14 +35,14 @@ def seeded():
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For every backward of a chain, whether it had its sums from the chain behind."""
     found: list[bool] = []
-    original = block_border.take
+    original = handover.claim
 
-    def take(ctx, gradient):
+    def claim(ctx, gradient):
         sums = original(ctx, gradient)
         found.append(sums is not None)
         return sums
 
-    monkeypatch.setattr(block_border, "take", take)
+    monkeypatch.setattr(handover, "claim", claim)
     return found
 
 

@@ -1,43 +1,69 @@
-"""A chain of convolutions with batch norm and ReLU between them - a residual block - as one differentiable call.
-
-Between two convolutions the activation is never stored normalised: it is the pair (raw convolution output z, affine
-map), and its value is relu(scale * z + shift). A convolution forms the statistics of its z as it writes it, and
-normalises the z before it as it reads that, wherever the plan says that this pays; a pass of its own does it elsewhere.
-Backward mirrors this. What is saved for it: raw outputs, per-channel vectors, the chain's input, and one bit an element
-of its result.
-"""
+"""How a chain of convolutions runs: which backends, which fusions; decided from shapes, dtypes and what is forced."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import dispatch, ops
-from resnet_fused._compiling import constant
+from resnet_fused.dispatch import Fusion
 from resnet_fused.dispatch.conv import ConvShape, training_refusal, uses_tf32
-from resnet_fused.functional.block_autograd import Chain, ConvChain, Layer, Made
+from resnet_fused.dispatch.device import arch
 from resnet_fused.functional.common import (
     Geometry,
-    add_relu,
-    channels_last,
     common_reason,
     conv_shape,
-    convolves_to_nchw,
-    dense,
     fits,
-    in_layout_of,
     operand_dtype,
-    pixels,
     refused,
     refuses_batch_norm,
 )
-from resnet_fused.functional.statistics import constant_affine, finalize
 
-_op = torch.ops.resnet_fused
+
+class Layer(NamedTuple):
+    """What is fixed about one convolution and the batch norm behind it."""
+
+    geometry: Geometry
+    eps: float | None  # None where the statistics are constants
+    fprop: str  # the backends of the three convolution ops
+    dgrad: str
+    wgrad: str
+    fusion: Fusion
+
+    @property
+    def batch_statistics(self) -> bool:
+        return self.eps is not None
+
+    @property
+    def applies_gradient(self) -> bool:
+        """Whether its dgrad and wgrad run the backward of its batch norm on their way in."""
+        return self.fusion.dgrad_prologue and self.batch_statistics and self.dgrad != "aten" and self.wgrad != "aten"
+
+
+class Chain(NamedTuple):
+    """What is fixed about the whole: relu(z[-1] normalised + shortcut), where z[i] = conv(relu(z[i - 1] normalised)).
+
+    Attributes:
+        branch: the layers in order.
+        shortcut: the projection, or None.
+        identity: the shortcut is the input itself.
+        relu: a ReLU ends the chain.
+        backend: of the ops that are not convolutions.
+    """
+
+    branch: tuple[Layer, ...]
+    shortcut: Layer | None
+    identity: bool
+    relu: bool
+    backend: str
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.branch if self.shortcut is None else (*self.branch, self.shortcut)
 
 
 @dataclass(frozen=True)
@@ -142,7 +168,7 @@ def _measured(
             return None
         projection = _problem(tuple(x.shape), shortcut)
     block = dispatch.BlockShape(tuple(shapes), projection, added is x)
-    return dispatch.block(block, dtype, _arch(x.device), uses_tf32(dtype))
+    return dispatch.block(block, dtype, arch(x.device), uses_tf32(dtype))
 
 
 def _problem(shape: tuple[int, ...], layer: ConvBN) -> ConvShape:
@@ -170,12 +196,12 @@ def _choose_layer(
         return None, None  # an error, and PyTorch's to raise
     if weight.device != x.device or operand_dtype(weight) != dtype or ops.subclassed(weight):
         return None, None
-    problem, arch = _problem(shape, layer), _arch(x.device)
+    problem, capability = _problem(shape, layer), arch(x.device)
     plans = forced is None and not torch.compiler.is_compiling() and ops.unavailable("triton", x.device.type) is None
     if plans and training_refusal(problem, dtype) is None:
-        chosen = dispatch.layer(problem, dtype, arch, uses_tf32(dtype), first, residual)
+        chosen = dispatch.layer(problem, dtype, capability, uses_tf32(dtype), first, residual)
     else:
-        fusion = dispatch.training(problem, dtype, arch)
+        fusion = dispatch.training(problem, dtype, capability)
         fusion = replace(fusion, prologue=fusion.prologue and not first)
         chosen = dispatch.LayerPlan(*_conv_backends(function, problem, dtype, x.device, forced), fusion)
     eps = layer.eps if layer.training else None
@@ -197,102 +223,3 @@ def _conv_backends(
     if forced is not None:
         return forced, forced, forced
     return tuple(dispatch.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
-
-
-@constant
-def _arch(device: torch.device) -> int:
-    """80 for sm_80 and so on; without a GPU, the smallest."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def run_chain(
-    chain: Chain, x: Tensor, branch: Sequence[ConvBN], shortcut: ConvBN | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """The chain that `choose_chain` found for these tensors.
-
-    Mutates:
-        The running statistics of the layers that train.
-    """
-    if not chain.branch:
-        return _plain(chain, x, branch, shortcut, residual)
-    residual = None if chain.identity else residual
-    x = dense(x.to(operand_dtype(x)))
-    nchw = convolves_to_nchw(x, *(layer.weight for layer in branch))
-    nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
-    if nhwc:
-        x, residual = channels_last(x), None if residual is None else channels_last(residual)
-    with torch.no_grad():
-        made = []
-        value, affine = x, None
-        for layer, static in zip(branch, chain.branch, strict=True):
-            made.append(_layer(value, affine, layer, static, chain.backend, nhwc))
-            value, affine = made[-1].z, (made[-1].scale, made[-1].shift)
-        if shortcut is not None and chain.shortcut is not None:
-            projected = _layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc)
-            # At the join both lie alike in memory, as the bits of its ReLU do.
-            made.append(projected._replace(z=in_layout_of(projected.z, made[-1].z)))
-    layers = [*branch, *([] if shortcut is None else [shortcut])]
-    parameters = [p for layer in layers for p in (layer.weight, layer.bn_weight, layer.bn_bias)]
-    y: Tensor = ConvChain.apply(chain, x, residual, *parameters, *(t for one in made for t in one))
-    return y.contiguous() if nchw else y
-
-
-def _plain(
-    chain: Chain, x: Tensor, branch: Sequence[ConvBN], shortcut: ConvBN | None, residual: Tensor | None
-) -> Tensor:
-    """The same on PyTorch's own layers."""
-
-    def normalised(value: Tensor, layer: ConvBN) -> Tensor:
-        z = F.conv2d(value, layer.weight, None, *layer.geometry)
-        return F.batch_norm(z, *layer.vectors, layer.training, layer.momentum, layer.eps)  # type: ignore[arg-type, call-arg]
-
-    value = x
-    for layer in branch[:-1]:
-        value = F.relu(normalised(value, layer), inplace=True)
-    added = normalised(x, shortcut) if shortcut is not None else x if chain.identity else residual
-    return add_relu(normalised(value, branch[-1]), added, chain.relu)
-
-
-def _layer(
-    x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str, nhwc: bool
-) -> Made:
-    """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
-    weight = layer.weight.to(x.dtype)
-    fused = static.fprop != "aten" and layer.training and static.fusion.statistics
-    if affine is not None and not (fused and static.fusion.prologue):
-        x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
-        affine = None
-    if fused:
-        out = conv_shape(tuple(x.shape), weight, static.geometry)
-        assert out is not None
-        rows = dispatch.partial_rows(out[0] * out[2] * out[3], out[1])
-        z, *statistics = _op.conv_fprop_stats(
-            x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.fprop
-        )
-    else:
-        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.fprop)
-        z = dense(z)
-        if layer.training:
-            statistics = _op.bn_stats(z, dispatch.partial_rows(pixels(z), z.shape[1]), backend=backend)
-    if nhwc:  # where PyTorch's convolution ran beside Triton's
-        z = z.contiguous(memory_format=torch.channels_last)
-    if layer.training:
-        vectors = finalize(
-            statistics,
-            layer.running_mean,
-            layer.running_var,
-            layer.bn_weight,
-            layer.bn_bias,
-            layer.momentum,
-            layer.eps,
-            backend,
-        )
-    else:
-        assert layer.running_mean is not None and layer.running_var is not None
-        vectors = constant_affine(
-            layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.eps, z.dtype
-        )
-    return Made(None if weight is layer.weight else weight, z, *vectors)

@@ -3,10 +3,10 @@
 The gradient of a chain's result is written by the chain behind it, which could form the sums that the batch norms at
 its join need on the way: reading what they normalised, and one bit an element, for reading all that and the gradient
 again. But autograd gives no promise that what the one has written is what the other gets - other consumers of the
-result, hooks, `autograd.grad` with part of the graph - so nothing is assumed. A chain *offers* its operands, without
-keeping them alive; the chain behind it *hands over* the sums together with the very tensor they belong to; they are
-used if that tensor arrives and nobody has written to it (its version, which autograd counts). Else they are reduced
-again, as if there were no chain behind.
+result, hooks, `autograd.grad` with part of the graph - so nothing is assumed. A chain *publishes* its operands, without
+keeping them alive; the chain behind it *delivers* the sums together with the very tensor they belong to; they are
+*claimed* if that tensor arrives and nobody has written to it (its version, which autograd counts). Else they are
+reduced again, as if there were no chain behind.
 
 The order of the summands differs between the two ways: the results agree within the numerics contract, not in every
 bit, except in `reference`, which has one order.
@@ -26,7 +26,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
-class Offer:
+class Operands:
     """What the sums at a chain's join are formed from: x, mask, mean, invstd, and the projection's x, mean, invstd (or
     None three times), as `conv_dgrad_join` takes them.
 
@@ -39,7 +39,7 @@ class Offer:
         assert operands[0] is not None
         self._stream = _stream(operands[0].device)
 
-    def operands(self, like: Tensor, size: Sequence[int], nhwc: bool) -> list[Tensor | None] | None:
+    def get(self, like: Tensor, size: Sequence[int], nhwc: bool) -> list[Tensor | None] | None:
         """The operands, if they are here and fit a gradient of this size in the dtype and on the device of `like`.
 
         Args:
@@ -56,7 +56,7 @@ class Offer:
         return found if _stream(x.device) == self._stream else None  # autograd knows nothing of the sums on another
 
 
-class Formed(NamedTuple):
+class Sums(NamedTuple):
     """The sums of `conv_dgrad_join`, and which gradient they are of."""
 
     gradient: TensorWeakRef
@@ -64,36 +64,36 @@ class Formed(NamedTuple):
     sums: tuple[Tensor, ...]
 
 
-def offer(ctx: Any, operands: Sequence[Tensor | None]) -> None:
-    """Offer these operands to whoever computes the gradient of the result of `ctx`'s forward."""
+def publish(ctx: Any, operands: Sequence[Tensor | None]) -> None:
+    """Publish these operands for whoever computes the gradient of the result of `ctx`'s forward."""
     if not torch.compiler.is_compiling():
-        ctx.offer, ctx.formed = Offer(operands), None
+        ctx.published, ctx.delivered = Operands(operands), None
 
 
-def behind(ctx: Any, x: Tensor | None) -> Any:
-    """The node that made the first input of `ctx`, if it offers anything; None if not.
+def producer(ctx: Any, x: Tensor | None) -> Any:
+    """The node that made the first input of `ctx`, if it has published operands; None if not.
 
     Args:
         x: that input as it was saved, or None. A hook on it might write to the gradient without being seen to (as
-            `torch.distributed` does), so a tensor with hooks, or one that was not saved, counts as no offer.
+            `torch.distributed` does), so a tensor with hooks, or one that was not saved, has no producer.
     """
     if torch.compiler.is_compiling() or x is None or x._backward_hooks:
         return None
     node = ctx.next_functions[0][0]
-    return node if isinstance(getattr(node, "offer", None), Offer) else None
+    return node if isinstance(getattr(node, "published", None), Operands) else None
 
 
-def hand_over(node: Any, gradient: Tensor, sums: Sequence[Tensor]) -> None:
+def deliver(node: Any, gradient: Tensor, sums: Sequence[Tensor]) -> None:
     """Leave the sums of `gradient` with the node that is about to get it."""
     if not gradient.is_inference():  # which has no version
-        node.formed = Formed(TensorWeakRef(gradient), gradient._version, tuple(sums))
+        node.delivered = Sums(TensorWeakRef(gradient), gradient._version, tuple(sums))
 
 
-def take(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...] | None:
-    """The sums that were handed over to `ctx`, if they are those of this gradient."""
+def claim(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...] | None:
+    """The sums that were delivered to `ctx`, if they are those of this gradient."""
     if torch.compiler.is_compiling():
         return None
-    formed, ctx.formed = getattr(ctx, "formed", None), None
-    if formed is None or formed.gradient() is not gradient or formed.version != gradient._version:
+    delivered, ctx.delivered = getattr(ctx, "delivered", None), None
+    if delivered is None or delivered.gradient() is not gradient or delivered.version != gradient._version:
         return None
-    return formed.sums  # type: ignore[no-any-return]
+    return delivered.sums  # type: ignore[no-any-return]

@@ -10,58 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import dispatch
-from resnet_fused.dispatch import Fusion
-from resnet_fused.functional import block_border as border
 from resnet_fused.functional import native
-from resnet_fused.functional.common import Geometry, dense, in_layout_of, pixels
+from resnet_fused.functional.common import dense, in_layout_of, pixels
+from resnet_fused.functional.residual import handover
+from resnet_fused.functional.residual.decide import Chain
 from resnet_fused.ops.arithmetic import behind_relu
 
 _op = torch.ops.resnet_fused
 
 
-class Layer(NamedTuple):
-    """What is fixed about one convolution and the batch norm behind it."""
-
-    geometry: Geometry
-    eps: float | None  # None where the statistics are constants
-    fprop: str  # the backends of the three convolution ops
-    dgrad: str
-    wgrad: str
-    fusion: Fusion
-
-    @property
-    def batch_statistics(self) -> bool:
-        return self.eps is not None
-
-    @property
-    def applies_gradient(self) -> bool:
-        """Whether its dgrad and wgrad run the backward of its batch norm on their way in."""
-        return self.fusion.dgrad_prologue and self.batch_statistics and self.dgrad != "aten" and self.wgrad != "aten"
-
-
-class Chain(NamedTuple):
-    """What is fixed about the whole: relu(z[-1] normalised + shortcut), where z[i] = conv(relu(z[i - 1] normalised)).
-
-    Attributes:
-        branch: the layers in order.
-        shortcut: the projection, or None.
-        identity: the shortcut is the input itself.
-        relu: a ReLU ends the chain.
-        backend: of the ops that are not convolutions.
-    """
-
-    branch: tuple[Layer, ...]
-    shortcut: Layer | None
-    identity: bool
-    relu: bool
-    backend: str
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        return self.branch if self.shortcut is None else (*self.branch, self.shortcut)
-
-
-class Made(NamedTuple):
+class LayerForward(NamedTuple):
     """What a layer's forward leaves: its weight as the kernels saw it (None: as it is), z, and the affine map."""
 
     weight: Tensor | None  # never the parameter itself: Dynamo wants each input of an autograd.Function once
@@ -72,7 +30,9 @@ class Made(NamedTuple):
     invstd: Tensor
 
 
-def join(chain: Chain, x: Tensor, residual: Tensor | None, made: list[Made], with_mask: bool) -> tuple[Tensor, Tensor]:
+def join(
+    chain: Chain, x: Tensor, residual: Tensor | None, made: list[LayerForward], with_mask: bool
+) -> tuple[Tensor, Tensor]:
     """act(z normalised + shortcut) and the ReLU's mask, one bit an element: the only activation a chain writes."""
     last = made[len(chain.branch) - 1]
     affine: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -125,7 +85,7 @@ def _native(ctx: Any, dy: Tensor) -> native.Recomputed:
 
 
 class ConvChain(torch.autograd.Function):
-    """Takes `(chain, x, residual, *parameters, *made)`: per layer weight, bn weight, bn bias; per layer a `Made`.
+    """Takes `(chain, x, residual, *parameters, *made)`: per layer weight, bn weight, bn bias; a `LayerForward` each.
 
     All but the join was computed before, outside of this function: running statistics change there, which inside of an
     `autograd.Function` gave wrong gradients under `torch.compile` (pytorch#180642).
@@ -152,7 +112,7 @@ class ConvChain(torch.autograd.Function):
         if with_mask and _reduces_at_the_join(chain, ctx.needs_input_grad):
             last, projection = made[len(chain.branch) - 1], None if chain.shortcut is None else made[-1]
             beside = (projection.z, projection.mean, projection.invstd) if projection else (None,) * 3
-            border.offer(ctx, (last.z, mask, last.mean, last.invstd, *beside))
+            handover.publish(ctx, (last.z, mask, last.mean, last.invstd, *beside))
         return y
 
     @staticmethod
@@ -167,18 +127,18 @@ class ConvChain(torch.autograd.Function):
         ]
         needs = ctx.needs_input_grad
         steps = _Backward(chain, x, mask, made, tuple(ctx.size), needs[1], needs[3 : 3 + 3 * count])
-        steps.take(border.take(ctx, dy))
-        node = border.behind(ctx, x) if needs[1] else None
-        dx, dresidual = steps.run(dy, needs[2], None if node is None else node.offer)
+        steps.claim(handover.claim(ctx, dy))
+        node = handover.producer(ctx, x) if needs[1] else None
+        dx, dresidual = steps.run(dy, needs[2], None if node is None else node.published)
         if node is not None and dx is not None and steps.formed:
-            border.hand_over(node, dx, steps.formed)
+            handover.deliver(node, dx, steps.formed)
         gradients: list[Tensor | None] = []
         for i, gradient in enumerate(steps.gradients):
             if gradient is not None:
                 gradient = gradient.to(ctx.dtypes[i])
                 gradient = in_layout_of(gradient, dense(rest[i // 3])) if i % 3 == 0 else gradient
             gradients.append(gradient if needs[3 + i] else None)
-        return None, dx, dresidual, *gradients, *(None,) * (len(Made._fields) * count)
+        return None, dx, dresidual, *gradients, *(None,) * (len(LayerForward._fields) * count)
 
 
 def _reduces_at_the_join(chain: Chain, needs: Sequence[bool]) -> bool:
@@ -188,9 +148,9 @@ def _reduces_at_the_join(chain: Chain, needs: Sequence[bool]) -> bool:
     return any(any(needs[3 + 3 * k + 1 : 3 + 3 * k + 3]) for k in range(len(chain.branch) - 1, len(chain.layers)))
 
 
-def _unflatten(flat: Sequence[Any]) -> list[Made]:
-    width = len(Made._fields)
-    return [Made(*flat[i : i + width]) for i in range(0, len(flat), width)]
+def _unflatten(flat: Sequence[Any]) -> list[LayerForward]:
+    width = len(LayerForward._fields)
+    return [LayerForward(*flat[i : i + width]) for i in range(0, len(flat), width)]
 
 
 class _Gradient(NamedTuple):
@@ -209,7 +169,7 @@ class _Backward:
         chain: Chain,
         x: Tensor | None,
         mask: Tensor | None,
-        made: list[Made],
+        made: list[LayerForward],
         size: tuple[int, int],
         needs_x: bool,
         needs: tuple[bool, ...],
@@ -220,7 +180,7 @@ class _Backward:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, at the join, where they came with the gradient
         self.formed: list[Tensor] = []  # the sums of the chain before
 
-    def take(self, sums: tuple[Tensor, ...] | None) -> None:
+    def claim(self, sums: tuple[Tensor, ...] | None) -> None:
         """These are the sums at the join, as `conv_dgrad_join` gives them."""
         if sums is not None:
             last = len(self.chain.branch) - 1
@@ -228,8 +188,10 @@ class _Backward:
             if self.chain.shortcut is not None:
                 self.sums[last + 1] = (sums[0].clone(), sums[2])  # the gradients of two biases, one each
 
-    def run(self, dy: Tensor, needs_residual: bool, offer: border.Offer | None) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and of the residual; `offer` is of the chain that made x."""
+    def run(
+        self, dy: Tensor, needs_residual: bool, published: handover.Operands | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the residual; `published` is of the chain that made x."""
         chain, last = self.chain, len(self.chain.branch) - 1
         dy = in_layout_of(dy, self.made[last].z)
         # The gradient of the sum, dy behind the ReLU's mask: the mask is applied wherever dy is read, and dy written
@@ -243,7 +205,7 @@ class _Backward:
         if wants_sum and not chain.relu:
             masked = dy
         deepest = self.deepest()
-        gradient, written = self.behind_the_join(last, dy, wants_sum and chain.relu, deepest <= last)
+        gradient, written = self.join_backward(last, dy, wants_sum and chain.relu, deepest <= last)
         masked = written if masked is None else masked
         if chain.identity and self.needs_x and not keeps_mask:
             addend = masked
@@ -252,9 +214,9 @@ class _Backward:
             assert gradient is not None
             self.weight_gradient(k, gradient)
             if k > deepest:
-                gradient = self.through(k, gradient)
+                gradient = self.layer_backward(k, gradient)
             elif k == 0 and self.needs_x:
-                dx = self.data_gradient(k, gradient, addend, addend_mask, offer)
+                dx = self.data_gradient(k, gradient, addend, addend_mask, published)
         return dx, masked if needs_residual else None
 
     def deepest(self) -> int:
@@ -268,7 +230,7 @@ class _Backward:
         """The shortcut's gradients; that of x is returned."""
         k = len(self.chain.branch)
         convolves = self.needs[3 * k] or self.needs_x
-        gradient, _ = self.behind_the_join(k, dy, False, convolves)
+        gradient, _ = self.join_backward(k, dy, False, convolves)
         if not convolves:
             return None
         assert gradient is not None
@@ -280,7 +242,7 @@ class _Backward:
         reads_nhwc = self.chain.branch[0].dgrad == "triton"
         return dx.contiguous(memory_format=torch.channels_last) if reads_nhwc else dx
 
-    def behind_the_join(
+    def join_backward(
         self, k: int, dy: Tensor, with_sum: bool, with_gradient: bool
     ) -> tuple[_Gradient | None, Tensor | None]:
         """The gradient of z[k] from that of the chain's result, and the gradient of the sum if it is wanted."""
@@ -300,7 +262,7 @@ class _Backward:
         )
         return _Gradient(dz), masked if with_sum else None
 
-    def through(self, k: int, gradient: _Gradient) -> _Gradient:
+    def layer_backward(self, k: int, gradient: _Gradient) -> _Gradient:
         """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm."""
         layer, before, made = self.chain.branch[k], self.chain.branch[k - 1], self.made[k - 1]
         affine = (made.scale, made.shift, made.mean, made.invstd)
@@ -331,17 +293,22 @@ class _Backward:
         return _Gradient(dz)
 
     def data_gradient(
-        self, k: int, gradient: _Gradient, addend: Tensor | None, mask: Tensor | None, offer: border.Offer | None = None
+        self,
+        k: int,
+        gradient: _Gradient,
+        addend: Tensor | None,
+        mask: Tensor | None,
+        published: handover.Operands | None = None,
     ) -> Tensor:
         """The gradient of x through layer k, with what reaches x on other ways added; it is the whole of it where there
-        is an `offer`, whose sums it forms if it can.
+        are `published` operands, whose sums it forms if it can.
         """
         layer, dy = self.chain.layers[k], gradient.dy
-        if offer is not None and layer.dgrad != "aten" and layer.fusion.dgrad_epilogue:
+        if published is not None and layer.dgrad != "aten" and layer.fusion.dgrad_epilogue:
             weight = self.made[k].weight
             assert weight is not None
             shape = (dy.shape[0], weight.shape[1] * layer.geometry[3], *self.size)
-            before = offer.operands(dy, shape, nhwc=layer.dgrad == "triton")
+            before = published.get(dy, shape, nhwc=layer.dgrad == "triton")
             if before is not None:
                 written: Tensor
                 written, *self.formed = _op.conv_dgrad_join(

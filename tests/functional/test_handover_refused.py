@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from border_cases import assert_same, check, gradients, loss_of, made, seeded, three_blocks, watched  # noqa: F401
+from handover_cases import assert_same, check, gradients, loss_of, made, seeded, three_blocks, watched  # noqa: F401
 from op_cases import DEVICE
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint

@@ -1,0 +1,116 @@
+"""The forward of a chain: each layer's convolution, statistics and affine map, then the join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import dispatch
+from resnet_fused.functional.common import (
+    add_relu,
+    channels_last,
+    conv_shape,
+    convolves_to_nchw,
+    dense,
+    in_layout_of,
+    operand_dtype,
+    pixels,
+)
+from resnet_fused.functional.residual.backward import ConvChain, LayerForward
+from resnet_fused.functional.residual.decide import Chain, ConvBN, Layer
+from resnet_fused.functional.statistics import constant_affine, finalize
+
+_op = torch.ops.resnet_fused
+
+
+def run_chain(
+    chain: Chain, x: Tensor, branch: Sequence[ConvBN], shortcut: ConvBN | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """The chain that `choose_chain` found for these tensors.
+
+    Mutates:
+        The running statistics of the layers that train.
+    """
+    if not chain.branch:
+        return _plain(chain, x, branch, shortcut, residual)
+    residual = None if chain.identity else residual
+    x = dense(x.to(operand_dtype(x)))
+    nchw = convolves_to_nchw(x, *(layer.weight for layer in branch))
+    nhwc = any("triton" in layer[2:5] for layer in chain.layers)  # whose convolutions read channels_last
+    if nhwc:
+        x, residual = channels_last(x), None if residual is None else channels_last(residual)
+    with torch.no_grad():
+        made = []
+        value, affine = x, None
+        for layer, static in zip(branch, chain.branch, strict=True):
+            made.append(_layer(value, affine, layer, static, chain.backend, nhwc))
+            value, affine = made[-1].z, (made[-1].scale, made[-1].shift)
+        if shortcut is not None and chain.shortcut is not None:
+            projected = _layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc)
+            # At the join both lie alike in memory, as the bits of its ReLU do.
+            made.append(projected._replace(z=in_layout_of(projected.z, made[-1].z)))
+    layers = [*branch, *([] if shortcut is None else [shortcut])]
+    parameters = [p for layer in layers for p in (layer.weight, layer.bn_weight, layer.bn_bias)]
+    y: Tensor = ConvChain.apply(chain, x, residual, *parameters, *(t for one in made for t in one))
+    return y.contiguous() if nchw else y
+
+
+def _plain(
+    chain: Chain, x: Tensor, branch: Sequence[ConvBN], shortcut: ConvBN | None, residual: Tensor | None
+) -> Tensor:
+    """The same on native PyTorch, layer by layer."""
+
+    def normalised(value: Tensor, layer: ConvBN) -> Tensor:
+        z = F.conv2d(value, layer.weight, None, *layer.geometry)
+        return F.batch_norm(z, *layer.vectors, layer.training, layer.momentum, layer.eps)  # type: ignore[arg-type, call-arg]
+
+    value = x
+    for layer in branch[:-1]:
+        value = F.relu(normalised(value, layer), inplace=True)
+    added = normalised(x, shortcut) if shortcut is not None else x if chain.identity else residual
+    return add_relu(normalised(value, branch[-1]), added, chain.relu)
+
+
+def _layer(
+    x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str, nhwc: bool
+) -> LayerForward:
+    """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
+    weight = layer.weight.to(x.dtype)
+    fused = static.fprop != "aten" and layer.training and static.fusion.statistics
+    if affine is not None and not (fused and static.fusion.prologue):
+        x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
+        affine = None
+    if fused:
+        out = conv_shape(tuple(x.shape), weight, static.geometry)
+        assert out is not None
+        rows = dispatch.partial_rows(out[0] * out[2] * out[3], out[1])
+        z, *statistics = _op.conv_fprop_stats(
+            x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.fprop
+        )
+    else:
+        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.fprop)
+        z = dense(z)
+        if layer.training:
+            statistics = _op.bn_stats(z, dispatch.partial_rows(pixels(z), z.shape[1]), backend=backend)
+    if nhwc:  # where PyTorch's convolution ran beside Triton's
+        z = z.contiguous(memory_format=torch.channels_last)
+    if layer.training:
+        vectors = finalize(
+            statistics,
+            layer.running_mean,
+            layer.running_var,
+            layer.bn_weight,
+            layer.bn_bias,
+            layer.momentum,
+            layer.eps,
+            backend,
+        )
+    else:
+        assert layer.running_mean is not None and layer.running_var is not None
+        vectors = constant_affine(
+            layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.eps, z.dtype
+        )
+    return LayerForward(None if weight is layer.weight else weight, z, *vectors)
