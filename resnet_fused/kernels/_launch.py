@@ -20,8 +20,6 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 MAX_REGISTERS = 255
 
 
-
-
 def refuse_device(device: torch.device) -> str | None:
     """Why no Triton kernel can run on `device`, or None."""
     if device.type == "cuda":
