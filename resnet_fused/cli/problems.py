@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,4 +42,8 @@ def on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any
             "command": shlex.join([PROGRAM, *arguments.argv]),
             "reporter": reporter,
         }
-        return run(reporter, common)
+        try:
+            return run(reporter, common)
+        except KeyboardInterrupt:  # what was measured is in tune's table
+            print(f"{PROGRAM}: interrupted", file=sys.stderr)
+            return 130

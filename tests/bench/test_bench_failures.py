@@ -315,7 +315,7 @@ def test_ctrl_c_shows_and_writes_what_was_measured(monkeypatch, capsys):
     data = json.loads(open("b.json").read())
     assert [case["mode"] for case in data["cases"]] == ["infer"] and "interrupted" in data["left_out"][0]
     assert cli.main([*TINY, "--mode", "train", "--batch", "2", "--json", "c.json"]) == 130
-    assert "resnet-fused: interrupted" in capsys.readouterr().err and not os.path.exists("c.json")
+    assert "resnet-fused: interrupted, nothing written" in capsys.readouterr().err and not os.path.exists("c.json")
 
 
 def test_what_was_measured_is_on_the_disk_before_the_next_case_begins(monkeypatch):

@@ -118,7 +118,7 @@ def test_pytorch_flags_choose_the_engines(dtype, allowed, deterministic, monkeyp
 def test_what_has_no_engine_says_so():
     library = CPULibrary()
     library.cudnn.pygraph.refuses = staticmethod(lambda graph: True)
-    with pytest.raises(Unavailable, match=r"of \[2, 8, 6, 6\] by .*: no engine of many lines$"):
+    with pytest.raises(Unavailable, match=r"of \[2, 8, 6, 6\] by .*: no engine$"):
         graph_of(library, spec_of())
     library = CPULibrary()
     library.cudnn.pygraph.plans = (False, False)

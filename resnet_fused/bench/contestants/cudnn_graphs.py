@@ -191,7 +191,7 @@ class Graph:
         except Unavailable:
             raise
         except Exception as error:  # cuDNN's "not supported" is an exception of its package's own
-            raise Unavailable(f"cuDNN has no engine for {what}: {one_line(error)}") from None
+            raise Unavailable(f"cuDNN has no engine for {what}: {one_line(error, kind=True)}") from None
 
     def run(self, operands: dict[str, Tensor], workspace: Tensor) -> None:
         """Launch on the current stream.
@@ -223,7 +223,7 @@ class Graph:
             except Exception as error:  # filtered out, cannot be built, wants more memory than there is
                 problem = error
         if not found:
-            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {one_line(problem)}")
+            raise Unavailable(f"cuDNN has no engine that runs {self.what}: {one_line(problem, kind=True)}")
         _, index, size = min(found)
         return index, size
 

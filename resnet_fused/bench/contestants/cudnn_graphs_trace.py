@@ -27,7 +27,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         network = fx.symbolic_trace(model)
     except Exception as error:  # control flow on values, say
-        raise Unavailable(f"torch.fx cannot trace this model: {one_line(error)}") from None
+        raise Unavailable(f"torch.fx cannot trace this model: {one_line(error, kind=True)}") from None
     for node in list(network.graph.nodes):
         if node.op == "call_module" and node.args:
             module = network.get_submodule(str(node.target))

@@ -51,7 +51,7 @@ def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable
     try:
         session = runtime.InferenceSession(program.model_proto.SerializeToString(), settings, providers=[provider])
     except Exception as error:  # no kernel for an op in this dtype, say
-        raise Unavailable(f"onnxruntime does not take the exported model: {one_line(error)}") from None
+        raise Unavailable(f"onnxruntime does not take the exported model: {one_line(error, kind=True)}") from None
     (entry,), (result,) = session.get_inputs(), session.get_outputs()
     element = {"fp32": 1, "fp16": 10, "bf16": 16}[case.dtype]  # onnx.TensorProto.DataType
     with torch.no_grad():
