@@ -98,16 +98,30 @@ class Source:
 
     def backend(self) -> str:
         """The backend that is to run it: the forced one, else what the plan has for this problem on this device."""
-        forced, x, conv = dispatch.forced_backend(), self.example.x, self.conv
-        if forced is not None:
-            return forced
-        if x.device.type != "cuda":
-            return dispatch.default_backend("conv_fprop", x.device.type)
-        (n, c, h, w), (k, _, r, s) = x.shape, conv.weight.shape
+        x, conv = self.example.x, self.conv
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        shape = ConvShape(n, c, h, w, k, r, s, *geometry)  # type: ignore[arg-type]
-        tf32 = uses_tf32(x.dtype)
-        return dispatch.choose(dispatch.Problem("conv_fprop", shape, x.dtype, tf32), arch(x.device)).backend
+        return dispatch.forced_backend() or planned_backend("conv_fprop", x, conv.weight.shape, *geometry)  # type: ignore[arg-type]
+
+
+def planned_backend(
+    op: str,
+    x: Tensor,
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    flags: tuple[str, ...] = (),
+) -> str:
+    """The backend that the plan has for a convolution of `x` under a filter [K, C/groups, R, S], on its device.
+
+    Args:
+        flags: what the plan must know of what else the op does.
+    """
+    if x.device.type != "cuda":
+        return dispatch.default_backend(op, x.device.type)
+    shape = ConvShape.of(x.shape, filter, stride, padding, dilation, groups)
+    return dispatch.choose(dispatch.Problem(op, shape, x.dtype, uses_tf32(x.dtype), flags), arch(x.device)).backend
 
 
 class Kernel:

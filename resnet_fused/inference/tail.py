@@ -8,11 +8,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from resnet_fused import dispatch
-from resnet_fused.dispatch.conv import ConvShape, uses_tf32
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
-from resnet_fused.dispatch.device import arch
 from resnet_fused.functional.common import autocast, conv_operands, conv_shape, fits
-from resnet_fused.inference.conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format
+from resnet_fused.inference.conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format, planned_backend
 from resnet_fused.ops import conv_chain, conv_fprop, conv_join
 from resnet_fused.ops.arithmetic import fold
 
@@ -206,12 +204,9 @@ def _backend(op: str, flags: tuple[str, ...], *convs: FrozenConv) -> str:
 
 
 def _planned(op: str, flags: tuple[str, ...], conv: FrozenConv) -> str:
-    x, (stride, padding, dilation, groups) = conv.example.x, conv.geometry
-    if x.device.type != "cuda":
-        return dispatch.default_backend(op, x.device.type)
-    geometry = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    shape = ConvShape(*x.shape, conv.example.y.shape[1], *conv.filter, *geometry)  # type: ignore[call-arg, arg-type]
-    return dispatch.choose(dispatch.Problem(op, shape, x.dtype, uses_tf32(x.dtype), flags), arch(x.device)).backend
+    x, groups = conv.example.x, conv.geometry[3]
+    filter = (conv.example.y.shape[1], x.shape[1] // groups, *conv.filter)
+    return planned_backend(op, x, filter, *conv.geometry, flags=flags)
 
 
 def _check_pointwise(conv: FrozenConv, any_stride: bool) -> None:

@@ -172,7 +172,7 @@ def _measured(
 
 
 def _problem(shape: tuple[int, ...], layer: ConvBN) -> ConvShape:
-    return ConvShape(*shape, layer.weight.shape[0], *layer.weight.shape[2:], *layer.geometry)  # type: ignore[call-arg, arg-type]
+    return ConvShape.of(shape, layer.weight.shape, *layer.geometry)
 
 
 def _choose_layer(
