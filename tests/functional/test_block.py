@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from contract import assert_no_worse
+from networks import randomised
 from op_cases import DEVICE
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -70,18 +71,8 @@ def chains(monkeypatch):
 
 def _made(name: str) -> tuple[nn.Module, torch.Tensor]:
     make, shape = BLOCKS[name]
-    module = _randomised(make()).to(DEVICE)
+    module = randomised(make()).to(DEVICE)
     return module, torch.randn(shape, device=DEVICE)
-
-
-def _randomised(module: nn.Module) -> nn.Module:
-    for m in module.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean, 0, 0.1)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.1)
-    return module
 
 
 def _step(module: nn.Module, x: torch.Tensor, backend: str = "auto") -> dict[str, torch.Tensor | None]:
@@ -350,7 +341,7 @@ def test_a_forced_backend_that_cannot_run_says_why():
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
 def test_a_network_in_float64(network, chains):
     """Every parameter, the input and the running statistics of a whole network."""
-    plain = _randomised(getattr(torchvision.models, network)(num_classes=10)).to(DEVICE).double()
+    plain = randomised(getattr(torchvision.models, network)(num_classes=10)).to(DEVICE).double()
     x = torch.randn(2, 3, 64, 64, device=DEVICE, dtype=torch.float64)
     actual, expected = _step(fuse(copy.deepcopy(plain)), x, "reference"), _step(copy.deepcopy(plain), x)
     for what, exact in expected.items():
@@ -361,7 +352,7 @@ def test_a_network_in_float64(network, chains):
 
 @pytest.mark.skipif(not ops.available("cuda", DEVICE), reason="not available here")
 def test_a_network_of_compiled_kernels():
-    plain = _randomised(torchvision.models.resnet18(num_classes=10)).to(DEVICE)
+    plain = randomised(torchvision.models.resnet18(num_classes=10)).to(DEVICE)
     x = torch.randn(4, 3, 64, 64, device=DEVICE)
     assert_no_worse(_step(fuse(copy.deepcopy(plain)), x, "cuda"), _step, (plain, x), norm=True)
 

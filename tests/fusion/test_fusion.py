@@ -17,17 +17,6 @@ from resnet_fused.fusion import fuse, plan_of, report, swap, unfuse
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def plain():
-    torch.manual_seed(0)
-    return Net().double()
-
-
-@pytest.fixture
-def fused(plain):
-    return fuse(copy.deepcopy(plain))
-
-
 def test_only_classes_change(plain):
     reference = copy.deepcopy(plain)
     objects = {name: (id(module), id(vars(module)["_parameters"])) for name, module in plain.named_modules()}

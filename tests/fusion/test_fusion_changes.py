@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from agreement import assert_same
-from small_net import Net, picture
+from small_net import picture
 from torch import nn
 
 from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, swap
 from resnet_fused.fusion.recognise import recognise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def plain():
-    torch.manual_seed(0)
-    return Net().double()
-
-
-@pytest.fixture
-def fused(plain):
-    return fuse(copy.deepcopy(plain))
 
 
 def set_scale(model):

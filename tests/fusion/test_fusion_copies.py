@@ -28,17 +28,6 @@ from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def plain():
-    torch.manual_seed(0)
-    return Net().double()
-
-
-@pytest.fixture
-def fused(plain):
-    return fuse(copy.deepcopy(plain))
-
-
 def through_pickle(model, protocol):
     return pickle.loads(pickle.dumps(model, protocol))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from agreement import assert_same
+from agreement import assert_hook_sees_the_same, assert_same
 from torch import nn
 
 from resnet_fused import freeze, use_backend
@@ -281,16 +281,7 @@ def test_changes_of_a_recognised_norm_are_noticed(change, block, before):
 def test_hooks_around_and_inside_a_recognised_norm_fire(path):
     torch.manual_seed(0)
     plain = BLOCKS["timm"]().double()
-    fused = fuse(copy.deepcopy(plain))
-    logs = []
-    for model in (plain, fused):
-        log: list[torch.Tensor] = []
-        model.get_submodule(path).register_forward_hook(lambda m, args, y, log=log: log.append(y.detach().clone()))
-        logs.append(log)
-    assert_same(plain, fused, picture())
-    assert len(logs[0]) == len(logs[1]) == 3
-    for expected, actual in zip(*logs, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert_hook_sees_the_same(plain, fuse(copy.deepcopy(plain)), path, picture())
 
 
 def through_torch_save(model):

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import assert_same
+from agreement import assert_hook_sees_the_same, assert_same
 from torch import nn
 
 from resnet_fused import freeze, models, use_backend
@@ -266,16 +266,7 @@ def test_freeze_folds_the_sum_with_the_convolution(make):
 def test_hooks_of_a_chain_with_a_sum_fire_in_order(path):
     torch.manual_seed(0)
     plain = Linear().double()
-    fused = fuse(copy.deepcopy(plain))
-    logs = []
-    for model in (plain, fused):
-        log: list[torch.Tensor] = []
-        model.get_submodule(path).register_forward_hook(lambda m, args, y, log=log: log.append(y.detach().clone()))
-        logs.append(log)
-    assert_same(plain, fused, picture())
-    assert len(logs[0]) == len(logs[1]) == 3
-    for expected, actual in zip(*logs, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert_hook_sees_the_same(plain, fuse(copy.deepcopy(plain)), path, picture())
 
 
 # --- Sequentials ------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from contract import assert_no_worse
+from networks import randomised
 from op_cases import reference
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -24,14 +25,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def _statistics(model):
-    """Batch norms that do something: without, scale is 1 and shift 0."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean, 0, 0.1)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.1)
-    return model.eval()
+    return randomised(model).eval()
 
 
 def _projection(inputs, outputs, stride):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract import assert_no_worse
 from conv_cases import runs_kernels
+from networks import randomised
 from torch import nn
 
 pytest.importorskip("triton")
@@ -25,14 +26,7 @@ def _projection(inputs, outputs):
 
 
 def _model(*modules):
-    model = nn.Sequential(*modules)
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.running_mean, 0, 0.1)
-            nn.init.uniform_(m.running_var, 0.5, 1.5)
-            nn.init.uniform_(m.weight, 0.5, 1.5)
-            nn.init.normal_(m.bias, 0, 0.1)
-    return model.eval().to(DEVICE)
+    return randomised(nn.Sequential(*modules)).eval().to(DEVICE)
 
 
 def _bottlenecks(**options):

@@ -102,3 +102,16 @@ def _close(expected: list[Tensor | None], actual: list[Tensor | None], tolerance
             equal_nan=True,
             msg=f"{what} differs by {float((a - e).detach().abs().max())}",
         )
+
+
+def assert_hook_sees_the_same(plain: nn.Module, fused: nn.Module, path: str, *inputs: Any) -> None:
+    """`assert_same`, and a forward hook on the submodule `path` sees the same in each of the three calls."""
+    logs = []
+    for model in (plain, fused):
+        log: list[Tensor] = []
+        model.get_submodule(path).register_forward_hook(lambda m, args, y, log=log: log.append(y.detach().clone()))
+        logs.append(log)
+    assert_same(plain, fused, *inputs)
+    assert len(logs[0]) == len(logs[1]) == 3
+    for expected, actual in zip(*logs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -42,14 +42,18 @@ class SmallResNet(nn.Module):
 
 def small_resnet(**options: Any) -> SmallResNet:
     """One whose batch norms are not those of a fresh network."""
-    model = SmallResNet(**options)
+    return randomised(SmallResNet(**options)).to(DEVICE)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model with batch norms that do something: in a fresh one scale is 1 and shift 0."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
-    return model.to(DEVICE)
+    return model
 
 
 def pictures(n: int = 2, size: int = 24, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -129,6 +129,7 @@ def test_the_same_training(recorder, fused, zero, every):
 
 def test_a_gradient_scaler(recorder):
     same_training(recorder, batches(*[4] * 6), scaler=torch.amp.GradScaler(DEVICE, init_scale=8.0, growth_interval=2))
+    assert ON_GPU or (recorder.recorded, recorder.replayed) == (1, 6 - module.WARM_UP)
 
 
 def test_a_last_batch_runs_as_it_is_written(recorder):
