@@ -104,7 +104,6 @@ class _Graphed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         parameters = list(self.model.parameters())
         if not parameters or not _on_gpu(parameters[0]):
             return self.step(*args, **kwargs)
@@ -117,8 +116,8 @@ class _Graphed:
         if replay is None:
             with self._side_stream():
                 return _detached(self.step(*args, **kwargs))
-        if tensors:
-            torch._foreach_copy_(replay.inputs, tensors)
+        if replay.inputs:
+            torch._foreach_copy_(replay.inputs, _tensors(leaves))
         with _accumulating(parameters, replay.gradients):
             replay.run()
         return tree_map_only(Tensor, torch.clone, replay.outputs)
@@ -145,7 +144,7 @@ class _Graphed:
 
     def _captured(self, leaves: Sequence[Any], spec: TreeSpec, parameters: Sequence[Tensor]) -> _Replay | None:
         """The step as a graph; None, and a warning, where it cannot be captured."""
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = _tensors(leaves)
         if not all(map(_on_gpu, tensors)):
             return _as_written("an input is on the CPU; move it to the GPU before the step")
         if any(t.requires_grad for t in tensors):
@@ -164,7 +163,7 @@ class _Graphed:
         finally:
             for p, grad in zip(parameters, kept, strict=True):
                 p.grad = grad
-        return _Replay(run, [t for t in static if isinstance(t, Tensor)], _detached(outputs), gradients)
+        return _Replay(run, _tensors(static), _detached(outputs), gradients)
 
 
 def record(call: Callable[[], R], stream: torch.cuda.Stream | None) -> tuple[Callable[[], object], R]:
@@ -218,6 +217,10 @@ def _detached(outputs: Any) -> Any:
 def _as_written(reason: str) -> _Replay | None:
     warnings.warn(f"graphed: no CUDA graph, the step runs as it is written: {reason}", stacklevel=4)
     return None
+
+
+def _tensors(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _on_gpu(t: Tensor) -> bool:
