@@ -44,7 +44,7 @@ def _between(step):
 
 def _doubled(y):
     """In place where that is allowed: plain PyTorch's ReLU has saved its result."""
-    return y.mul_(2) if hasattr(y.grad_fn, "offer") else y * 2
+    return y.mul_(2) if hasattr(y.grad_fn, "published") else y * 2
 
 
 def _unseen(gradient):
@@ -116,7 +116,7 @@ def test_part_of_the_graph(taken):
         (gradient,) = torch.autograd.grad(loss, y, retain_graph=True)
         if m is ours:
             held = weakref.ref(gradient)
-            assert y.grad_fn.formed.gradient() is gradient
+            assert y.grad_fn.delivered.gradient() is gradient
         (weight,) = torch.autograd.grad(loss, m[1].conv2.weight, retain_graph=True)
         parameters = list(m[0].parameters())
         clone = torch.autograd.grad(y, parameters, gradient.clone(), retain_graph=True)
