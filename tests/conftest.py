@@ -16,6 +16,11 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 if not os.access(os.path.expanduser("~"), os.W_OK):  # where Triton keeps what it has compiled
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}"))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # What Inductor has compiled for other vector units crashes, and its cache does not ask about them.
+    units = torch.backends.cpu.get_cpu_capability().replace(" ", "_"), os.environ.get("ONEDNN_MAX_CPU_ISA", "default")
+    folder = "-".join(("torchinductor", str(os.getuid()), *units))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), folder)
 
 import pytest
 import tiers
