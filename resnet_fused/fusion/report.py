@@ -5,12 +5,14 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
+from resnet_fused._rows import grouped, table
+
 _WIDTH = 160
 
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What `fuse` did to a model; `str()` is a table, in which long entries are cut.
+    """What `fuse` did to a model; `str()` is a summary and a table, in which equal rows are one and long ones are cut.
 
     Attributes:
         fused: (module name, what it computes fused), in the order of `named_modules`; the model itself is `""`.
@@ -23,15 +25,16 @@ class FusionReport:
 
     def __str__(self) -> str:
         parts = {name for name, _ in self.fused}
+        in_part = len(parts & {name for name, _ in self.skipped})
+        alone = sum(name not in parts for name, _ in self.skipped)
+        summary = f"{len(self.fused)} fused{f', {in_part} of them in part' if in_part else ''}, {alone} left alone"
         shortened = ((name, textwrap.shorten(what, _WIDTH, placeholder=" ...")) for name, what in self.fused)
         rows = [(name or "(model)", "fused", what) for name, what in shortened]
         for name, reason in self.skipped:
             rows.append((name or "(model)", "in part" if name in parts else "left alone", reason))
-        rows = [("module", "", "what, or why not"), *rows]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        lines = [f"{name:<{widths[0]}}  {state:<{widths[1]}}  {text}".rstrip() for name, state, text in rows]
-        lines.insert(1, "  ".join("-" * width for width in (*widths, max(len(row[2]) for row in rows))))
-        in_part = len(parts & {name for name, _ in self.skipped})
-        alone = sum(name not in parts for name, _ in self.skipped)
-        lines.append(f"{len(self.fused)} fused{f', {in_part} of them in part' if in_part else ''}, {alone} left alone")
-        return "\n".join(lines)
+        if not rows:
+            return summary
+        if not alone and not in_part:  # the summary says it
+            rows = [(name, "", what) for name, _, what in rows]
+        head = ("module", "", "what runs as one operation (a-b-c), or why not" if parts else "why not")
+        return "\n".join([summary, *table(head, grouped(rows))])

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+
+from resnet_fused._rows import grouped, table
+
+LAYER_BY_LAYER = "aten runs layer by layer"
+MEANING = {
+    "conv_chain": "a bottleneck's 3x3 convolution and the 1x1 convolutions behind it in one kernel",
+    "conv_join": "a block's last convolution and its shortcut's projection in one kernel",
+}
 
 
 @dataclass(frozen=True)
@@ -28,16 +37,43 @@ class PlannedConv:
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """Every convolution of a frozen model, in the order of `named_modules`; `str()` is a table."""
+    """Every convolution of a frozen model, in the order of `named_modules`; `str()` is a summary and a table."""
 
     layers: tuple[PlannedConv, ...]
 
     def __str__(self) -> str:
-        rows = [("layer", "backend", "op", "fused with", "why not more"), *map(astuple, self.layers)]
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        lines = ["  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in rows]
-        lines.insert(1, "  ".join("-" * width for width in widths))
+        if not self.layers:
+            return "no convolutions"
         counts = Counter((row.op, row.backend) for row in self.layers)
-        how = [f"{n} left to the model" if op == "-" else f"{n} in {op} on {be}" for (op, be), n in counts.items()]
-        lines.append(f"{len(self.layers)} convolutions: {', '.join(how)}" if how else "no convolutions")
-        return "\n".join(line.rstrip() for line in lines)
+        own = {"aten": " (PyTorch's own kernels, layer by layer)"}
+        how = [
+            f"{n} left to the model" if op == "-" else f"{n} in {op} on {backend}{own.get(backend, '')}"
+            for (op, backend), n in counts.items()
+        ]
+        lines = [f"{len(self.layers)} convolutions: {', '.join(how)}"]
+        lines += [f"{op}: {text}" for op, text in MEANING.items() if any(row.op == op for row in self.layers)]
+        rows = []
+        for row in self.layers:
+            by = "the model" if row.op == "-" else f"{row.op} on {row.backend}"
+            reasons = [part for part in row.reason.split("; ") if not part.endswith(LAYER_BY_LAYER)]
+            texts = (self._seen_from(row.layer, text) for text in (row.fused, "; ".join(reasons)))
+            rows.append((row.layer, by if len(counts) > 1 else "", *texts))  # else the first line has said it
+        return "\n".join([*lines, *table(("layer", "run by", "fused with", "why not more"), grouped(rows))])
+
+    def _seen_from(self, layer: str, text: str) -> str:
+        """The text with layers named as those of the same, the next or the previous block, so that blocks compare."""
+        here = layer.split(".")
+        known = {row.layer for row in self.layers}
+
+        def rename(match: re.Match[str]) -> str:
+            there = match[0].split(".")
+            if match[0] not in known or match[0] == layer:
+                return match[0]
+            first = next(k for k, (one, other) in enumerate(zip(here, there, strict=False)) if one != other)
+            if here[first].isdigit() and there[first].isdigit():
+                step = int(there[first]) - int(here[first])
+                block = {1: "the next block's", -1: "the previous block's"}.get(step)
+                return f"{block} {'.'.join(there[first + 1 :])}" if block else match[0]
+            return ".".join(there[first:])
+
+        return re.sub(r"\w+(?:\.\w+)+", rename, text)

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from agreement import assert_same
 from conv_with_norm import Bottleneck, Conv2d, Pyramid
 from small_blocks import Block, conv3
@@ -94,9 +95,16 @@ def test_a_convolution_of_another_kind_is_named_by_its_path():
     assert result.fused == [("0", "first-norm_a-relu, norm_b-add-relu")]
 
 
-def test_the_table_stays_narrow():
+def test_the_table_stays_narrow_and_cuts_what_is_long():
     table = str(report(fuse(nn.Sequential(*(layer for _ in range(40) for layer in (conv3(), nn.BatchNorm2d(4)))))))
-    assert max(map(len, table.splitlines())) < 190 and "0-1, 2-3" in table and table.splitlines()[2].endswith(" ...")
+    assert max(map(len, table.splitlines())) <= 120 and "0-1, 2-3" in table and table.endswith(" ...")
+
+
+def test_a_resnet50_fits_a_screen_and_says_first_what_was_fused():
+    lines = str(report(fuse(torchvision.models.resnet50()))).splitlines()
+    assert lines[0] == "17 fused, 0 left alone" and len(lines) < 15
+    for names in ("(model)", "layer[1-4].0", "layer1.[1-2], layer2.[1-3],"):
+        assert any(line.startswith(f"{names} ") for line in lines)
 
 
 def test_who_is_watched_is_named_by_its_path():

@@ -16,8 +16,9 @@ from torch._subclasses import FakeTensorMode
 
 from resnet_fused import dispatch, freeze, use_backend
 from resnet_fused.dispatch.conv import ConvShape
-from resnet_fused.inference import EpilogueConv, FoldedConv, FrozenBlock, FrozenStage
+from resnet_fused.inference import EpilogueConv, FoldedConv, FreezePlan, FrozenBlock, FrozenStage, PlannedConv
 from resnet_fused.inference.conv import Example, Kernel, Source
+from resnet_fused.inference.plan import LAYER_BY_LAYER
 from resnet_fused.nn import BasicBlock, Bottleneck
 
 NHWC = torch.channels_last
@@ -109,10 +110,40 @@ def test_the_plan_is_a_table_of_every_convolution():
     assert Counter(row.op for row in frozen.plan.layers) == {"conv_join": 8, "conv_chain": 32, "conv_fprop": 13}
     row = next(row for row in frozen.plan.layers if row.layer == "layer3.1.conv2")
     assert "layer3.1.conv3" in row.fused and "layer3.2.conv1" in row.fused and not row.reason
-    text = str(frozen.plan)
-    assert all(name in text for name in convs)
-    assert text.endswith("53 convolutions: 13 in conv_fprop on reference, 8 in conv_join on reference, "
-                         "32 in conv_chain on reference")  # fmt: skip
+    lines = str(frozen.plan).splitlines()
+    assert lines[0] == (
+        "53 convolutions: 13 in conv_fprop on reference, 8 in conv_join on reference, 32 in conv_chain on reference"
+    )
+    assert len(lines) < 40 and max(map(len, lines)) <= 120
+    listed = " ".join(line[:40].strip() for line in lines)  # the column of the names
+    for name in ("conv1, layer[1-4].[0-1].conv1", "layer[1-4].0.downsample.0", "layer4.2.conv2"):
+        assert name in listed
+    assert any("the previous block's" in line for line in lines)
+
+
+def test_equal_rows_are_one_and_the_summary_says_what_all_have_in_common():
+    blocks = [f"layer{i}.{k}" for i in (1, 2) for k in range(3)]
+    names = [f"{block}.conv{c}" for block in blocks for c in (1, 2)]
+    why = f"conv_chain: {LAYER_BY_LAYER}"
+    rows = [
+        PlannedConv(f"{block}.conv{c}", "aten", "conv_fprop", "batch norm", why) for block in blocks for c in (1, 2)
+    ]
+    lines = str(FreezePlan(tuple(rows))).splitlines()
+    assert lines[0] == "12 convolutions: 12 in conv_fprop on aten (PyTorch's own kernels, layer by layer)"
+    table = [line.split() for line in lines[1::2]]
+    assert table == [["layer", "fused", "with"], ["layer[1-2].[0-2].conv[1-2]", "batch", "norm"]]
+
+
+def test_layers_of_other_blocks_are_named_as_seen_from_each():
+    names = ["layer1.0.conv2", "layer1.1.conv1", "layer1.1.conv2", "layer1.2.conv1", "layer1.2.conv2"]
+    rows = [
+        PlannedConv(name, "triton", "conv_chain", "", f"in front of {after}, not of fc 1.5, {before}")
+        for before, name, after in zip(names, names[1:], names[2:], strict=False)
+    ]
+    others = [PlannedConv(name, "triton", "conv_fprop", "") for name in (names[0], names[-1])]
+    text = " ".join(str(FreezePlan((others[0], *rows, others[1]))).split())
+    assert "in front of conv2, not of fc 1.5, the previous block's conv2" in text
+    assert "in front of the next block's conv1, not of fc 1.5, conv1" in text
 
 
 def _reason(frozen, layer):
@@ -127,10 +158,10 @@ def test_the_plan_says_why_not():
     assert "conv_join: 0.conv2 is 3x3" in _reason(frozen, "0.conv2")
     for backend in ("aten", "auto"):
         frozen = _frozen(_bottlenecks(), torch.randn(1, 16, 6, 6), backend)
-        assert _reason(frozen, "1.conv2") == "conv_chain: aten runs layer by layer"
+        assert _reason(frozen, "1.conv2") == f"conv_chain: {LAYER_BY_LAYER}"
     frozen = _frozen(_bottlenecks(), torch.randn(1, 16, 6, 6), "cuda")
     assert _reason(frozen, "1.conv2") == "cuda has no conv_fprop kernel"
-    assert str(_frozen(nn.Sequential(nn.ReLU()).eval(), torch.randn(1, 3, 6, 6)).plan).endswith("no convolutions")
+    assert str(_frozen(nn.Sequential(nn.ReLU()).eval(), torch.randn(1, 3, 6, 6)).plan) == "no convolutions"
 
 
 def test_a_backend_that_cannot_run_a_convolution_leaves_it_to_pytorch():

@@ -10,7 +10,7 @@ import resnet_fused
 
 # From below. What stands in one row does not know of each other; the empty name is `resnet_fused/__init__.py`.
 LAYERS = (
-    {"_compiling", "_records", "contract", "_library"},
+    {"_compiling", "_records", "_rows", "contract", "_library"},
     {"dispatch"},
     {"ops"},
     {"kernels", "_command"},
