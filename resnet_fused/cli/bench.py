@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
-    out = Console(width=None if sys.stdout.isatty() else 180)  # a training table is about so wide
+    out = Console()
+    out.width = max(out.width, 120)  # of every table; a terminal wraps what it cannot show, it cuts nothing
     if arguments.roofline:
         return _roofline(arguments, out)
 

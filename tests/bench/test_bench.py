@@ -403,7 +403,7 @@ def test_a_case_that_does_not_fit_the_budget_is_left_out_and_named():
 def _rendered(report):
     from rich.console import Console
 
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
     table.render(report, console)
     return console.export_text()
 

@@ -116,7 +116,7 @@ def test_training_that_plain_pytorch_refuses_is_a_row(capsys):
     assert cli.main([*TINY, "--mode", "infer,train", "--batch", "1", "--image-size", "8"]) == 0
     out = capsys.readouterr().out
     assert "Expected more than 1 value per channel when training" in out
-    assert "geometric mean of x baseline, infer" in out
+    assert "inference (geometric mean)" in out
 
 
 def test_where_nothing_could_be_measured_the_exit_code_says_so(capsys):

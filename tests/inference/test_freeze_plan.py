@@ -122,12 +122,9 @@ def test_the_plan_is_a_table_of_every_convolution():
 
 
 def test_equal_rows_are_one_and_the_summary_says_what_all_have_in_common():
-    blocks = [f"layer{i}.{k}" for i in (1, 2) for k in range(3)]
-    names = [f"{block}.conv{c}" for block in blocks for c in (1, 2)]
+    names = [f"layer{i}.{k}.conv{c}" for i in (1, 2) for k in range(3) for c in (1, 2)]
     why = f"conv_chain: {LAYER_BY_LAYER}"
-    rows = [
-        PlannedConv(f"{block}.conv{c}", "aten", "conv_fprop", "batch norm", why) for block in blocks for c in (1, 2)
-    ]
+    rows = [PlannedConv(name, "aten", "conv_fprop", "batch norm", why) for name in names]
     lines = str(FreezePlan(tuple(rows))).splitlines()
     assert lines[0] == "12 convolutions: 12 in conv_fprop on aten (PyTorch's own kernels, layer by layer)"
     table = [line.split() for line in lines[1::2]]

@@ -24,8 +24,10 @@ def _imported(runtime: str) -> Any:
     """
     try:
         return [importlib.import_module(package) for package in _NEEDS[runtime]][0]
+    except ModuleNotFoundError:
+        raise Unavailable(f"not installed, needs {', '.join(_NEEDS[runtime])}") from None
     except Exception as error:  # a package that breaks on import is as good as none
-        raise Unavailable(f"{runtime} cannot be imported ({error}); it needs {', '.join(_NEEDS[runtime])}") from None
+        raise Unavailable(f"{runtime} cannot be imported: {one_line(error, kind=True)}") from None
 
 
 def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
