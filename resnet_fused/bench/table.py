@@ -158,7 +158,7 @@ def notes(report: Report) -> Iterator[str]:
     if load > BUSY_LOAD:
         yield f"[yellow]the machine was busy when this began (load average {load:.1f}): timings are noisy[/yellow]"
     yield "* the baseline: plain PyTorch in channels_last; speed-up: its median time over the contestant's"
-    yield "ms: median of a step; error: of the logits, relative to a float64 run of the plain model, as that of gradients"
+    yield "ms: median of a step; errors: of logits and gradients relative to a float64 run of the plain model"
     yield f"peak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}; set-up: build, compile and first call"
     if any(case.roof for case in report.cases):
         yield "roof: the contestant's GFLOP/s over the better of the roofs above"
