@@ -49,7 +49,7 @@ class BuildLibrary(build_ext):
         inplace = self.inplace or self.editable_mode
         package = (ROOT if inplace else Path(self.build_lib)) / "resnet_fused"
         package.mkdir(parents=True, exist_ok=True)
-        print(target, file=sys.stderr, flush=True)
+        print("\n".join(filter(None, (str(target), target.advice))), file=sys.stderr, flush=True)
         for left in () if inplace else package.glob("_C_*"):
             left.unlink()
         record, *library = files(target.kind)

@@ -32,55 +32,57 @@ ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 def register(commands: Any) -> None:
     """Add the subcommand to argparse's `commands`."""
+    from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+    from resnet_fused.measure.cases import DTYPES, MODES
+
     bench = commands.add_parser(
         "bench",
         help="measure a ResNet in plain PyTorch, torch.compile and resnet_fused, side by side",
         description="Measure a ResNet in plain PyTorch, torch.compile and resnet_fused: same weights, same input, "
-        "interleaved rounds, checked against float64 before anything is timed. Without --mode, --batch and --dtype: "
-        "inference at batch 1 and 8 in fp32 and at batch 8 in bf16, then training at batch 4 if the time allows.",
+        "interleaved rounds, each checked against float64 before it is timed. Without --mode, --batch and --dtype the "
+        "default cases run, in five minutes or less: inference in fp32 at batch 1 and 8 and in bf16 at batch 8, then "
+        "training in fp32 at batch 4. With any of the three, every combination of them runs.",
     )
-    add = bench.add_argument
+    add = bench.add_argument_group("what is measured").add_argument
     add("--model", default=DEFAULT_MODEL, help="a torchvision ResNet, or timm:<name> (default: %(default)s)")
-    add("--mode", help="infer, train or both, as a comma list (default: infer)")
-    add("--batch", help="batch sizes, like 1,8 (default: 1,8)")
-    add("--dtype", help="fp32, bf16, fp16, as a comma list (default: fp32)")
+    add("--mode", metavar="MODES", help=f"{', '.join(MODES)}, as a comma list (with --batch or --dtype alone: infer)")
+    add("--batch", metavar="SIZES", help="batch sizes, as a comma list (with --mode or --dtype alone: 1,8)")
+    add("--dtype", metavar="DTYPES", help=f"{', '.join(DTYPES)}, as a comma list (with --mode or --batch alone: fp32)")
+    add("--image-size", default="224", metavar="PIXELS", help="side of the square input (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
-    everyone = "eager, eager-channels-last, compile, fused, frozen"
-    add("--contestants", help=f"comma list of {everyone} (default: all; the baseline eager-channels-last always runs)")
-    add("--backend", default="auto", help="backend that fused and frozen are forced to use (default: auto)")
-    add("--images", type=Path, metavar="DIR", help="folder of pictures to compare plain and fused models on")
-    add("--no-images", action="store_true", help="compare them on no pictures")
-    add("--image-size", default="224", help="side of the square input that is timed (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write the results and their provenance here")
-    add("--chart", type=Path, metavar="FILE", help="draw the results to this PNG")
-    add("--rounds", help="timed rounds per case (default: as many as fit)")
-    budget = f"aim to finish within this time, leave out cases that do not fit (default cases: {DEFAULT_BUDGET_S:g})"
+    names = f"comma list of {', '.join(CONTESTANTS)} (default: all that can run; {BASELINE}, the baseline, always does)"
+    add("--contestants", metavar="NAMES", help=names)
+    add("--backend", default="auto", help="the kernels that fused and frozen use: auto, aten (PyTorch's own), triton, "
+        "cuda or reference (default: %(default)s)")  # fmt: skip
+    add("--rounds", metavar="N", help="timed rounds a case (default: as many as fit)")
+    budget = f"leave out cases that would not end within this time (default cases: {DEFAULT_BUDGET_S:g}; else no limit)"
     add("--budget", type=float, metavar="SECONDS", help=budget)
-    only = bench.add_mutually_exclusive_group().add_argument
-    only("--roofline", action="store_true", help="measure nothing: print the cost model, bytes and FLOP layer by layer")
-    add(
-        "--loader",
-        type=Path,
-        nargs="?",
-        const=GENERATED,
-        metavar="DIR",
-        help="also: training on pictures that are loaded as it goes, of this folder (one folder a class), or generated",
-    )
-    add("--workers", help="processes that load for --loader (default: one a core on a GPU; on a CPU none)")
-    profile = "instead of racing: where a step goes, layer by layer, against measured roofs (--chart, --json)"
-    only("--profile", action="store_true", help=profile)
-    only("--record", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=f"add a new result file to {RESULTS}")
-    only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
+    add("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default: %(default)s)")
+    add = bench.add_argument_group("also").add_argument
+    add("--images", type=Path, metavar="DIR", help="compare plain and fused models on the pictures of this folder "
+        "(default: scikit-learn's two sample photographs)")  # fmt: skip
+    add("--no-images", action="store_true", help="compare them on no pictures")
+    loader = "training fed from a folder of pictures (one folder a class); without DIR from generated ones"
+    add("--loader", type=Path, nargs="?", const=GENERATED, metavar="DIR", help=loader)
+    add("--workers", metavar="N", help="processes that load for --loader (default: one a core on a GPU; on a CPU none)")
+    add = bench.add_argument_group("where the result goes, beside the table").add_argument
+    add("--json", type=Path, metavar="FILE", help="results and provenance as JSON")
+    add("--chart", type=Path, metavar="FILE", help="a PNG")
+    group = bench.add_argument_group("instead of a race, or with its result (one of these)")
+    only = group.add_mutually_exclusive_group().add_argument
     only(
-        "--check",
+        "--record",
         type=Path,
         nargs="?",
         const=RESULTS,
         metavar="DIR",
-        help="the cases of this device's last recorded "
-        "result again: exit code 1 where fused or frozen lost against the baseline, beyond the spread",
+        help=f"add a result file to {RESULTS}",
     )
-    add("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
+    only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
+    check = "measure the cases of this device's last recorded result again; exit code 1 where fused or frozen lost"
+    only("--check", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=check)
+    only("--profile", action="store_true", help="where a step's time goes, layer by layer, and the least it could be")
+    only("--roofline", action="store_true", help="measure nothing: count bytes and FLOP layer by layer")
     bench.set_defaults(function=run)
 
 

@@ -15,10 +15,18 @@ from resnet_fused.cli.output import PROGRAM
 def add_problems(parser: argparse.ArgumentParser) -> None:
     """What tune and verify share."""
     add = parser.add_argument
-    add("--model", help="torchvision ResNets, or timm:<name>, as a comma list (default: resnet50,resnet18)")
-    add("--mode", default="infer,train", help="infer, train, as a comma list (default: both)")
-    add("--image-size", default="224", help="side of the square input (default: %(default)s)")
-    add("--rehearse", action="store_true", help="every step on a CPU, on a tiny network; proves nothing about a GPU")
+    add(
+        "--model",
+        metavar="MODELS",
+        help="torchvision ResNets or timm:<name>, a comma list (default: resnet50,resnet18)",
+    )
+    add("--mode", default="infer,train", metavar="MODES", help="infer, train, as a comma list (default: both)")
+    add("--image-size", default="224", metavar="PIXELS", help="side of the square input (default: %(default)s)")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="every step on the CPU with a tiny network; says nothing about a GPU",
+    )
 
 
 def on_problems(arguments: argparse.Namespace, run: Callable[[Any, dict[str, Any]], int]) -> int:

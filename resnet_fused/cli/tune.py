@@ -12,14 +12,26 @@ from resnet_fused.cli.problems import add_problems, on_problems
 
 def register(commands: Any) -> None:
     """Add the subcommand to argparse's `commands`."""
-    parser = commands.add_parser("tune", help="measure every kernel and configuration; write this GPU's plan table")
+    parser = commands.add_parser(
+        "tune",
+        help="find the fastest kernel for every layer on this GPU, and use it from then on",
+        description="Check and time every kernel and launch configuration on the layers of these models, PyTorch's own "
+        "beside them, and write the fastest to a table in the cache folder. From then on it is what runs on this GPU. "
+        "Stopped at any time, the table is of use, and the next call goes on from there.",
+    )
     add_problems(parser)
     add = parser.add_argument
-    add("--batch", default="256", help="images, a comma list; the table also speaks for half and twice (default: 256)")
+    add("--batch", default="256", metavar="SIZES", help="images, a comma list; also used for half and twice as many "
+        "(default: %(default)s)")  # fmt: skip
     add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default: %(default)s)")
-    add("--budget", help="stop after so long, like 90s or 5m; calling again goes on from there (default: no limit)")
+    add("--budget", metavar="TIME", help="stop after so long, like 90s or 5m (default: no limit)")
     add("--again", action="store_true", help="measure also what the table knows already")
-    add("--out", type=Path, metavar="FILE", help="the table (default: in the cache folder, where the plan finds it)")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the table (default: in the cache folder, which is where it is looked for)",
+    )
     parser.set_defaults(function=run)
 
 

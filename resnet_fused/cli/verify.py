@@ -13,12 +13,22 @@ from resnet_fused.cli.problems import add_problems, on_problems
 
 def register(commands: Any) -> None:
     """Add the subcommand to argparse's `commands`."""
-    parser = commands.add_parser("verify", help="compare every kernel with float64 on this GPU")
+    parser = commands.add_parser(
+        "verify",
+        help="compare every kernel that can run here with float64",
+        description="Run every kernel of the package that can run here - on the GPU where there is one, else those "
+        "built for the CPU - on the layers of these models, and compare it with float64. Results start as NaN, "
+        "operands lie between NaN, and each kernel runs twice and must give the same bits. Takes some minutes.",
+    )
     add_problems(parser)
     add = parser.add_argument
-    add("--batch", default="16", help="images (default: %(default)s)")
-    add("--dtype", default="bf16,fp16,fp32", help="comma list (default: %(default)s)")
-    add("--every-configuration", action="store_true", help="all that tune would try, not only those used by default")
+    add("--batch", default="16", metavar="N", help="images (default: %(default)s)")
+    add("--dtype", default="bf16,fp16,fp32", metavar="DTYPES", help="comma list (default: %(default)s)")
+    add(
+        "--every-configuration",
+        action="store_true",
+        help="all that tune would try, not only the launch configurations used by default",
+    )
     add("--json", type=Path, metavar="FILE", help="write the result and its provenance here")
     parser.set_defaults(function=run)
 

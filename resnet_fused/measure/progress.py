@@ -32,6 +32,12 @@ class Reporter:
         if self._bar:
             self._bar.stop()
 
+    def expect(self, total: int) -> None:
+        """Say how many steps there are, where only the work itself knows."""
+        self._total = total
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, total=total)
+
     def start(self, text: str) -> None:
         self._text = text
         if self._bar and self._task is not None:
@@ -50,6 +56,9 @@ class Reporter:
 
 class Silent:
     """A reporter for callers that want no progress."""
+
+    def expect(self, total: int) -> None:
+        pass
 
     def start(self, text: str) -> None:
         pass

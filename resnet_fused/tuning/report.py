@@ -143,16 +143,18 @@ class TuneReport:
     summaries: list[Summary] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{problem}: {old} -> {new}" for problem, old, new in self.changes[:CHANGES_SHOWN]]
-        if len(self.changes) > CHANGES_SHOWN:
-            lines.append(f"... and {len(self.changes) - CHANGES_SHOWN} more changes")
+        rehearsal = self.table.gpu == REHEARSAL
+        changes = [] if rehearsal else self.changes  # who won on a CPU says nothing
+        lines = [f"{problem}: {old} -> {new}" for problem, old, new in changes[:CHANGES_SHOWN]]
+        if len(changes) > CHANGES_SHOWN:
+            lines.append(f"... and {len(changes) - CHANGES_SHOWN} more changes")
         lines += [f"not right: {problem}: {choice}: {why}" for problem, choice, why in self.dropped[:CHANGES_SHOWN]]
         lines += [f"crashed: {problem}: {choice}: {why}" for problem, choice, why in self.crashed[:CHANGES_SHOWN]]
         lines += [f"never chosen: {op} on {backend}, because of {why}" for op, backend, why in self.disabled]
         left = f", {self.left} left for the next call" if self.left else ""
         lines.append(f"{self.measured} problems measured, {self.known} known already{left}")
-        if self.table.gpu == REHEARSAL:
-            lines.append("a rehearsal: these times say nothing, and no plan reads the table")
+        if rehearsal:
+            lines.append("a rehearsal: every step ran on the CPU; its times say nothing and nothing uses its table")
         else:
             lines += [str(summary) for summary in self.summaries]
             lines += [str(prediction) for prediction in self.predictions if prediction.measured]

@@ -123,7 +123,7 @@ class Search:
         """What the times are held against; a table that is continued keeps its own."""
         if "roofs" in self.table.provenance or not ops:
             return
-        self.reporter.start("measuring the roofs of this GPU")
+        self.reporter.start(f"measuring the memory and arithmetic speed of {self.device}")
         try:
             roofs = dataclasses.asdict(self.bench.roofs(ops[0].problem.dtype))
         except WorkerCrashed as error:

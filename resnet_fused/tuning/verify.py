@@ -120,7 +120,7 @@ def verify(
             default 8, in a rehearsal 1: this one. A script that calls this with more than 1 does so under
             `if __name__ == "__main__"`.
         command: recorded as the origin of the result.
-        reporter: gets `start(text)` per problem and `detail(text)`.
+        reporter: gets `expect(number)` of checks, then `start(text)` for each.
 
     Raises:
         UsageError: no kernel can run here, or a choice is unknown; one line.
@@ -156,6 +156,7 @@ def _checks(
 ) -> Iterator[Check]:
     """In the order of `pairs`."""
     tasks = [(job, choice, device, images) for job, choice in pairs]
+    reporter.expect(len(tasks))
     if processes > 1:
         results: Iterable[tuple[int, Any]] = isolated_map(check_all, tasks, processes, spoils=unusable)
     else:

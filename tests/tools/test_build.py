@@ -138,6 +138,14 @@ def test_an_unknown_architecture_names_the_choices(tmp_path, asked):
     assert code == 1 and text.endswith(f"; nvcc {MAJOR}.0 knows 8.0, 9.0, 10.0") and asked.split(";")[-1] in text
 
 
+def test_what_compiles_says_how_long_it_takes_and_how_to_do_without():
+    for kind, architectures, said in (("none", (), ""), ("cuda", ("80", "90"), "2 GPU architectures on 3 cores")):
+        code = f"print(build.Target({kind!r}, 'why', None, {architectures}).advice)"
+        status, text = choose(code, MAX_JOBS="3")
+        assert status == 0 and said in text and ("RESNET_FUSED_BUILD=none" in text) == bool(said)
+    assert "on 3 cores" in choose("print(build.Target('host', 'why').advice)", MAX_JOBS="3")[1]
+
+
 def test_gencode_flags():
     code, text = choose("print(build.gencode_flags(['80', '90a', '120+PTX']))")
     names = ["80,code=sm_80", "90a,code=sm_90a", "120,code=sm_120", "120,code=compute_120"]

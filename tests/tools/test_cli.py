@@ -10,6 +10,7 @@ import pytest
 
 import resnet_fused
 from resnet_fused import cli
+from resnet_fused.bench.contestants import CONTESTANTS
 
 TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu", "--rounds", "2"]
 
@@ -36,6 +37,22 @@ def test_a_tiny_bench_end_to_end(more, tmp_path):
     names = ("eager", "eager-channels-last", *more, "fused", "frozen")
     assert {result["contestant"]: result["status"] for result in case["results"]} == dict.fromkeys(names, "ok")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.json", "b.png"]
+
+
+COMMANDS = ("info", "bench", "evaluate", "tune", "verify")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_needs_no_extra_package_and_names_all_choices(command, monkeypatch, capsys):
+    for package in ("rich", "matplotlib", "torchvision"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and f"resnet-fused {command}" in text
+    if command == "bench":
+        assert f"comma list of {', '.join(CONTESTANTS)} (default" in text
 
 
 BAD = {

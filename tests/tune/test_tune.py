@@ -282,6 +282,7 @@ def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path,
     assert first.path == tmp_path / "rehearsal" / "cpu.json"
     table = tables.read(first.path)
     assert table == first.table and table.arch == 0 and table.gpu == REHEARSAL
+    assert " -> " not in str(dataclasses.replace(first, changes=[(kept[0].problem, Choice("aten"), Choice("triton"))]))
     assert {job.problem for job in (*kept, *whole)} == set(table.entries)
     kernels = [name for name in ("triton", "cuda") if ops.available(name, "cpu")]
     assert {(op, name) for op in ("bn_stats", "residual_block") for name in kernels} <= table.verified
