@@ -181,6 +181,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capfd):
     assert message in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.larger
 def test_what_the_plan_launches_for_a_network(tmp_path):
     """Once for each distinct launch, with the configurations of the architecture that was asked for."""
     file = tmp_path / "rows.json"
