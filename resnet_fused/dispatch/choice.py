@@ -168,7 +168,7 @@ def advice(arch: int) -> str | None:
     if gpu is None or tables.select_table(_known(), gpu, arch)[0] is not None:
         return None
     return (
-        f"nothing was measured on {gpu} yet, so fused models run PyTorch's own kernels there (frozen ones cuDNN's fused "
+        f"nothing was measured on {gpu} yet, so fused models run native PyTorch there (frozen ones cuDNN's fused "
         "convolutions); `resnet-fused tune` finds out what is faster and writes a table that is used from then on"
     )
 
