@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tune_doubles
+from tiers import larger
 
 from resnet_fused._command import UsageError
 from resnet_fused.dispatch import choice as plans
@@ -36,10 +37,6 @@ from resnet_fused.tuning.work import Roofs, work
 CPU, GPU, ARCH, DTYPE, N = torch.device("cpu"), "NVIDIA H100 80GB HBM3", 90, torch.bfloat16, 256
 FACTS = dict.fromkeys(SAME, "1")
 CHECK_S, PREPARE_S, RACE_S = 0.05, 0.02, 0.2  # what they take here
-
-
-def larger(value):
-    return pytest.param(value, marks=pytest.mark.larger)
 
 
 class Clock:
@@ -162,7 +159,7 @@ def _consistent(table, network):
         assert found.ours_ms <= found.aten_ms + 1e-9 or mode == "infer" and found.ours_ms <= found.aten_ms
 
 
-@pytest.mark.parametrize("seconds", [1, larger(10), 30, 60, larger(120), 300])
+@pytest.mark.parametrize("seconds", [1, larger(10), larger(30), 60, larger(120), 300])
 def test_whenever_time_runs_out_the_table_is_of_use_and_the_next_call_goes_on(search, seconds):
     made, first = search()
     done = made.run(search.jobs, search.blocks, seconds)
@@ -395,6 +392,7 @@ print("all right")
 """
 
 
+@pytest.mark.larger
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for the driver is built with gcc")
 def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path):
     pytest.importorskip("triton")
