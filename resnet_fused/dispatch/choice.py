@@ -164,7 +164,7 @@ def gpu_name(arch: int) -> str | None:
 
 def advice(arch: int) -> str | None:
     """What to do where no table speaks for the GPU of this architecture here; None where one does, or there is none."""
-    gpu = _name(arch)
+    gpu = gpu_name(arch) if _assumed is None else None
     if gpu is None or tables.select_table(_known(), gpu, arch)[0] is not None:
         return None
     return (

@@ -161,9 +161,7 @@ def _enough(job: Job, choice: Choice, arch: int) -> Job:
     return dataclasses.replace(job, problem=job.problem.with_batch(images))
 
 
-def _checks(
-    pairs: list[tuple[Job, Choice]], device: torch.device, processes: int, reporter: Any
-) -> Iterator[Check]:
+def _checks(pairs: list[tuple[Job, Choice]], device: torch.device, processes: int, reporter: Any) -> Iterator[Check]:
     """In the order of `pairs`."""
     tasks = [(job, choice, device, job.problem.batch) for job, choice in pairs]
     reporter.expect(len(tasks))
