@@ -48,8 +48,8 @@ def register(commands: Any) -> None:
         "interleaved rounds, each checked against float64 before it is timed. Without --mode, --batch and --dtype the "
         "default cases run. On a CPU, five minutes at most: inference in fp32 at batch 1 and 8 and in bf16 at batch 8, "
         "then training in fp32 at batch 4. On a GPU, ten minutes at most: for three of them our kernels are checked "
-        "and timed there, then come inference at batch 256, 32 and 1 and training at batch 256, in bf16. With any of the "
-        "three options, every combination of them runs.",
+        "and timed there, then come inference at batch 256, 32 and 1 and training at batch 256, in bf16. With any of "
+        "the three options, every combination of them runs.",
     )
     add = bench.add_argument_group("what is measured").add_argument
     add("--model", help=f"a torchvision ResNet, or timm:<name> (default: {DEFAULT_MODEL})")

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet_fused import cli, tuning
+from resnet_fused import cli
 from resnet_fused._command import UsageError
 from resnet_fused.bench import preparation
 from resnet_fused.cli import bench
-from resnet_fused.dispatch import choice
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Silent
+from resnet_fused.tuning import tune as tuning
 
 GPU = [Case("resnet50", mode, batch, "bf16", "cuda") for mode, batch, _ in bench.GPU_CASES]
 
@@ -59,11 +59,10 @@ def test_every_case_is_tuned_for_within_one_budget(monkeypatch):
         asked.append((model, named["modes"], named["batch"], named["dtype"], named["budget_s"]))
         return SimpleNamespace(measured=7, known=1, left=2, dropped=["one"])
 
-    monkeypatch.setattr(tuning.tune, "tune", tune)
+    monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(preparation, "time", clock)
-    line = preparation.prepare(
-        "resnet50", [*GPU, Case("resnet50", "infer", 8, "fp16", "cuda")], 180, False, "", Silent()
-    )
+    cases = [*GPU, Case("resnet50", "infer", 8, "fp16", "cuda")]
+    line = preparation.prepare("resnet50", cases, 180, False, "", Silent())
     assert asked[0] == ("resnet50", ("infer", "train"), {256, 32, 1}, "bf16", 180)
     assert asked[1] == ("resnet50", ("infer",), {8}, "fp16", 80)
     each = "7 problems measured, 1 known already, 1 not right and left out, 2 left for the next call"
@@ -74,13 +73,12 @@ def test_what_goes_wrong_costs_the_table_and_not_the_race(monkeypatch):
     def tune(model, **named):
         raise OSError("no space left\nhere")
 
-    monkeypatch.setattr(tuning.tune, "tune", tune)
+    monkeypatch.setattr(tuning, "tune", tune)
     line = preparation.prepare("resnet50", GPU, 180, False, "", Silent())
     assert "bf16 not tuned: OSError: no space left" in line and "\n" not in line
 
 
 def test_a_gpu_without_a_table_is_said(monkeypatch):
-    monkeypatch.setattr(choice, "advice", lambda arch: f"nothing on {arch}")
     monkeypatch.setattr(preparation, "advice", lambda arch: f"nothing on {arch}")
     monkeypatch.setattr(preparation, "arch", lambda device: 90)
     assert preparation.untuned(torch.device("cuda")) == "nothing on 90"
