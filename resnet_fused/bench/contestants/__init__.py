@@ -90,6 +90,13 @@ CONTESTANTS: dict[str, Contestant] = {
             modes=("infer",),
         ),
         Contestant(
+            "openvino",
+            "converted for OpenVINO, NCHW",
+            other_runtimes.openvino,
+            memory_format=torch.contiguous_format,
+            modes=("infer",),
+        ),
+        Contestant(
             "cudnn-graphs",
             "cuDNN's fused graphs (nvidia-cudnn-frontend)",
             cudnn_graphs_network.cudnn_graphs,
