@@ -34,7 +34,7 @@ class Info:
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
         rows += [("device", device) for device in self.devices]
-        rows += [("plan table", table) for table in self.tables or ["none: nothing was tuned here, and none shipped"]]
+        rows += [("tuned for", table) for table in self.tables or ["no GPU: nothing was tuned here, PyTorch's own kernels run"]]
         rows += [(f"{name} on {device}", f"no: {why}" if why else "runs") for name, device, why in self.backends]
         width = max(len(left) for left, _ in rows)
         return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)

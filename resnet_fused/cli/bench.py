@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
     out = Console()
-    out.width = max(out.width, 120)  # of every table; a terminal wraps what it cannot show, it cuts nothing
+    out.width = max(out.width, 180)  # a profile is so wide; a terminal wraps what it cannot show, it cuts nothing
     if arguments.roofline:
         return _roofline(arguments, out)
 
