@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
