@@ -22,7 +22,7 @@ LIBRARY = $(PY) setup.py --quiet build_ext --inplace
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
 HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
-.PHONY: help bench bench-check docs check test test-all test-gpu test-machines lint types digits gate install \
+.PHONY: help bench bench-check docs api check test test-all test-gpu test-machines lint types digits gate install \
   library-test clean
 .DEFAULT_GOAL := help
 
@@ -31,6 +31,7 @@ help:
 	@echo "also: make check | test-all | test-gpu | test-machines (other vector units and threads) | lint | types | digits |"
 	@echo "  gate (compile every kernel for every architecture) | clean |"
 	@echo "  bench-check (against the last recorded result of this device) | docs (pages and charts from the results) |"
+	@echo "  api (the reference of the public names, into out/api) |"
 	@echo "  properties (a longer search by hypothesis)"
 
 # torch by name and newest; setuptools and ninja beside it, because the build runs in this environment
@@ -61,6 +62,12 @@ bench-check: install
 
 docs: install
 	@$(PY) -m tools.pages && $(PY) -m tools.ops_page
+
+# the reference of every public name, from the docstrings
+api: install
+	@$(PY) -m pdoc --docformat google --output-directory out/api \
+	  resnet_fused resnet_fused.functional resnet_fused.nn resnet_fused.models resnet_fused.evaluate
+	@echo "wrote out/api/index.html"
 
 library-test: install
 	@export RESNET_FUSED_BUILD=host; $(LIBRARY)

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--model", default="resnet18", help="torchvision's name, or timm:<name> (default: %(default)s)")
     parser.add_argument("--weights", type=Path, help="a state_dict to begin with (default: random weights)")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--pictures", type=int, default=500, help="to train on, 1500 at most (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=400, help="to train on, 1500 at most (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/finetuned.pt"), help="(default: %(default)s)")
     options = parser.parse_args(argv)
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> float:
     model = build(options.model, 10, options.weights).to(device, memory_format=torch.channels_last)
     resnet_fused.fuse(model)  # in place; before or after the optimizer is made, both are right
     print(str(resnet_fused.report(model)).splitlines()[0])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def forward_backward(images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> float:
     for epoch in range(options.epochs):
         model.train()
         began, losses = time.monotonic(), []
-        for images, labels in DataLoader(train, batch_size=50, shuffle=True):
+        for images, labels in DataLoader(train, batch_size=25, shuffle=True):
             images = images.to(device, memory_format=torch.channels_last)
             optimizer.zero_grad()
             losses.append(step(images, labels.to(device)))

@@ -34,8 +34,13 @@ class Info:
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
         rows += [("device", device) for device in self.devices]
-        rows += [("plan table", table) for table in self.tables or ["none: nothing was tuned here, and none shipped"]]
-        rows += [(f"{name} on {device}", f"no: {why}" if why else "runs") for name, device, why in self.backends]
+        untuned = "no GPU: nothing was tuned here, PyTorch's own kernels run"
+        rows += [("tuned for", table) for table in self.tables or [untuned]]
+        runs = {"aten": "runs: PyTorch's own kernels", "reference": "runs: plain PyTorch, op by op, to compare with"}
+        rows += [
+            (f"{name} on {device}", f"no: {why}" if why else runs.get(name, "runs"))
+            for name, device, why in self.backends
+        ]
         width = max(len(left) for left, _ in rows)
         return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
     out = Console()
-    out.width = max(out.width, 120)  # of every table; a terminal wraps what it cannot show, it cuts nothing
+    out.width = max(out.width, 180)  # a profile is so wide; a terminal wraps what it cannot show, it cuts nothing
     if arguments.roofline:
         return _roofline(arguments, out)
 
@@ -139,6 +140,8 @@ def run(arguments: argparse.Namespace) -> int:
         return subcommands.check(options, arguments.check, measure, out)
     if arguments.profile:
         return _profile(arguments, options, out)
+    limit = f"aiming at {options.budget_s:g} s (--budget)" if options.budget_s else "no time limit (--budget sets one)"
+    print(f"measuring {len(options.cases)} cases, {limit}; torch.compile takes longest to set up", file=sys.stderr)
     report = measure(options, keep)
     status = 130 if report.interrupted else 0 if report.measured else 1
     return show(

@@ -14,6 +14,10 @@ from torch import Tensor
 class ErrorRate:
     """`wrong` of `total` pictures.
 
+    Args:
+        wrong: pictures whose right class is not among the best k.
+        total: pictures.
+
     Raises:
         ValueError: there are no pictures, or more wrong ones than pictures.
     """

@@ -62,6 +62,9 @@ def fuse(model: M) -> M:
 def unfuse(model: M) -> M:
     """Give every fused module in `model` exactly its original class back, in place, for export or scripting.
 
+    Args:
+        model: any module, with or without fused parts.
+
     Returns:
         The same object.
 
@@ -78,6 +81,9 @@ def unfuse(model: M) -> M:
 
 def report(model: nn.Module) -> FusionReport:
     """What of `model` is fused, what is not, and why.
+
+    Args:
+        model: any module; of one that is not fused, it says what `fuse` would do.
 
     Raises:
         TypeError: if `model` is not an `nn.Module`.

@@ -19,6 +19,7 @@ class PlainBlock(nn.Module):
         inplanes: channels of the input.
         planes: channels of the output.
         stride: of `conv1`.
+        device, dtype: of the parameters.
     """
 
     expansion = 1

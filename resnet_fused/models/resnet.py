@@ -34,6 +34,7 @@ class ResNet(nn.Module):
         stride_in_1x1: the paper's v1 bottleneck, with the stride in its first convolution; v1.5 has it in the 3x3.
         zero_init_residual: gamma of the last batch norm of each residual branch starts at zero, which makes every block
             `relu(shortcut(x))`.
+        device, dtype: of the parameters.
 
     Raises:
         ValueError: an unknown stem or shortcut, `depths` and `widths` of different lengths, a plain net asked for

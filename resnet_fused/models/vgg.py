@@ -35,6 +35,7 @@ class VGG(nn.Module):
         batch_norm: a batch norm behind each convolution, as in torchvision's `vgg19_bn`.
         in_channels: of the picture.
         dropout: in the classifier, of training.
+        device, dtype: of the parameters.
 
     Source: Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", 2014, column E.
     """
@@ -90,5 +91,10 @@ class VGG(nn.Module):
 
 
 def vgg19(num_classes: int = 1000, **options: Any) -> VGG:
-    """VGG-19 without batch norm, as published. `options` are those of `VGG`."""
+    """VGG-19 without batch norm, as published.
+
+    Args:
+        num_classes: of the classifier.
+        options: keyword arguments of `VGG`.
+    """
     return VGG(num_classes, **options)

@@ -13,37 +13,75 @@ CIFAR_WIDTHS = (16, 32, 64)
 
 
 def resnet18(num_classes: int = 1000, **options: Any) -> ResNet:
-    """ResNet-18."""
+    """ResNet-18.
+
+    Args:
+        num_classes: of the classifier.
+        options: keyword arguments of `ResNet`.
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, **options)
 
 
 def resnet34(num_classes: int = 1000, **options: Any) -> ResNet:
-    """ResNet-34."""
+    """ResNet-34.
+
+    Args:
+        num_classes: of the classifier.
+        options: keyword arguments of `ResNet`.
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes=num_classes, **options)
 
 
 def resnet50(num_classes: int = 1000, *, version: Version = "v1.5", **options: Any) -> ResNet:
-    """ResNet-50; `version="v1"` is the paper's, with the stride of a bottleneck in its first 1x1."""
+    """ResNet-50.
+
+    Args:
+        num_classes: of the classifier.
+        version: `"v1.5"`, or `"v1"`, the paper's, with the stride of a bottleneck in its first 1x1.
+        options: keyword arguments of `ResNet`.
+    """
     return _bottlenecks((3, 4, 6, 3), num_classes, version, options)
 
 
 def resnet101(num_classes: int = 1000, *, version: Version = "v1.5", **options: Any) -> ResNet:
-    """ResNet-101; `version` as in `resnet50`."""
+    """ResNet-101.
+
+    Args:
+        num_classes: of the classifier.
+        version: `"v1.5"`, or `"v1"`, the paper's, with the stride of a bottleneck in its first 1x1.
+        options: keyword arguments of `ResNet`.
+    """
     return _bottlenecks((3, 4, 23, 3), num_classes, version, options)
 
 
 def resnet152(num_classes: int = 1000, *, version: Version = "v1.5", **options: Any) -> ResNet:
-    """ResNet-152; `version` as in `resnet50`."""
+    """ResNet-152.
+
+    Args:
+        num_classes: of the classifier.
+        version: `"v1.5"`, or `"v1"`, the paper's, with the stride of a bottleneck in its first 1x1.
+        options: keyword arguments of `ResNet`.
+    """
     return _bottlenecks((3, 8, 36, 3), num_classes, version, options)
 
 
 def plain18(num_classes: int = 1000, **options: Any) -> ResNet:
-    """ResNet-18 without its shortcuts."""
+    """ResNet-18 without its shortcuts.
+
+    Args:
+        num_classes: of the classifier.
+        options: keyword arguments of `ResNet`.
+    """
     return ResNet(PlainBlock, (2, 2, 2, 2), num_classes=num_classes, **options)
 
 
 def plain34(num_classes: int = 1000, **options: Any) -> ResNet:
-    """ResNet-34 without its shortcuts."""
+    """ResNet-34 without its shortcuts.
+
+    Args:
+        num_classes: of the classifier.
+        options: keyword arguments of `ResNet`.
+    """
     return ResNet(PlainBlock, (3, 4, 6, 3), num_classes=num_classes, **options)
 
 
@@ -64,7 +102,16 @@ def cifar_resnet(depth: int, num_classes: int = 10, **options: Any) -> ResNet:
 
 
 def cifar_plain(depth: int, num_classes: int = 10, **options: Any) -> ResNet:
-    """`cifar_resnet` without its shortcuts."""
+    """`cifar_resnet` without its shortcuts.
+
+    Args:
+        depth: 6n + 2.
+        num_classes: of the classifier.
+        options: keyword arguments of `ResNet`.
+
+    Raises:
+        ValueError: `depth` is not of that form.
+    """
     return _cifar("cifar_plain", PlainBlock, depth, num_classes, options)
 
 

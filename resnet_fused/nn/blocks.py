@@ -74,6 +74,7 @@ class BasicBlock(_Block):
         stride: of `conv1`.
         downsample: the projection of the shortcut, or None for the identity.
         dilation: of both convolutions.
+        device, dtype: of the parameters.
     """
 
     expansion = 1
@@ -112,6 +113,7 @@ class Bottleneck(_Block):
         groups, base_width: ResNeXt and wide ResNet: the 3x3 has `int(planes * base_width / 64) * groups` channels.
         dilation: of the 3x3 convolution.
         stride_in_1x1: the paper's v1, with the stride in `conv1`.
+        device, dtype: of the parameters.
     """
 
     expansion = 4

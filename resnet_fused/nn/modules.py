@@ -21,7 +21,8 @@ class BatchNormAct2d(KeepsActivation, nn.BatchNorm2d):
 
     Args:
         num_features: C.
-        eps, momentum, and what else the installed PyTorch has, such as `bias` since 2.14: as in `nn.BatchNorm2d`.
+        eps, momentum, affine, track_running_stats, device, dtype: as in `nn.BatchNorm2d`, and so is what else the
+            installed PyTorch has, such as `bias` since 2.14.
         act: `"relu"` or None; by name.
     """
 
@@ -39,6 +40,7 @@ class ConvBNAct2d(NotScriptable, nn.Module):
             `padding=None` keeps the size at stride 1.
         eps, momentum: as in `nn.BatchNorm2d`.
         act: `"relu"` or None.
+        device, dtype: of the parameters.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Stem(NotScriptable, nn.Module):
     Args:
         in_channels: of the picture, usually 3.
         out_channels: 64 in the paper.
+        device, dtype: of the parameters.
     """
 
     def __init__(

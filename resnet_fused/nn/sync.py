@@ -80,7 +80,8 @@ class SyncBatchNormAct2d(KeepsActivation, nn.SyncBatchNorm):
     CPU too.
 
     Args:
-        num_features, and what else the installed PyTorch has: as in `nn.SyncBatchNorm`.
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: as in
+            `nn.SyncBatchNorm`, and so is what else the installed PyTorch has, such as `bias` since 2.14.
         act: `"relu"` or None; by name.
     """
 
