@@ -15,7 +15,7 @@ NOT_MEASURED = "not measured"
 
 
 @dataclasses.dataclass(frozen=True)
-class Goal:
+class Target:
     """A ratio to reach on ResNet-50 in bf16, 224 pixels.
 
     Attributes:
@@ -38,9 +38,9 @@ class Goal:
     memory: bool = False
 
 
-GOALS = (
-    Goal("training, batch 256, against eager AMP", "train", 256, "fused", BASELINE, 1.7, 2.5, 7_000),
-    Goal(
+TARGETS = (
+    Target("training, batch 256, against eager AMP", "train", 256, "fused", BASELINE, 1.7, 2.5, 7_000),
+    Target(
         "training, batch 256, against torch.compile max-autotune",
         "train",
         256,
@@ -49,8 +49,8 @@ GOALS = (
         1.25,
         1.8,
     ),
-    Goal("training, batch 256: peak memory against eager", "train", 256, "fused", BASELINE, 0.75, 0.6, memory=True),
-    Goal(
+    Target("training, batch 256: peak memory against eager", "train", 256, "fused", BASELINE, 0.75, 0.6, memory=True),
+    Target(
         "inference, batch 256, against torch.compile max-autotune with freezing",
         "infer",
         256,
@@ -60,7 +60,7 @@ GOALS = (
         1.6,
         36_000,
     ),
-    Goal(
+    Target(
         "inference, batch 1: latency against torch.compile reduce-overhead", "infer", 1, "frozen", "compile", 1.2, 2.0
     ),
 )
@@ -69,7 +69,7 @@ GOALS = (
 @dataclasses.dataclass(frozen=True)
 class Reached:
     """Attributes:
-    ratio: as the goal's.
+    ratio: as the target's.
     images_per_s: ours.
     across: whether the two ran in different runs, each beside the baseline: the ratio is that of their speed-ups.
     """
@@ -78,9 +78,9 @@ class Reached:
     images_per_s: float
     across: bool
 
-    def verdict(self, goal: Goal) -> str:
-        good = (lambda bound: self.ratio <= bound) if goal.memory else (lambda bound: self.ratio >= bound)
-        return "goal" if good(goal.goal) else "floor" if good(goal.floor) else "missed"
+    def verdict(self, target: Target) -> str:
+        good = (lambda bound: self.ratio <= bound) if target.memory else (lambda bound: self.ratio >= bound)
+        return "goal" if good(target.goal) else "floor" if good(target.floor) else "missed"
 
 
 def forced(report: Report) -> bool:
@@ -88,38 +88,38 @@ def forced(report: Report) -> bool:
     return "--backend" in shlex.split(report.provenance["command"])
 
 
-def reached(goal: Goal, reports: Iterable[Report]) -> Reached | None:
+def reached(target: Target, reports: Iterable[Report]) -> Reached | None:
     """What these reports of one device say, the last ones first; None where the case or a contestant is missing."""
-    cases = [case for report in reports if not forced(report) for case in report.cases if _is(goal, case)]
+    cases = [case for report in reports if not forced(report) for case in report.cases if _is(target, case)]
     cases.reverse()
     for case in cases:
-        ours, theirs = _of(case, goal.ours), _of(case, goal.theirs)
+        ours, theirs = _of(case, target.ours), _of(case, target.theirs)
         if ours and theirs:
-            return _reached(goal, case, ours, _ratio(goal, ours, theirs), False)
-    own = next((case for case in cases if _of(case, goal.ours) and _of(case, BASELINE)), None)
-    other = next((case for case in cases if _of(case, goal.theirs) and _of(case, BASELINE)), None)
+            return _reached(target, case, ours, _ratio(target, ours, theirs), False)
+    own = next((case for case in cases if _of(case, target.ours) and _of(case, BASELINE)), None)
+    other = next((case for case in cases if _of(case, target.theirs) and _of(case, BASELINE)), None)
     if own is None or other is None:
         return None
-    pairs = [(_of(case, name), _of(case, BASELINE)) for case, name in ((own, goal.ours), (other, goal.theirs))]
-    first, second = (_ratio(goal, a, b) if a and b else None for a, b in pairs)
-    ours = _of(own, goal.ours)
-    return _reached(goal, own, ours, first / second, True) if ours and first and second else None
+    pairs = [(_of(case, name), _of(case, BASELINE)) for case, name in ((own, target.ours), (other, target.theirs))]
+    first, second = (_ratio(target, a, b) if a and b else None for a, b in pairs)
+    ours = _of(own, target.ours)
+    return _reached(target, own, ours, first / second, True) if ours and first and second else None
 
 
-def _reached(goal: Goal, case: CaseReport, ours: Result, ratio: float | None, across: bool) -> Reached | None:
+def _reached(target: Target, case: CaseReport, ours: Result, ratio: float | None, across: bool) -> Reached | None:
     rate = case.images_per_s(ours)
     return Reached(ratio, rate, across) if ratio and rate else None
 
 
-def _ratio(goal: Goal, ours: Result, theirs: Result) -> float | None:
-    if goal.memory:
+def _ratio(target: Target, ours: Result, theirs: Result) -> float | None:
+    if target.memory:
         return ours.peak_bytes / theirs.peak_bytes if ours.peak_bytes and theirs.peak_bytes else None
     return theirs.timing.p50 / ours.timing.p50 if theirs.timing and ours.timing else None
 
 
-def _is(goal: Goal, case: CaseReport) -> bool:
+def _is(target: Target, case: CaseReport) -> bool:
     c = case.case
-    return (c.model, c.mode, c.batch, c.dtype, c.image_size) == (MODEL, goal.mode, goal.batch, DTYPE, IMAGE_SIZE)
+    return (c.model, c.mode, c.batch, c.dtype, c.image_size) == (MODEL, target.mode, target.batch, DTYPE, IMAGE_SIZE)
 
 
 def _of(case: CaseReport, contestant: str) -> Result | None:
@@ -127,17 +127,18 @@ def _of(case: CaseReport, contestant: str) -> Result | None:
 
 
 def rows(reports: Sequence[Report]) -> Iterator[tuple[str, str, str, str]]:
-    """(what, floor, goal, reached) of every goal, from the results of one GPU."""
-    for goal in GOALS:
-        found = reached(goal, reports)
-        rate = f" ({goal.images_per_s:,.0f} images/s)" if goal.images_per_s else ""
-        yield goal.text, f"{goal.floor:g}x", f"{goal.goal:g}x{rate}", _text(goal, found) if found else NOT_MEASURED
+    """(what, floor, goal, reached) of every target, from the results of one GPU."""
+    for target in TARGETS:
+        found = reached(target, reports)
+        rate = f" ({target.images_per_s:,.0f} images/s)" if target.images_per_s else ""
+        text = _text(target, found) if found else NOT_MEASURED
+        yield target.text, f"{target.floor:g}x", f"{target.goal:g}x{rate}", text
 
 
-def _text(goal: Goal, found: Reached) -> str:
+def _text(target: Target, found: Reached) -> str:
     across = ", across two runs by the baseline" if found.across else ""
-    rate = "" if goal.memory else f", {found.images_per_s:,.0f} images/s"
-    return f"{found.ratio:.2f}x{rate}: {found.verdict(goal)}{across}"
+    rate = "" if target.memory else f", {found.images_per_s:,.0f} images/s"
+    return f"{found.ratio:.2f}x{rate}: {found.verdict(target)}{across}"
 
 
 def by_gpu(reports: Iterable[Report]) -> dict[str, list[Report]]:

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import gc
 import math
 import os
 import sys
@@ -84,6 +85,7 @@ def processes() -> Iterator[Place]:
     try:
         yield Place(dist.get_rank(), dist.get_world_size(), device)
     finally:
+        gc.collect()  # the trainer is a cycle and its model holds the group, whose threads must end before Python does
         dist.destroy_process_group()
 
 

@@ -76,6 +76,7 @@ class Report:
     left_out: tuple[str, ...] = ()
     pictures: Pictures | None = None
     loader: tuple[Row, ...] = ()  # training fed by a real input pipeline
+    kernels: str | None = None  # what ours ran by: a line, where there is something to say
 
     def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
         """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
@@ -112,6 +113,7 @@ class Report:
             {mode: {name: Mean(*mean) for name, mean in self.geometric_means(mode).items()} for mode in self.modes()},
             self.pictures,
             self.loader,
+            self.kernels,
         )
         value: dict[str, Any] = _records.to_json(file)
         return value
@@ -224,3 +226,4 @@ class ReportFile:
     geometric_mean_speedup: dict[str, dict[str, Mean]] = dataclasses.field(default_factory=dict)
     pictures: Pictures | None = None
     loader: tuple[Row, ...] | None = ()
+    kernels: str | None = None

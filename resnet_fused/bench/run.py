@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from resnet_fused._command import one_line
-from resnet_fused.bench import images, loader
+from resnet_fused.bench import images, loader, preparation
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from resnet_fused.bench.correctness import Errors, breach, errors_of
 from resnet_fused.bench.results import INTERRUPTED, CaseReport, Report, Result
@@ -51,11 +51,14 @@ class Options:
     seed: int = 0
     backend: str = "auto"
     command: str = ""
+    tune_s: float | None = None  # check and time our kernels first, for so long at most
+    rehearse: bool = False
 
     def steps(self) -> int:
         """How many steps `run` reports."""
         loaded = sum(case.mode == "train" for case in self.cases) if self.loader else 0
-        return 2 + self.pictures + loaded + sum(len(self.entrants(case)) + 1 for case in self.cases)
+        tuned = len({case.dtype for case in self.cases}) if self.tune_s is not None else 0
+        return 2 + tuned + self.pictures + loaded + sum(len(self.entrants(case)) + 1 for case in self.cases)
 
     def entrants(self, case: Case) -> list[Contestant]:
         """The contestants of a case; the baseline is always one."""
@@ -89,11 +92,15 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
     reports: list[CaseReport] = []
     loaded: list[loader.Row] = []
     agreement: images.Pictures | None = None
+    kernels = preparation.untuned(options.device)
+    if options.tune_s is not None:
+        what = (options.tune_s, options.rehearse, options.command)
+        kernels = preparation.prepare(options.model, options.cases, *what, reporter)
 
     def report() -> Report:
         cases = tuple(dataclasses.replace(one, roof=race.roofs.get(one.case.dtype)) for one in reports)
         left_out = tuple(race.left_out)
-        return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded))
+        return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded), kernels)
 
     try:
         limit = (

@@ -65,7 +65,7 @@ def _report(file: ReportFile) -> Report:
         raise Misfit("cases", "is empty")
     cases = tuple(_case(case, f"cases[{i}]") for i, case in enumerate(file.cases))
     loader = file.loader or ()
-    return Report(file.model, file.baseline, file.provenance, cases, file.left_out, file.pictures, loader)
+    return Report(file.model, file.baseline, file.provenance, cases, file.left_out, file.pictures, loader, file.kernels)
 
 
 def _case(file: CaseFile, place: str) -> CaseReport:

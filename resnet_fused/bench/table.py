@@ -142,6 +142,8 @@ def notes(report: Report) -> Iterator[str]:
         parts = [f"{name}: {reason}" for name, reason in missing.items()]
         yield f"[yellow]cannot run here:[/yellow] {escape('; '.join(parts))}"
     yield from _problems(report)
+    if report.kernels:
+        yield escape(report.kernels)
     for line in report.left_out:
         yield f"[yellow]left out[/yellow] {escape(line)}"
     roofs = {case.case.dtype: case.roof for case in report.cases if case.roof}

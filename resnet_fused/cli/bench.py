@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from resnet_fused._command import (
     UsageError,
     check_backend,
@@ -22,9 +24,13 @@ from resnet_fused._command import (
 )
 from resnet_fused.cli.output import PROGRAM, complain, show
 
-DEFAULT_MODEL = "resnet50"
+DEFAULT_MODEL, REHEARSED_MODEL = "resnet50", "resnet18"
 DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
 DEFAULT_BUDGET_S = 240.0
+GPU_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"), ("infer", 32, "bf16"), ("infer", 1, "bf16"))
+GPU_BUDGET_S = 570.0  # with the tuning: a first run ends within ten minutes
+TUNE_S = 180.0
+REHEARSED, REHEARSED_SIZE = (("infer", 2, "bf16"), ("train", 2, "bf16")), 64  # a GPU's stages on a CPU
 RESULTS = Path("benchmarks/results")
 GENERATED = Path("generated JPEGs")
 ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
@@ -40,22 +46,29 @@ def register(commands: Any) -> None:
         help="measure a ResNet in plain PyTorch, torch.compile and resnet_fused, side by side",
         description="Measure a ResNet in plain PyTorch, torch.compile and resnet_fused: same weights, same input, "
         "interleaved rounds, each checked against float64 before it is timed. Without --mode, --batch and --dtype the "
-        "default cases run, in five minutes or less: inference in fp32 at batch 1 and 8 and in bf16 at batch 8, then "
-        "training in fp32 at batch 4. With any of the three, every combination of them runs.",
+        "default cases run. On a CPU, five minutes at most: inference in fp32 at batch 1 and 8 and in bf16 at batch 8, "
+        "then training in fp32 at batch 4. On a GPU, ten minutes at most: for three of them our kernels are checked "
+        "and timed there, then come inference at batch 256, 32 and 1 and training at batch 256, in bf16. With any of "
+        "the three options, every combination of them runs.",
     )
     add = bench.add_argument_group("what is measured").add_argument
-    add("--model", default=DEFAULT_MODEL, help="a torchvision ResNet, or timm:<name> (default: %(default)s)")
+    add("--model", help=f"a torchvision ResNet, or timm:<name> (default: {DEFAULT_MODEL})")
     add("--mode", metavar="MODES", help=f"{', '.join(MODES)}, as a comma list (with --batch or --dtype alone: infer)")
     add("--batch", metavar="SIZES", help="batch sizes, as a comma list (with --mode or --dtype alone: 1,8)")
     add("--dtype", metavar="DTYPES", help=f"{', '.join(DTYPES)}, as a comma list (with --mode or --batch alone: fp32)")
     add("--image-size", default="224", metavar="PIXELS", help="side of the square input (default: %(default)s)")
     add("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
-    names = f"comma list of {', '.join(CONTESTANTS)} (default: all that can run; {BASELINE}, the baseline, always does)"
+    slow = ", ".join(name for name, one in CONTESTANTS.items() if not one.by_default)
+    names = f"comma list of {', '.join(CONTESTANTS)} (default: all that can run but {slow}; {BASELINE}, the baseline, "
+    names += "always runs)"
     add("--contestants", metavar="NAMES", help=names)
     add("--backend", default="auto", help="the kernels that fused and frozen use: auto, aten (PyTorch's own), triton, "
         "cuda or reference (default: %(default)s)")  # fmt: skip
+    add("--tune", action=argparse.BooleanOptionalAction, help="check and time our kernels on this GPU first, "
+        f"{TUNE_S:g} s at most (default: with a GPU's default cases)")  # fmt: skip
     add("--rounds", metavar="N", help="timed rounds a case (default: as many as fit)")
-    budget = f"leave out cases that would not end within this time (default cases: {DEFAULT_BUDGET_S:g}; else no limit)"
+    budget = "leave out cases that would not end within this time (default cases: "
+    budget += f"{DEFAULT_BUDGET_S:g}, on a GPU {GPU_BUDGET_S:g}; else no limit)"
     add("--budget", type=float, metavar="SECONDS", help=budget)
     add("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default: %(default)s)")
     add = bench.add_argument_group("also").add_argument
@@ -81,6 +94,11 @@ def register(commands: Any) -> None:
     only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
     check = "measure the cases of this device's last recorded result again; exit code 1 where fused or frozen lost"
     only("--check", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=check)
+    only(
+        "--rehearse",
+        action="store_true",
+        help="every stage of a run on a GPU, on this CPU and small: its numbers say nothing",
+    )
     only("--profile", action="store_true", help="where a step's time goes, layer by layer, and the least it could be")
     only("--roofline", action="store_true", help="measure nothing: count bytes and FLOP layer by layer")
     bench.set_defaults(function=run)
@@ -159,7 +177,7 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
     chosen = _chosen_cases(arguments) or ROOFLINE_CASES
     size = positive_integer(arguments.image_size, "--image-size")
     check_writable("--json", arguments.json)
-    found = roofline.rooflines(arguments.model, chosen, size)
+    found = roofline.rooflines(_model(arguments), chosen, size)
 
     def render() -> None:
         for one in found:
@@ -167,6 +185,10 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
 
     content = {"schema": 1, "cases": [one.to_json() for one in found]}
     return show(out, 0, render, ("--json", arguments.json, lambda path: write_json(content, path)))
+
+
+def _model(arguments: argparse.Namespace) -> str:
+    return arguments.model or (REHEARSED_MODEL if arguments.rehearse else DEFAULT_MODEL)
 
 
 def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
@@ -187,17 +209,26 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     from resnet_fused.measure import cases, models, network
 
     device = resolve_device(arguments.device)
-    models.check(arguments.model)
+    models.check(_model(arguments))
     check_backend(arguments.backend, device)
-    entrants = tuple(contestants.CONTESTANTS)
+    entrants = tuple(name for name, one in contestants.CONTESTANTS.items() if one.by_default)
     if arguments.contestants:
         entrants = choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
     size = positive_integer(arguments.image_size, "--image-size")
     rounds = positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
-    chosen = _chosen_cases(arguments)
-    wanted = bool(chosen or arguments.check)  # then all of it is measured
-    budget = arguments.budget if arguments.budget is not None else None if wanted else DEFAULT_BUDGET_S
-    chosen = chosen or DEFAULT_CASES
+    chosen, as_on_gpu = _chosen_cases(arguments), device.type == "cuda" or arguments.rehearse
+    by_default = not (chosen or arguments.check or arguments.profile)  # else all that was asked for is measured
+    budget = arguments.budget
+    if budget is None and by_default:
+        budget = GPU_BUDGET_S if as_on_gpu else DEFAULT_BUDGET_S
+    if arguments.rehearse:
+        device, size, rounds = torch.device("cpu"), REHEARSED_SIZE, 1
+    chosen = chosen or (REHEARSED if arguments.rehearse else GPU_CASES if as_on_gpu else DEFAULT_CASES)
+    tunes = arguments.tune if arguments.tune is not None else by_default and as_on_gpu and arguments.backend == "auto"
+    if tunes and not as_on_gpu:
+        raise UsageError(
+            f"--tune is for a GPU, and the device is {device}; --rehearse runs every step of it on the CPU"
+        )
     if budget is not None and not budget > 0:
         raise UsageError(f"--budget {budget:g} is not a number of seconds > 0")
     if not -(2**63) <= arguments.seed < 2**63:
@@ -224,10 +255,10 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         source = loader.Source(None if arguments.loader == GENERATED else arguments.loader, workers)
         if source.folder is not None:
             loader.check(source.folder)
-    network.check_size(arguments.model, size)
+    network.check_size(_model(arguments), size)
     return run.Options(
-        model=arguments.model,
-        cases=tuple(cases.Case(arguments.model, *case, str(device), size) for case in chosen),
+        model=_model(arguments),
+        cases=tuple(cases.Case(_model(arguments), *case, str(device), size) for case in chosen),
         device=device,
         contestants=entrants,
         images=arguments.images,
@@ -238,4 +269,6 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         seed=arguments.seed,
         backend=arguments.backend,
         command=shlex.join([PROGRAM, *arguments.argv]),
+        tune_s=TUNE_S if tunes else None,
+        rehearse=arguments.rehearse,
     )

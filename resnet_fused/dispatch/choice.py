@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,7 @@ from resnet_fused.dispatch.formulation import LayerPlan
 from resnet_fused.dispatch.lookup import measured
 from resnet_fused.dispatch.table import Choice, Problem, Table
 
+log = logging.getLogger("resnet_fused")
 ATEN = Choice("aten")
 BLOCK = "residual_block"  # the op of entries about whole blocks
 ALONE = "alone"  # the flag of a single op of a family: it says nothing about the family
@@ -160,9 +162,29 @@ def gpu_name(arch: int) -> str | None:
     return None
 
 
+def advice(arch: int) -> str | None:
+    """What to do where no table speaks for the GPU of this architecture here; None where one does, or there is none."""
+    gpu = gpu_name(arch) if _assumed is None else None
+    if gpu is None or tables.select_table(_known(), gpu, arch)[0] is not None:
+        return None
+    return (
+        f"nothing was measured on {gpu} yet, so fused models run native PyTorch there (frozen ones cuDNN's fused "
+        "convolutions); `resnet-fused tune` finds out what is faster and writes a table that is used from then on"
+    )
+
+
+@functools.cache
+def _advise(arch: int) -> None:
+    """Say it once in a process."""
+    text = advice(arch)
+    if text is not None:
+        log.warning(text)
+
+
 @functools.lru_cache(maxsize=8192)
 def choose(problem: Problem, arch: int) -> Choice:
     """`plan` with the tables of this machine. The first answer takes a millisecond, the same one again microseconds."""
+    _advise(arch)
     return plan(problem, arch, _known(), _name(arch))
 
 
@@ -223,6 +245,7 @@ def _triton() -> str | None:
 
 @functools.cache
 def default_on(arch: int, op: str) -> str:
+    _advise(arch)
     return default(op, arch, _known(), _name(arch))
 
 

@@ -196,7 +196,8 @@ def _fprop(
     """`conv_fprop` with operands and result in the memory format PyTorch's convolution would give."""
     nchw = backend == "triton" and convolves_to_nchw(x, weight)
     operands = conv_operands(backend, x, weight, residual)
-    y: Tensor = _op.conv_fprop(operands[0], operands[1], scale, shift, operands[2], *geometry, relu, backend=backend)
+    act = "relu" if relu else None
+    y: Tensor = _op.conv_fprop(operands[0], operands[1], scale, shift, operands[2], *geometry, act, backend=backend)
     return y.contiguous() if nchw else y
 
 
@@ -222,7 +223,7 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.backend = (stride, padding, dilation, groups), backend
-        y: Tensor = _op.conv_fprop(x, weight, None, None, None, *ctx.geometry, False, backend=backend)
+        y: Tensor = _op.conv_fprop(x, weight, None, None, None, *ctx.geometry, None, backend=backend)
         return y
 
     @staticmethod

@@ -65,7 +65,7 @@ def match_block(flow: Flow) -> BlockPlan:
     if len(projection) > 1:
         raise Mismatch(f"its shortcut has {len(projection)} convolutions")
     add = Sum(total.function, branch_first=branch[-1] is total.inputs[0])
-    units[-1] = Unit(units[-1].conv, units[-1].bn, final.path, relu=True, add=add)
+    units[-1] = Unit(units[-1].conv, units[-1].bn, final.path, "relu", add=add)
     plan = BlockPlan(
         _KINDS[len(units)],
         tuple(units),
@@ -150,7 +150,7 @@ def _units(branch: list[Op]) -> list[Unit]:
             raise Mismatch(f"no relu between {bn.name} and {act.name}")
         if act is not None and (act.kind != "relu" or not rest):
             raise Mismatch(_between(act, branch))
-        units.append(Unit(conv.path, str(bn.path), act.path if act else None, relu=act is not None))
+        units.append(Unit(conv.path, str(bn.path), act.path if act else None, "relu" if act else None))
     return units
 
 

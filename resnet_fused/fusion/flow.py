@@ -15,14 +15,14 @@ from torch import fx, nn
 
 from resnet_fused.fusion.convs import ConvForm, conv_form
 from resnet_fused.fusion.nodes import (
+    activation,
     factor,
     function_name,
     is_identity,
     is_pool,
-    is_relu,
-    is_relu_module,
     is_sequential,
     is_sum,
+    module_activation,
     sum_function,
 )
 from resnet_fused.fusion.norms import NormForm, norm_form
@@ -129,7 +129,7 @@ class _Builder:
             kind = "conv"
         elif form is not None:
             kind = "bn"
-        elif is_relu_module(module):
+        elif module_activation(module) == "relu":
             kind = "relu"
         elif is_pool(module):
             kind = "pool"
@@ -150,7 +150,7 @@ class _Builder:
             return None
         inputs = self.activations(node)
         label = f"`{node.target}`" if node.op == "call_module" else function_name(node)
-        if is_relu(node, self.owner):
+        if activation(node, self.owner) == "relu":
             return self.add("relu", "relu", inputs)
         if is_sum(node):
             return self.add("add", "the sum", self.activations_in(node.args), function=sum_function(node))

@@ -1,4 +1,4 @@
-"""What one node of a traced graph, or one module, is in the terms of a ResNet: ReLU, sum, identity, pool."""
+"""What one node of a traced graph, or one module, is in the terms of a ResNet: activation, sum, identity, pool."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused.fusion.questions import is_number
 from resnet_fused.fusion.trace import original_class
 from resnet_fused.nn.eligibility import POOLS, keeps_methods, overridden
+from resnet_fused.ops.activations import ACTIVATIONS
 
-RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-RELU_METHODS = ("relu", "relu_")
 ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 ADD_METHODS = ("add", "add_", "__add__", "__radd__", "__iadd__")
 IN_PLACE_ADDS = (operator.iadd, Tensor.add_, Tensor.__iadd__)
@@ -23,24 +21,31 @@ MUL_FUNCTIONS = (operator.mul, operator.imul, torch.mul)
 MUL_METHODS = ("mul", "mul_", "__mul__", "__rmul__", "__imul__")
 
 
-def calls_relu(node: fx.Node) -> bool:
-    """Whether the node is relu as a function or a method."""
+def called_activation(node: fx.Node) -> str | None:
+    """The name of the activation that the node is as a function or a method, or None."""
     if len(node.all_input_nodes) != 1:
-        return False
-    if node.op == "call_function":
-        return node.target in RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in RELU_METHODS
+        return None
+    for name, act in ACTIVATIONS.items():
+        if node.op == "call_function" and node.target in (act.function, *act.functions):
+            return name
+        if node.op == "call_method" and node.target in act.methods:
+            return name
+    return None
 
 
-def is_relu(node: fx.Node, owner: nn.Module) -> bool:
-    """Whether the node is relu of its only argument."""
-    if node.op == "call_module":
-        return len(node.args) == 1 and not node.kwargs and is_relu_module(owner.get_submodule(str(node.target)))
-    return calls_relu(node)
+def activation(node: fx.Node, owner: nn.Module) -> str | None:
+    """The name of the activation that the node is of its only argument, or None."""
+    if node.op != "call_module":
+        return called_activation(node)
+    if len(node.args) != 1 or node.kwargs:
+        return None
+    return module_activation(owner.get_submodule(str(node.target)))
 
 
-def is_relu_module(module: nn.Module) -> bool:
-    return keeps_methods(original_class(module), nn.ReLU)
+def module_activation(module: nn.Module) -> str | None:
+    """The name of the activation that a module is, or None."""
+    cls = original_class(module)
+    return next((name for name, act in ACTIVATIONS.items() if keeps_methods(cls, act.module)), None)
 
 
 def is_sum(node: fx.Node) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from resnet_fused.fusion.nodes import calls_relu
+from resnet_fused.fusion.nodes import called_activation
 from resnet_fused.fusion.trace import (
     AsksForGradient,
     Traced,
@@ -87,10 +87,10 @@ def norm_of(module: nn.Module) -> Norm:
 _ANY = nn.BatchNorm2d(1, device="cpu")
 
 
-def culprit(conv: Any, bn: Norm, act: nn.Module | None) -> tuple[int, str] | None:
+def culprit(conv: Any, bn: Norm, act: nn.Module | None, activation: str | None = "relu") -> tuple[int, str] | None:
     """Which of (conv, bn, act) cannot be run in one fused call, and why; None if they can."""
     for k, modules in enumerate(((conv, _ANY, None), (conv, bn, None), (conv, bn, act))):
-        reason = plain(*modules, in_forward=False)
+        reason = plain(*modules, activation, in_forward=False)
         if reason is not None:
             return k, reason
     return None
@@ -195,7 +195,7 @@ def split(graph: fx.Graph) -> tuple[fx.Graph, tuple[str | None, ...]]:
     while isinstance(value, fx.Node) and len(value.all_input_nodes) == 1 and len(value.users) == 1:
         if value.op == "call_module" and len(value.args) == 1 and not value.kwargs:
             tail.insert(0, str(value.target))
-        elif calls_relu(value):
+        elif called_activation(value) == "relu":
             tail.insert(0, None)
         else:
             break

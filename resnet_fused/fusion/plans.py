@@ -28,13 +28,13 @@ class Owner(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """pool(relu(bn(conv(x)) + residual)), with the absent parts left out.
+    """pool(act(bn(conv(x)) + residual)), with the absent parts left out.
 
     Args:
         conv: path of the `nn.Conv2d`, empty for the owner itself; None where no convolution precedes the batch norm.
         bn: path of the `nn.BatchNorm2d`.
-        act: path of the `nn.ReLU`; None where the ReLU is a function, or there is none.
-        relu: whether a ReLU follows.
+        act: path of the activation; None where it is a function, or there is none.
+        activation: its name, one of `ACTIVATIONS`; None where none follows.
         pool: path of the `nn.MaxPool2d` of a stem, behind conv, bn and ReLU; else None.
         add: how the forward adds a residual; None where it adds none.
     """
@@ -42,7 +42,7 @@ class Unit:
     conv: str | None
     bn: str
     act: str | None
-    relu: bool
+    activation: str | None
     pool: str | None = None
     add: Sum | None = None
 
@@ -56,7 +56,7 @@ class Unit:
             "conv" if self.conv == "" else self.conv,
             self.bn,
             "add" if self.add else None,
-            "relu" if self.relu else None,
+            self.activation,
             self.pool,
         ]
         return "-".join(name for name in names if name is not None)
@@ -150,7 +150,7 @@ def _is_traced(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """A forward in which every chain conv-bn(-relu(-pool)) or bn-relu is one unit, and the rest is as it was.
+    """A forward in which every chain conv-bn(-act(-pool)) or bn-relu is one unit, and the rest is as it was.
 
     Args:
         units: the chains, in the order of the forward.

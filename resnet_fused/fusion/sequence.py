@@ -1,4 +1,4 @@
-"""Rewrite the chains conv-bn(-add)(-relu(-pool)) and bn-relu of a traced forward into units; generate code from it."""
+"""Rewrite the chains conv-bn(-add)(-act(-pool)) and bn-relu of a traced forward into units; generate code from it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import fx, nn
 from resnet_fused.fusion.convs import ConvForm, conv_form, conv_of, own_call
 from resnet_fused.fusion.nodes import (
     IN_PLACE_ADDS,
+    activation,
     is_activation,
     is_identity,
-    is_relu,
-    is_relu_module,
     is_sequential,
     is_sum,
+    module_activation,
     sum_function,
 )
 from resnet_fused.fusion.norms import NormForm, culprit, norm_form, norm_of
@@ -56,7 +56,7 @@ class _Chain:
     Attributes:
         above: identities between conv and bn, last first.
         inner: paths of identities inside the batch norm.
-        act: path of the ReLU inside the batch norm.
+        inner_act: path of the activation inside the batch norm.
         rest: what else the batch norm calls, which follows the unit; None for ReLU as a function.
         below: identities between bn and what follows, first first.
         branch_first: whether the chain's own value is the first summand of `add`.
@@ -67,19 +67,19 @@ class _Chain:
     bn: fx.Node
     above: list[fx.Node] = field(default_factory=list)
     inner: list[str] = field(default_factory=list)
-    act: str | None = None
+    inner_act: str | None = None
     rest: list[str | None] = field(default_factory=list)
     below: list[fx.Node] = field(default_factory=list)
     add: fx.Node | None = None
     branch_first: bool = True
     residual: fx.Node | None = None
-    relu: fx.Node | None = None
-    has_relu: bool = False
+    act: fx.Node | None = None
+    activation: str | None = None
     pool: fx.Node | None = None
 
     def nodes(self) -> list[fx.Node]:
         """All nodes of the chain, last first, so that each can be erased in turn."""
-        nodes = [self.pool, self.relu, self.add, *self.below[::-1], self.bn, *self.above, self.conv]
+        nodes = [self.pool, self.act, self.add, *self.below[::-1], self.bn, *self.above, self.conv]
         return [node for node in nodes if node is not None]
 
     @property
@@ -88,7 +88,7 @@ class _Chain:
 
     @property
     def last(self) -> fx.Node:
-        return self.pool or self.relu or self.add or self.bn
+        return self.pool or self.act or self.add or self.bn
 
 
 def rewrite(graph: fx.Graph, owner: nn.Module) -> Rewritten:
@@ -144,7 +144,7 @@ def _crosses_end(module: nn.Module, user: fx.Node | None, owner: nn.Module) -> b
         return user.op == "call_module" and norm_form(owner.get_submodule(str(user.target))) is not None
     form = norm_form(last)
     ends = isinstance(form, NormForm) and all(name and is_identity(last.get_submodule(name)) for name in form.tail)
-    return ends and (is_sum(user) or is_relu(user, owner))
+    return ends and (is_sum(user) or activation(user, owner) is not None)
 
 
 class _Rewriter:
@@ -224,7 +224,7 @@ class _Rewriter:
             chain = replace(chain, conv=None, above=[], pool=None)  # the convolution may be all that stands in the way
             if self.refusal(chain) is not None:
                 return
-        if chain.conv is not None or chain.has_relu or chain.add is not None:
+        if chain.conv is not None or chain.activation == "relu" or chain.add is not None:
             self.substitute(chain, result)
         elif reason is None:
             result.skipped.append((str(bn.target), "no convolution belongs to it alone, and no ReLU follows it"))
@@ -253,8 +253,8 @@ class _Rewriter:
             child = None if path is None else self.owner.get_submodule(path)
             if child is not None and is_identity(child):
                 chain.inner.append(str(path))
-            elif not chain.has_relu and (child is None or is_relu_module(child)):
-                chain.has_relu, chain.act = True, path
+            elif chain.activation is None and (name := "relu" if child is None else module_activation(child)):
+                chain.activation, chain.inner_act = name, path
             else:
                 chain.rest = list(tail[k:])
                 return
@@ -262,19 +262,20 @@ class _Rewriter:
     def look_below(self, chain: _Chain) -> None:
         """What the forward calls behind the batch norm."""
         user, below = _only_user(chain.bn), []
-        while not chain.has_relu and self.is_call(user) and is_identity(self.module(user)):
+        while chain.activation is None and self.is_call(user) and is_identity(self.module(user)):
             below.append(user)
             user = _only_user(user)
-        if not chain.has_relu and user is not None:
+        if chain.activation is None and user is not None:
             value = below[-1] if below else chain.bn
             if is_sum(user) and self.joins(chain, user, value):
                 chain.add, chain.below, chain.branch_first = user, below, user.args[0] is value
                 chain.residual = next(a for a in user.args if a is not value)  # type: ignore[assignment]
                 user = _only_user(user)
-            if user is not None and is_relu(user, self.owner):
-                chain.relu, chain.has_relu, chain.below = user, True, below
-        last = chain.relu or (chain.bn if chain.has_relu else None)
-        pool = _only_user(last) if last is not None and chain.conv is not None and chain.add is None else None
+            name = None if user is None else activation(user, self.owner)
+            if name is not None:
+                chain.act, chain.activation, chain.below = user, name, below
+        stem = chain.activation == "relu" and chain.conv is not None and chain.add is None
+        pool = _only_user(chain.act or chain.bn) if stem else None
         if pool is not None and self.is_call(pool) and self.pools(pool):
             chain.pool = pool
 
@@ -344,17 +345,18 @@ class _Rewriter:
                 return path, f"`{path}` {form}"
         conv = None if chain.conv is None else conv_of(self.module(chain.conv), chain.conv is self.owner_conv)
         act = self.act(chain)
-        found = culprit(conv, norm_of(self.module(chain.bn)), self.owner.get_submodule(act) if act else None)
+        act_module = self.owner.get_submodule(act) if act else None
+        found = culprit(conv, norm_of(self.module(chain.bn)), act_module, chain.activation)
         if found is None:
             return None
         k, reason = found
         return str((chain.conv.target if chain.conv else None, chain.bn.target, act)[k]), reason
 
     def act(self, chain: _Chain) -> str | None:
-        """Path of the ReLU that ends the chain, where it is a module."""
-        if chain.relu is None:
-            return chain.act
-        return str(chain.relu.target) if chain.relu.op == "call_module" else None
+        """Path of the activation that ends the chain, where it is a module."""
+        if chain.act is None:
+            return chain.inner_act
+        return str(chain.act.target) if chain.act.op == "call_module" else None
 
     def substitute(self, chain: _Chain, result: Rewritten) -> None:
         graph, conv, pool, last = chain.bn.graph, chain.conv, chain.pool, chain.last
@@ -375,7 +377,7 @@ class _Rewriter:
                 str(conv.target) if conv is not None else None,
                 str(chain.bn.target),
                 self.act(chain),
-                chain.has_relu,
+                chain.activation,
                 str(pool.target) if pool is not None else None,
                 add=None if chain.add is None else Sum(sum_function(chain.add), chain.branch_first),
             )

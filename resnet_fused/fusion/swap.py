@@ -37,7 +37,7 @@ class Binding:
     """A recognition tied to the modules it was made for; it holds as long as the owner would call just these.
 
     Attributes:
-        units: the modules of each unit of the plan and whether a ReLU ends it, as `_run_unit` counts them.
+        units: the modules of each unit of the plan and its activation, as `_run_unit` counts them.
         pools: the max pool behind each unit, or None.
         sums: how each unit adds what it is handed, if anything.
         containers: the owner and the containers below it that its forward reads, each with the children it had.
@@ -56,7 +56,7 @@ class Binding:
     def __init__(self, owner: nn.Module, recognition: Recognition | None) -> None:
         self.recognition = recognition or Recognition()
         self.plan: Plan | None = self.recognition.plan
-        self.units: list[tuple[nn.Module | RecognisedConv | None, Norm, nn.Module | None, bool]] = []
+        self.units: list[tuple[nn.Module | RecognisedConv | None, Norm, nn.Module | None, str | None]] = []
         self.pools: list[nn.Module | None] = []
         self.sums: list[Sum] = []
         paths: list[str] = []
@@ -66,7 +66,7 @@ class Binding:
                     None if path is None else owner.get_submodule(path) for path in (unit.conv, unit.bn, unit.act)
                 )
                 assert bn is not None
-                self.units.append((conv_of(conv, unit.conv == ""), norm_of(bn), act, unit.relu))
+                self.units.append((conv_of(conv, unit.conv == ""), norm_of(bn), act, unit.activation))
                 self.sums.append(unit.add or PLUS)
                 self.pools.append(None if unit.pool is None else owner.get_submodule(unit.pool))
                 paths += (*unit.paths, *([] if unit.pool is None else [unit.pool]))
@@ -123,7 +123,7 @@ class Binding:
         for module, cls in self.bypassed:
             if hooked(module) or overridden(module) or not keeps_methods(original_class(module), cls):
                 return False
-        return all(plain(*unit[:3]) is None for unit in self.indivisible)
+        return all(plain(*unit) is None for unit in self.indivisible)
 
 
 def _containers(owner: nn.Module, paths: list[str]) -> list[nn.Module]:
@@ -164,13 +164,13 @@ class FusedMixin(NotScriptable):
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Unit `k` of the plan: pool(relu(bn(conv(x)) + residual))."""
+        """Unit `k` of the plan: pool(act(bn(conv(x)) + residual))."""
         assert isinstance(self._fusion, Binding)
-        conv, bn, act, relu = self._fusion.units[k]
+        conv, bn, act, activation = self._fusion.units[k]
         pool = self._fusion.pools[k]
         if pool is not None and conv is not None:
             return conv_bn_act_max_pool(x, conv, bn, act, pool)
-        return conv_bn_act(x, conv, bn, act, relu=relu, residual=residual, add=self._fusion.sums[k])
+        return conv_bn_act(x, conv, bn, act, activation=activation, residual=residual, add=self._fusion.sums[k])
 
     def _run_block(self, x: Tensor, branch: int) -> Tensor | None:
         """The whole block, whose first `branch` units are its branch; None where its units are to run one by one."""

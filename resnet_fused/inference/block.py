@@ -192,8 +192,8 @@ class FrozenSequence(nn.Module):
         if str(k) in self._frozen_convs:
             y: Tensor = self._frozen_convs[str(k)](x, residual)
         else:
-            conv, bn, act, relu = self._kept_units[k]
-            y = call.conv_bn_act(x, conv, bn, act, relu=relu, residual=residual, add=unit.add or PLUS)
+            conv, bn, act, activation = self._kept_units[k]
+            y = call.conv_bn_act(x, conv, bn, act, activation=activation, residual=residual, add=unit.add or PLUS)
         return y if unit.pool is None else self.get_submodule(unit.pool)(y)
 
 

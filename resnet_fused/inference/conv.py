@@ -1,4 +1,4 @@
-"""A convolution of a frozen network, its batch norm and ReLU with it, prepared for the backend that runs it."""
+"""A convolution of a frozen network, its batch norm and activation with it, prepared for the backend that runs it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.nn.sums import PLUS, Sum
 from resnet_fused.ops import conv_fprop, onednn
+from resnet_fused.ops.activations import activate
 from resnet_fused.ops.arithmetic import fold
 
-# oneDNN's fused ReLU turns a NaN into 0. Where one shows up, the network runs again with ReLU as a pass of its own.
+# oneDNN's fused ReLU turns a NaN into 0. Where one shows up, the network runs again with activations as passes of their
+# own.
 keep_nan: ContextVar[bool] = ContextVar("resnet_fused_keep_nan", default=False)
 
 
@@ -73,10 +75,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Source:
-    """What a frozen convolution is made from: relu(bn(conv(x)) + residual) of a model.
+    """What a frozen convolution is made from: act(bn(conv(x)) + residual) of a model.
 
     Attributes:
         layer: the name of the convolution in the model.
+        act: the name of the activation, one of `ACTIVATIONS`, or None.
         add: how a residual is added; None where there is none.
         example: what it read, wrote and added.
     """
@@ -84,7 +87,7 @@ class Source:
     layer: str
     conv: Conv
     bn: BatchNorm
-    relu: bool
+    act: str | None
     add: Sum | None
     example: Example
 
@@ -169,7 +172,7 @@ class Constants(nn.Module):
 
 
 class FrozenConv(Constants):
-    """relu(bn(conv(x)) + residual).
+    """act(bn(conv(x)) + residual).
 
     Attributes:
         layer: the name of the convolution in the model.
@@ -189,7 +192,7 @@ class FrozenConv(Constants):
         super().__init__()
         conv = source.conv
         assert not isinstance(conv.padding, str)  # call.plain saw to it
-        self.layer, self.relu, self.example, self.backend = source.layer, source.relu, source.example, backend
+        self.layer, self.act, self.example, self.backend = source.layer, source.act, source.example, backend
         self.dtype, self.autocast = source.example.x.dtype, source.example.autocast
         self.device_type = conv.weight.device.type
         self.filter, self.biased = conv.kernel_size, conv.bias is not None
@@ -202,8 +205,9 @@ class FrozenConv(Constants):
             folded = torch.empty(0, dtype=self.dtype, device=conv.weight.device)
             apart = operand_reason(example.x, folded, example.residual, shape)
         self.adds = source.add is not None and apart is None
-        parts = ["batch norm", *["residual"] * self.adds, *["relu"] * (source.relu and apart is None)]
-        self.planned = PlannedConv(source.layer, backend, "conv_fprop", ", ".join(parts), apart or "")
+        parts = ["batch norm", "residual" if self.adds else None, source.act if apart is None else None]
+        fused = ", ".join(part for part in parts if part is not None)
+        self.planned = PlannedConv(source.layer, backend, "conv_fprop", fused, apart or "")
 
     def forward(self, x: Tensor, residual: Tensor | None = None, overwrite_residual: bool = False) -> Tensor:
         """The unit; with `overwrite_residual` its result may take the place of `residual` in memory.
@@ -216,20 +220,20 @@ class FrozenConv(Constants):
             x = self._operand(x)
         try:
             if residual is None or fits(residual, self.result_shape(x.shape), x.dtype, x.device):
-                return self._run(x, residual, self.relu, overwrite_residual)
-            y = self.add(self._run(x, None, relu=False), residual)
+                return self._run(x, residual, self.act, overwrite_residual)
+            y = self.add(self._run(x, None, act=None), residual)
         except Exception:
             self._explain(x)
             raise
-        return y.relu_() if self.relu else y
+        return activate(y, self.act, inplace=True)
 
     def result_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the convolution's result for an input of `shape`; empty where there is no batch."""
         return conv_shape(shape, self.weight, self.geometry) or ()  # type: ignore[arg-type]
 
-    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
-        """The unit, with or without its ReLU, of an input of the rank and dtype that it was frozen for; `residual` has
-        the shape and the dtype of the convolution's result.
+    def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
+        """The unit, with or without its activation, of an input of the rank and dtype that it was frozen for;
+        `residual` has the shape and the dtype of the convolution's result.
         """
         raise NotImplementedError
 
@@ -267,7 +271,7 @@ class FrozenConv(Constants):
 
     def extra_repr(self) -> str:
         stride, padding, dilation, groups = self.geometry
-        return f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, relu={self.relu}"
+        return f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, act={self.act}"
 
 
 class FoldedConv(FrozenConv):
@@ -293,7 +297,7 @@ class FoldedConv(FrozenConv):
         self.constant("bias", shift if self.packed else shift.to(weight.dtype))
         self._tried: dict[Any, str | None] = {}  # why cuDNN's fused convolution is not to run on these operands
         example = source.example
-        if self.relu and cudnn.available(weight):
+        if self.act == "relu" and cudnn.available(weight):
             residual = example.residual if self.adds else None
             reason = self._cudnn_refusal(example.x, residual)
             op = cudnn.name(residual) if reason is None else self.planned.op
@@ -308,18 +312,17 @@ class FoldedConv(FrozenConv):
             self._tried[key] = cudnn.refusal(*operands, self.geometry)  # type: ignore[arg-type]
         return self._tried[key]
 
-    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+    def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
         if not self.packed:
-            if relu and cudnn.available(x) and self._cudnn_refusal(x, residual) is None:
+            if act == "relu" and cudnn.available(x) and self._cudnn_refusal(x, residual) is None:
                 return cudnn.conv_relu(x, self.weight, self.bias, residual, self.geometry)  # type: ignore[arg-type]
             return conv_fprop.native(
-                conv_fprop.Args(x, self.weight, None, self.bias, residual, *self.geometry, relu=relu)
+                conv_fprop.Args(x, self.weight, None, self.bias, residual, *self.geometry, act=act)
             )
-        relu_apart = relu and keep_nan.get()
-        y = onednn.conv(
-            x, self.weight, self.bias, residual, *self.geometry, relu and not relu_apart, overwrite_residual
-        )
-        y = y.relu_() if relu_apart else y
+        fused = None if keep_nan.get() else act
+        y = onednn.conv(x, self.weight, self.bias, residual, *self.geometry, fused, overwrite_residual)
+        if fused is not act:
+            y = activate(y, act, inplace=True)
         return in_format(y, x, self.nchw) if self.keeps_order else y
 
     def extra_repr(self) -> str:
@@ -343,19 +346,19 @@ class EpilogueConv(FrozenConv):
         self.constant("weight", conv_operands(backend, example.x, weight, None)[1])
         self.constant("scale", scale)
         self.constant("shift", shift)
-        args = self._arguments(example.x, example.residual if self.adds else None, self.relu)
+        args = self._arguments(example.x, example.residual if self.adds else None, self.act)
         self.refusal = self.kernel.refusal(args)
 
     @property
     def affine(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.scale, self.shift
 
-    def _arguments(self, x: Tensor, residual: Tensor | None, relu: bool) -> conv_fprop.Args:
+    def _arguments(self, x: Tensor, residual: Tensor | None, act: str | None) -> conv_fprop.Args:
         x, weight, residual = conv_operands(self.backend, x, self.weight, residual)
-        return conv_fprop.Args(x, weight, self.scale, self.shift, residual, *self.geometry, relu=relu)
+        return conv_fprop.Args(x, weight, self.scale, self.shift, residual, *self.geometry, act=act)
 
-    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
-        args = self._arguments(x, residual, relu)
+    def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
+        args = self._arguments(x, residual, act)
         if not self.kernel.takes(args, args.x, args.residual):
             return conv_fprop.native(args._replace(x=x, weight=self.weight, residual=residual))
         return in_format(self.kernel(*args), x, self.nchw)

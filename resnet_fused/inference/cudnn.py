@@ -60,7 +60,7 @@ def refusal(
     """
     x, residual = _random(x), None if residual is None else _random(residual)
     x[0, 0, 0, 0] = torch.nan
-    expected = conv_fprop.native(conv_fprop.Args(x, weight, None, bias, residual, *geometry, relu=True))
+    expected = conv_fprop.native(conv_fprop.Args(x, weight, None, bias, residual, *geometry, act="relu"))
     try:
         for _ in range(4):  # what the allocator gives the result next, if cuDNN reads it, is not zero
             torch.full(tuple(shape), torch.nan, dtype=x.dtype, device=x.device)

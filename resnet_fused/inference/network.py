@@ -137,10 +137,10 @@ class _Freezer:
             culprit = next(filter(None, problems))
             problems = [problem or f"its block stays whole: {culprit}" for problem in problems]
         frozen: dict[int, FrozenConv] = {}
-        for k, ((conv, bn, _, relu), problem) in enumerate(zip(binding.units, problems, strict=True)):
+        for k, ((conv, bn, _, activation), problem) in enumerate(zip(binding.units, problems, strict=True)):
             if problem is None:
                 add = binding.plan.all_units[k].add
-                unit = (self.names[module_of(conv)], conv, bn, relu, add, self.seen[module, k])  # type: ignore[arg-type]
+                unit = (self.names[module_of(conv)], conv, bn, activation, add, self.seen[module, k])  # type: ignore[arg-type]
                 source = self.sources[unit[0]] = Source(*unit)  # type: ignore[arg-type]
                 frozen[k] = freeze_conv(source)
             elif conv is not None:
@@ -158,9 +158,9 @@ class _Freezer:
 
     def problem(self, module: nn.Module, k: int, binding: Binding) -> str | None:
         """Why a unit cannot be frozen, or None."""
-        conv, bn, act, _ = binding.units[k]
+        conv, bn, act, activation = binding.units[k]
         example = self.seen.get((module, k), "the example did not run it as a unit")
-        reason = example if isinstance(example, str) else call.plain(conv, bn, act)
+        reason = example if isinstance(example, str) else call.plain(conv, bn, act, activation)
         if reason is not None:
             return reason
         if conv is None:

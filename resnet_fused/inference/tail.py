@@ -116,7 +116,7 @@ class Join(Constants):
             if self.kernel.takes(args, args.x, args.shortcut):
                 return in_format(self.kernel(*args), x, self.nchw)
         one, zero = (1, 1), (0, 0)
-        last = conv_fprop.Args(x, self.weight, None, self.shift, None, one, zero, one, 1, relu=False)
+        last = conv_fprop.Args(x, self.weight, None, self.shift, None, one, zero, one, 1, act=None)
         projection = last._replace(x=shortcut, weight=self.shortcut_weight, shift=None, stride=self.stride)
         return self.add(conv_fprop.native(last), conv_fprop.native(projection)).relu_()
 

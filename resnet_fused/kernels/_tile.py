@@ -61,6 +61,28 @@ def relu(value):
 
 
 @triton.jit
+def identity(value):
+    return value
+
+
+@triton.jit
+def silu(value):
+    """value * sigmoid(value)."""
+    return value / (1.0 + tl.exp(-value))
+
+
+@triton.jit
+def hardswish(value):
+    """value * min(max(value + 3, 0), 6) / 6; a NaN stays."""
+    clipped = relu(value + 3.0)
+    return value * (tl.where(clipped >= 6.0, 6.0, clipped) / 6.0)
+
+
+# The epilogue functions of an activation by its name in `ops.activations`.
+ACTIVATIONS = {None: identity, "relu": relu, "silu": silu, "hardswish": hardswish}
+
+
+@triton.jit
 def affine(x, scale, shift):
     """x * scale + shift in fp32, in one fma wherever it is computed, so that a recomputed ReLU mask is the mask of the
     forward.

@@ -1,5 +1,5 @@
-"""Forward convolution as an implicit matrix product: for inference with the affine + residual + ReLU epilogue, for
-training with a normalisation in front and statistics behind.
+"""Forward convolution as an implicit matrix product: for inference with an affine map, residual and activation behind,
+for training with a normalisation in front and statistics behind.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resnet_fused.kernels._conv import (
 )
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._statistics import store_tile_statistics
-from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
+from resnet_fused.kernels._tile import ACTIVATIONS, channel_unit, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
 
 
@@ -60,7 +60,7 @@ def _conv_fprop_kernel(
     S: tl.constexpr,
     PADDED: tl.constexpr,  # a tap can fall outside the image
     EVEN_K: tl.constexpr,  # the reduction's tiles divide it
-    ACTIVATE: tl.constexpr,
+    ACT: tl.constexpr,  # a function of the fp32 tile
     PRECISION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INDEX: tl.constexpr,
@@ -162,8 +162,7 @@ def _conv_fprop_kernel(
     out_mask = (m < M)[:, None] & stored[None, :]
     if residual is not None:
         acc = acc + to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
-    if ACTIVATE:
-        acc = relu(acc)
+    acc = ACT(acc)
     rounded = round_to(acc, y.dtype.element_ty)
     tl.store(y + out, rounded, mask=out_mask)
 
@@ -183,7 +182,7 @@ def conv_fprop(
     padding: list[int],
     dilation: list[int],
     groups: int,
-    relu: bool,
+    act: str | None,
     config: ConvConfig | None = None,
 ) -> Tensor:
     """y = act(scale * conv(x, weight) + shift + residual), accumulated and finished in fp32, rounded once to the dtype
@@ -198,7 +197,7 @@ def conv_fprop(
         residual: [N, K, P, Q] in NHWC order, the dtype of x, or None.
         stride, padding, dilation: of the filter, (h, w); the padding is zero.
         groups: of channels that see each other.
-        relu: whether act is ReLU, which keeps NaN; else the identity.
+        act: the name of the activation, one of `ops.activations`; None for the identity.
         config: the launch configuration; None takes the plan's.
 
     Returns:
@@ -207,14 +206,14 @@ def conv_fprop(
     shape = ConvShape.of(x.shape, weight.shape, stride, padding, dilation, groups)
     krsc = weight.contiguous(memory_format=torch.channels_last)
     if config is None:
-        config = _planned("conv_fprop", x, krsc, residual, shape)
+        config = _planned("conv_fprop", x, krsc, residual, shape, act=act)
     if config.kernel != "pointer":
         from resnet_fused.kernels import experimental
 
-        y = experimental.conv_fprop(x, krsc, scale, shift, residual, shape, relu, config)
+        y = experimental.conv_fprop(x, krsc, scale, shift, residual, shape, act == "relu", config)
     else:
         y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
-        _launch(x, krsc, (scale, shift, residual, None, None), y, (None, None, None), shape, relu, config)
+        _launch(x, krsc, (scale, shift, residual, None, None), y, (None, None, None), shape, act, config)
     return y
 
 
@@ -268,14 +267,20 @@ def conv_fprop_stats(
     new = x.new_zeros if tiles <= rows else x.new_empty
     mean, m2 = (new((max(tiles, rows), shape.k), dtype=dtype) for dtype in (torch.float64, torch.float32))
     count = new(max(tiles, rows), dtype=torch.float32)
-    _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, False, config)
+    _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, None, config)
     if tiles > rows:
         mean, m2, count = merge_statistics(mean, m2, count, rows)
     return y, mean, m2, count
 
 
 def _planned(
-    op: str, x: Tensor, krsc: Tensor, residual: Tensor | None, shape: ConvShape, flags: tuple[str, ...] = ()
+    op: str,
+    x: Tensor,
+    krsc: Tensor,
+    residual: Tensor | None,
+    shape: ConvShape,
+    flags: tuple[str, ...] = (),
+    act: str | None = None,
 ) -> ConvConfig:
     """The plan's configuration; the heuristic's where these operands do not suit the formulation that was measured."""
     problem = (shape, x.dtype, arch(x.device), uses_tf32(x.dtype))
@@ -284,7 +289,7 @@ def _planned(
         return config
     from resnet_fused.kernels import experimental
 
-    if experimental.refuse(x, krsc, residual, shape, config) is None:
+    if act in (None, "relu") and experimental.refuse(x, krsc, residual, shape, config) is None:
         return config
     return conv_fprop_heuristic(*problem, prologue=bool(flags), statistics=op == "conv_fprop_stats")
 
@@ -296,7 +301,7 @@ def _launch(
     y: Tensor,
     statistics: tuple[Tensor | None, ...],
     shape: ConvShape,
-    relu: bool,
+    act: str | None,
     config: ConvConfig,
 ) -> None:
     group_inputs, group_outputs = shape.c // shape.groups, shape.k // shape.groups
@@ -330,7 +335,7 @@ def _launch(
         S=shape.s,
         PADDED=shape.padding != (0, 0),
         EVEN_K=reduction % config.block_k == 0,
-        ACTIVATE=relu,
+        ACT=ACTIVATIONS[act],
         PRECISION="tf32" if uses_tf32(x.dtype) else "ieee",
         DOT_DTYPE=dot_dtype(x.dtype),
         INDEX=index_type(x.numel(), y.numel()),

@@ -37,5 +37,5 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[N, inplanes, H, W]` to `[N, planes, H / stride, W / stride]`."""
-        y = call.conv_bn_act(x, self.conv1, self.bn1, self.relu, relu=True)
-        return call.conv_bn_act(y, self.conv2, self.bn2, self.relu, relu=True)
+        y = call.conv_bn_act(x, self.conv1, self.bn1, self.relu)
+        return call.conv_bn_act(y, self.conv2, self.bn2, self.relu)

@@ -107,7 +107,7 @@ class ResNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's activations, `[N, C, H / 32, W / 32]` of an ImageNet net."""
         if self.maxpool is None:
-            x = call.conv_bn_act(x, self.conv1, self.bn1, self.relu, relu=True)
+            x = call.conv_bn_act(x, self.conv1, self.bn1, self.relu)
         else:
             x = call.conv_bn_act_max_pool(x, self.conv1, self.bn1, self.relu, self.maxpool)
         for name in self.stages:

@@ -21,7 +21,7 @@ class VGGFeatures(nn.Sequential):
         while layers:
             if len(layers) > 2 and isinstance(layers[1], nn.BatchNorm2d):
                 conv, bn, act = layers[:3]
-                x, layers = call.conv_bn_act(x, conv, bn, act, relu=True), layers[3:]
+                x, layers = call.conv_bn_act(x, conv, bn, act), layers[3:]
             else:
                 x, layers = layers[0](x), layers[1:]
         return x

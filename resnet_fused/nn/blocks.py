@@ -35,12 +35,12 @@ def residual_block(
     fused = call.conv_bn_chain(x, layers, shortcut, add=INTO_BRANCH)
     if fused is not None:
         return fused
-    identity = x if shortcut is None else call.conv_bn_act(x, *shortcut, None, relu=False)
+    identity = x if shortcut is None else call.conv_bn_act(x, *shortcut, None, activation=None)
     y = x
     for conv, bn, act in layers[:-1]:
-        y = call.conv_bn_act(y, conv, bn, act, relu=True)
+        y = call.conv_bn_act(y, conv, bn, act)
     conv, bn, act = layers[-1]
-    return call.conv_bn_act(y, conv, bn, act, relu=True, residual=identity, add=INTO_BRANCH)
+    return call.conv_bn_act(y, conv, bn, act, residual=identity, add=INTO_BRANCH)
 
 
 class _Block(NotScriptable, nn.Module):
@@ -61,8 +61,8 @@ class _Block(NotScriptable, nn.Module):
         *inner, (conv, bn, act) = self._layers()
         y = x
         for layer in inner:
-            y = call.conv_bn_act(y, *layer, relu=True)
-        return call.conv_bn_act(y, conv, bn, act, relu=True, residual=projection(x), add=INTO_BRANCH)
+            y = call.conv_bn_act(y, *layer)
+        return call.conv_bn_act(y, conv, bn, act, residual=projection(x), add=INTO_BRANCH)
 
 
 class BasicBlock(_Block):

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resnet_fused import functional
@@ -32,17 +31,24 @@ from resnet_fused.nn.norms import (
     sync_group,
 )
 from resnet_fused.nn.sums import PLUS, Sum
+from resnet_fused.ops.activations import ACTIVATIONS, activate
 
 
 def plain(
-    conv: nn.Module | RecognisedConv | None, bn: Norm, act: nn.Module | None, *, in_forward: bool = True
+    conv: nn.Module | RecognisedConv | None,
+    bn: Norm,
+    act: nn.Module | None,
+    activation: str | None = "relu",
+    *,
+    in_forward: bool = True,
 ) -> str | None:
     """Why these modules cannot be run as one fused call, or None if they can.
 
     Args:
         conv: the convolution, or None for batch norm alone.
         bn: the batch norm behind it.
-        act: the ReLU module behind that, or None if there is none, or if ReLU was called as a function.
+        act: the module of the activation behind that, or None if there is none, or if it was called as a function.
+        activation: its name.
         in_forward: they are about to run. Before that, FSDP may still have to gather their parameters.
     """
     if conv is not None:
@@ -53,8 +59,8 @@ def plain(
         if reason is not None:
             return reason
     reason = plain_norm(bn, conv, in_forward=in_forward)
-    if reason is None and act is not None:
-        reason = _plain(act, nn.ReLU, in_forward)
+    if reason is None and act is not None and activation is not None:
+        reason = _plain(act, ACTIVATIONS[activation].module, in_forward)
     if reason is None and isinstance(conv, CONVS) and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
         mode = conv.padding if isinstance(conv.padding, str) else conv.padding_mode
         return f"the convolution pads in mode {mode!r}"
@@ -71,7 +77,7 @@ def conv_bn_act(
     bn: Norm,
     act: nn.Module | None,
     *,
-    relu: bool,
+    activation: str | None = "relu",
     residual: Tensor | None = None,
     add: Sum = PLUS,
 ) -> Tensor:
@@ -79,27 +85,28 @@ def conv_bn_act(
 
     Args:
         x: the input of `conv`, or of `bn` where `conv` is None.
-        conv, bn, act: the modules; `act` is None where ReLU is called as a function or there is none.
-        relu: whether a ReLU ends the unit.
+        conv, bn, act: the modules; `act` is None where the activation is called as a function or there is none.
+        activation: its name; any but ReLU is a pass of its own.
         residual: added before it.
         add: how, where that matters.
 
     Mutates:
         The running statistics and `num_batches_tracked` of `bn`, as its own forward does.
     """
-    shape = None if traced(x) or plain(conv, bn, act) is not None else _result_shape(conv, x)
+    shape = None if traced(x) or plain(conv, bn, act, activation) is not None else _result_shape(conv, x)
+    if shape is not None and activation not in ("relu", None):
+        z = conv_bn_act(x, conv, bn, None, activation=None, residual=residual, add=add)
+        return activate(z, activation) if act is None else act(z)
     if shape is None or not fits(residual, shape, x.dtype if conv is None else operand_dtype(x), x.device):
         if shape is None:
             z = bn(x if conv is None else conv(x))
         else:
-            z = conv_bn_act(x, conv, bn, None, relu=False)
+            z = conv_bn_act(x, conv, bn, None, activation=None)
         if residual is not None:
             z = add(z, residual)
-        if not relu:
-            return z
-        return F.relu(z) if act is None else act(z)
+        return activate(z, activation) if act is None else act(z)
     assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
-    name: Act = "relu" if relu else None
+    name: Act = "relu" if activation else None
     if conv is None or sync_group(bn) is not None:
         return batch_norm_act(x if conv is None else _conv(x, conv), bn, residual, name)
     assert isinstance(conv, CONVS)
@@ -193,7 +200,7 @@ def conv_bn_chain(
     if pool is not None:
         residual = pool(x)
         if shortcut is not None:
-            residual = conv_bn_act(residual, *shortcut, None, relu=False)
+            residual = conv_bn_act(residual, *shortcut, None, activation=None)
         units, shortcut = layers, None
     described = [_describe(conv, bn) for conv, bn, _ in units]  # type: ignore[arg-type]
     branch, projection = described[: len(layers)], described[len(layers) :]
@@ -216,8 +223,8 @@ def conv_bn_chain(
 def _one_by_one(x: Tensor, layers: Layers, residual: Tensor, add: Sum) -> Tensor:
     *inner, last = layers
     for layer in inner:
-        x = conv_bn_act(x, *layer, relu=True)
-    return conv_bn_act(x, *last, relu=True, residual=residual, add=add)
+        x = conv_bn_act(x, *layer)
+    return conv_bn_act(x, *last, residual=residual, add=add)
 
 
 def _describe(conv: Conv, bn: BatchNorm) -> ConvBN:
@@ -250,7 +257,7 @@ def conv_bn_act_max_pool(
     """
     separate = traced(x) or not bn.training or plain_pool(pool) is not None
     if separate or plain(conv, bn, act) is not None or _result_shape(conv, x) is None:
-        pooled: Tensor = pool(conv_bn_act(x, conv, bn, act, relu=True))
+        pooled: Tensor = pool(conv_bn_act(x, conv, bn, act))
         return pooled
     assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
     z = conv(x)

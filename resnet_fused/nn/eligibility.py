@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.nn.modules import padding, pooling
 
+from resnet_fused.ops.activations import ACTIVATIONS
+
 POOLS: tuple[type[nn.Module], ...] = tuple(
     value
     for module in (pooling, padding)
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
 )
-_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.Identity, nn.Sequential, *POOLS)
+_ACTIVATIONS = tuple(act.module for act in ACTIVATIONS.values())
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *_ACTIVATIONS, nn.Identity, nn.Sequential, *POOLS)
 _METHODS = ("__call__", "forward", "_conv_forward")
 _ACCESS = ("__getattr__", "__getattribute__")
 

@@ -69,7 +69,8 @@ class ConvBNAct2d(NotScriptable, nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """act(bn(conv(x)) + residual); `x` is `[N, C, H, W]`, `residual` of the result's shape."""
-        return call.conv_bn_act(x, self.conv, self.bn, None, relu=self.relu, residual=residual)
+        activation = "relu" if self.relu else None
+        return call.conv_bn_act(x, self.conv, self.bn, None, activation=activation, residual=residual)
 
 
 class Stem(NotScriptable, nn.Module):

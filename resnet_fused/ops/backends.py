@@ -122,7 +122,7 @@ def conv_refusal(
         return None
     from resnet_fused.kernels import refuse
 
-    reason: str | None = refuse("conv_fprop", x, weight, None, None, residual, *geometry, False)
+    reason: str | None = refuse("conv_fprop", x, weight, None, None, residual, *geometry, None)
     return reason
 
 

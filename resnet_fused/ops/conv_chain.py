@@ -51,11 +51,11 @@ def sequence(a: Args, fprop: Callable[[conv_fprop.Args], Tensor]) -> Out:
     """The convolutions one by one, each by `fprop`."""
     one, zero = (1, 1), (0, 0)
     geometry, pointwise = (a.stride, a.padding, a.dilation, 1), (one, zero, one, 1)
-    inner = fprop(conv_fprop.Args(a.x, a.weight2, a.scale2, a.shift2, None, *geometry, relu=True))
-    y = fprop(conv_fprop.Args(inner, a.weight3, a.scale3, a.shift3, a.residual, *pointwise, relu=True))
+    inner = fprop(conv_fprop.Args(a.x, a.weight2, a.scale2, a.shift2, None, *geometry, act="relu"))
+    y = fprop(conv_fprop.Args(inner, a.weight3, a.scale3, a.shift3, a.residual, *pointwise, act="relu"))
     if a.weight1 is None:
         return Out(y, a.x.new_empty(0))
-    return Out(y, fprop(conv_fprop.Args(y, a.weight1, a.scale1, a.shift1, None, *pointwise, relu=True)))
+    return Out(y, fprop(conv_fprop.Args(y, a.weight1, a.scale1, a.shift1, None, *pointwise, act="relu")))
 
 
 def fake(a: Args) -> Out:

@@ -1,4 +1,4 @@
-"""A convolution with an affine epilogue, residual and ReLU."""
+"""A convolution with an affine epilogue, residual and activation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape, conv_refusal
 from resnet_fused.ops import onednn
+from resnet_fused.ops.activations import ACTIVATIONS, activate
 from resnet_fused.ops.arithmetic import fold, per_channel, up
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.refusals import refuse_groups, refuse_like, refuse_operands, refuse_vectors
@@ -26,11 +27,12 @@ class Args(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
-    relu: bool
+    act: str | None
 
 
 def reference(a: Args) -> Tensor:
-    """y = act(scale * conv(x, weight) + shift + residual), fp32 accumulation and epilogue, rounded once"""
+    """y = act(scale * conv(x, weight) + shift + residual), fp32 accumulation and epilogue, rounded once; act one of
+    `ACTIVATIONS` or None"""
     with torch.autocast(a.x.device.type, enabled=False):
         y = F.conv2d(up(a.x), up(a.weight), None, a.stride, a.padding, a.dilation, a.groups)
     if a.scale is not None:
@@ -39,7 +41,7 @@ def reference(a: Args) -> Tensor:
         y = y + per_channel(a.shift)
     if a.residual is not None:
         y = y + up(a.residual)
-    return (y.relu() if a.relu else y).to(a.x.dtype)
+    return activate(y, a.act).to(a.x.dtype)
 
 
 def fake(a: Args) -> Tensor:
@@ -56,15 +58,17 @@ def native(a: Args) -> Tensor:
         # Contiguous, because oneDNN's reads a bias without its stride.
         dtype = onednn.bias_dtype(a.x.dtype, a.residual is not None)
         bias = None if a.shift is None else a.shift.to(dtype).contiguous()
-        y = onednn.conv(a.x, weight, bias, a.residual, *geometry, relu=False)
+        y = onednn.conv(a.x, weight, bias, a.residual, *geometry, act=None)
     else:
         y = F.conv2d(a.x, weight, None if a.shift is None else a.shift.to(weight.dtype), *geometry)
         if a.residual is not None:
             y += a.residual
-    return y.relu_() if a.relu else y
+    return activate(y, a.act, inplace=True)
 
 
 def refuse(a: Args) -> str | None:
+    if a.act is not None and a.act not in ACTIVATIONS:
+        return f"there is no activation {a.act!r}; choose one of {', '.join(ACTIVATIONS)}, or None"
     reason = refuse_operands(a.x, a.weight) or refuse_groups(a.weight, a.x.shape[1], a.groups)
     if reason is not None:
         return reason
@@ -80,10 +84,10 @@ def flops(a: Args, y: Tensor, count: FlopCount) -> int:
     return count(a.x.shape, a.weight.shape, y.shape)
 
 
-OPTIONS = {"scaled": (False, True), "residual": (False, True), "relu": (False, True)}
+OPTIONS = {"scaled": (False, True), "residual": (False, True), "act": (None, *ACTIVATIONS)}
 
 
-def case(make: Operands, s: ConvShape, scaled: bool = False, residual: bool = False, relu: bool = True) -> Args:
+def case(make: Operands, s: ConvShape, scaled: bool = False, residual: bool = False, act: str | None = "relu") -> Args:
     """Sample arguments.
 
     Args:
@@ -100,7 +104,7 @@ def case(make: Operands, s: ConvShape, scaled: bool = False, residual: bool = Fa
         padding=padding,
         dilation=dilation,
         groups=groups,
-        relu=relu,
+        act=act,
     )
 
 

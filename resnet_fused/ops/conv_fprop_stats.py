@@ -68,7 +68,7 @@ def refuse(a: Args) -> str | None:
     geometry = (a.stride, a.padding, a.dilation, a.groups)
     prologue = {"x_scale": a.x_scale, "x_shift": a.x_shift}
     return (
-        conv_fprop.refuse(conv_fprop.Args(a.x, a.weight, None, None, None, *geometry, relu=False))
+        conv_fprop.refuse(conv_fprop.Args(a.x, a.weight, None, None, None, *geometry, act=None))
         or refuse_rows(a.rows)
         or refuse_half(**prologue)
         or refuse_vectors(a.x.device, a.x.shape[1], None, **prologue)

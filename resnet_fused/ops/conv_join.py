@@ -42,9 +42,10 @@ def sequence(a: Args, fprop: Callable[[conv_fprop.Args], Tensor]) -> Tensor:
     """The projection and what it is added to, each by `fprop`."""
     one, zero = (1, 1), (0, 0)
     projection = conv_fprop.Args(
-        a.shortcut, a.shortcut_weight, None, None, None, a.shortcut_stride, zero, one, 1, relu=False
+        a.shortcut, a.shortcut_weight, None, None, None, a.shortcut_stride, zero, one, 1, act=None
     )
-    return fprop(conv_fprop.Args(a.x, a.weight, None, a.shift, fprop(projection), one, zero, one, 1, a.relu))
+    act = "relu" if a.relu else None
+    return fprop(conv_fprop.Args(a.x, a.weight, None, a.shift, fprop(projection), one, zero, one, 1, act))
 
 
 def fake(a: Args) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused._compiling import constant
+from resnet_fused.ops.activations import ACTIVATIONS, activate
 
 
 def runs(x: Tensor, weight: Tensor) -> bool:
@@ -53,19 +54,23 @@ def conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    relu: bool,
+    act: str | None,
     overwrite_residual: bool = False,
 ) -> Tensor:
     """act(conv(x, weight) + bias + residual) in one oneDNN primitive; `weight` may be prepacked for it.
 
-    The ReLU turns a NaN into 0. With `overwrite_residual` the result is accumulated into `residual`, one activation
-    less in the caches.
+    The ReLU turns a NaN into 0. With `overwrite_residual` the result is accumulated into `residual`,
+    one activation less in the caches.
     """
     ops = torch.ops.mkldnn
     shape = (padding, stride, dilation, groups)
+    if residual is not None and act not in (None, "relu"):  # oneDNN's op for a sum knows no other
+        y = conv(x, weight, bias, residual, stride, padding, dilation, groups, None, overwrite_residual)
+        return activate(y, act, inplace=True)
+    attribute = None if act is None else ACTIVATIONS[act].onednn
     if residual is None:
-        return ops._convolution_pointwise(x, weight, bias, *shape, "relu" if relu else "none", [], "")
-    unary: tuple[str | None, list[float], str] = ("relu" if relu else None, [], "")
+        return ops._convolution_pointwise(x, weight, bias, *shape, attribute or "none", [], "")
+    unary: tuple[str | None, list[float], str] = (attribute, [], "")
     # Out of place, torch 2.11 fails where the result is NCHW and NHWC at once and the weight is prepacked.
     if not overwrite_residual and (residual.shape[1] == 1 or tuple(residual.shape[2:]) == (1, 1)):
         residual, overwrite_residual = residual.clone(), True

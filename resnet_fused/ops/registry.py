@@ -22,7 +22,7 @@ from resnet_fused.ops.comparison import Comparison, each
 Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
 Size = Sequence[int]  # (N, C, H, W)
 FlopCount = Callable[..., int]  # PyTorch's, of a convolution: (shape of x, of weight, of y, transposed=False)
-_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float"}
+_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class LocalWorker:
         try:
             if problem.op == BLOCK:
                 return {BLOCK: blocks.check(job, choice, self.device, table)}
-            images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES)
+            images = check_images(problem, VERIFIED_IMAGES if first else CHECKED_IMAGES, choice, self.arch)
             if ALONE in problem.flags:
                 alone = dataclasses.replace(job, problem=problem.with_batch(images))
                 return {problem.op: check(alone, problem.op, choice, self.device)}

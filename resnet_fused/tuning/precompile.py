@@ -136,7 +136,7 @@ def as_if_on(arch: int) -> None:
 
 def compile_candidate(job: Job, choice: Choice, arch: int) -> str | None:
     """Compile what a candidate launches, where it is checked and where it is timed; why that fails, or None."""
-    images = check_images(job.problem, CHECKED_IMAGES)
+    images = check_images(job.problem, CHECKED_IMAGES, choice, arch)
     small = dataclasses.replace(job, problem=job.problem.with_batch(images))
     return _compile(job, choice, arch) or _compile(small, choice, arch)
 

@@ -12,14 +12,15 @@ import torch
 
 from resnet_fused.dispatch import formulation
 from resnet_fused.dispatch.choice import ALONE, BLOCK
-from resnet_fused.dispatch.conv import BlockShape, ConvShape
+from resnet_fused.dispatch.conv import MULTIPROCESSORS, BlockShape, ConvConfig, ConvShape, cdiv
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
-from resnet_fused.dispatch.table import Problem
+from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure.network import Block, Layer, Network
 from resnet_fused.ops import OPS
 from resnet_fused.ops.operands import Operands
 
 CHAIN_CHANNELS = 128
+TILES_PROVEN = 3
 FAMILIES = {
     # Ops that one choice decides about, and that are verified and timed as one.
     "bn_apply": ("bn_stats", "bn_finalize", "bn_apply", "bn_backward_reduce", "bn_backward_apply"),
@@ -101,17 +102,28 @@ def elements(problem: Problem) -> int:
     return 4 * math.prod(s)
 
 
-def check_images(problem: Problem, least: int) -> int:
-    """The fewest images, and at least so many, that launch the same kernel as the problem's own number: Triton compiles
-    another one where the number of pixels is no multiple of a tile, or of 16.
+def check_images(problem: Problem, least: int, choice: Choice, arch: int) -> int:
+    """The fewest images, and at least so many, on which a choice is proven for the problem's own number: they launch
+    the same kernel (Triton compiles another one where the number of pixels is no multiple of a tile, or of 16), and of
+    a persistent kernel every program computes several tiles.
     """
-    shape = problem.shape
+    shape, config = problem.shape, choice.config
     assert not isinstance(shape, BlockShape)
+    if config is not None and config.kernel != "pointer" and isinstance(shape, ConvShape):
+        least = max(least, wrapping_images(shape, config, arch))
     sizes = (shape[2:],) if isinstance(shape, tuple) else ((shape.h, shape.w), (shape.p, shape.q))
     images = least
     while images < problem.batch and any(images * h * w % 128 for h, w in sizes):
         images *= 2
     return min(images, problem.batch)
+
+
+def wrapping_images(shape: ConvShape, config: ConvConfig, arch: int) -> int:
+    """The fewest images of which every program of a persistent kernel computes TILES_PROVEN tiles: its ring of buffers
+    wraps, and what it stages a result in is used again.
+    """
+    tiles = TILES_PROVEN * MULTIPROCESSORS[arch]
+    return cdiv(tiles * config.block_m * config.block_n, shape.p * shape.q * shape.k)
 
 
 def parts(network: Network, mode: str, batch: int, dtype: torch.dtype, arch: int, tf32: bool) -> list[Job]:

@@ -6,6 +6,7 @@ it times anything.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ import torch
 
 from resnet_fused import ops
 from resnet_fused._command import UsageError, choose_many
-from resnet_fused.dispatch.conv import tf32_allowed
+from resnet_fused.dispatch.conv import ConvShape, tf32_allowed
 from resnet_fused.dispatch.device import arch as arch_of
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import provenance
@@ -28,7 +29,7 @@ from resnet_fused.measure.workers import TaskFailure, isolated_map
 from resnet_fused.tuning.calls import backends
 from resnet_fused.tuning.candidates import candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
-from resnet_fused.tuning.problems import Job, jobs
+from resnet_fused.tuning.problems import Job, jobs, wrapping_images
 
 BUILT_IN = ("resnet50", "resnet18")
 
@@ -141,21 +142,28 @@ def verify(
         processes = 1 if rehearse else min(8, os.cpu_count() or 1)
     quick = not every_configuration
     pairs = [
-        (job, choice)
+        (job if rehearse else _enough(job, choice, arch), choice)
         for job in found.values()
         for choice in candidates(job, device, arch, quick=quick)
         if choice.backend != "aten"
     ]
-    checks = tuple(_checks(pairs, device, batch, processes, reporter or Silent()))
+    checks = tuple(_checks(pairs, device, processes, reporter or Silent()))
     facts = provenance.collect(device, command)
     return Verification(provenance.device_name(facts), checks, facts)
 
 
-def _checks(
-    pairs: list[tuple[Job, Choice]], device: torch.device, images: int, processes: int, reporter: Any
-) -> Iterator[Check]:
+def _enough(job: Job, choice: Choice, arch: int) -> Job:
+    """The problem with as many images as a persistent kernel needs to be proven on."""
+    shape, config = job.problem.shape, choice.config
+    if config is None or config.kernel == "pointer" or not isinstance(shape, ConvShape):
+        return job
+    images = max(job.problem.batch, wrapping_images(shape, config, arch))
+    return dataclasses.replace(job, problem=job.problem.with_batch(images))
+
+
+def _checks(pairs: list[tuple[Job, Choice]], device: torch.device, processes: int, reporter: Any) -> Iterator[Check]:
     """In the order of `pairs`."""
-    tasks = [(job, choice, device, images) for job, choice in pairs]
+    tasks = [(job, choice, device, job.problem.batch) for job, choice in pairs]
     reporter.expect(len(tasks))
     if processes > 1:
         results: Iterable[tuple[int, Any]] = isolated_map(check_all, tasks, processes, spoils=unusable)

@@ -223,6 +223,7 @@ def test_plain_pytorch_keeps_the_contract_and_a_wrong_gradient_breaks_it(mode):
     assert errors_of(Outcome(good.logits, good.loss, wrong, good.statistics), judge).gradients == math.inf
 
 
+@pytest.mark.larger
 def test_compile_freezes_only_its_own_model():
     from torch._inductor import config
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ def _runner(name: str, case: Case) -> Runner:
     return Runner(CONTESTANTS[name], model, case, torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "torch-tensorrt"])
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch-tensorrt"])
 def test_a_runtime_that_is_not_installed_says_what_it_needs(name, monkeypatch):
     def missing(package, *args):
         raise ModuleNotFoundError(f"No module named {package!r}")
@@ -52,6 +54,26 @@ def test_onnxruntime_where_it_is_installed():
         return
     plain = _runner("eager", INFER)
     torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)
+
+
+def test_openvino_where_it_is_installed():
+    try:
+        runner = _runner("openvino", INFER)
+    except Unavailable as reason:
+        assert "not installed, needs openvino" in str(reason)
+        return
+    plain = _runner("eager", INFER)
+    torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)
+
+
+def test_openvino_without_the_dtype_on_this_cpu_says_so(monkeypatch):
+    class Core:
+        def get_property(self, device, name):
+            return ["FP32", "INT8"]
+
+    monkeypatch.setattr(other_runtimes, "_imported", lambda name: SimpleNamespace(Core=Core))
+    with pytest.raises(Unavailable, match="no bf16 on this CPU, only FP32, INT8"):
+        _runner("openvino", dataclasses.replace(INFER, dtype="bf16"))
 
 
 def test_max_autotune_is_for_gpus():

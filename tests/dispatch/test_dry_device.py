@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import larger
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the stand-in for the driver")
@@ -37,7 +38,7 @@ def _dry(arch, what):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.larger), 90])
+@pytest.mark.parametrize("arch", [larger(80), 90])
 def test_every_kernel_of_a_network_launches(arch):
     found = _dry(arch, "step")
     assert set(found["kernels"]) >= OF_A_NETWORK

@@ -317,3 +317,19 @@ def test_info_names_the_tables_that_the_plan_reads(cache):
     write(cache, make_table(entry(problem(), aten=1.0, fast=0.5)))
     choice.forget()
     assert f"{H100} (sm_90): 1 problems, 1 kernels verified" in str(resnet_fused.info())
+
+
+def test_a_gpu_without_a_table_is_told_once_what_would_help(cache, caplog):
+    choice._advise.cache_clear()
+    for _ in range(2):
+        choice.choose(problem(), 90)
+        choice.default_on(90, "bn_apply")
+        choice.forget()
+    (said,) = caplog.messages
+    assert said.startswith(f"nothing was measured on {H100} yet") and "`resnet-fused tune`" in said and "\n" not in said
+    choice._advise.cache_clear()
+    write(cache, make_table(entry(problem(), aten=1.0, fast=0.5)))
+    choice.forget()
+    choice.choose(problem(), 90)
+    choice.choose(problem(), 80)  # no such GPU here
+    assert len(caplog.messages) == 1

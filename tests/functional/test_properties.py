@@ -25,7 +25,7 @@ backends = pytest.mark.parametrize("backend", AVAILABLE)
 
 
 def _draws(backend: str) -> settings:
-    few = 12 if backend == "triton" else 60
+    few = 8 if backend == "triton" else 60
     return settings(
         max_examples=EXAMPLES or few,
         derandomize=EXAMPLES == 0,
@@ -118,6 +118,8 @@ def test_conv_bn_act(backend):
         reach = dilation * (kernel - 1) + 1
         assume(min(x.shape[2:]) + 2 * padding >= reach)
         assume(backend != "triton" or dilation == 1 or stride == 1)
+        # native PyTorch crashes: oneDNN's fp16 on CPUs with AVX512-FP16, of images one pixel wide (torch 2.14)
+        assume(x.dtype != torch.float16 or kernel > 1 or dilation == 1 or stride == 1)
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         shape = (channels, x.shape[1] // groups, kernel, kernel)
         weights = torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(outputs)).to(DEVICE) / 8

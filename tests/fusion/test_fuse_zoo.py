@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from agreement import assert_same
+from tiers import larger
 from torch import nn
 
 from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, unfuse
@@ -113,7 +114,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", [larger(name) if name == "regnet_x" else name for name in OTHERS])
 def test_chains_of_other_torchvision_models(name):
     make, modules, units, skipped, size = OTHERS[name]
     plain = small(make())
@@ -206,7 +207,7 @@ def test_what_is_fused_in_timm_resnets(name, blocks, chains, reason):
     assert {r for _, r in surveyed(name)[2]} == ({prefix + reason} if reason else set())
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "resnetaa50", "seresnet18", "resnetv2_18", "skresnet18"])
+@pytest.mark.parametrize("name", ["resnet10t", larger("resnetaa50"), "seresnet18", "resnetv2_18", "skresnet18"])
 def test_timm_resnets_agree(name):
     plain = small(timm.create_model(name, num_classes=10))
     fused = fuse(copy.deepcopy(plain))

@@ -49,7 +49,7 @@ def replace_batch_norm(model):
 
 
 def replace_relu(model):
-    model.layer[1].relu = nn.SiLU()
+    model.layer[1].relu = nn.GELU()
 
 
 def replace_head(model):
@@ -88,7 +88,7 @@ CHANGES = [
     (replace_inside_downsample, "layer.0", "`downsample.1.1` (Tanh) between `downsample.1.0` and the sum", True),
     (append_to_downsample, "layer.0", "`downsample.2` (Tanh) between `downsample.1` and the sum", True),
     (replace_batch_norm, None, None, True),
-    (replace_relu, "layer.1", "`relu` (SiLU) follows the sum", True),
+    (replace_relu, "layer.1", "`relu` (GELU) follows the sum", True),
     (replace_head, None, None, True),
     (override_forward, "layer.1", "its forward is overridden on the instance", False),
     (override_forward_of_downsample, "layer.0", "`downsample` (Sequential) between the input and the sum", True),

@@ -15,7 +15,7 @@ from torch import nn
 from resnet_fused.fusion import BlockPlan, Unit, fuse, plan_of, report
 from resnet_fused.nn.sums import PLUS, Sum
 
-BLOCK_UNITS = (Unit("first", "norm_a", "act", True), Unit("second", "norm_b", "act", True, add=PLUS))
+BLOCK_UNITS = (Unit("first", "norm_a", "act", "relu"), Unit("second", "norm_b", "act", "relu", add=PLUS))
 
 
 # --- blocks that must be recognised, however they are written ---------------------------------------------------------
@@ -133,8 +133,8 @@ def test_plan_names_the_modules():
     plan = plan_of(fuse(Block()))
     assert plan == BlockPlan("BasicBlock", BLOCK_UNITS, None, ("extra",))
     plan = plan_of(fuse(TwoModuleShortcut()))
-    assert plan.shortcut == Unit("proj", "proj_norm", None, False)
-    assert plan.units[-1] == Unit("second", "norm_b", None, True, add=Sum(operator.iadd, branch_first=False))
+    assert plan.shortcut == Unit("proj", "proj_norm", None, None)
+    assert plan.units[-1] == Unit("second", "norm_b", None, "relu", add=Sum(operator.iadd, branch_first=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -314,7 +314,7 @@ def test_scales_stay_in_fp32_where_the_op_takes_them():
     (unit,) = (m for m in frozen.modules() if isinstance(m, EpilogueConv))
     assert unit.scale.dtype == unit.shift.dtype == torch.float32
     assert torch.equal(unit.weight, conv.weight)
-    expected = reference.conv_fprop(x, conv.weight, unit.scale, unit.shift, None, [1, 1], [1, 1], [1, 1], 1, True)
+    expected = reference.conv_fprop(x, conv.weight, unit.scale, unit.shift, None, [1, 1], [1, 1], [1, 1], 1, "relu")
     assert torch.equal(frozen(x), expected)
 
 

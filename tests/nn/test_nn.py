@@ -172,7 +172,7 @@ def test_subclasses_and_parametrizations_are_called_one_by_one():
     conv, bn = Doubling(3, 4, 1), nn.BatchNorm2d(4).eval()
     assert "Doubling is not a plain Conv2d" in call.plain(conv, bn, None)
     x = torch.randn(1, 3, 2, 2)
-    torch.testing.assert_close(call.conv_bn_act(x, conv, bn, None, relu=True), bn(conv(x)).relu())
+    torch.testing.assert_close(call.conv_bn_act(x, conv, bn, None), bn(conv(x)).relu())
     weighted = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
     assert "not a plain Conv2d" in call.plain(weighted, bn, None)
     assert "reflect" in call.plain(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), bn, None)

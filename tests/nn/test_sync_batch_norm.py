@@ -138,7 +138,7 @@ def test_nothing_on_any_rank_leaves_the_statistics_alone(ranks):
 def _unit_step(rank, xs, conv, backend):
     bn, x = nn.SyncBatchNorm(4), xs[rank].requires_grad_()
     with use_backend(backend):
-        y = call.conv_bn_act(x, conv, bn, None, relu=True, residual=x)
+        y = call.conv_bn_act(x, conv, bn, None, residual=x)
     (y * y).sum().backward()
     return [y.detach(), x.grad, conv.weight.grad, bn.running_var]
 

@@ -35,13 +35,15 @@ from resnet_fused.kernels import conv_fprop, refuse
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
 
-# (scale, shift, residual, relu)
+# (scale, shift, residual, activation)
 EPILOGUES = {
-    "plain": (False, False, False, False),
-    "relu": (False, False, False, True),
-    "scale shift relu": (True, True, False, True),
-    "shift residual": (False, True, True, False),
-    "scale shift residual relu": (True, True, True, True),
+    "plain": (False, False, False, None),
+    "relu": (False, False, False, "relu"),
+    "scale shift relu": (True, True, False, "relu"),
+    "shift residual": (False, True, True, None),
+    "scale shift residual relu": (True, True, True, "relu"),
+    "scale shift residual silu": (True, True, True, "silu"),
+    "shift hardswish": (False, True, False, "hardswish"),
 }
 
 
@@ -49,11 +51,11 @@ def _tensors(shape, dtype):
     return image(shape, dtype), filters(shape, dtype), output(shape, dtype), *affine(shape.k)
 
 
-def _arguments(shape, x, weight, scale=None, shift=None, residual=None, relu=False):
-    return (x, weight, scale, shift, residual, *geometry(shape), relu)
+def _arguments(shape, x, weight, scale=None, shift=None, residual=None, act=None):
+    return (x, weight, scale, shift, residual, *geometry(shape), act)
 
 
-def _plain(x, weight, scale, shift, residual, stride, padding, dilation, groups, relu):
+def _plain(x, weight, scale, shift, residual, stride, padding, dilation, groups, act):
     """What a user writes: every op in the dtype of x."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
     if scale is not None:
@@ -62,7 +64,7 @@ def _plain(x, weight, scale, shift, residual, stride, padding, dilation, groups,
         y = y + shift.to(x.dtype).view(1, -1, 1, 1)
     if residual is not None:
         y = y + residual
-    return y.relu() if relu else y
+    return y if act is None else getattr(F, act)(y)
 
 
 def _check(arguments, **options):
@@ -78,7 +80,7 @@ def _check(arguments, **options):
 def test_every_shape(name, dtype):
     shape = SHAPES[name]
     x, weight, residual, scale, shift = _tensors(shape, dtype)
-    _check(_arguments(shape, x, weight, scale, shift, residual, relu=True))
+    _check(_arguments(shape, x, weight, scale, shift, residual, act="relu"))
 
 
 @every_dtype
@@ -86,16 +88,16 @@ def test_every_shape(name, dtype):
 def test_every_epilogue(epilogue, dtype):
     shape = SHAPES["3x3 stride 2, odd image"]
     x, weight, residual, scale, shift = _tensors(shape, dtype)
-    use_scale, use_shift, use_residual, relu = EPILOGUES[epilogue]
+    use_scale, use_shift, use_residual, act = EPILOGUES[epilogue]
     vectors = (scale if use_scale else None, shift if use_shift else None)
-    _check(_arguments(shape, x, weight, *vectors, residual if use_residual else None, relu))
+    _check(_arguments(shape, x, weight, *vectors, residual if use_residual else None, act))
 
 
 @every_dtype
 def test_scale_and_shift_of_the_datas_dtype(dtype):
     shape = SHAPES["1x1"]
     x, weight, _, scale, shift = _tensors(shape, dtype)
-    _check(_arguments(shape, x, weight, scale.to(dtype), shift.to(dtype), relu=True))
+    _check(_arguments(shape, x, weight, scale.to(dtype), shift.to(dtype), act="relu"))
 
 
 def _tiles():
@@ -112,7 +114,7 @@ def test_every_tile(config: ConvConfig):
     channels = 7 if config.flat else config.block_k + 8
     shape = problem(1, channels, 7, 6, 20, 3, 3, padding=(1, 1))
     x, weight, residual, scale, shift = _tensors(shape, torch.float16)
-    _check(_arguments(shape, x, weight, scale, shift, residual, relu=True), config=config)
+    _check(_arguments(shape, x, weight, scale, shift, residual, act="relu"), config=config)
 
 
 def test_a_weight_of_any_strides_and_an_offset_view_of_the_image():
@@ -128,26 +130,26 @@ def test_the_residual_may_be_the_input():
     shape = replace(SHAPES["3x3"], k=32)
     x, weight, _, scale, shift = _tensors(shape, torch.bfloat16)
     before = x.clone()
-    _check(_arguments(shape, x, weight, scale, shift, residual=x, relu=True))
+    _check(_arguments(shape, x, weight, scale, shift, residual=x, act="relu"))
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("act", [None, "relu", "silu", "hardswish"])
 @pytest.mark.parametrize("name", ["3x3", "1x1 stride 2, odd image", "7x7 stem", "4 groups of 8"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(value, name, relu):
-    """Neither padding, masked channels, other groups, nor ReLU adds or swallows one."""
+def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(value, name, act):
+    """Neither padding, masked channels, other groups, nor an activation adds or swallows one."""
     shape = SHAPES[name]
     x, weight, residual, *_ = _tensors(shape, torch.float32)
     x[0, shape.c - 1, 0, 0] = value
     residual[0, 0, -1, -1] = value
-    y = conv_fprop(*_arguments(shape, x, weight, residual=residual, relu=relu))
-    truth = _plain(*in_double(_arguments(shape, x, weight, residual=residual, relu=relu)))
+    y = conv_fprop(*_arguments(shape, x, weight, residual=residual, act=act))
+    truth = _plain(*in_double(_arguments(shape, x, weight, residual=residual, act=act)))
     assert torch.equal(y.isnan(), truth.isnan())
     assert torch.equal(y.isinf(), truth.isinf())
     reached = int((~truth.isfinite()).sum())
     assert reached < truth.numel()
-    assert reached > 0 or (relu and value == -float("inf"))  # the one that ReLU makes zero
+    assert reached > 0 or (act == "relu" and value == -float("inf"))  # the one that ReLU makes zero
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
@@ -166,9 +168,9 @@ def test_an_fp16_result_that_overflows_is_inf_and_one_that_does_not_is_not():
 def test_relu_of_zero_is_zero_and_the_result_repeats_bit_for_bit():
     shape = SHAPES["3x3"]
     x, weight, *_ = _tensors(shape, torch.float16)
-    arguments = _arguments(shape, torch.zeros_like(x), weight, relu=True)
+    arguments = _arguments(shape, torch.zeros_like(x), weight, act="relu")
     assert torch.equal(conv_fprop(*arguments), torch.zeros(2, 24, 4, 5, dtype=torch.float16, device=DEVICE))
-    arguments = _arguments(shape, x, weight, relu=True)
+    arguments = _arguments(shape, x, weight, act="relu")
     assert torch.equal(conv_fprop(*arguments), conv_fprop(*arguments))
 
 
@@ -205,11 +207,12 @@ W = torch.zeros(6, 8, 3, 3)
         ({"residual": torch.zeros(2, 6, 3, 3)}, "residual"),
         ({"scale": torch.zeros(5)}, "scale"),
         ({"shift": torch.zeros(12)[::2]}, "shift"),
+        ({"act": "gelu"}, "no activation 'gelu'; choose one of relu, silu, hardswish"),
     ],
 )
 def test_refusals_name_the_value(changes, message):
     arguments = {"x": X, "weight": W, "scale": None, "shift": None, "residual": None}
-    arguments |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "relu": False}
+    arguments |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "act": None}
     on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_fprop", *on_device.values())
 

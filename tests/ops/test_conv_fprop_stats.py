@@ -140,7 +140,7 @@ def test_another_formulation_answers_in_the_same_rows(rows):
     config = replace(SMALL, kernel="tma_conv")
     y, mean, m2, count = conv_fprop_stats(*arguments, config=config)
     assert_no_worse(y, _plain, arguments, "y", addends=arguments[1][:1].numel())
-    expected = conv_fprop(x, weight, None, None, None, steps, padding, dilation, groups, False, config=config)
+    expected = conv_fprop(x, weight, None, None, None, steps, padding, dilation, groups, None, config=config)
     assert torch.equal(y, expected)
     merged = merge_statistics(mean, m2, count, 1)
     _check_statistics(y, *merged, 1)
@@ -180,7 +180,7 @@ def test_the_prologue_is_what_bn_apply_would_have_written():
     x, weight, scale, shift, *rest = _arguments(shape, torch.float16, True)
     shift = shift.abs() + 1  # relu(0 * scale + shift) is far from zero
     a, _ = reference.bn_apply(x, scale, shift, None, None, None, True, False)
-    expected = conv_fprop(a, weight, None, None, None, *rest[:-1], False)
+    expected = conv_fprop(a, weight, None, None, None, *rest[:-1], None)
     assert torch.equal(conv_fprop_stats(x, weight, scale, shift, *rest)[0], expected)
 
 

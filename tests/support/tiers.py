@@ -38,6 +38,11 @@ SHARED = ("backend", "dtype")  # the parameters whose values meet everywhere
 Value = tuple[str, type, Hashable]  # one value of one parameter
 
 
+def larger(value: object) -> object:
+    """A value of a parameter that only the tier `all` takes."""
+    return pytest.param(value, marks=pytest.mark.larger)
+
+
 def values(item: pytest.Item) -> list[Value]:
     """Of each of the test's parameters, in a fixed order. One without a hash is told by which object it is."""
     found = []

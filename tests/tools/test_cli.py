@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiers import larger
 
 import resnet_fused
 from resnet_fused import cli
@@ -23,7 +24,7 @@ def run(*arguments, cwd, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("compile",), marks=pytest.mark.larger)], ids=["ours", "compile"])
+@pytest.mark.parametrize("more", [(), larger(("compile",))], ids=["ours", "compile"])
 def test_a_tiny_bench_end_to_end(more, tmp_path):
     files = ["--json", "out/b.json", "--chart", "out/b.png"]
     done = run(*TINY, "--contestants", ",".join(["eager", *more, "fused", "frozen"]), *files, cwd=tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiers
+from tiers import larger
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,6 +25,7 @@ def test_few_cases_cover_all_that_is_wanted():
 
 SUITE = """
 import pytest
+from tiers import larger
 
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
@@ -36,7 +38,7 @@ def _seeded_and_poisoned():
 def test_op(backend, dtype, shape, layout):
     pass
 
-@pytest.mark.parametrize("network", ["small", pytest.param("large", marks=pytest.mark.larger)])
+@pytest.mark.parametrize("network", ["small", larger("large")])
 def test_network(network):
     pass
 
@@ -86,7 +88,7 @@ def test_the_last_line(pytester, workers):
     assert last.endswith(", tier test; `make test-all` runs 35 more samples")
 
 
-@pytest.mark.parametrize("workers", [[], pytest.param(["-n", "2"], marks=pytest.mark.larger)], ids=["here", "workers"])
+@pytest.mark.parametrize("workers", [[], larger(["-n", "2"])], ids=["here", "workers"])
 def test_the_last_line_of_a_run_that_fails(pytester, workers):
     assert "1 of 5 tests FAILED" in run(pytester, "--tier=test", *workers, outcome=False)[-1]
 

@@ -157,7 +157,7 @@ def problems(arch, config):
     x = torch.empty(8, 64, 28, 28, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
     w = torch.empty(256, 64, 3, 3, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
     with gate.recording() as launches:
-        kernels.conv_fprop(x, w, None, None, None, [1, 1], [1, 1], [1, 1], 1, False, config=config)
+        kernels.conv_fprop(x, w, None, None, None, [1, 1], [1, 1], [1, 1], 1, None, config=config)
     return gate.compile_job(gate.job("x", gate.Expect(), arch, *launches[0])).problems
 print("first:", problems(80, ConvConfig(256, 128, 32, 4, 2, False)))
 print("second:", problems(86, ConvConfig(128, 128, 64, 8, 5, False)))
@@ -181,6 +181,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capfd):
     assert message in capfd.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.larger
 def test_what_the_plan_launches_for_a_network(tmp_path):
     """Once for each distinct launch, with the configurations of the architecture that was asked for."""
     file = tmp_path / "rows.json"

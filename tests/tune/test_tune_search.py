@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tune_doubles
+from tiers import larger
 
 from resnet_fused._command import UsageError
 from resnet_fused.dispatch import choice as plans
@@ -36,10 +37,6 @@ from resnet_fused.tuning.work import Roofs, work
 CPU, GPU, ARCH, DTYPE, N = torch.device("cpu"), "NVIDIA H100 80GB HBM3", 90, torch.bfloat16, 256
 FACTS = dict.fromkeys(SAME, "1")
 CHECK_S, PREPARE_S, RACE_S = 0.05, 0.02, 0.2  # what they take here
-
-
-def larger(value):
-    return pytest.param(value, marks=pytest.mark.larger)
 
 
 class Clock:
@@ -162,7 +159,7 @@ def _consistent(table, network):
         assert found.ours_ms <= found.aten_ms + 1e-9 or mode == "infer" and found.ours_ms <= found.aten_ms
 
 
-@pytest.mark.parametrize("seconds", [1, larger(10), 30, 60, larger(120), 300])
+@pytest.mark.parametrize("seconds", [1, larger(10), larger(30), 60, larger(120), 300])
 def test_whenever_time_runs_out_the_table_is_of_use_and_the_next_call_goes_on(search, seconds):
     made, first = search()
     done = made.run(search.jobs, search.blocks, seconds)
@@ -385,7 +382,7 @@ assert "does not compile" in compile_ahead.compile_candidate(job, odd, 90)
 before = binaries()
 with dry_device(90) as driver:
     for job, choice in picked:
-        for problem in (job.problem, job.problem.with_batch(check_images(job.problem, 4))):
+        for problem in (job.problem, job.problem.with_batch(check_images(job.problem, 4, choice, 90))):
             one = dataclasses.replace(job, problem=problem)
             operands = calls.operands_of(one, Operands(cpu, torch.bfloat16, guarded=False))
             calls.make_benchmark_fn(one, choice, operands)()
@@ -395,6 +392,7 @@ print("all right")
 """
 
 
+@pytest.mark.larger
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for the driver is built with gcc")
 def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path):
     pytest.importorskip("triton")
@@ -413,10 +411,25 @@ def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path):
 
 def test_few_images_launch_the_kernel_of_many(search):
     for job in search.jobs:
-        images, shape = check_images(job.problem, 4), job.problem.shape
+        images, shape = check_images(job.problem, 4, Choice("aten"), ARCH), job.problem.shape
         h, w = shape[2:] if isinstance(shape, tuple) else (shape.p, shape.q)
         assert 4 <= images <= 128 and images * h * w % 128 == 0 == N * h * w % 128, job.problem
-        assert check_images(job.problem.with_batch(1), 4) == 1
+        assert check_images(job.problem.with_batch(1), 4, Choice("aten"), ARCH) == 1
+
+
+def test_a_persistent_kernel_is_checked_where_its_ring_of_buffers_wraps(search):
+    seen = set()
+    for job in search.jobs:
+        if job.problem.op not in ("conv_fprop", "conv_fprop_stats"):
+            continue
+        for choice in listing.candidates(job, CPU, ARCH):
+            config = choice.config
+            if config is not None and config.kernel != "pointer":
+                images, s = check_images(job.problem, 4, choice, ARCH), job.problem.shape
+                tiles = images * s.p * s.q * s.k / (config.block_m * config.block_n)
+                assert tiles >= 3 * 132 or images == N, (job.problem, choice)
+                seen.add((config.kernel, images == N))
+    assert len(seen) >= 4, seen
 
 
 def test_compiling_ahead_dedupes_waits_and_gives_up(monkeypatch):

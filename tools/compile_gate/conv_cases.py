@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_dgrad_configurations, conv_fprop_configurations
+from resnet_fused.ops.activations import ACTIVATIONS
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
 
 
@@ -24,14 +25,16 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
         for config in configs:
             # A reduction that the tiles divide, and one that they do not.
             even, odd = (24, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 8)
-            yield _conv(dtype, tf32, config, odd if config.flat else even, 3, 1, True)
+            yield _conv(dtype, tf32, config, odd if config.flat else even, 3, 1, "relu")
+            if dtype == torch.bfloat16 and config == configs[0]:
+                yield from (_conv(dtype, tf32, config, even, 1, 1, act) for act in ACTIVATIONS if act != "relu")
             if not quick:
-                yield _conv(dtype, tf32, config, even, 3, 2, False)
-                yield _conv(dtype, tf32, config, even if config.flat else odd, 3, 2, True)
-                yield _conv(dtype, tf32, config, even, 1, 1, True)
-                yield _conv(dtype, tf32, config, odd, 1, 1, True)
+                yield _conv(dtype, tf32, config, even, 3, 2, "")
+                yield _conv(dtype, tf32, config, even if config.flat else odd, 3, 2, "relu")
+                yield _conv(dtype, tf32, config, even, 1, 1, "relu")
+                yield _conv(dtype, tf32, config, odd, 1, 1, "relu")
         if not quick:
-            yield _conv(dtype, tf32, configs[-1], 64, 3, 1, True, batch=16384)
+            yield _conv(dtype, tf32, configs[-1], 64, 3, 1, "relu", batch=16384)
         if not quick or dtype == torch.bfloat16:
             yield from _training_cases(dtype, tf32, arch, quick)
     yield "tf32 depthwise ones", Expect(matrix=True), _depthwise
@@ -170,7 +173,7 @@ def _case(
 def _depthwise() -> object:
     x, weight = activation((1, 8, 1, 1), torch.float32, True), activation((8, 1, 1, 1), torch.float32, True)
     with tf32_switch(True):
-        return op("conv_fprop", x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 8, False)
+        return op("conv_fprop", x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 8, None)
 
 
 def _conv(
@@ -180,19 +183,19 @@ def _conv(
     channels: int,
     filter_size: int,
     stride: int,
-    epilogue: bool,
+    act: str,
     batch: int = 64,
 ) -> Case:
-    """A convolution of [batch, channels, 56, 56] to 256 channels; with `epilogue`, the whole of it."""
+    """A convolution of [batch, channels, 56, 56] to 256 channels; with an activation, the whole epilogue."""
     shape = _shape(batch, channels, 256, filter_size, stride)
-    args = sample("conv_fprop", dtype, shape, scaled=epilogue, residual=epilogue, relu=epilogue)
-    if not epilogue:
+    args = sample("conv_fprop", dtype, shape, scaled=bool(act), residual=bool(act), act=act or None)
+    if not act:
         args = args._replace(shift=None)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
         copies=tensor_cores and not config.flat,
-        wide_loads=epilogue,
+        wide_loads=bool(act),
         wide_stores=True,
         index64=math.prod(shape.output) > 2**31,
     )
@@ -203,4 +206,4 @@ def _conv(
         with tf32_switch(tf32):
             return op("conv_fprop", *args, config)
 
-    return f"{what}{' epilogue' if epilogue else ''}{' wide' if expect.index64 else ''}", expect, run
+    return f"{what}{f' {act}' if act else ''}{' wide' if expect.index64 else ''}", expect, run

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copyreg
 import io
 import itertools
 import json
@@ -129,6 +130,16 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str, model: str | No
     return list(found.values())
 
 
+def jitted(module: str, name: str) -> Any:
+    """A `@triton.jit` function."""
+    return getattr(import_module(module), name)
+
+
+def _by_name(function: Any) -> tuple[Any, ...]:
+    """How an epilogue function, a constant of a kernel, is told to another process."""
+    return jitted, (function.fn.__module__, function.fn.__name__)
+
+
 # ---- compiling and checking ------------------------------------------------------------------------------------------
 
 
@@ -151,7 +162,7 @@ def compile_job(job: Job) -> Report:
     warnings.simplefilter("ignore")
     report = Report(job)
     start = time.monotonic()
-    kernel = getattr(import_module(job.module), job.kernel)
+    kernel = jitted(job.module, job.kernel)
     source_type = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource
@@ -293,6 +304,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--kernel {options.kernel}: no kernel has that in its name")
     start = time.monotonic()
     reports = []
+    copyreg.pickle(triton.JITFunction, _by_name)
     with ProcessPoolExecutor(options.jobs) as pool:
         for done, future in enumerate(as_completed([pool.submit(compile_job, job) for job in todo]), 1):
             reports.append(future.result())

@@ -30,6 +30,7 @@ class Contestant:
     memory_format: torch.memory_format = torch.channels_last
     modes: tuple[str, ...] = MODES
     plain: bool = False  # plain PyTorch: its error is the yardstick of the contract, not subject to it
+    by_default: bool = True  # else only where it is named: it takes minutes
 
 
 def _as_it_is(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
@@ -79,11 +80,19 @@ CONTESTANTS: dict[str, Contestant] = {
             "compile-max-autotune",
             "torch.compile that measures its choices; for inference with freezing",
             _max_autotune,
+            by_default=False,
         ),
         Contestant(
             "onnxruntime",
             "exported to ONNX Runtime, NCHW",
             other_runtimes.onnxruntime,
+            memory_format=torch.contiguous_format,
+            modes=("infer",),
+        ),
+        Contestant(
+            "openvino",
+            "converted for OpenVINO, NCHW",
+            other_runtimes.openvino,
             memory_format=torch.contiguous_format,
             modes=("infer",),
         ),

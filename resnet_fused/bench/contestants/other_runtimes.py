@@ -1,4 +1,4 @@
-"""Contestants that are packages of their own: ONNX Runtime and Torch-TensorRT. Neither is a dependency."""
+"""Contestants that are packages of their own: ONNX Runtime, OpenVINO and Torch-TensorRT. None is a dependency."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from torch import nn
 from resnet_fused._command import one_line
 from resnet_fused.measure.cases import Case, Unavailable
 
-_NEEDS = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "torch_tensorrt": ("torch_tensorrt",)}
+_NEEDS = {
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+    "openvino": ("openvino",),
+    "torch_tensorrt": ("torch_tensorrt",),
+}
 
 
 def _imported(runtime: str) -> Any:
@@ -69,6 +73,38 @@ def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable
         binding.bind_output(result.name, *device, element, tuple(logits.shape), logits.data_ptr())
         session.run_with_iobinding(binding)
         return logits
+
+    return run
+
+
+def openvino(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The converted model compiled by OpenVINO for its least latency, in the case's dtype and on PyTorch's threads.
+
+    Its graph reads and writes fp32; bf16 is how it computes between.
+    """
+    runtime = _imported("openvino")
+    if example.device.type != "cpu":
+        raise Unavailable("OpenVINO runs on a CPU, or an Intel GPU")
+    precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[case.dtype]
+    core = runtime.Core()
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}[precision] not in capabilities:
+        raise Unavailable(f"OpenVINO has no {case.dtype} on this CPU, only {', '.join(capabilities)}")
+    shape = list(example.shape)
+    with torch.no_grad():
+        converted = runtime.convert_model(model.float(), example_input=example.float(), input=[shape])
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = core.compile_model(converted, "CPU", settings).create_infer_request()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if list(x.shape) != shape:
+            raise ValueError(f"converted for inputs of {tuple(shape)}, got {tuple(x.shape)}")
+        found = request.infer([x.float().contiguous().numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(next(iter(found.values()))).to(x.dtype)
 
     return run
 

@@ -91,7 +91,7 @@ def _layer(
             x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.fprop
         )
     else:
-        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, False, backend=static.fprop)
+        z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, None, backend=static.fprop)
         z = dense(z)
         if layer.training:
             statistics = _op.bn_stats(z, dispatch.partial_rows(pixels(z), z.shape[1]), backend=backend)

@@ -80,7 +80,7 @@ def _forward(shape: ConvShape, config: ConvConfig) -> object:
     s = shape
     x, weight = (_activation(*size, device="meta") for size in ((s.n, s.c, s.h, s.w), (s.k, s.c, s.r, s.s)))
     shift = torch.empty(s.k, device="meta")
-    return kernels.conv_fprop(x, weight, None, shift, None, s.stride, s.padding, s.dilation, 1, True, config=config)
+    return kernels.conv_fprop(x, weight, None, shift, None, s.stride, s.padding, s.dilation, 1, "relu", config=config)
 
 
 def _attempt(label: str, run: Callable[[], object]) -> list[str]:
