@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,8 +139,6 @@ def run(arguments: argparse.Namespace) -> int:
         return subcommands.check(options, arguments.check, measure, out)
     if arguments.profile:
         return _profile(arguments, options, out)
-    limit = f"aiming at {options.budget_s:g} s (--budget)" if options.budget_s else "no time limit (--budget sets one)"
-    print(f"measuring {len(options.cases)} cases, {limit}; torch.compile takes longest to set up", file=sys.stderr)
     report = measure(options, keep)
     status = 130 if report.interrupted else 0 if report.measured else 1
     return show(

@@ -248,7 +248,7 @@ def read(path: Path) -> Table | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as problem:
-        warnings.warn(f"resnet_fused ignores the plan table {path}: {problem}", stacklevel=2)
+        warnings.warn(f"resnet_fused ignores {path}, a table of what is fastest on this GPU: {problem}", stacklevel=2)
         return None
 
 

@@ -201,7 +201,10 @@ class Frozen(nn.Module):
         return Frozen(copy.deepcopy(self.network, memo), self.plan, self._setting).eval()
 
     def __reduce__(self) -> Any:
-        raise TypeError("a frozen model cannot be pickled: save the model it was made from, and freeze that again")
+        raise TypeError(
+            "a frozen model cannot be pickled: save the state_dict of the model it was made from, load that where it "
+            "is to run, and freeze there"
+        )
 
 
 def _finite(value: Any) -> bool:
