@@ -1,0 +1,214 @@
+"""What a launcher does for arguments of one description, recorded once and then repeated.
+
+A launcher makes grids, sizes and configurations of the shapes, strides, dtypes and devices of its arguments, and never
+of their values. So its first run with a description is watched: what it allocates, what it launches on which tensors.
+Later runs repeat that, each launch with the binary that Triton found for it, without binding and specialising again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+
+# Triton's versions whose binaries are launched as `Launch` does it; any other launches by itself.
+_BINDABLE = triton.__version__.split(".")[:2] in (["3", "6"], ["3", "7"], ["3", "8"], ["3", "9"])
+ALIGNMENT = 16  # bytes: all that Triton's binaries for NVIDIA's GPUs assume of a pointer
+
+
+class Allocation(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Launch:
+    """A launch of `kernel`, bound to the binary for aligned pointers. Triton launches by itself where one is not
+    aligned, or where somebody watches launches.
+
+    Args:
+        kernel: the jitted function.
+        grid: the number of programs.
+        args: its positional arguments, None in place of tensors.
+        places: (position, slot) of each tensor.
+        options: its constants and the compiler's options, by name.
+    """
+
+    __slots__ = ("_args", "_compiled", "_grid", "_kernel", "_options", "_places", "_values")
+
+    def __init__(
+        self, kernel: Any, grid: int, args: list[Any], places: list[tuple[int, int]], options: dict[str, Any]
+    ) -> None:
+        self._kernel, self._grid, self._args, self._places, self._options = kernel, grid, args, places, options
+        self._compiled: Any = None
+        self._values: list[Any] = []
+
+    def __call__(self, slots: list[Any], stream: int | None) -> None:
+        """Launch on the tensors in these slots; where there is no `stream`, Triton does."""
+        compiled = self._compiled
+        if compiled is not None and stream is not None:
+            values, addresses = self._values.copy(), 0
+            for position, slot in self._places:
+                values[position] = address = slots[slot].data_ptr()
+                addresses |= address
+            if addresses % ALIGNMENT == 0:
+                function, metadata = compiled.function, compiled.packed_metadata
+                compiled.run(self._grid, 1, 1, stream, function, metadata, None, None, None, *values)
+                return
+        args = self._args.copy()
+        for position, slot in self._places:
+            args[position] = slots[slot]
+        launched = self._kernel[(self._grid,)](*args, **self._options)
+        if stream is not None and all(slots[slot].data_ptr() % ALIGNMENT == 0 for _, slot in self._places):
+            self._bind(launched)
+
+    def _bind(self, compiled: Any) -> None:
+        if compiled is not None and compiled.metadata.target.backend == "cuda" and not self._kernel.pre_run_hooks:
+            constants = [self._options[name] for name in self._kernel.arg_names[len(self._args) :]]
+            self._values, self._compiled = [*self._args, *constants], compiled
+
+
+class Record:
+    """A launcher's run, to be repeated: slots hold the arguments and then what is allocated.
+
+    Args:
+        allocations: what is allocated, in the order of its slots.
+        launches: in order.
+        results: the slots of what is returned; one alone, not in a tuple, for a tensor.
+        device: of the arguments.
+    """
+
+    def __init__(
+        self,
+        allocations: Sequence[Allocation],
+        launches: Sequence[Launch],
+        results: int | tuple[int, ...],
+        device: torch.device,
+    ) -> None:
+        self._allocations, self._launches, self._results = allocations, launches, results
+        self._index = device.index if device.type == "cuda" else None
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._index):
+                return self._repeat(args)
+        return self._repeat(args)
+
+    def _repeat(self, args: tuple[Any, ...]) -> Any:
+        slots = list(args)
+        for size, stride, dtype, device in self._allocations:
+            slots.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
+        stream = _stream()
+        for launch in self._launches:
+            launch(slots, stream)
+        results = self._results
+        return slots[results] if isinstance(results, int) else tuple([slots[slot] for slot in results])
+
+
+def _stream() -> int | None:
+    """The current stream; None where Triton must launch by itself."""
+    runtime = triton.knobs.runtime
+    if not _BINDABLE or runtime.interpret or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook):
+        return None
+    active = driver.active
+    stream: int = active.get_current_stream(active.get_current_device())
+    return stream
+
+
+def _hooked(hook: Any) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+_ALLOCATING = tuple(
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)  # fmt: skip
+
+
+class _Watch(TorchDispatchMode):
+    """Watches a launcher run on `args`."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._inputs = {id(a): slot for slot, a in enumerate(args) if isinstance(a, Tensor)}
+        self._slots = len(args)
+        # A launcher that got one tensor twice does not tell which of the two it used.
+        self._repeatable = len(self._inputs) == sum(isinstance(a, Tensor) for a in args)
+        self._allocated: list[Tensor] = []
+        self._launches: list[Launch] = []
+        self._launching = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _ALLOCATING and not self._launching:
+            self._allocated.append(result)
+        elif not (self._launching or func.is_view):
+            self.give_up()  # something else was computed
+        return result
+
+    def give_up(self) -> None:
+        """There is no repeating this run."""
+        self._repeatable = False
+
+    def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Launch, and keep how."""
+        self._launching = True
+        kernel[(grid,)](*args, **options)
+        self._launching = False
+        tensors = [(position, self._slot(a)) for position, a in enumerate(args) if isinstance(a, Tensor)]
+        places = [(position, slot) for position, slot in tensors if slot is not None]
+        if len(places) < len(tensors):
+            self.give_up()
+        constants = [None if isinstance(a, Tensor) else a for a in args]
+        self._launches.append(Launch(kernel, grid, constants, places, options))
+
+    def _slot(self, t: Tensor) -> int | None:
+        """Where a tensor will be: an argument itself, or what was allocated, from its start on."""
+        if id(t) in self._inputs:
+            return self._inputs[id(t)]
+        storage = t.untyped_storage()._cdata
+        places = (i for i, one in enumerate(self._allocated) if one.untyped_storage()._cdata == storage)
+        place = next(places, None)
+        return None if place is None or t.storage_offset() else self._slots + place
+
+    def record(self, returned: Any, device: torch.device) -> Record | None:
+        """What was done, or None where it cannot be repeated."""
+        results = (returned,) if isinstance(returned, Tensor) else returned
+        slots = [self._slot(t) for t in results]
+        allocations = [Allocation(tuple(t.shape), t.stride(), t.dtype, t.device) for t in self._allocated]
+        for t, slot in zip(results, slots, strict=True):
+            if slot is None or slot < self._slots or not self._repeatable:
+                return None
+            made = self._allocated[slot - self._slots]
+            if t.numel() != made.numel() or t.dtype != made.dtype or slots.count(slot) > 1:
+                return None
+            allocations[slot - self._slots] = Allocation(tuple(t.shape), t.stride(), t.dtype, t.device)  # as returned
+        where = tuple(slot for slot in slots if slot is not None)
+        return Record(allocations, self._launches, where[0] if isinstance(returned, Tensor) else where, device)
+
+
+_watching = threading.local()
+
+
+def watch(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Record | None]:
+    """The launcher's results for these arguments, and how to get those of others that are described alike."""
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    _watching.by = watched = _Watch(args)
+    try:
+        with watched:
+            returned = launcher(*args)
+    finally:
+        _watching.by = None
+    return returned, watched.record(returned, device)
+
+
+def watching() -> _Watch | None:
+    """Who watches the launcher that runs, if anybody does."""
+    return getattr(_watching, "by", None)
