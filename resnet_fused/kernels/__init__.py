@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_fused.dispatch.choice import forget_with_plan
+from resnet_fused.dispatch import forget_with_plan
 from resnet_fused.dispatch.conv import uses_tf32
 from resnet_fused.kernels._launch import refuse_device
 from resnet_fused.kernels._record import Record, watch

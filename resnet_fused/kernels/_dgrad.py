@@ -7,6 +7,7 @@ import triton.language as tl
 
 from resnet_fused.kernels._tile import passes_bit, sum_lanes, to_fp32
 
+SUM_GROUP = 64  # tiles whose sums one program adds
 SUM_TILE = 512  # elements of a step of `written_sums` for each warp: 16 a thread, so that they fit beside three sums
 
 
@@ -78,3 +79,71 @@ def written_sums(
             other = to_fp32(tl.load(shortcut + offset, mask=valid, other=0.0))
             total_shortcut = tl.fma(dz, tl.where(valid, other - other_mean, 0.0), total_shortcut)
     return sum_lanes(total), sum_lanes(total_x), sum_lanes(total_shortcut)
+
+
+@triton.jit
+def last_to_arrive(counter, expected):
+    """Whether this program is the last of `expected` to arrive at a counter, which it leaves at zero. It sees what the
+    others stored before they arrived.
+    """
+    tl.debug_barrier()  # all of this program's threads have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def add_rows(rows, total, count, C, channel, stored, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """total[c] = the sum of rows[:count, c], in one fixed order; read past what this multiprocessor has cached."""
+    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = (row < count)[:, None] & stored[None, :]
+        acc += tl.load(rows + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0, cache_modifier=".cg")
+    tl.store(total + channel, sum_lanes(acc), mask=stored)
+
+
+@triton.jit
+def add_tiles(
+    sums,
+    plane,
+    total,
+    total_x,
+    total_shortcut,
+    counters,
+    tile,
+    tiles,
+    C,
+    channel,
+    stored,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sums of all tiles of pixels, by the programs that come last: the last of GROUP tiles adds theirs, the last of
+    the groups those. Which program that is changes no bit: each adds the same rows in the same order.
+
+    Args:
+        sums: planes of rows [C]: one row a tile, and behind them one a group.
+        plane: elements of each.
+        counters: this column of tiles' own, zeros: one for the groups, and one for each group.
+        tile, tiles: this program's tile, and how many there are.
+    """
+    groups = tl.cdiv(tiles, GROUP)
+    group = tile // GROUP
+    count = tl.minimum(tiles - group * GROUP, GROUP)
+    if last_to_arrive(counters + 1 + group, count):
+        rows = sums + (tl.zeros_like(plane) + group) * GROUP * C
+        out = sums + (tl.zeros_like(plane) + tiles + group) * C
+        add_rows(rows, out, count, C, channel, stored, ROWS, BLOCK_N)
+        add_rows(rows + plane, out + plane, count, C, channel, stored, ROWS, BLOCK_N)
+        if total_shortcut is not None:
+            add_rows(rows + 2 * plane, out + 2 * plane, count, C, channel, stored, ROWS, BLOCK_N)
+        if last_to_arrive(counters, groups):
+            rows = sums + (tl.zeros_like(plane) + tiles) * C
+            add_rows(rows, total, groups, C, channel, stored, ROWS, BLOCK_N)
+            add_rows(rows + plane, total_x, groups, C, channel, stored, ROWS, BLOCK_N)
+            if total_shortcut is not None:
+                add_rows(rows + 2 * plane, total_shortcut, groups, C, channel, stored, ROWS, BLOCK_N)

@@ -29,6 +29,26 @@ class Allocation(NamedTuple):
     device: torch.device
 
 
+class Counters(NamedTuple):
+    """Stands among a kernel's arguments for that many zeros, int32, which it leaves at zero."""
+
+    count: int
+
+
+_zeros: dict[tuple[int, int], Tensor] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """Zeros for the kernels of the current stream, which take turns. A CUDA graph, which may run on any, has its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    known = _zeros.get(key)
+    if known is None or known.numel() < count:
+        known = _zeros[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+    return known
+
+
 class Launch:
     """A launch of `kernel`, bound to the binary for aligned pointers. Triton launches by itself where one is not
     aligned, or where somebody watches launches.
@@ -76,9 +96,10 @@ class Launch:
 
 
 class Record:
-    """A launcher's run, to be repeated: slots hold the arguments and then what is allocated.
+    """A launcher's run, to be repeated: slots hold the arguments, the counters, and then what is allocated.
 
     Args:
+        counters: how many the launches need, if any.
         allocations: what is allocated, in the order of its slots.
         launches: in order.
         results: the slots of what is returned; one alone, not in a tuple, for a tensor.
@@ -87,12 +108,14 @@ class Record:
 
     def __init__(
         self,
+        counters: int,
         allocations: Sequence[Allocation],
         launches: Sequence[Launch],
         results: int | tuple[int, ...],
         device: torch.device,
     ) -> None:
-        self._allocations, self._launches, self._results = allocations, launches, results
+        self._counters, self._allocations, self._launches, self._results = counters, allocations, launches, results
+        self._device = device
         self._index = device.index if device.type == "cuda" else None
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
@@ -102,7 +125,7 @@ class Record:
         return self._repeat(args)
 
     def _repeat(self, args: tuple[Any, ...]) -> Any:
-        slots = list(args)
+        slots = [*args, counters(self._device, self._counters) if self._counters else None]
         for size, stride, dtype, device in self._allocations:
             slots.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
         stream = _stream()
@@ -138,7 +161,8 @@ class _Watch(TorchDispatchMode):
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()
         self._inputs = {id(a): slot for slot, a in enumerate(args) if isinstance(a, Tensor)}
-        self._slots = len(args)
+        self._slots = len(args) + 1
+        self._counters = 0
         # A launcher that got one tensor twice does not tell which of the two it used.
         self._repeatable = len(self._inputs) == sum(isinstance(a, Tensor) for a in args)
         self._allocated: list[Tensor] = []
@@ -160,13 +184,17 @@ class _Watch(TorchDispatchMode):
     def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Launch, and keep how."""
         self._launching = True
-        kernel[(grid,)](*args, **options)
+        needed = max((a.count for a in args if isinstance(a, Counters)), default=0)
+        zeros = counters(args[0].device, needed) if needed else None
+        self._counters = max(self._counters, needed)
+        given = [zeros if isinstance(a, Counters) else a for a in args]
+        kernel[(grid,)](*given, **options)
         self._launching = False
-        tensors = [(position, self._slot(a)) for position, a in enumerate(args) if isinstance(a, Tensor)]
+        tensors = [(i, self._slots - 1 if a is zeros else self._slot(a)) for i, a in enumerate(given) if isinstance(a, Tensor)]
         places = [(position, slot) for position, slot in tensors if slot is not None]
         if len(places) < len(tensors):
             self.give_up()
-        constants = [None if isinstance(a, Tensor) else a for a in args]
+        constants = [None if isinstance(a, Tensor) else a for a in given]
         self._launches.append(Launch(kernel, grid, constants, places, options))
 
     def _slot(self, t: Tensor) -> int | None:
@@ -191,7 +219,7 @@ class _Watch(TorchDispatchMode):
                 return None
             allocations[slot - self._slots] = Allocation(tuple(t.shape), t.stride(), t.dtype, t.device)  # as returned
         where = tuple(slot for slot in slots if slot is not None)
-        return Record(allocations, self._launches, where[0] if isinstance(returned, Tensor) else where, device)
+        return Record(self._counters, allocations, self._launches, where[0] if isinstance(returned, Tensor) else where, device)
 
 
 _watching = threading.local()

@@ -265,7 +265,7 @@ def conv_fprop_stats(
     y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
     # A row for each tile where they suffice: what is left over is zero from the start.
-    new = x.new_zeros if tiles <= rows else x.new_empty
+    new = x.new_zeros if tiles < rows else x.new_empty
     mean, m2 = (new((max(tiles, rows), shape.k), dtype=dtype) for dtype in (torch.float64, torch.float32))
     count = new(max(tiles, rows), dtype=torch.float32)
     _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, False, config)
