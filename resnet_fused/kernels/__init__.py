@@ -16,7 +16,7 @@ from torch import Tensor
 from resnet_fused.dispatch import forget_with_plan
 from resnet_fused.dispatch.conv import uses_tf32
 from resnet_fused.kernels._launch import refuse_device
-from resnet_fused.kernels._record import Record, watch
+from resnet_fused.kernels._replay import Replay, watch
 from resnet_fused.ops.registry import OPS
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
@@ -34,9 +34,9 @@ def refuse(op: str, *args: Any) -> str | None:
     return refuse_device(next(a.device for a in given if isinstance(a, Tensor))) or record.refuse(given)
 
 
-_records: dict[Any, Record | None] = {}
-_MOST_RECORDS = 10_000
-forget_with_plan(_records.clear)  # whose configurations they hold
+_replays: dict[Any, Replay | None] = {}
+_MOST_REPLAYS = 10_000
+forget_with_plan(_replays.clear)  # whose configurations they hold
 
 
 def _described(argument: Any) -> Any:
@@ -48,7 +48,7 @@ def _described(argument: Any) -> Any:
 
 def checked(op: str) -> Callable[..., Any]:
     """The launcher of `op`, behind the question whether it can run on its arguments. Both are asked once of every
-    combination of shapes, strides, dtypes and devices; what the launcher did is then repeated.
+    combination of shapes, strides, dtypes and devices; what the launcher did is then replayed.
 
     Raises:
         RuntimeError: it cannot, with the reason; it never misreads.
@@ -57,17 +57,17 @@ def checked(op: str) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         described = (op, uses_tf32(args[0].dtype), *map(_described, args))
-        record = _records.get(described)
-        if record is not None:
-            return record(args)
-        if described in _records:  # nothing to repeat
+        replay = _replays.get(described)
+        if replay is not None:
+            return replay(args)
+        if described in _replays:  # which cannot be replayed
             return launcher(*args)
         reason = refuse(op, *args)
         if reason is not None:
             raise RuntimeError(f"{op}: the Triton kernel cannot run on these arguments: {reason}")
-        if len(_records) >= _MOST_RECORDS:
-            _records.clear()
-        returned, _records[described] = watch(launcher, args)
+        if len(_replays) >= _MOST_REPLAYS:
+            _replays.clear()
+        returned, _replays[described] = watch(launcher, args)
         return returned
 
     return run

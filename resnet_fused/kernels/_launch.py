@@ -13,8 +13,8 @@ from torch import Tensor
 
 from resnet_fused._compiling import constant
 from resnet_fused.dispatch.device import MIN_ARCH, arch
-from resnet_fused.kernels._record import Counters as Counters  # for the kernels' files
-from resnet_fused.kernels._record import counters, watching
+from resnet_fused.kernels._replay import Counters as Counters  # for the kernels' files
+from resnet_fused.kernels._replay import counters, watching
 
 # Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -84,8 +84,8 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
             kernel[(grid,)](*given, **options)
 
 
-def give_up_record() -> None:
-    """The launcher that runs must run again next time: it depends on more than what its arguments are described by."""
+def never_replay() -> None:
+    """The launcher that runs depends on more than what describes its arguments: it must run again next time."""
     watch = watching()
     if watch is not None:
         watch.give_up()

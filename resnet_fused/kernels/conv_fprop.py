@@ -19,7 +19,7 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._launch import empty_nhwc, give_up_record, index_type, launch
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch, never_replay
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
@@ -284,7 +284,7 @@ def _planned(
         return config
     from resnet_fused.kernels import experimental
 
-    give_up_record()  # of what depends on addresses
+    never_replay()  # of what depends on addresses
     if experimental.refuse(x, krsc, residual, shape, config) is None:
         return config
     return conv_fprop_heuristic(*problem, prologue=bool(flags), statistics=op == "conv_fprop_stats")

@@ -1,14 +1,15 @@
-"""What a launcher does for arguments of one description, recorded once and then repeated.
+"""What a launcher does for arguments of one description, watched once and then replayed.
 
 A launcher makes grids, sizes and configurations of the shapes, strides, dtypes and devices of its arguments, and never
 of their values. So its first run with a description is watched: what it allocates, what it launches on which tensors.
-Later runs repeat that, each launch with the binary that Triton found for it, without binding and specialising again.
+Later runs replay that, each launch with the binary that Triton chose for it, without binding and specialising again.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,29 +30,36 @@ class Allocation(NamedTuple):
     device: torch.device
 
 
-class Counters(NamedTuple):
+@dataclass(frozen=True)
+class Counters:
     """Stands among a kernel's arguments for that many zeros, int32, which it leaves at zero."""
 
     count: int
 
 
-_zeros: dict[tuple[int, int], Tensor] = {}
+_MIN_COUNTERS = 1 << 16
+_counters: dict[tuple[int, int], Tensor] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros for the kernels of the current stream, which take turns. A CUDA graph, which may run on any, has its own."""
+    """Zeros for the kernels of the current stream, which take turns. A CUDA graph, which may run on any stream, has its
+    own.
+    """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.int32, device=device)
     key = device.index, torch.cuda.current_stream(device).cuda_stream
-    known = _zeros.get(key)
+    known = _counters.get(key)
     if known is None or known.numel() < count:
-        known = _zeros[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
+        known = _counters[key] = torch.zeros(max(count, _MIN_COUNTERS), dtype=torch.int32, device=device)
     return known
 
 
 class Launch:
     """A launch of `kernel`, bound to the binary for aligned pointers. Triton launches by itself where one is not
     aligned, or where somebody watches launches.
+
+    All else that Triton specialises on - dtypes, and whether a number is 1 or a multiple of 16 - is the same in every
+    replay.
 
     Args:
         kernel: the jitted function.
@@ -95,8 +103,8 @@ class Launch:
             self._values, self._compiled = [*self._args, *constants], compiled
 
 
-class Record:
-    """A launcher's run, to be repeated: slots hold the arguments, the counters, and then what is allocated.
+class Replay:
+    """A launcher's run: slots hold the arguments, the counters, and then what is allocated.
 
     Args:
         counters: how many the launches need, if any.
@@ -121,16 +129,16 @@ class Record:
     def __call__(self, args: tuple[Any, ...]) -> Any:
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self._index):
-                return self._repeat(args)
-        return self._repeat(args)
+                return self._run(args)
+        return self._run(args)
 
-    def _repeat(self, args: tuple[Any, ...]) -> Any:
+    def _run(self, args: tuple[Any, ...]) -> Any:
         slots = [*args, counters(self._device, self._counters) if self._counters else None]
         for size, stride, dtype, device in self._allocations:
             slots.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
-        stream = _stream()
+        current = _stream()
         for launch in self._launches:
-            launch(slots, stream)
+            launch(slots, current)
         results = self._results
         return slots[results] if isinstance(results, int) else tuple([slots[slot] for slot in results])
 
@@ -150,9 +158,8 @@ def _hooked(hook: Any) -> bool:
 
 
 _ALLOCATING = tuple(
-    getattr(torch.ops.aten, name)
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-)  # fmt: skip
+    getattr(torch.ops.aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+)
 
 
 class _Watch(TorchDispatchMode):
@@ -161,39 +168,44 @@ class _Watch(TorchDispatchMode):
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()
         self._inputs = {id(a): slot for slot, a in enumerate(args) if isinstance(a, Tensor)}
-        self._slots = len(args) + 1
-        self._counters = 0
+        self._first = len(args) + 1  # slot of an allocation; before it is that of the counters
         # A launcher that got one tensor twice does not tell which of the two it used.
-        self._repeatable = len(self._inputs) == sum(isinstance(a, Tensor) for a in args)
+        self._replayable = len(self._inputs) == sum(isinstance(a, Tensor) for a in args)
         self._allocated: list[Tensor] = []
         self._launches: list[Launch] = []
+        self._counters = 0
         self._launching = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _ALLOCATING and not self._launching:
+        if self._launching or func.is_view:
+            return result
+        if func.overloadpacket in _ALLOCATING:
             self._allocated.append(result)
-        elif not (self._launching or func.is_view):
-            self.give_up()  # something else was computed
+        else:
+            self.give_up()  # something was computed
         return result
 
     def give_up(self) -> None:
-        """There is no repeating this run."""
-        self._repeatable = False
+        """This run cannot be replayed."""
+        self._replayable = False
 
     def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Launch, and keep how."""
+        """Launch, and note how."""
         self._launching = True
         needed = max((a.count for a in args if isinstance(a, Counters)), default=0)
         zeros = counters(args[0].device, needed) if needed else None
-        self._counters = max(self._counters, needed)
         given = [zeros if isinstance(a, Counters) else a for a in args]
         kernel[(grid,)](*given, **options)
         self._launching = False
-        tensors = [(i, self._slots - 1 if a is zeros else self._slot(a)) for i, a in enumerate(given) if isinstance(a, Tensor)]
-        places = [(position, slot) for position, slot in tensors if slot is not None]
-        if len(places) < len(tensors):
-            self.give_up()
+        self._counters = max(self._counters, needed)
+        places = []
+        for position, a in enumerate(given):
+            if isinstance(a, Tensor):
+                slot = self._first - 1 if a is zeros else self._slot(a)
+                if slot is None:
+                    return self.give_up()
+                places.append((position, slot))
         constants = [None if isinstance(a, Tensor) else a for a in given]
         self._launches.append(Launch(kernel, grid, constants, places, options))
 
@@ -201,32 +213,34 @@ class _Watch(TorchDispatchMode):
         """Where a tensor will be: an argument itself, or what was allocated, from its start on."""
         if id(t) in self._inputs:
             return self._inputs[id(t)]
+        storages = [one.untyped_storage()._cdata for one in self._allocated]
         storage = t.untyped_storage()._cdata
-        places = (i for i, one in enumerate(self._allocated) if one.untyped_storage()._cdata == storage)
-        place = next(places, None)
-        return None if place is None or t.storage_offset() else self._slots + place
+        return self._first + storages.index(storage) if storage in storages and not t.storage_offset() else None
 
-    def record(self, returned: Any, device: torch.device) -> Record | None:
-        """What was done, or None where it cannot be repeated."""
+    def replay(self, returned: Any, device: torch.device) -> Replay | None:
+        """What was done; None where it cannot be replayed."""
         results = (returned,) if isinstance(returned, Tensor) else returned
-        slots = [self._slot(t) for t in results]
         allocations = [Allocation(tuple(t.shape), t.stride(), t.dtype, t.device) for t in self._allocated]
-        for t, slot in zip(results, slots, strict=True):
-            if slot is None or slot < self._slots or not self._repeatable:
+        slots: list[int] = []
+        for t in results:
+            slot = self._slot(t)
+            if not self._replayable or slot is None or slot < self._first or slot in slots:
                 return None
-            made = self._allocated[slot - self._slots]
-            if t.numel() != made.numel() or t.dtype != made.dtype or slots.count(slot) > 1:
+            made = self._allocated[slot - self._first]
+            if (t.numel(), t.dtype) != (made.numel(), made.dtype):
                 return None
-            allocations[slot - self._slots] = Allocation(tuple(t.shape), t.stride(), t.dtype, t.device)  # as returned
-        where = tuple(slot for slot in slots if slot is not None)
-        return Record(self._counters, allocations, self._launches, where[0] if isinstance(returned, Tensor) else where, device)
+            # A permutation of what was allocated is allocated as such.
+            allocations[slot - self._first] = Allocation(tuple(t.shape), t.stride(), t.dtype, t.device)
+            slots.append(slot)
+        where = slots[0] if isinstance(returned, Tensor) else tuple(slots)
+        return Replay(self._counters, allocations, self._launches, where, device)
 
 
 _watching = threading.local()
 
 
-def watch(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Record | None]:
-    """The launcher's results for these arguments, and how to get those of others that are described alike."""
+def watch(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Replay | None]:
+    """The launcher's results for these arguments, and its run, to be replayed with others of the same description."""
     device = next(a.device for a in args if isinstance(a, Tensor))
     _watching.by = watched = _Watch(args)
     try:
@@ -234,7 +248,7 @@ def watch(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Rec
             returned = launcher(*args)
     finally:
         _watching.by = None
-    return returned, watched.record(returned, device)
+    return returned, watched.replay(returned, device)
 
 
 def watching() -> _Watch | None:
