@@ -19,7 +19,7 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._dgrad import SUM_GROUP, SUM_TILE, add_tiles, class_pixel, written_sums
+from resnet_fused.kernels._dgrad import SUM_TILE, add_tiles, class_pixel, sum_group, written_sums
 from resnet_fused.kernels._launch import Counters, empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, to_fp32
 
@@ -75,7 +75,7 @@ def _conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SUM_ROWS: tl.constexpr,  # pixels, or tiles, of a step of the sums
-    SUM_GROUP: tl.constexpr,
+    SUM_GROUP: tl.constexpr,  # tiles, or groups of them, whose sums one program adds
 ):
     """dx[n, h, w, c] = sum over (r, s, k) of g[n, p, q, k] * weight[k, r, s, c] where h + pad = p * stride + r *
     dilation, likewise w; g = dy, or round(a * dy + b * dy_x + c) inside the image and zero outside.
@@ -291,7 +291,7 @@ def run(
     totals = [new(shape.c, dtype=torch.float32) for _ in range(count)]
     partials = counters = None
     if count:
-        tile_groups = triton.cdiv(tiles, SUM_GROUP)
+        tile_groups = triton.cdiv(tiles, sum_group(tiles))
         partials = dy.new_empty((count, tiles + tile_groups, shape.c), dtype=torch.float32)
         counters = Counters(columns * (1 + tile_groups))
     launch(
@@ -330,7 +330,7 @@ def run(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SUM_ROWS=min(config.block_m, SUM_TILE * config.num_warps // config.block_n),
-        SUM_GROUP=SUM_GROUP,
+        SUM_GROUP=sum_group(tiles) if count else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,
