@@ -13,7 +13,7 @@ SUM_TILE = 512  # elements of a step of `written_sums` for each warp: 16 a threa
 
 
 def sum_group(tiles: int) -> int:
-    """How many sums of tiles, and then of groups of tiles, one program adds: as many as there are of either, at most."""
+    """How many sums of tiles, and then of groups of tiles, one program adds at most."""
     return max(64, triton.next_power_of_2(math.isqrt(max(tiles, 1) - 1) + 1))
 
 
@@ -116,7 +116,7 @@ def add_rows(
 ):
     """total[c] = the sum of rows[:count, c], in one fixed order; of the other planes likewise.
 
-    Nothing where `count` is 0. Neither a branch nor a loop of unknown length: on sm_90 ptxas would wait for every wgmma.
+    Nothing where `count` is 0: on sm_90 a branch, or a loop of unknown length, would make ptxas wait for every wgmma.
     """
     acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
     acc_x = tl.zeros((ROWS, BLOCK_N), tl.float32)
