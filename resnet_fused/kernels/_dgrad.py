@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
 from resnet_fused.kernels._tile import passes_bit, sum_lanes, to_fp32
 
 SUM_TILE = 512  # elements of a step of `written_sums` for each warp: 16 a thread, so that they fit beside three sums
-
-
-def sum_group(tiles: int) -> int:
-    """How many sums of tiles, and then of groups of tiles, one program adds at most."""
-    return max(64, triton.next_power_of_2(math.isqrt(max(tiles, 1) - 1) + 1))
 
 
 @triton.jit
@@ -85,94 +78,3 @@ def written_sums(
             other = to_fp32(tl.load(shortcut + offset, mask=valid, other=0.0))
             total_shortcut = tl.fma(dz, tl.where(valid, other - other_mean, 0.0), total_shortcut)
     return sum_lanes(total), sum_lanes(total_x), sum_lanes(total_shortcut)
-
-
-@triton.jit
-def last_to_arrive(counter, expected, arrives):
-    """Whether this program, if it arrives, is the last of `expected` to arrive at a counter, which it leaves at zero.
-    It sees what the others stored before they arrived.
-    """
-    tl.debug_barrier()  # all of this program's threads have stored
-    last = arrives & (tl.atomic_add(counter, 1, mask=arrives, sem="acq_rel") == expected - 1)
-    tl.store(counter, 0, mask=last)
-    tl.debug_barrier()
-    return last
-
-
-@triton.jit
-def add_rows(
-    rows,
-    plane,
-    total,
-    total_x,
-    total_shortcut,
-    count,
-    C,
-    channel,
-    stored,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """total[c] = the sum of rows[:count, c], in one fixed order; of the other planes likewise.
-
-    Nothing where `count` is 0: on sm_90 a branch, or a loop of unknown length, would make ptxas wait for every wgmma.
-    """
-    acc = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    acc_x = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    acc_shortcut = tl.zeros((ROWS, BLOCK_N), tl.float32)
-    for start in tl.static_range(0, GROUP, ROWS):
-        row = start + tl.arange(0, ROWS)
-        valid = (row < count)[:, None] & stored[None, :]
-        # Past what this multiprocessor has cached: others have written it.
-        place = rows + (row[:, None] * C + channel[None, :])
-        acc += tl.load(place, mask=valid, other=0.0, cache_modifier=".cg")
-        acc_x += tl.load(place + plane, mask=valid, other=0.0, cache_modifier=".cg")
-        if total_shortcut is not None:
-            acc_shortcut += tl.load(place + 2 * plane, mask=valid, other=0.0, cache_modifier=".cg")
-    written = stored & (count > 0)
-    tl.store(total + channel, sum_lanes(acc), mask=written)
-    tl.store(total_x + channel, sum_lanes(acc_x), mask=written)
-    if total_shortcut is not None:
-        tl.store(total_shortcut + channel, sum_lanes(acc_shortcut), mask=written)
-
-
-@triton.jit
-def add_tiles(
-    sums,
-    plane,
-    total,
-    total_x,
-    total_shortcut,
-    counters,
-    tile,
-    tiles,
-    C,
-    channel,
-    stored,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sums of all tiles of pixels, by the programs that come last: the last of GROUP tiles adds theirs, the last of
-    the groups, at most GROUP, those. Which program that is changes no bit: each adds the same rows in the same order.
-
-    Args:
-        sums: planes of rows [C]: one row a tile, and behind them one a group.
-        plane: elements of each.
-        counters: this column of tiles' own, zeros: one for the groups, and one for each group.
-        tile, tiles: this program's tile, and how many there are.
-    """
-    groups = tl.cdiv(tiles, GROUP)
-    group = tile // GROUP
-    count = tl.minimum(tiles - group * GROUP, GROUP)
-    last = last_to_arrive(counters + 1 + group, count, tile >= 0)
-    rows = sums + (tl.zeros_like(plane) + group) * GROUP * C
-    group_rows = sums + (tl.zeros_like(plane) + tiles) * C
-    out = group_rows + group * C
-    out_shortcut = None if total_shortcut is None else out + 2 * plane
-    count = tl.where(last, count, 0)
-    add_rows(rows, plane, out, out + plane, out_shortcut, count, C, channel, stored, GROUP, ROWS, BLOCK_N)
-    count = tl.where(last_to_arrive(counters, groups, last), groups, 0)
-    totals = (total, total_x, total_shortcut)
-    add_rows(group_rows, plane, *totals, count, C, channel, stored, GROUP, ROWS, BLOCK_N)

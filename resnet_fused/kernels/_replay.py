@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,30 +27,6 @@ class Allocation(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-
-
-@dataclass(frozen=True)
-class Counters:
-    """Stands among a kernel's arguments for that many zeros, int32, which it leaves at zero."""
-
-    count: int
-
-
-_MIN_COUNTERS = 1 << 16
-_counters: dict[tuple[int, int], Tensor] = {}
-
-
-def counters(device: torch.device, count: int) -> Tensor:
-    """Zeros for the kernels of the current stream, which take turns. A CUDA graph, which may run on any stream, has its
-    own.
-    """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
-    known = _counters.get(key)
-    if known is None or known.numel() < count:
-        known = _counters[key] = torch.zeros(max(count, _MIN_COUNTERS), dtype=torch.int32, device=device)
-    return known
 
 
 class Launch:
@@ -104,10 +79,9 @@ class Launch:
 
 
 class Replay:
-    """A launcher's run: slots hold the arguments, the counters, and then what is allocated.
+    """A launcher's run: slots hold the arguments and then what is allocated.
 
     Args:
-        counters: how many the launches need, if any.
         allocations: what is allocated, in the order of its slots.
         launches: in order.
         results: the slots of what is returned; one alone, not in a tuple, for a tensor.
@@ -116,14 +90,12 @@ class Replay:
 
     def __init__(
         self,
-        counters: int,
         allocations: Sequence[Allocation],
         launches: Sequence[Launch],
         results: int | tuple[int, ...],
         device: torch.device,
     ) -> None:
-        self._counters, self._allocations, self._launches, self._results = counters, allocations, launches, results
-        self._device = device
+        self._allocations, self._launches, self._results = allocations, launches, results
         self._index = device.index if device.type == "cuda" else None
 
     def __call__(self, args: tuple[Any, ...]) -> Any:
@@ -133,7 +105,7 @@ class Replay:
         return self._run(args)
 
     def _run(self, args: tuple[Any, ...]) -> Any:
-        slots = [*args, counters(self._device, self._counters) if self._counters else None]
+        slots = list(args)
         for size, stride, dtype, device in self._allocations:
             slots.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
         current = _stream()
@@ -168,12 +140,11 @@ class _Watch(TorchDispatchMode):
     def __init__(self, args: tuple[Any, ...]) -> None:
         super().__init__()
         self._inputs = {id(a): slot for slot, a in enumerate(args) if isinstance(a, Tensor)}
-        self._first = len(args) + 1  # slot of an allocation; before it is that of the counters
+        self._first = len(args)  # slot of an allocation
         # A launcher that got one tensor twice does not tell which of the two it used.
         self._replayable = len(self._inputs) == sum(isinstance(a, Tensor) for a in args)
         self._allocated: list[Tensor] = []
         self._launches: list[Launch] = []
-        self._counters = 0
         self._launching = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,20 +164,16 @@ class _Watch(TorchDispatchMode):
     def launch(self, kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Launch, and note how."""
         self._launching = True
-        needed = max((a.count for a in args if isinstance(a, Counters)), default=0)
-        zeros = counters(args[0].device, needed) if needed else None
-        given = [zeros if isinstance(a, Counters) else a for a in args]
-        kernel[(grid,)](*given, **options)
+        kernel[(grid,)](*args, **options)
         self._launching = False
-        self._counters = max(self._counters, needed)
         places = []
-        for position, a in enumerate(given):
+        for position, a in enumerate(args):
             if isinstance(a, Tensor):
-                slot = self._first - 1 if a is zeros else self._slot(a)
+                slot = self._slot(a)
                 if slot is None:
                     return self.give_up()
                 places.append((position, slot))
-        constants = [None if isinstance(a, Tensor) else a for a in given]
+        constants = [None if isinstance(a, Tensor) else a for a in args]
         self._launches.append(Launch(kernel, grid, constants, places, options))
 
     def _slot(self, t: Tensor) -> int | None:
@@ -233,7 +200,7 @@ class _Watch(TorchDispatchMode):
             allocations[slot - self._first] = Allocation(tuple(t.shape), t.stride(), t.dtype, t.device)
             slots.append(slot)
         where = slots[0] if isinstance(returned, Tensor) else tuple(slots)
-        return Replay(self._counters, allocations, self._launches, where, device)
+        return Replay(allocations, self._launches, where, device)
 
 
 _watching = threading.local()

@@ -19,9 +19,10 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._dgrad import SUM_TILE, add_tiles, class_pixel, sum_group, written_sums
-from resnet_fused.kernels._launch import Counters, empty_nhwc, index_type, launch
+from resnet_fused.kernels._dgrad import SUM_TILE, class_pixel, written_sums
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, to_fp32
+from resnet_fused.kernels.reduce_rows import reduce_pair
 
 
 @triton.jit
@@ -42,11 +43,9 @@ def _conv_dgrad_kernel(
     shortcut_mean,
     shortcut_invstd,
     dx,  # [N, H, W, C]
-    sums,  # [2 or 3, tiles of pixels and their groups, C], or None
-    sum_dx,  # [C] or None; so are the others
+    sum_dx,  # [tiles of pixels, C] or None; so are the others
     sum_dx_xhat,
     sum_dx_shortcut,
-    counters,  # zeros, [tiles of channels, 1 + groups]
     N,
     H,
     W,
@@ -74,8 +73,7 @@ def _conv_dgrad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SUM_ROWS: tl.constexpr,  # pixels, or tiles, of a step of the sums
-    SUM_GROUP: tl.constexpr,  # tiles, or groups of them, whose sums one program adds
+    SUM_ROWS: tl.constexpr,  # pixels of a step of the sums
 ):
     """dx[n, h, w, c] = sum over (r, s, k) of g[n, p, q, k] * weight[k, r, s, c] where h + pad = p * stride + r *
     dilation, likewise w; g = dy, or round(a * dy + b * dy_x + c) inside the image and zero outside.
@@ -184,18 +182,13 @@ def _conv_dgrad_kernel(
         total, total_x, total_shortcut = written_sums(
             dx, x, mask, mean, shortcut, shortcut_mean, *place, BLOCK_M, BLOCK_N, SUM_ROWS
         )
-        tiles = tl.num_programs(0) // (tiles_n * groups)
-        tile_groups = tl.cdiv(tiles, SUM_GROUP)
-        plane = (tl.zeros_like(M) + tiles + tile_groups) * C
-        partial = sums + (tile.to(INDEX) * C + channel)
-        tl.store(partial, total, mask=stored)
+        partial = tile.to(INDEX) * C + channel
+        tl.store(sum_dx + partial, total, mask=stored)
         channel_invstd = tl.load(invstd + channel, mask=stored, other=0.0)
-        tl.store(partial + plane, total_x * channel_invstd, mask=stored)
+        tl.store(sum_dx_xhat + partial, total_x * channel_invstd, mask=stored)
         if shortcut is not None:
             channel_invstd = tl.load(shortcut_invstd + channel, mask=stored, other=0.0)
-            tl.store(partial + 2 * plane, total_shortcut * channel_invstd, mask=stored)
-        totals = (sum_dx, sum_dx_xhat, sum_dx_shortcut, counters + pid_n * (1 + tile_groups))
-        add_tiles(sums, plane, *totals, tile, tiles, C, channel, stored, SUM_GROUP, SUM_ROWS, BLOCK_N)
+            tl.store(sum_dx_shortcut + partial, total_shortcut * channel_invstd, mask=stored)
 
 
 def conv_dgrad(
@@ -248,8 +241,9 @@ def conv_dgrad(
     """
     operands = (dy_x, dy_coefficients, residual, residual_mask, x, scale, shift, mean, invstd, *(None,) * 4)
     dx, *sums = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
-    sum_dx, sum_dx_xhat = sums or (dy.new_empty(0, dtype=torch.float32) for _ in range(2))
-    return dx, sum_dx, sum_dx_xhat
+    if not sums:
+        return dx, dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
+    return dx, *reduce_pair(*sums)
 
 
 def run(
@@ -269,7 +263,7 @@ def run(
         operands: the kernel's from `dy_x` to `shortcut_invstd`; the rest as in `conv_dgrad`.
 
     Returns:
-        dx, and with x its sums, [C] each: two, and with `shortcut` a third.
+        dx, and with x the sums of every tile of pixels, [tiles, C] each: two, and with `shortcut` a third.
     """
     dy_x, x, shortcut = operands[0], operands[4], operands[10]
     image = (dy.shape[0], weight.shape[1] * groups, *size)
@@ -283,28 +277,20 @@ def run(
     classes = shape.stride[0] * shape.stride[1]
     pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
     tiles = triton.cdiv(pixels, config.block_m) * classes
+    # The sums of tiles, to be added in a fixed order.
+    count = 0 if x is None else 2 if shortcut is None else 3
+    partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(count)]
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     unit = channel_unit(group_inputs, group_outputs)
-    columns = triton.cdiv(group_inputs, config.block_n) * groups
-    count = 0 if x is None else 2 if shortcut is None else 3
-    new = dy.new_empty if tiles else dy.new_zeros  # nobody adds where there is nothing
-    totals = [new(shape.c, dtype=torch.float32) for _ in range(count)]
-    partials = counters = None
-    if count:
-        tile_groups = triton.cdiv(tiles, sum_group(tiles))
-        partials = dy.new_empty((count, tiles + tile_groups, shape.c), dtype=torch.float32)
-        counters = Counters(columns * (1 + tile_groups))
     launch(
         _conv_dgrad_kernel,
-        tiles * columns,
+        tiles * triton.cdiv(group_inputs, config.block_n) * groups,
         dy,
         krsc,
         *operands,
         dx,
-        partials,
-        *totals,
+        *partials,
         *(None,) * (3 - count),
-        counters,
         shape.n,
         shape.h,
         shape.w,
@@ -330,9 +316,8 @@ def run(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         SUM_ROWS=min(config.block_m, SUM_TILE * config.num_warps // config.block_n),
-        SUM_GROUP=sum_group(tiles) if count else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=MAX_REGISTERS,
     )
-    return dx, *totals
+    return dx, *partials

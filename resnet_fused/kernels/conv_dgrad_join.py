@@ -6,6 +6,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig
 from resnet_fused.kernels.conv_dgrad import run
+from resnet_fused.kernels.reduce_rows import reduce_pair, reduce_rows
 
 
 def conv_dgrad_join(
@@ -63,4 +64,4 @@ def conv_dgrad_join(
     before = (dy_x, dy_coefficients, residual, residual_mask)
     operands = (*before, x, None, None, mean, invstd, mask, shortcut, shortcut_mean, shortcut_invstd)
     dx, first, second, *third = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
-    return dx, first, second, third[0] if third else first.new_empty(0)
+    return dx, *reduce_pair(first, second), reduce_rows(third[0]) if third else first.new_empty(0)

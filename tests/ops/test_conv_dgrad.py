@@ -37,7 +37,6 @@ from resnet_fused.dispatch.conv import (
     training_refusal,
 )
 from resnet_fused.kernels import conv_dgrad, refuse
-from resnet_fused.kernels._dgrad import sum_group
 from resnet_fused.ops import arithmetic
 
 pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
@@ -261,15 +260,3 @@ def test_what_the_training_family_refuses():
     strided = problem(1, 8, 9, 9, 8, 3, 3, stride=(2, 2), padding=(2, 2), dilation=(2, 2))
     assert "stride (2, 2) with dilation (2, 2)" in training_refusal(strided, torch.float16)
     assert "channels" in training_refusal(problem(1, 0, 9, 9, 8, 1, 1), torch.float16)
-
-
-def test_the_sums_of_two_groups_of_tiles():
-    """71 tiles: the last program of each group adds theirs, the last of all those of the groups."""
-    shape = problem(1, 16, 83, 27, 16, 1, 1)
-    _check(_arguments(shape, torch.float16, epilogue="batch norm"), config=SMALL)
-
-
-@pytest.mark.parametrize("tiles", [0, 1, 64, 4096, 4097, 12544, 2**20])
-def test_two_steps_add_the_sums_of_all_tiles(tiles):
-    group = sum_group(tiles)
-    assert group**2 >= tiles and (group == 64 or (group // 2) ** 2 < tiles)

@@ -19,7 +19,6 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.uint8: "u8",
-    torch.int32: "i32",
 }
 
 
