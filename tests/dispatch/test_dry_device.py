@@ -23,7 +23,7 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 OF_A_NETWORK = {
     *("_bn_act_max_pool_kernel", "_bn_act_max_pool_backward_reduce_kernel", "_bn_act_max_pool_backward_apply_kernel"),
     *("_bn_stats_kernel", "_bn_finalize_kernel", "_bn_apply_kernel", "_bn_backward_reduce_kernel"),
-    *("_bn_backward_apply_kernel", "_reduce_rows_kernel", "_merge_statistics_kernel"),
+    *("_bn_backward_apply_kernel", "_reduce_rows_kernel"),
     *("_conv_fprop_kernel", "_conv_dgrad_kernel", "_conv_wgrad_kernel", "_conv_chain_kernel"),
 }
 
@@ -62,7 +62,9 @@ def test_what_a_gpu_would_refuse_is_refused():
     assert found["launches"] == 0
 
 
-@pytest.mark.parametrize("ops", [("add_act",), pytest.param((), marks=pytest.mark.larger, id="all")])
+@pytest.mark.parametrize(
+    "ops", [pytest.param(("add_act",), id="add_act"), pytest.param((), marks=pytest.mark.larger, id="all")]
+)
 def test_a_remembered_binary_is_the_one_that_triton_would_choose(ops):
     """On the same arguments, of other dtypes and sizes, and each in turn not at a multiple of 16 bytes."""
     assert not _run("dry_device.binaries", 90, *ops)
