@@ -89,6 +89,19 @@ def _seeded_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(autouse=True)
+def _forgets_what_was_replaced(request):
+    """Decisions and launches are remembered; a test that replaces what makes them must not meet those of others."""
+    if "monkeypatch" not in request.fixturenames:
+        yield
+        return
+    from resnet_fused.dispatch import choice
+
+    choice.forget()
+    yield
+    choice.forget()
+
+
 @pytest.fixture(autouse=torch.cuda.is_available())
 def _fp32_is_fp32():
     """PyTorch's default on a GPU is TF32 in convolutions, with another error in every algorithm of cuDNN's; tests of it

@@ -249,7 +249,17 @@ def default_on(arch: int, op: str) -> str:
     return default(op, arch, _known(), _name(arch))
 
 
+_dependent: list[Callable[[], None]] = []
+
+
+def forget_with_plan(clear: Callable[[], None]) -> None:
+    """Call `clear` whenever the tables are to be read again: for what keeps answers, or what was made of them."""
+    _dependent.append(clear)
+
+
 def forget() -> None:
     """Read the tables again at the next question: a new one has been written."""
     for cached in (tables.known_tables, gpu_name, choose, conv_config, layer, block, default_on):
         cached.cache_clear()
+    for clear in _dependent:
+        clear()

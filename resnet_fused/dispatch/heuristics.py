@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape, cdiv
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,22 @@ def partial_rows(pixels: int, channels: int) -> int:
     channels 32.
     """
     return max(1, min(pixels // 256, max(16, 65536 // max(channels, 1))))
+
+
+# A batch norm's second stage reads this many rows in a few steps, which take less than a launch that merges them.
+MAX_TILE_ROWS = 512
+
+
+def statistics_rows(shape: ConvShape, config: ConvConfig) -> int:
+    """How many rows of statistics a convolution leaves: one a tile where they are few, so that none are merged.
+
+    Args:
+        shape: the convolution.
+        config: of `conv_fprop_stats` on it.
+    """
+    pixels = shape.n * shape.p * shape.q
+    tiles = cdiv(pixels, config.block_m)
+    return tiles if config.kernel == "pointer" and tiles <= MAX_TILE_ROWS else partial_rows(pixels, shape.k)
 
 
 def folding_pays(device_type: str, output_elements: int, weight_elements: int) -> bool:

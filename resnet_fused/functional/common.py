@@ -51,7 +51,7 @@ def pixels(x: Tensor) -> int:
 def add_relu(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """act(y + residual) of a freshly made `y`, whose memory the result takes where it can."""
     if residual is not None:
-        in_place = fits(residual, y.shape, y.dtype, y.device) and not _transformed()
+        in_place = fits(residual, y.shape, y.dtype, y.device) and not transformed()
         y = y.add_(residual) if in_place else y + residual
     return F.relu(y, inplace=True) if relu else y
 
@@ -66,12 +66,12 @@ def fits(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype, devi
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd, a function transform or `torch.jit.trace` follows any of these tensors."""
-    if _transformed() or torch._C._get_tracing_state() is not None:
+    if transformed() or torch._C._get_tracing_state() is not None:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether a `torch.func` transform or forward-mode AD is active: a custom op would give silent zeros there."""
     if torch.compiler.is_compiling():
         return False
@@ -215,7 +215,7 @@ def raises_as_pytorch(function: Callable[P, R]) -> Callable[P, R]:
 
 def common_reason(x: Tensor, vectors: tuple[Tensor | None, ...]) -> str | None:
     """Why no op of ours can run on `x` with these per-channel tensors, or None."""
-    if _transformed():
+    if transformed():
         return "a torch.func transform or forward-mode AD is active"
     for v in vectors:
         if v is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resnet_fused._compiling import constant
 from resnet_fused.dispatch.device import MIN_ARCH, arch
+from resnet_fused.kernels._replay import watching
 
 # Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -74,4 +75,15 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """
     if grid > 0:
         with torch.cuda.device_of(args[0]):
-            kernel[(grid,)](*args, **options)
+            watch = watching()
+            if watch is None:
+                kernel[(grid,)](*args, **options)
+            else:
+                watch.launch(kernel, grid, args, options)
+
+
+def never_replay() -> None:
+    """The launcher that runs depends on more than what describes its arguments: it must run again next time."""
+    watch = watching()
+    if watch is not None:
+        watch.give_up()

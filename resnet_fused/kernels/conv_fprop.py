@@ -19,7 +19,7 @@ from resnet_fused.kernels._conv import (
     taps_inside,
     uses_tf32,
 )
-from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
+from resnet_fused.kernels._launch import empty_nhwc, index_type, launch, never_replay
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import ACTIVATIONS, channel_unit, round_to, to_fp32
 from resnet_fused.kernels.merge_statistics import merge_statistics
@@ -264,7 +264,7 @@ def conv_fprop_stats(
     y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
     tiles = triton.cdiv(shape.n * shape.p * shape.q, config.block_m)
     # A row for each tile where they suffice: what is left over is zero from the start.
-    new = x.new_zeros if tiles <= rows else x.new_empty
+    new = x.new_zeros if tiles < rows else x.new_empty
     mean, m2 = (new((max(tiles, rows), shape.k), dtype=dtype) for dtype in (torch.float64, torch.float32))
     count = new(max(tiles, rows), dtype=torch.float32)
     _launch(x, krsc, (None, None, None, x_scale, x_shift), y, (mean, m2, count), shape, None, config)
@@ -289,6 +289,7 @@ def _planned(
         return config
     from resnet_fused.kernels import experimental
 
+    never_replay()  # of what depends on addresses
     if act in (None, "relu") and experimental.refuse(x, krsc, residual, shape, config) is None:
         return config
     return conv_fprop_heuristic(*problem, prologue=bool(flags), statistics=op == "conv_fprop_stats")

@@ -6,7 +6,6 @@ parametrizations, subclasses, an unusual padding - they are called one by one.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -191,7 +190,7 @@ def conv_bn_chain(
         return None
     units: Layers = [*layers, *([] if shortcut is None else [(*shortcut, None)])]
     parameters = (p for conv, bn, _ in units for m in (module_of(conv), module_of(bn)) for p in m.parameters())
-    if not functional.common.wants_gradient(x, *parameters):
+    if not (functional.common.wants_gradient(x) or functional.common.wants_gradient(*parameters)):
         return None
     for conv, bn, act in units:
         if plain(conv, bn, act) is not None or conv.bias is not None or sync_group(bn) is not None:
@@ -215,7 +214,7 @@ def conv_bn_chain(
         return None if residual is None else _one_by_one(x, layers, residual, add)
     for i, (_, bn, _) in enumerate(units):
         assert isinstance(bn, (*BATCH_NORMS, RecognisedNorm))
-        described[i] = dataclasses.replace(described[i], momentum=begin_batch_norm(bn)[1])
+        described[i] = described[i]._replace(momentum=begin_batch_norm(bn)[1])
     branch, projection = described[: len(layers)], described[len(layers) :]
     return run_chain(chain, x, branch, projection[0] if projection else None, residual)
 

@@ -116,7 +116,7 @@ def _double(block: Block) -> Block:
         for name in vectors:
             value = getattr(one, name)
             made[name] = value.detach().double().requires_grad_(value.requires_grad)
-        return dataclasses.replace(one, **made)
+        return one._replace(**made)
 
     x = block.x.detach().double().requires_grad_()
     shortcut = block.shortcut and layer(block.shortcut)

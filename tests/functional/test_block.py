@@ -270,6 +270,47 @@ def test_autocast_of_a_full_precision_identity_is_no_chain(chains):
         assert choose_chain("residual_block", x, [layer]) is not None
 
 
+def test_a_decision_is_made_once_and_anew_where_anything_differs(monkeypatch):
+    made, decides = [], decide._decide
+    monkeypatch.setattr(decide, "_decide", lambda *args: made.append(args) or decides(*args))
+    x, vector = torch.randn(2, 16, 6, 6), torch.rand(16)
+    layer = ConvBN(torch.randn(16, 16, 1, 1), vector, vector, vector, vector, ((1, 1), (0, 0), (1, 1), 1), True)
+
+    def chosen(x=x, layers=(layer,), **how):
+        return choose_chain("residual_block", x, layers, **how)
+
+    with use_backend("reference"):
+        first = chosen()
+        assert first is not None and chosen(x + 1, [layer._replace(momentum=0.5)]) is first and len(made) == 1
+        others = [
+            lambda: chosen(x[:1]),
+            lambda: chosen(x.double()),
+            lambda: chosen(identity=True),
+            lambda: chosen(residual=x + 1),
+            lambda: chosen(residual=x.double()),
+            lambda: chosen(relu=False),
+            lambda: chosen(layers=[layer, layer]),
+            lambda: chosen(layers=[layer], shortcut=layer),
+            lambda: chosen(layers=[layer._replace(weight=torch.randn(16, 16, 3, 3))]),
+            lambda: chosen(layers=[layer._replace(weight=layer.weight.double())]),
+            lambda: chosen(layers=[layer._replace(bn_weight=None)]),
+            lambda: chosen(layers=[layer._replace(bn_bias=vector.double())]),
+            lambda: chosen(layers=[layer._replace(training=False)]),
+            lambda: chosen(layers=[layer._replace(eps=1e-3)]),
+            lambda: chosen(layers=[layer._replace(geometry=((2, 2), (0, 0), (1, 1), 1))]),
+        ]
+        for count, other in enumerate(others, 2):
+            assert other() is not first and len(made) == count
+        with torch.autocast("cpu", torch.bfloat16):
+            assert chosen() is not first
+        assert chosen() is first
+    with use_backend("aten"):
+        assert chosen() is None
+    dispatch.choice.forget()
+    with use_backend("reference"):
+        assert chosen() is not first and chosen() == first
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(reentrant):
     plain, x = _made("basic, strided")

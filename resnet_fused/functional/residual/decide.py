@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from resnet_fused.functional.common import (
     operand_dtype,
     refused,
     refuses_batch_norm,
+    transformed,
 )
 
 
@@ -33,6 +34,7 @@ class Layer(NamedTuple):
     dgrad: str
     wgrad: str
     fusion: Fusion
+    rows: int  # of statistics that its convolution leaves
 
     @property
     def batch_statistics(self) -> bool:
@@ -66,8 +68,7 @@ class Chain(NamedTuple):
         return self.branch if self.shortcut is None else (*self.branch, self.shortcut)
 
 
-@dataclass(frozen=True)
-class ConvBN:
+class ConvBN(NamedTuple):
     """A convolution without bias and the batch norm behind it.
 
     Args:
@@ -91,6 +92,21 @@ class ConvBN:
     def vectors(self) -> tuple[Tensor | None, ...]:
         return self.running_mean, self.running_var, self.bn_weight, self.bn_bias
 
+    @property
+    def described(self) -> tuple[Any, ...]:
+        """All of it that a decision depends on."""
+        tensors = map(_described, (self.weight, *self.vectors))
+        return (*tensors, self.geometry, self.training, self.eps)
+
+
+def _described(t: Tensor | None) -> Any:
+    return None if t is None else (type(t), t.shape, t.dtype, t.device)
+
+
+_decisions: dict[Any, Chain | None] = {}
+_MOST_DECISIONS = 10_000
+dispatch.forget_with_plan(_decisions.clear)
+
 
 def choose_chain(
     function: str,
@@ -112,6 +128,29 @@ def choose_chain(
         identity, residual = True, None
     forced = dispatch.forced_backend()
     dtype = operand_dtype(x)
+    if torch.compiler.is_compiling() or transformed():
+        return _decide(function, x, dtype, branch, shortcut, identity, residual, relu, forced)
+    layers = (*branch, shortcut) if shortcut is not None else branch
+    described = (_described(x), dtype, uses_tf32(dtype), *[layer.described for layer in layers])
+    key = (described, len(branch), identity, _described(residual), relu, forced)
+    if key not in _decisions:
+        if len(_decisions) >= _MOST_DECISIONS:
+            _decisions.clear()
+        _decisions[key] = _decide(function, x, dtype, branch, shortcut, identity, residual, relu, forced)
+    return _decisions[key]
+
+
+def _decide(
+    function: str,
+    x: Tensor,
+    dtype: torch.dtype,
+    branch: Sequence[ConvBN],
+    shortcut: ConvBN | None,
+    identity: bool,
+    residual: Tensor | None,
+    relu: bool,
+    forced: str | None,
+) -> Chain | None:
     added = x if identity else residual
     measured = None if forced else _measured(x, dtype, branch, shortcut, added)
     if measured == "aten":
@@ -205,7 +244,16 @@ def _choose_layer(
         fusion = replace(fusion, prologue=fusion.prologue and not first)
         chosen = dispatch.LayerPlan(*_conv_backends(function, problem, dtype, x.device, forced), fusion)
     eps = layer.eps if layer.training else None
-    return Layer(layer.geometry, eps, chosen.fprop, chosen.dgrad, chosen.wgrad, chosen.fusion), out
+    rows = _statistics_rows(problem, dtype, capability, chosen)
+    return Layer(layer.geometry, eps, chosen.fprop, chosen.dgrad, chosen.wgrad, chosen.fusion, rows), out
+
+
+def _statistics_rows(problem: ConvShape, dtype: torch.dtype, capability: int, chosen: dispatch.LayerPlan) -> int:
+    if chosen.fprop != "triton" or torch.compiler.is_compiling():
+        return dispatch.partial_rows(problem.n * problem.p * problem.q, problem.k)
+    flags = ("prologue",) if chosen.fusion.prologue else ()
+    config = dispatch.conv_config("conv_fprop_stats", problem, dtype, capability, uses_tf32(dtype), flags)
+    return dispatch.statistics_rows(problem, config)
 
 
 def _conv_backends(

@@ -12,7 +12,6 @@ from resnet_fused import dispatch
 from resnet_fused.functional.common import (
     add_relu,
     channels_last,
-    conv_shape,
     convolves_to_nchw,
     dense,
     in_layout_of,
@@ -84,11 +83,8 @@ def _layer(
         x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
         affine = None
     if fused:
-        out = conv_shape(tuple(x.shape), weight, static.geometry)
-        assert out is not None
-        rows = dispatch.partial_rows(out[0] * out[2] * out[3], out[1])
         z, *statistics = _op.conv_fprop_stats(
-            x, weight, *(affine or (None, None)), *static.geometry, rows, backend=static.fprop
+            x, weight, *(affine or (None, None)), *static.geometry, static.rows, backend=static.fprop
         )
     else:
         z = _op.conv_fprop(x, weight, None, None, None, *static.geometry, None, backend=static.fprop)

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import MULTIPROCESSORS
 from resnet_fused.dispatch.device import arch
+from resnet_fused.kernels._launch import never_replay
 
 
 def launch(kernel: Any, x: Tensor, tiles: int, *args: Any, **options: Any) -> None:
     """Run `kernel` on the device of `x`, with one program for every multiprocessor; they share out the tiles."""
+    never_replay()  # of descriptors, which hold addresses
     if x.device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     else:

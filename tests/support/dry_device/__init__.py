@@ -60,7 +60,7 @@ def dry_device(arch: int) -> Iterator[ctypes.CDLL]:
     from triton.runtime import driver
 
     from resnet_fused import kernels, ops
-    from resnet_fused.dispatch import device
+    from resnet_fused.dispatch import choice, device
     from resnet_fused.dispatch.conv import MULTIPROCESSORS
     from resnet_fused.kernels import _conv, _launch, experimental
 
@@ -87,9 +87,11 @@ def dry_device(arch: int) -> Iterator[ctypes.CDLL]:
     for kernel in _kernels():
         kernel.device_caches.clear()  # what was compiled for another architecture
     driver.set_active(_driver(arch))
+    choice.forget()
     try:
         yield stand_in
     finally:
+        choice.forget()
         for module, name, value in reversed(replaced):
             setattr(module, name, value)
 
