@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,10 +19,11 @@ from resnet_fused.inference.conv import FoldedConv, keep_nan
 from resnet_fused.inference.graph import Graphs, leaves
 from resnet_fused.inference.network import freeze_network, observe, prepare
 from resnet_fused.inference.plan import FreezePlan
+from resnet_fused.inference.quantize import Int8, check, quantised
 
 
-def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
-    """An inference-only callable that computes what `model` computes: `y = model(x)`.
+def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Tensor] | None = None) -> Frozen:
+    """An inference-only callable that computes what `model` computes: `y = model(x)`, or on request nearly that in int8.
 
     The network is planned once, as a whole, for the backend of the surrounding `use_backend`, else the plan's default
     for this device. Every fused convolution takes its batch norm, residual and ReLU with it: on PyTorch's own
@@ -62,16 +64,24 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
     training = next((name or "the model itself" for name, training in modes if training), None)
     if training is not None:
         raise RuntimeError(f"freeze: the model is in training mode ({training}); call .eval() on it first")
+    chosen = None if quantize is None else check(quantize, example_input)
     with torch.no_grad():
         network, reasons = prepare(model)
         setting = Setting(_argument(model), example_input.device, autocast_dtype(example_input.device.type))
-        frozen = Frozen(*freeze_network(network, reasons, observe(network, example_input)), setting).eval()
+        network, plan, sources = freeze_network(network, reasons, observe(network, example_input))
+        frozen = Frozen(network, plan, setting).eval()
     try:
         frozen(example_input)
     except RuntimeError:  # code between the convolutions may want its activations in NCHW order, as `view` does
         if not frozen.keep_order():
             raise
         frozen(example_input)
+    if chosen is None:
+        return frozen
+    with frozen.surroundings():
+        network, plan = quantised(network, plan, sources, example_input, chosen)
+    frozen = Frozen(network, plan, setting).eval()
+    frozen(example_input)
     return frozen
 
 
@@ -120,11 +130,8 @@ class Frozen(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model computes of its one input, positional or by the model's name for it."""
         x = self._input(inputs, named)
-        device, dtype = self._setting.device, self._setting.autocast
-        # Without the cache: it would hand memory of before a capture to the captured graph.
-        autocast = torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-        with torch.no_grad(), autocast:
-            if x.is_cuda and x.device == device:
+        with self.surroundings():
+            if x.is_cuda and x.device == self._setting.device:
                 return self._graphs(x)
             y = self.network(x)
             if self._loses_nan and not all(map(_finite, (x, *leaves(y)))):
@@ -134,6 +141,14 @@ class Frozen(nn.Module):
                 finally:
                     keep_nan.reset(token)
             return y
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """What the network runs in, whatever the caller has around it: no gradient, and the autocast it was frozen in."""
+        device, dtype = self._setting.device, self._setting.autocast
+        # Without the cache: it would hand memory of before a capture to the captured graph.
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            yield
 
     def _input(self, inputs: Any, named: Any) -> Tensor:
         """The model's one input; whatever else a frozen model is called with, it says so."""

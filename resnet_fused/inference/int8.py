@@ -1,0 +1,143 @@
+"""Frozen convolutions in int8, and the tensors that they hand to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+from torch.utils._pytree import tree_map_only
+
+from resnet_fused.inference.conv import FrozenConv, Source
+from resnet_fused.ops import onednn
+from resnet_fused.ops.arithmetic import fold
+from resnet_fused.ops.onednn import Grid
+
+
+class Quantised(Tensor):
+    """A float tensor in 8 bits: scale * (values - zero_point).
+
+    Whoever does not know it reads it as float: any op of PyTorch's is given the float tensor. From then on that counts,
+    for it may be written to.
+    """
+
+    grid: Grid
+    _values: Tensor | None
+    _float: Tensor | None
+
+    @staticmethod
+    def __new__(cls, values: Tensor, grid: Grid, dtype: torch.dtype, nchw: bool) -> Quantised:
+        """`values`: uint8, NHWC; with `nchw` the float tensor is in that order."""
+        strides = torch.empty(values.shape, device="meta").stride() if nchw else values.stride()
+        made: Quantised = Tensor._make_wrapper_subclass(
+            cls, values.shape, strides=strides, dtype=dtype, device=values.device
+        )
+        made.grid, made._values, made._float, made._nchw = grid, values, None, nchw  # type: ignore[attr-defined]
+        return made
+
+    def values8(self) -> Tensor:
+        """In 8 bits: as it was made, or rounded again where it was read as float."""
+        if self._values is None:
+            assert self._float is not None
+            return quantise(self._float, self.grid)
+        return self._values
+
+    def dense(self) -> Tensor:
+        """The float tensor."""
+        if self._float is None:
+            assert self._values is not None
+            scale, zero_point = self.grid
+            y = (self._values.to(torch.float32) - zero_point).mul_(scale).to(self.dtype)
+            self._float, self._values = y.contiguous() if self._nchw else y, None  # type: ignore[attr-defined]
+        return self._float
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def quantise(x: Tensor, grid: Grid) -> Tensor:
+    """`x` as uint8 in NHWC order; its own values where it is on a grid already, whichever that is."""
+    return onednn.quantise(x.contiguous(memory_format=torch.channels_last), grid)
+
+
+class Grids(NamedTuple):
+    """What 8 bits stand for in a convolution's input, result and residual."""
+
+    x: Grid
+    y: Grid
+    residual: Grid | None
+
+
+class Int8Conv(FrozenConv):
+    """In int8 on oneDNN: batch norm folded, residual, ReLU and the rounding to 8 bits in the convolution's epilogue.
+
+    The weight is symmetric, with a scale for each output channel. A float input or residual is rounded to 8 bits first.
+
+    Raises:
+        RuntimeError: oneDNN does not take the example.
+    """
+
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, source: Source, grids: Grids, keeps_order: bool) -> None:
+        super().__init__(source, "aten")
+        self.grids, self.keeps_order = grids, keeps_order
+        scale, shift = source.affine()
+        weight = fold(source.conv.weight, scale, torch.float32).contiguous()
+        observer = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_symmetric)
+        observer(weight)
+        scales, zeros = observer.calculate_qparams()
+        weight = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8).int_repr()
+        self.dense_shape = weight.shape
+        self.constant("weight", onednn.int8_pack(weight, scales, grids.x, *self.geometry, source.example.x.shape))
+        self.constant("weight_scale", scales)
+        self.constant("bias", shift.to(torch.float32))
+        fused = f"{self.planned.fused}, requantisation"
+        self.planned = dataclasses.replace(self.planned, op="qconv2d_pointwise", fused=fused)
+
+    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        x, x_grid = _on_grid(x, self.grids.x)
+        args = (x, x_grid, self.weight, self.weight_scale, self.bias)
+        if self.adds and residual is None:  # it is to be added apart, to what was not calibrated
+            return onednn.int8_conv(*args, None, None, *self.geometry, relu, self.dtype)
+        added, added_grid = None, None
+        if residual is not None:
+            assert self.grids.residual is not None
+            given, (added, added_grid) = residual, _on_grid(residual, self.grids.residual)
+            if isinstance(given, Quantised) and not overwrite_residual:
+                added = added.clone()
+        y = onednn.int8_conv(*args, added, added_grid, *self.geometry, relu, self.grids.y)
+        return Quantised(y, self.grids.y, self.dtype, self.keeps_order)
+
+    def _dense_weight(self) -> Tensor:
+        return torch.empty(self.dense_shape, dtype=self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int8"
+
+
+def _on_grid(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    return (x.values8(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+class Int8MaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d` that leaves a tensor in 8 bits: the largest stays the largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Quantised):
+            return super().forward(x)
+        geometry = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
+        y = torch.ops.quantized.max_pool2d(x.values8(), *geometry, self.ceil_mode)
+        return Quantised(y, x.grid, x.dtype, x._nchw)  # type: ignore[attr-defined]
