@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
 from torch import Tensor, nn
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.utils._pytree import tree_map_only
@@ -18,52 +18,49 @@ from resnet_fused.ops.onednn import Grid
 
 
 class Quantised(Tensor):
-    """A float tensor in 8 bits: scale * (values - zero_point).
+    """A float tensor in 8 bits: scale * (q - zero_point).
 
     Whoever does not know it reads it as float: any op of PyTorch's is given the float tensor. From then on that counts,
     for it may be written to.
     """
 
     grid: Grid
-    _values: Tensor | None
-    _float: Tensor | None
+    nchw: bool
+    _eight: Tensor | None
+    _dense: Tensor | None
 
     @staticmethod
-    def __new__(cls, values: Tensor, grid: Grid, dtype: torch.dtype, nchw: bool) -> Quantised:
-        """`values`: uint8, NHWC; with `nchw` the float tensor is in that order."""
-        strides = torch.empty(values.shape, device="meta").stride() if nchw else values.stride()
-        made: Quantised = Tensor._make_wrapper_subclass(
-            cls, values.shape, strides=strides, dtype=dtype, device=values.device
+    def __new__(cls, eight: Tensor, grid: Grid, dtype: torch.dtype, nchw: bool) -> Quantised:
+        """`eight`: q as uint8, NHWC; `nchw`: the float tensor is in that order."""
+        strides = torch.empty(eight.shape, device="meta").stride() if nchw else eight.stride()
+        made: Quantised = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, eight.shape, strides=strides, dtype=dtype, device=eight.device
         )
-        made.grid, made._values, made._float, made._nchw = grid, values, None, nchw  # type: ignore[attr-defined]
+        made.grid, made.nchw, made._eight, made._dense = grid, nchw, eight, None
         return made
 
-    def values8(self) -> Tensor:
-        """In 8 bits: as it was made, or rounded again where it was read as float."""
-        if self._values is None:
-            assert self._float is not None
-            return quantise(self._float, self.grid)
-        return self._values
+    def eight(self) -> Tensor:
+        """q, as it was made, or rounded again where the float tensor was read."""
+        return quantise(self.dense(), self.grid) if self._eight is None else self._eight
 
     def dense(self) -> Tensor:
         """The float tensor."""
-        if self._float is None:
-            assert self._values is not None
-            scale, zero_point = self.grid
-            y = (self._values.to(torch.float32) - zero_point).mul_(scale).to(self.dtype)
-            self._float, self._values = y.contiguous() if self._nchw else y, None  # type: ignore[attr-defined]
-        return self._float
+        if self._dense is None:
+            assert self._eight is not None
+            y = (self._eight.to(torch.float32) - self.grid.zero_point).mul_(self.grid.scale).to(self.dtype)
+            self._dense, self._eight = y.contiguous() if self.nchw else y, None
+        return self._dense
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 def quantise(x: Tensor, grid: Grid) -> Tensor:
-    """`x` as uint8 in NHWC order; its own values where it is on a grid already, whichever that is."""
+    """`x` as uint8 in NHWC order."""
     return onednn.quantise(x.contiguous(memory_format=torch.channels_last), grid)
 
 
@@ -95,7 +92,7 @@ class Int8Conv(FrozenConv):
         observer = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_symmetric)
         observer(weight)
         scales, zeros = observer.calculate_qparams()
-        weight = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8).int_repr()
+        weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
         self.dense_shape = weight.shape
         self.constant("weight", onednn.int8_pack(weight, scales, grids.x, *self.geometry, source.example.x.shape))
         self.constant("weight_scale", scales)
@@ -125,7 +122,7 @@ class Int8Conv(FrozenConv):
 
 
 def _on_grid(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    return (x.values8(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
+    return (x.eight(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
 
 
 def _pair(value: Any) -> list[int]:
@@ -139,5 +136,5 @@ class Int8MaxPool2d(nn.MaxPool2d):
         if not isinstance(x, Quantised):
             return super().forward(x)
         geometry = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
-        y = torch.ops.quantized.max_pool2d(x.values8(), *geometry, self.ceil_mode)
-        return Quantised(y, x.grid, x.dtype, x._nchw)  # type: ignore[attr-defined]
+        y = torch.ops.quantized.max_pool2d(x.eight(), *geometry, self.ceil_mode)
+        return Quantised(y, x.grid, x.dtype, x.nchw)

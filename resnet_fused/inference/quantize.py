@@ -27,8 +27,8 @@ class Int8:
     """How `freeze` is to quantise a model.
 
     Args:
-        calibration: inputs [N, C, H, W] such as the model will get, in the dtype and on the device of the example; a few
-            batches. They set the range of every activation; the first one also shows each layer's error in the plan.
+        calibration: inputs [N, C, H, W] such as the model will get, of the example's dtype and device; a few batches.
+            They set the range of every activation; the first one also shows each layer's error in the plan.
         keep: the names of convolutions, or of modules that hold them, to be kept in the float dtype.
     """
 
@@ -76,13 +76,14 @@ def quantised(
     convs: dict[str, FoldedConv] = {}
     for module in network.modules():
         if isinstance(module, FrozenConv) and module.layer not in reasons:
-            if reason := _float_only(module, sources[module.layer]):
-                reasons[module.layer] = reason
+            reason = _float_only(module, sources[module.layer])
+            if isinstance(module, FoldedConv) and reason is None:
+                convs[module.layer] = module
             else:
-                convs[module.layer] = module  # type: ignore[assignment]
+                reasons[module.layer] = str(reason)
         elif type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
             module.__class__ = Int8MaxPool2d
-    ranges = _Ranges(convs)
+    ranges = _Ranges(convs.values())
     first = ranges.observe(network, chosen.calibration, example)
     made: dict[str, Int8Conv] = {}
     for name, conv in convs.items():
@@ -99,9 +100,9 @@ def quantised(
         raise RuntimeError(f"freeze: no convolution can run in int8: {why[0][0] if why else 'none was frozen'}")
     errors = _errors(network, {convs[name]: twin for name, twin in made.items()}, first)
     for module in list(network.modules()):
-        for child, conv in list(module.named_children()):
-            if isinstance(conv, FrozenConv) and conv.layer in made:
-                setattr(module, child, made[conv.layer])
+        for child, part in list(module.named_children()):
+            if isinstance(part, FrozenConv) and part.layer in made:
+                setattr(module, child, made[part.layer])
     if isinstance(network, FrozenConv):
         network = made.get(network.layer, network)
     rows = [_row(row, made, errors, reasons) for row in plan.layers]
@@ -145,8 +146,8 @@ class _Ranges:
     A result is observed once, for all that read it: its observer travels with the tensor.
     """
 
-    def __init__(self, convs: dict[str, FoldedConv]) -> None:
-        self.convs = set(convs.values())
+    def __init__(self, convs: Iterable[FrozenConv]) -> None:
+        self.convs = list(convs)
         self.observers: dict[tuple[FrozenConv, str], HistogramObserver] = {}
         self._made: dict[HistogramObserver, Grid] = {}
 
@@ -180,7 +181,7 @@ class _Ranges:
                 known = self.observers.get(key) or HistogramObserver(dtype=torch.quint8)
                 known(t.detach().float())
             self.observers[conv, role] = known
-        y.observer = self.observers[conv, "y"]
+        y.observer = self.observers[conv, "y"]  # type: ignore[attr-defined]
 
     def grids(self, conv: FrozenConv) -> Grids | str:
         """Or why the convolution has none."""
@@ -242,12 +243,12 @@ def _watched(convs: Iterable[FrozenConv], see: See) -> Iterator[None]:
             handle.remove()
 
 
-def _errors(network: nn.Module, twins: dict[FoldedConv, Int8Conv], x: Tensor) -> dict[str, float]:
+def _errors(network: nn.Module, twins: dict[FrozenConv, Int8Conv], x: Tensor) -> dict[str, float]:
     """|| int8 - float || / || float || of each convolution's result, of the same float input, by name."""
     sums: dict[str, Tensor] = {}
 
-    def compare(conv: FrozenConv, x: Tensor, residual: Tensor | None, y: Tensor) -> None:
-        ours = twins[conv](x, residual)  # type: ignore[index]
+    def compare(conv: Any, x: Tensor, residual: Tensor | None, y: Tensor) -> None:
+        ours = twins[conv](x, residual)
         found = torch.stack([(ours - y).float().square().sum(), y.float().square().sum()])
         sums[conv.layer] = found + sums.get(conv.layer, 0.0)
 
