@@ -76,9 +76,6 @@ class Int8Conv(FrozenConv):
     """In int8 on oneDNN: batch norm folded, residual, ReLU and the rounding to 8 bits in the convolution's epilogue.
 
     The weight is symmetric, with a scale for each output channel. A float input or residual is rounded to 8 bits first.
-
-    Raises:
-        RuntimeError: oneDNN does not take the example.
     """
 
     weight_scale: Tensor
@@ -101,6 +98,8 @@ class Int8Conv(FrozenConv):
         self.planned = dataclasses.replace(self.planned, op="qconv2d_pointwise", fused=fused)
 
     def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool = False) -> Tensor:
+        if x.numel() == 0 or not x.is_cpu:
+            self._explain(x)  # oneDNN's op itself minds neither
         x, x_grid = _on_grid(x, self.grids.x)
         args = (x, x_grid, self.weight, self.weight_scale, self.bias)
         if self.adds and residual is None:  # it is to be added apart, to what was not calibrated
