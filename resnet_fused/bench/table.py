@@ -61,7 +61,7 @@ def _cells(report: Report, case: CaseReport, result: Result) -> dict[str, Text |
     cells["peak MB"] = f"{result.peak_bytes / 1e6:.0f}" if timing and result.peak_bytes is not None else "-"
     saved = case.saved_ratio(result, report.baseline)
     cells["saved MB"] = f"{result.saved_bytes / 1e6:.0f} ({saved:.2f}x)" if result.saved_bytes and saved else "-"
-    fraction = f" ({rate / case.roof.best:.0%})" if rate and case.roof else ""
+    fraction = f" ({rate / case.roof.best:.0%})" if rate and case.roof and not result.quantised else ""
     cells["rate"] = f"{rate / 1e9:.0f}{fraction}" if rate else "-"
     cells["setup"] = f"{result.setup_s:.1f}" if result.setup_s is not None else "-"
     return cells
@@ -85,6 +85,7 @@ def notes(report: Report) -> Iterator[str]:
         ]
         if parts:
             yield f"[bold]geometric mean of x baseline, {mode}:[/bold] {', '.join(parts)}"
+    yield from _quantised(report)
     yield from _problems(report)
     for line in report.left_out:
         yield f"[yellow]left out[/yellow] {escape(line)}"
@@ -105,6 +106,21 @@ def notes(report: Report) -> Iterator[str]:
     yield f"peak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}; set-up: build, compile and first call"
     if "train" in report.modes():
         yield f"saved MB: {SAVED}"
+
+
+def _quantised(report: Report) -> Iterator[str]:
+    """What is to be known of a contestant in int8: its speed is for other numbers than the others' is."""
+    found: dict[str, list[str]] = {}
+    for case in report.cases:
+        for result in case.results:
+            if result.agreement is not None:
+                found.setdefault(result.contestant, []).append(f"{result.agreement:.0%} in {case.case.label}")
+    for name, shares in found.items():
+        yield escape(
+            f"{name}: 8-bit arithmetic, calibrated on other random images; top-1 as float64: {', '.join(shares)}. "
+            "Its logit error is that of 8 bits: the contract does not judge it, no mean has it. Weights are random "
+            "here; docs/int8.md has the accuracy of trained networks"
+        )
 
 
 def _problems(report: Report) -> Iterator[str]:

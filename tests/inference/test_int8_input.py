@@ -132,7 +132,6 @@ WRONG = {
     "float16": lambda x: x.half(),
     "float64": lambda x: x.double(),
     "sparse": lambda x: x.to_sparse(),
-    "meta": lambda x: x.to("meta"),
     "2-D": lambda x: x[0, 0],
     "3-D": lambda x: x[0],
     "5-D": lambda x: x[None],
@@ -159,6 +158,12 @@ def test_a_wrong_tensor_gets_the_words_of_the_plain_model(pair, kind, x):
     with pytest.raises(plain.type) as ours:
         frozen(wrong)
     assert str(ours.value) == str(plain.value)
+
+
+@needs_vnni
+def test_a_tensor_without_values_reaches_no_kernel(pair, x):
+    with pytest.raises(RuntimeError, match="frozen for a 4-D torch.float32 input on cpu, got a .* on meta"):
+        pair[1](x.to("meta"))
 
 
 @needs_vnni
