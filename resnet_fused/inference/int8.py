@@ -47,7 +47,8 @@ class Quantised(Tensor):
         """The float tensor."""
         if self._dense is None:
             assert self._eight is not None
-            y = (self._eight.to(torch.float32) - self.grid.zero_point).mul_(self.grid.scale).to(self.dtype)
+            y = self._eight.to(torch.float32)
+            y = y.sub_(self.grid.zero_point).mul_(self.grid.scale).to(self.dtype)
             self._dense, self._eight = y.contiguous() if self.nchw else y, None
         return self._dense
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +20,6 @@ from resnet_fused.ops import onednn
 from resnet_fused.ops.arithmetic import fold
 from resnet_fused.ops.onednn import Grid
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.skipif(onednn.int8_refusal() is not None, reason=str(onednn.int8_refusal()))
 
 
@@ -308,18 +305,3 @@ def test_the_model_is_left_as_it_is():
     freeze(model, x, quantize=[x])
     assert kinds == [type(module) for module in model.modules()]
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-
-
-def test_the_digits_lose_no_accuracy(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import digits
-
-    torch.manual_seed(0)
-    model = digits.small_resnet()
-    accuracy = digits.train(model, epochs=4, seed=0).accuracy
-    pictures, _, test_pictures, test_labels = digits.load()
-    frozen = freeze(model, test_pictures[:8], quantize=pictures[:256].split(64))
-    ours = (frozen(test_pictures).argmax(1) == test_labels).double().mean().item()
-    assert accuracy > 0.95 and ours >= accuracy - 0.005
-    assert all(row.error is not None for row in frozen.plan.layers)
-    sys.modules.pop("digits")
