@@ -117,6 +117,13 @@ def _int8_problem() -> str | None:
     return None
 
 
+@constant
+@functools.cache
+def _symmetric() -> Tensor:
+    """The weights' zero points, which the op takes and does not read."""
+    return torch.zeros(1, dtype=torch.int64)
+
+
 def int8_pack(
     weight: Tensor,
     weight_scale: Tensor,
@@ -158,7 +165,7 @@ def int8_conv(
         result: the grid of a uint8 result, or the dtype of a float one, which no residual is added to.
     """
     (scale, zero_point), dtype = (result, torch.uint8) if isinstance(result, Grid) else (Grid(1.0, 0), result)
-    weights = (weight, weight_scale, torch.zeros(1, dtype=torch.int64))
+    weights = (weight, weight_scale, _symmetric())
     if result == Grid(scale, 0):
         relu = False  # nothing below 0 is on the grid: rounding to it is a ReLU, and no work
     shape, act = (stride, padding, dilation, groups), "relu" if relu else "none"

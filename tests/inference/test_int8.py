@@ -305,3 +305,14 @@ def test_the_model_is_left_as_it_is():
     freeze(model, x, quantize=[x])
     assert kinds == [type(module) for module in model.modules()]
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_residual_of_another_shape_is_added_apart_in_float():
+    model, frozen, x = _pair("resnet")
+    conv = next(m for m in frozen.modules() if isinstance(m, Int8Conv) and m.layer == "layer1.conv2")
+    y = torch.rand(2, 8, 6, 6) * 255 * conv.grids.x.scale  # what was calibrated
+    residual = _x(n=1, channels=8, size=1, seed=2)
+    with torch.no_grad():
+        expected = F.relu(model.layer1.bn2(model.layer1.conv2(y)) + residual)
+        ours = conv(y, residual)
+    assert type(ours) is torch.Tensor and _loss(ours, expected.double()) < 0.05
