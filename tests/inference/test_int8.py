@@ -15,7 +15,7 @@ from resnet_fused import Int8, freeze
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.inference import Int8Conv
 from resnet_fused.inference.int8 import Int8MaxPool2d, Quantised
-from resnet_fused.nn import Bottleneck
+from resnet_fused.nn import BasicBlock, Bottleneck
 from resnet_fused.ops import onednn
 from resnet_fused.ops.arithmetic import fold
 from resnet_fused.ops.onednn import Grid
@@ -316,3 +316,56 @@ def test_a_residual_of_another_shape_is_added_apart_in_float():
         expected = F.relu(model.layer1.bn2(model.layer1.conv2(y)) + residual)
         ours = conv(y, residual)
     assert type(ours) is torch.Tensor and _loss(ours, expected.double()) < 0.05
+
+
+class _Features(nn.Module):
+    """A stem and blocks, whose activations are all returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.first, self.second = BasicBlock(8, 8), BasicBlock(8, 8)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.first(x)
+        return x, y, self.second(y)
+
+
+def test_an_activation_that_others_read_is_not_overwritten():
+    torch.manual_seed(0)
+    model, x = randomised(_Features()).eval(), _x()
+    frozen = freeze(model, x, quantize=[x])
+    with torch.no_grad():
+        for ours, plain in zip(frozen(x), model(x), strict=True):
+            assert _loss(ours, plain.double()) < 0.03
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("result", [Grid(0.05, 0), Grid(0.05, 90), torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("residual_grid", [None, Grid(0.02, 0), Grid(0.03, 130)], ids=str)
+@pytest.mark.parametrize("geometry", [([1, 1], [1, 1], [1, 1], 1), ([2, 1], [0, 2], [1, 2], 4)], ids=str)
+def test_the_op_against_float64(geometry, residual_grid, result, relu):
+    if residual_grid is not None and not isinstance(result, Grid):
+        residual_grid = None  # a float result has none
+    generator, nhwc = torch.Generator().manual_seed(0), torch.channels_last
+    x_grid, groups = Grid(0.04, 77), geometry[3]
+    x = torch.randint(0, 256, (2, 8, 9, 10), generator=generator).to(torch.uint8).contiguous(memory_format=nhwc)
+    weight = torch.randint(-128, 128, (16, 8 // groups, 3, 3), generator=generator).to(torch.int8)
+    scale, bias = torch.rand(16, generator=generator) * 4e-3, torch.randn(16, generator=generator)
+    dense = weight.double() * scale.double().view(-1, 1, 1, 1)
+    truth = F.conv2d((x.double() - 77) * 0.04, dense, bias.double(), *geometry)
+    residual = None
+    if residual_grid is not None:
+        residual = torch.randint(0, 256, truth.shape, generator=generator).to(torch.uint8)
+        residual = residual.contiguous(memory_format=nhwc)
+        truth = truth + (residual.double() - residual_grid.zero_point) * residual_grid.scale
+    packed = onednn.int8_pack(weight, scale, x_grid, *geometry, x.shape)
+    y = onednn.int8_conv(x, x_grid, packed, scale, bias, residual, residual_grid, *geometry, relu, result)
+    truth = truth.relu() if relu else truth
+    if isinstance(result, Grid):
+        exact = (truth / result.scale + result.zero_point).clamp(0, 255)
+        assert y.dtype == torch.uint8 and (y.double() - exact).abs().max() <= 0.5 + 1e-4
+    else:
+        floor = torch.finfo(result).eps * 2 * truth.abs().max()
+        assert y.dtype == result and (y.double() - truth).abs().max() <= floor
