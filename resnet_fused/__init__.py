@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from resnet_fused import evaluate, functional, models, nn
 from resnet_fused.dispatch import use_backend
 from resnet_fused.fusion import FusionReport, fuse, report, unfuse
-from resnet_fused.inference import freeze
+from resnet_fused.inference import Int8, freeze
 from resnet_fused.info import info
 from resnet_fused.training import graphed
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "FusionReport",
+    "Int8",
     "evaluate",
     "freeze",
     "functional",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 WIDTH = 120
-NAMES, CELL = 40, 30  # columns of the first cell, and of another but the last, at most
+NAMES, CELL, SMALL_CELL = 40, 30, 20  # columns of the first cell, and of another but the last, at most
 _NUMBER = re.compile(r"\[(\d+)-(\d+)\]|(\d+)")
 
 
@@ -26,8 +26,9 @@ def ranges(names: Sequence[str]) -> list[str]:
     while True:
         merged: list[str] = []
         for name in runs:
-            both = _together(merged[-1], name) if merged else None
-            merged[-1:] = [both] if both else [*merged[-1:], name]
+            pairs = ((k, _together(one, name)) for k, one in enumerate(merged))
+            k, both = next(((k, both) for k, both in pairs if both), (len(merged), name))
+            merged[k : k + 1] = [both]
         if len(merged) == len(runs):
             return merged
         runs = merged
@@ -54,7 +55,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """
     kept = [k for k in range(len(head)) if any(row[k] for row in rows)]
     rows = [[row[k] for k in kept] for row in (head, *rows)]
-    most = [NAMES, *[CELL] * (len(kept) - 1)]
+    most = [NAMES, *[CELL if len(kept) < 5 else SMALL_CELL] * (len(kept) - 1)]
     widths = [min(max(map(len, column)), limit) for column, limit in zip(zip(*rows, strict=True), most, strict=True)]
     widths[-1] = WIDTH - sum(widths[:-1]) - 2 * (len(widths) - 1)
     lines = []

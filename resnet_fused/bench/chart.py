@@ -16,6 +16,7 @@ COLOURS = {
     "compile": "#e0a030",
     "fused": "#3a86c8",
     "frozen": "#1b4f8a",
+    "frozen-int8": "#7a4fa0",
 }
 
 

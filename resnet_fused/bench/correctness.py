@@ -72,6 +72,11 @@ def errors_of(outcome: Outcome, reference: Outcome) -> Errors:
     return Errors(logits, max_error(outcome.loss, reference.loss), both, worst, max(statistics, default=0.0))
 
 
+def top1_agreement(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """The share of images, 0 to 1, whose largest logit is the same."""
+    return float((logits.argmax(1).cpu() == reference.argmax(1).cpu()).double().mean())
+
+
 def breach(errors: Errors, plain: Iterable[Errors], dtype: str) -> str | None:
     """How `errors` break the contract, given those of the plain contestants; None when they keep it.
 

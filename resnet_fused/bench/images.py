@@ -9,6 +9,7 @@ from typing import TypedDict, final
 import torch
 
 from resnet_fused._command import UsageError, one_line
+from resnet_fused.bench.correctness import top1_agreement
 
 RESIZE, CROP = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -108,7 +109,7 @@ def compare(logits: torch.Tensor, plain: torch.Tensor) -> Agreement:
     """A contestant's logits and the baseline's."""
     difference = float((logits - plain).abs().max())
     return {
-        "top1_agreement": float((logits.argmax(1) == plain.argmax(1)).double().mean()),
+        "top1_agreement": top1_agreement(logits, plain),
         "max_logit_difference": difference,
         "relative_difference": difference / float(plain.abs().max()),
     }

@@ -31,7 +31,7 @@ STEPS, WARM_UP = 3, 2
 SCOPE, STEP = "layer: ", "one step"
 BACKWARD = "autograd::engine::evaluate_function: "
 STEM, HEAD, OPTIMIZER, OTHER = "stem", "head", "optimizer", "other"
-REPLACED = ("frozen",)  # their modules are not the model's: only their kernels can be told
+REPLACED = ("frozen", "frozen-int8")  # their modules are not the model's: only their kernels can be told
 SCHEMES = {"fused": "planned"}  # whose bytes a contestant is held against; the others' are eager's
 # What an op is, by its name; the outermost op that is something decides, so that a copy inside a convolution is one.
 KINDS = (

@@ -35,6 +35,11 @@ class Result:
     timing: Timing | None = None
     peak_bytes: int | None = None
     saved_bytes: int | None = None  # by autograd, in training
+    agreement: float | None = None  # in top-1 with float64, of a quantised contestant
+
+    @property
+    def quantised(self) -> bool:
+        return self.agreement is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +84,15 @@ class Report:
     kernels: str | None = None  # what ours ran by: a line, where there is something to say
 
     def geometric_means(self, mode: str) -> dict[str, tuple[float, int]]:
-        """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them."""
+        """By contestant: the geometric mean of its speed-ups over the cases of `mode`, and over how many of them.
+
+        Of float arithmetic only: a quantised contestant computes something else.
+        """
         logs: dict[str, list[float]] = {}
         for report in self.cases:
             for result in report.results if report.case.mode == mode else ():
                 speedup = report.speedup(result, self.baseline)
-                if speedup:
+                if speedup and not result.quantised:
                     logs.setdefault(result.contestant, []).append(math.log(speedup))
         return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in logs.items()}
 
@@ -144,8 +152,9 @@ class Report:
             if result.saved_bytes is not None
             else None,
             flops_per_s=rate,
-            roof_fraction=rate / report.roof.best if rate and report.roof else None,
+            roof_fraction=rate / report.roof.best if rate and report.roof and not result.quantised else None,
             errors=result.errors,
+            agreement=result.agreement,
         )
 
 
@@ -194,6 +203,7 @@ class ResultFile:
     flops_per_s: float | None = None
     roof_fraction: float | None = None
     errors: Errors | None = None
+    agreement: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

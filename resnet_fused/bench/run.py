@@ -18,7 +18,7 @@ from torch import nn
 from resnet_fused._command import one_line
 from resnet_fused.bench import images, loader, preparation
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
-from resnet_fused.bench.correctness import Errors, breach, errors_of
+from resnet_fused.bench.correctness import Errors, breach, errors_of, top1_agreement
 from resnet_fused.bench.results import INTERRUPTED, CaseReport, Report, Result
 from resnet_fused.bench.runner import GraphMemory, Outcome, Runner, device_captures, reference
 from resnet_fused.measure import memory, models, provenance, roof
@@ -275,6 +275,7 @@ class _Race:
             outcome = runner.evaluate(min(case.batch, CHECKED_IMAGES))
             setup_s = time.perf_counter() - start
             errors = errors_of(outcome, judge)
+            agreement = top1_agreement(outcome.logits, judge.logits) if contestant.quantised else None
             runner.step_by_step()
             peak = meter.peak(runner.step_by_step)  # a graph's memory is shared, so nobody's
             runner.step()
@@ -283,7 +284,7 @@ class _Race:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
             return None, Result(contestant.name, "failed", one_line(error, kind=True))
-        return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved)
+        return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved, agreement)
 
 
 def _load_and_train(
@@ -331,7 +332,8 @@ def _saved_bytes(runner: Runner) -> int:
 
 def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:
     """`result`, failed if it breaks the contract: a wrong answer has no speed."""
-    if result.errors is None or CONTESTANTS[result.contestant].plain:
+    contestant = CONTESTANTS[result.contestant]
+    if result.errors is None or contestant.plain or contestant.quantised:
         return result
     reason = breach(result.errors, plain, dtype)
     return dataclasses.replace(result, status="failed", reason=reason) if reason else result

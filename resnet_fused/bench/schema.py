@@ -86,7 +86,8 @@ def _result(file: ResultFile, rounds: int, place: str) -> Result:
             raise Misfit(f"{place}.samples_ms", f"is not {rounds} times, one a round")
         timing = Timing(samples)
     saved = file.saved.bytes if file.saved else None
-    return Result(file.contestant, file.status, file.reason, file.errors, file.setup_s, timing, file.peak_bytes, saved)
+    measured = (file.errors, file.setup_s, timing, file.peak_bytes, saved, file.agreement)
+    return Result(file.contestant, file.status, file.reason, *measured)
 
 
 def _differences(written: Any, derived: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:

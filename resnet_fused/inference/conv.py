@@ -246,7 +246,7 @@ class FrozenConv(Constants):
 
     def _explain(self, x: Tensor) -> None:
         """Raise what is wrong with an input, in the words of PyTorch's convolution and batch norm where they mind."""
-        weight = self.weight.to_dense() if self.weight.is_mkldnn else self.weight
+        weight = self._dense_weight()
         bias = weight.new_zeros(weight.shape[0]) if self.biased else None
         y = F.conv2d(x, weight, bias, *self.geometry)
         nn.BatchNorm2d._check_input_dim(self, y)  # type: ignore[arg-type]
@@ -254,6 +254,10 @@ class FrozenConv(Constants):
         if given != frozen:
             text = "{}-D {} input on {}"
             raise RuntimeError(f"{self.layer} was frozen for a {text.format(*frozen)}, got a {text.format(*given)}")
+
+    def _dense_weight(self) -> Tensor:
+        """A weight for PyTorch's convolution, of the shape and the dtype of this one's."""
+        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
 
     def check_autocast(self) -> None:
         """Raise if autocast is not what it was when the example ran."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -18,10 +19,11 @@ from resnet_fused.inference.conv import FoldedConv, keep_nan
 from resnet_fused.inference.graph import Graphs, leaves
 from resnet_fused.inference.network import freeze_network, observe, prepare
 from resnet_fused.inference.plan import FreezePlan
+from resnet_fused.inference.quantize import Int8, check, quantised
 
 
-def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
-    """An inference-only callable that computes what `model` computes: `y = model(x)`.
+def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Tensor] | None = None) -> Frozen:
+    """An inference-only callable that computes what `model` computes: `y = model(x)`; on request nearly that, in int8.
 
     The network is planned once, as a whole, for the backend of the surrounding `use_backend`, else the plan's default
     for this device. Every fused convolution takes its batch norm, residual and ReLU with it: on PyTorch's own
@@ -31,10 +33,23 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
     PyTorch's own. `print(frozen.plan)` shows it all. On a GPU the network is captured in a CUDA graph for each shape of
     input it meets.
 
+    With `quantize`, on a CPU, its convolutions run in int8: every activation is rounded to one of 256 values
+
+        x  ~  x_scale * (q - zero_point),    q = clamp(round(x / x_scale) + zero_point, 0, 255)
+
+    per tensor, every folded weight to w_scale * v with v in [-128, 127], a scale for each output channel; products are
+    added in int32, and batch norm, residual, ReLU and the next rounding are done in fp32 on the sum. The ranges come
+    from the calibration inputs, by PyTorch's `HistogramObserver` and `PerChannelMinMaxObserver`. What is no fused
+    convolution, a max pool excepted, is computed in the float dtype. `frozen.plan` has each layer's error, and why a
+    convolution stays in float.
+
     Args:
         model: in eval mode, fused or not; it is left as it is. The Triton kernels read channels_last activations: give
             them a model and an input in that format, or each stage copies on its way in and out.
         example_input: an input such as the callable will get, on the model's device; other sizes work as well.
+        quantize: None, or what calibrates an int8 network: a few inputs [N, C, H, W] such as the callable will get, in
+            an iterable, of the example's dtype (float32 or bfloat16) and device; or `Int8`, which also names layers to
+            be kept in float.
 
     Returns:
         A module whose forward takes one tensor, as that of `model` does. It keeps no gradient. It computes what `model`
@@ -44,13 +59,21 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
         weights, a pickle, a traced, scripted or exported program - raises, and is to be done to `model`.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`, `example_input` not a tensor.
-        RuntimeError: `model`, or a part of it, is in training mode; the example has no values (meta device); whatever
+        TypeError: `model` is not an `nn.Module`, `example_input` not a tensor; `quantize` is no iterable of tensors.
+        ValueError: there is no calibration input, or all are constant, or one is not finite or not like the example;
+            a name in `keep` that is no layer's.
+        RuntimeError: `model`, or a part of it, is in training mode; the example has no values (meta device); int8 does
+            not run here (a GPU, a CPU without VNNI, another forced backend) or on no convolution of the model; whatever
             `model(example_input)` raises.
 
     Numerics:
         A NaN or an infinity in the input or in the result gives exactly what the model gives. One that arises inside a
-        CPU network on oneDNN by overflow and leaves no trace in the result may read as 0.
+        CPU network on oneDNN by overflow and leaves no trace in the result may read as 0. In int8 a NaN or an infinity
+        in the input raises a ValueError.
+
+    Source:
+        Int8 arithmetic: Jacob et al. (2018), Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference, https://arxiv.org/abs/1712.05877.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -62,16 +85,24 @@ def freeze(model: nn.Module, example_input: Tensor) -> Frozen:
     training = next((name or "the model itself" for name, training in modes if training), None)
     if training is not None:
         raise RuntimeError(f"freeze: the model is in training mode ({training}); call .eval() on it first")
+    chosen = None if quantize is None else check(quantize, example_input)
     with torch.no_grad():
         network, reasons = prepare(model)
         setting = Setting(_argument(model), example_input.device, autocast_dtype(example_input.device.type))
-        frozen = Frozen(*freeze_network(network, reasons, observe(network, example_input)), setting).eval()
+        network, plan, sources = freeze_network(network, reasons, observe(network, example_input))
+        frozen = Frozen(network, plan, setting).eval()
     try:
         frozen(example_input)
     except RuntimeError:  # code between the convolutions may want its activations in NCHW order, as `view` does
         if not frozen.keep_order():
             raise
         frozen(example_input)
+    if chosen is None:
+        return frozen
+    with frozen.surroundings():
+        network, plan = quantised(network, plan, sources, example_input, chosen)
+    frozen = Frozen(network, plan, setting).eval()
+    frozen(example_input)
     return frozen
 
 
@@ -120,11 +151,8 @@ class Frozen(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model computes of its one input, positional or by the model's name for it."""
         x = self._input(inputs, named)
-        device, dtype = self._setting.device, self._setting.autocast
-        # Without the cache: it would hand memory of before a capture to the captured graph.
-        autocast = torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-        with torch.no_grad(), autocast:
-            if x.is_cuda and x.device == device:
+        with self.surroundings():
+            if x.is_cuda and x.device == self._setting.device:
                 return self._graphs(x)
             y = self.network(x)
             if self._loses_nan and not all(map(_finite, (x, *leaves(y)))):
@@ -134,6 +162,14 @@ class Frozen(nn.Module):
                 finally:
                     keep_nan.reset(token)
             return y
+
+    @contextlib.contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """What the network runs in, whatever the caller is in: no gradient, and the autocast it was frozen under."""
+        device, dtype = self._setting.device, self._setting.autocast
+        # Without the cache: it would hand memory of before a capture to the captured graph.
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False):
+            yield
 
     def _input(self, inputs: Any, named: Any) -> Tensor:
         """The model's one input; whatever else a frozen model is called with, it says so."""

@@ -66,8 +66,12 @@ def observe(network: nn.Module, example: Tensor) -> Seen:
     return seen
 
 
-def freeze_network(network: nn.Module, reasons: dict[str, str], seen: Seen) -> tuple[nn.Module, FreezePlan]:
-    """The network with a frozen module in place of each fused one whose plan ran, and how each convolution runs."""
+def freeze_network(
+    network: nn.Module, reasons: dict[str, str], seen: Seen
+) -> tuple[nn.Module, FreezePlan, dict[str, Source]]:
+    """The network with a frozen module in place of each fused one whose plan ran, how each convolution runs, and what
+    each frozen one was made from, by name.
+    """
     names: dict[nn.Module, str] = {
         module: name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)
     }
@@ -81,7 +85,7 @@ def freeze_network(network: nn.Module, reasons: dict[str, str], seen: Seen) -> t
         elif isinstance(module, Join):
             planned.update((row.layer, row) for row in module.planned)
     layers = [planned.get(name) or PlannedConv(name, "-", "-", "", freezer.why(name)) for name in names.values()]
-    return network, FreezePlan(tuple(layers))
+    return network, FreezePlan(tuple(layers)), freezer.sources
 
 
 class _Freezer:

@@ -22,10 +22,12 @@ class PlannedConv:
     Attributes:
         layer: its name in the model.
         backend: of the op that runs it; `"-"` where it is left to the model's own code.
-        op: `"conv_fprop"`, `"conv_chain"`, `"conv_join"`, or `"-"`.
+        op: `"conv_fprop"`, `"conv_chain"`, `"conv_join"`, `"qconv2d_pointwise"` (oneDNN's, in int8), or `"-"`.
         fused: what the op computes beside it.
         reason: why the op does not run on the backend asked for, or does not compute more; empty if nothing was in
             the way.
+        error: in int8, || int8 - float || / || float || of its result on the first calibration input, given the same
+            float input; None in the float dtype.
     """
 
     layer: str
@@ -33,6 +35,7 @@ class PlannedConv:
     op: str
     fused: str
     reason: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ class FreezePlan:
         ]
         lines = [f"{len(self.layers)} convolutions: {', '.join(how)}"]
         lines += [f"{op}: {text}" for op, text in MEANING.items() if any(row.op == op for row in self.layers)]
-        rows = []
+        worst = sorted((row for row in self.layers if row.error is not None), key=lambda row: -(row.error or 0.0))[:3]
+        if worst:
+            names = ", ".join(f"{row.layer} {row.error:.1%}" for row in worst)
+            lines.append(f"int8 error: of a layer's result, relative to float; largest in {names}")
+        rows, errors = [], dict[tuple[str, ...], list[float]]()
         for row in self.layers:
             by = "the model" if row.op == "-" else f"{row.op} on {row.backend}"
             reasons = [part for part in row.reason.split("; ") if not part.endswith(LAYER_BY_LAYER)]
             texts = (self._seen_from(row.layer, text) for text in (row.fused, "; ".join(reasons)))
-            rows.append((row.layer, by if len(counts) > 1 else "", *texts))  # else the first line has said it
-        return "\n".join([*lines, *table(("layer", "run by", "fused with", "why not more"), grouped(rows))])
+            what = (by if len(counts) > 1 else "", *texts)  # else the first line has said by what
+            rows.append((row.layer, *what))
+            errors.setdefault(what, []).extend(() if row.error is None else (row.error,))
+        shown = [(name, what[0], _span(errors[tuple(what)]), *what[1:]) for name, *what in grouped(rows)]
+        return "\n".join([*lines, *table(("layer", "run by", "int8 error", "fused with", "why not more"), shown)])
 
     def _seen_from(self, layer: str, text: str) -> str:
         """The text with layers named as those of the same, the next or the previous block, so that blocks compare."""
@@ -77,3 +87,9 @@ class FreezePlan:
             return ".".join(there[first:])
 
         return re.sub(r"\w+(?:\.\w+)+", rename, text)
+
+
+def _span(errors: list[float]) -> str:
+    """From the least to the largest."""
+    least, most = (f"{100 * error:.1f}" for error in (min(errors, default=0.0), max(errors, default=0.0)))
+    return "" if not errors else f"{most} %" if least == most else f"{least} - {most} %"

@@ -38,10 +38,15 @@ def register_formulas(counter: ModuleType) -> None:
         *_rest, weight = (t.shape for t in args[:3] if isinstance(t, Tensor) and t.dim() == out_val.dim())
         return int(conv(out_val.shape, weight, out_val.shape))
 
+    def onednn_int8(*args: Any, out_val: Tensor, **_: Any) -> int:
+        return int(conv(args[0].shape, args[3].shape, out_val.shape))  # (x, scale, zero point, weight, ...)
+
     formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):
         if hasattr(torch.ops.mkldnn, name):
             formulas[getattr(torch.ops.mkldnn, name)] = onednn
+    if hasattr(torch.ops.onednn, "qconv2d_pointwise"):
+        formulas[torch.ops.onednn.qconv2d_pointwise] = onednn_int8
     for op, formula in formulas.items():
         if op not in counter.flop_registry:
             counter.register_flop_formula(op, get_raw=True)(formula)

@@ -1,8 +1,10 @@
-"""oneDNN's fused convolution on a CPU, through the ops that Inductor calls."""
+"""oneDNN's fused convolutions on a CPU, in float and in int8, through the ops that Inductor calls."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,3 +79,105 @@ def conv(
     if overwrite_residual:
         return ops._convolution_pointwise_.binary(residual, x, weight, bias, *shape, "add", 1.0, *unary)
     return ops._convolution_pointwise.binary(x, residual, weight, bias, *shape, "add", 1.0, *unary)
+
+
+class Grid(NamedTuple):
+    """The values that 8 bits stand for: scale * (q - zero_point)."""
+
+    scale: float
+    zero_point: int
+
+
+def quantise(x: Tensor, grid: Grid) -> Tensor:
+    """The nearest points of the grid, uint8; what lies beyond its ends becomes them.
+
+    `quantized_decomposed.quantize_per_tensor`, but in place: two passes over memory less.
+    """
+    y = x.float().mul(1.0 / grid.scale)
+    return y.round_().add_(grid.zero_point).clamp_(0, 255).to(torch.uint8)
+
+
+def int8_refusal() -> str | None:
+    """Why oneDNN's int8 convolution is not to be used on this machine; None if it is."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+        return "this PyTorch has no oneDNN, or torch.backends.mkldnn is switched off"
+    return _int8_problem()
+
+
+@constant
+@functools.cache
+def _int8_problem() -> str | None:
+    """Tries the largest products: without VNNI, pairs of them saturate in 16 bits."""
+    channels, one, pointwise = 64, Grid(1.0, 0), ([1, 1], [0, 0], [1, 1], 1)
+    x = torch.full((1, channels, 4, 4), 255, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    weight = torch.full((channels, channels, 1, 1), 127, dtype=torch.int8)
+    scale = torch.ones(channels)
+    try:
+        packed = int8_pack(weight, scale, one, *pointwise, x.shape)
+        y = int8_conv(x, one, packed, scale, torch.zeros(channels), None, None, *pointwise, None, torch.float32)
+    except (RuntimeError, AttributeError) as error:  # no such op, or no kernel behind it
+        return f"oneDNN has no int8 convolution here: {str(error).splitlines()[0]}"
+    if bool((y != 255 * 127 * channels).any()):
+        return "its int8 products saturate on this CPU: it has no VNNI, or ONEDNN_MAX_CPU_ISA leaves it unused"
+    return None
+
+
+@constant
+@functools.cache
+def _symmetric() -> Tensor:
+    """The weights' zero points, which the op takes and does not read."""
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def int8_pack(
+    weight: Tensor,
+    weight_scale: Tensor,
+    x_grid: Grid,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    input_shape: torch.Size,
+) -> Tensor:
+    """An int8 weight [K, C/groups, R, S] in the order oneDNN prefers for inputs of this shape and grid."""
+    packed: Tensor = torch.ops.onednn.qconv_prepack(
+        weight, weight_scale, *x_grid, stride, padding, dilation, groups, list(input_shape)
+    )
+    return packed
+
+
+def int8_conv(
+    x: Tensor,
+    x_grid: Grid,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_grid: Grid | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+    result: Grid | torch.dtype,
+) -> Tensor:
+    """act(conv(x, weight) + bias + residual) in one oneDNN primitive: int32 sums, an fp32 epilogue, one rounding.
+
+    Args:
+        x: uint8, NHWC, on `x_grid`.
+        weight: of `int8_pack`, times `weight_scale` per output channel; `bias` is float32.
+        residual: uint8 on `residual_grid`, with room for the result, or None: it is overwritten.
+        result: the grid of a uint8 result, or the dtype of a float one, which no residual is added to.
+        act: with a residual ReLU or None, as oneDNN has it.
+    """
+    (scale, zero_point), dtype = (result, torch.uint8) if isinstance(result, Grid) else (Grid(1.0, 0), result)
+    weights = (weight, weight_scale, _symmetric())
+    if act == "relu" and result == Grid(scale, 0):
+        act = None  # nothing below 0 is on the grid: rounding to it is a ReLU, and no work
+    shape, attribute = (stride, padding, dilation, groups), "none" if act is None else ACTIVATIONS[act].onednn
+    conv = torch.ops.onednn.qconv2d_pointwise
+    if residual is None:
+        return conv(x, *x_grid, *weights, bias, *shape, scale, zero_point, dtype, attribute, [], "")
+    assert residual_grid is not None
+    added: tuple[object, ...] = (*residual_grid, "sum", 1.0, attribute, [], "")
+    return conv.binary(x, *x_grid, *weights, residual, bias, *shape, scale, zero_point, dtype, *added)

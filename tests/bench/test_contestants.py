@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import io
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
+from rich.console import Console
 
+from resnet_fused.bench import correctness, schema, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, other_runtimes
+from resnet_fused.bench.results import CaseReport, Report, Result
 from resnet_fused.bench.runner import Runner, device_captures
+from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import Case, Unavailable
+from resnet_fused.measure.roof import Roof
+from resnet_fused.measure.timing import Timing
+from resnet_fused.ops import onednn
 
 INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
 TRAIN = Case("resnet18", "train", 2, "fp32", "cpu", 32)
@@ -74,6 +83,36 @@ def test_openvino_without_the_dtype_on_this_cpu_says_so(monkeypatch):
     monkeypatch.setattr(other_runtimes, "_imported", lambda name: SimpleNamespace(Core=Core))
     with pytest.raises(Unavailable, match="no bf16 on this CPU, only FP32, INT8"):
         _runner("openvino", dataclasses.replace(INFER, dtype="bf16"))
+
+
+def test_int8_is_near_the_plain_model_and_says_where_it_does_not_run(monkeypatch):
+    for case in (dataclasses.replace(INFER, dtype="fp16"), dataclasses.replace(INFER, device="meta")):
+        with pytest.raises(Unavailable, match="on a CPU only, in fp32 and bf16 networks"):
+            _runner("frozen-int8", case)
+    if (problem := onednn.int8_refusal()) is None:
+        runner = _runner("frozen-int8", INFER)
+        ours, plain = runner.evaluate().logits, _runner("eager", INFER).evaluate().logits
+        assert 1e-5 < correctness.norm_error(ours, plain) < 0.05
+        monkeypatch.setattr(onednn, "int8_refusal", lambda: "no VNNI")
+        problem = "no VNNI"
+    with pytest.raises(Unavailable, match=problem):
+        _runner("frozen-int8", INFER)
+
+
+def test_int8_is_in_no_mean_and_the_table_says_what_it_is():
+    timing = Timing((2.0, 2.0))
+    float32 = [Result(name, "ok", errors=correctness.Errors(1e-7), timing=timing) for name in (BASELINE, "frozen")]
+    int8 = Result("frozen-int8", "ok", errors=correctness.Errors(2e-2), timing=Timing((1.0, 1.0)), agreement=0.5)
+    case = CaseReport(INFER, 1000, 2, (*float32, int8), Roof(1e9, 1e9))
+    report = Report("resnet18", BASELINE, provenance.collect(torch.device("cpu"), ""), (case,))
+    assert set(report.geometric_means("infer")) == {BASELINE, "frozen"}
+    said = next(line for line in table.notes(report) if line.startswith("frozen-int8"))
+    assert "50% in infer, batch 2, fp32" in said and "no mean has it" in said
+    console = Console(width=200, file=io.StringIO())
+    table.render(report, console)
+    row = next(line for line in console.file.getvalue().splitlines() if "  frozen-int8 " in line)
+    assert "2.00x" in row and "2.0e-02" in row and "%" not in row  # the roof is that of float
+    assert schema.parse(json.loads(json.dumps(report.to_json())), "here") == report
 
 
 def test_max_autotune_is_for_gpus():

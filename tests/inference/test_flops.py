@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from resnet_fused import freeze, fuse, use_backend
+from resnet_fused.ops import onednn
 
 NETWORKS = {
     "basic": (BasicBlock, {}),
@@ -92,6 +93,14 @@ def test_blocks_count_the_same_on_triton():
     count, ops = _count(frozen.network, x)
     assert count == _count(plain, x)[0]
     assert {"resnet_fused.conv_fprop", "resnet_fused.conv_join", "resnet_fused.conv_chain"} <= ops
+
+
+@pytest.mark.skipif(onednn.int8_refusal() is not None, reason=str(onednn.int8_refusal()))
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_in_int8_counts_the_same(name):
+    plain, x = _network(name).eval(), torch.randn(2, 3, 17, 17)
+    count, ops = _count(freeze(plain, x, quantize=[x]), x)
+    assert count == _count(plain, x)[0] and "onednn.qconv2d_pointwise" in ops
 
 
 def test_the_counter_may_be_imported_before_the_package_or_after_it():

@@ -15,11 +15,13 @@ from torch import nn
 import resnet_fused
 from resnet_fused.bench.contestants import cudnn_graphs_network, other_runtimes
 from resnet_fused.measure.cases import MODES, Case, Unavailable
+from resnet_fused.ops import onednn
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Prepare = Callable[[nn.Module, torch.Tensor, Case], Forward]
 
 BASELINE = "eager-channels-last"
+CALIBRATION_BATCHES, CALIBRATION_BATCH, CALIBRATION_SEED = 4, 8, 20260101
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Contestant:
     modes: tuple[str, ...] = MODES
     plain: bool = False  # plain PyTorch: its error is the yardstick of the contract, not subject to it
     by_default: bool = True  # else only where it is named: it takes minutes
+    quantised: bool = False  # its error is that of 8 bits: not subject to the contract, and in no mean of speed-ups
 
 
 def _as_it_is(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
@@ -70,6 +73,18 @@ def _frozen(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
     return resnet_fused.freeze(model, example)
 
 
+def _frozen_int8(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    """Calibrated on other images than it is judged by, of the same distribution."""
+    if example.device.type != "cpu" or case.dtype == "fp16":
+        raise Unavailable("int8 runs on a CPU only, in fp32 and bf16 networks")
+    if problem := onednn.int8_refusal():
+        raise Unavailable(problem)
+    generator = torch.Generator().manual_seed(CALIBRATION_SEED)
+    shape = (min(len(example), CALIBRATION_BATCH), *example.shape[1:])
+    inputs = [torch.randn(shape, generator=generator).to(example.dtype) for _ in range(CALIBRATION_BATCHES)]
+    return resnet_fused.freeze(model, example, quantize=inputs)
+
+
 CONTESTANTS: dict[str, Contestant] = {
     contestant.name: contestant
     for contestant in (
@@ -105,5 +120,12 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
         Contestant("fused", "resnet_fused.fuse(model)", _fused),
         Contestant("frozen", "resnet_fused.freeze(model, example)", _frozen, modes=("infer",)),
+        Contestant(
+            "frozen-int8",
+            "resnet_fused.freeze(model, example, quantize=images)",
+            _frozen_int8,
+            modes=("infer",),
+            quantised=True,
+        ),
     )
 }

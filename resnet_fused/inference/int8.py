@@ -1,0 +1,140 @@
+"""Frozen convolutions in int8, and the tensors that they hand to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
+from torch import Tensor, nn
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+from torch.utils._pytree import tree_map_only
+
+from resnet_fused.inference.conv import FrozenConv, Source
+from resnet_fused.ops import onednn
+from resnet_fused.ops.arithmetic import fold
+from resnet_fused.ops.onednn import Grid
+
+
+class Quantised(Tensor):
+    """A float tensor in 8 bits: scale * (q - zero_point).
+
+    Whoever does not know it reads it as float: any op of PyTorch's is given the float tensor. From then on that counts,
+    for it may be written to.
+    """
+
+    grid: Grid
+    nchw: bool
+    _eight: Tensor | None
+    _dense: Tensor | None
+
+    @staticmethod
+    def __new__(cls, eight: Tensor, grid: Grid, dtype: torch.dtype, nchw: bool) -> Quantised:
+        """`eight`: q as uint8, NHWC; `nchw`: the float tensor is in that order."""
+        strides = torch.empty(eight.shape, device="meta").stride() if nchw else eight.stride()
+        made: Quantised = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, eight.shape, strides=strides, dtype=dtype, device=eight.device
+        )
+        made.grid, made.nchw, made._eight, made._dense = grid, nchw, eight, None
+        return made
+
+    def eight(self) -> Tensor:
+        """q, as it was made, or rounded again where the float tensor was read."""
+        return quantise(self.dense(), self.grid) if self._eight is None else self._eight
+
+    def dense(self) -> Tensor:
+        """The float tensor."""
+        if self._dense is None:
+            assert self._eight is not None
+            y = self._eight.to(torch.float32)
+            y = y.sub_(self.grid.zero_point).mul_(self.grid.scale).to(self.dtype)
+            self._dense, self._eight = y.contiguous() if self.nchw else y, None
+        return self._dense
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def quantise(x: Tensor, grid: Grid) -> Tensor:
+    """`x` as uint8 in NHWC order."""
+    return onednn.quantise(x.contiguous(memory_format=torch.channels_last), grid)
+
+
+class Grids(NamedTuple):
+    """What 8 bits stand for in a convolution's input, result and residual."""
+
+    x: Grid
+    y: Grid
+    residual: Grid | None
+
+
+class Int8Conv(FrozenConv):
+    """In int8 on oneDNN: batch norm folded; residual, activation and the rounding to 8 bits in the epilogue.
+
+    The weight is symmetric, with a scale for each output channel. A float input or residual is rounded to 8 bits first.
+    """
+
+    weight_scale: Tensor
+    bias: Tensor
+
+    def __init__(self, source: Source, grids: Grids, keeps_order: bool) -> None:
+        super().__init__(source, "aten")
+        self.grids, self.keeps_order = grids, keeps_order
+        scale, shift = source.affine()
+        weight = fold(source.conv.weight, scale, torch.float32).contiguous()
+        observer = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_symmetric)
+        observer(weight)
+        scales, zeros = observer.calculate_qparams()
+        weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
+        self.dense_shape = weight.shape
+        self.constant("weight", onednn.int8_pack(weight, scales, grids.x, *self.geometry, source.example.x.shape))
+        self.constant("weight_scale", scales)
+        self.constant("bias", shift.to(torch.float32))
+        fused = f"{self.planned.fused}, requantisation"
+        self.planned = dataclasses.replace(self.planned, op="qconv2d_pointwise", fused=fused)
+
+    def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
+        if x.numel() == 0 or not x.is_cpu:
+            self._explain(x)  # oneDNN's op itself minds neither
+        x, x_grid = _on_grid(x, self.grids.x)
+        args = (x, x_grid, self.weight, self.weight_scale, self.bias)
+        if self.adds and residual is None:  # it is to be added apart, to what was not calibrated
+            return onednn.int8_conv(*args, None, None, *self.geometry, act, self.dtype)
+        added, added_grid = None, None
+        if residual is not None:
+            assert self.grids.residual is not None
+            given, (added, added_grid) = residual, _on_grid(residual, self.grids.residual)
+            if isinstance(given, Quantised) and not overwrite_residual:
+                added = added.clone()
+        y = onednn.int8_conv(*args, added, added_grid, *self.geometry, act, self.grids.y)
+        return Quantised(y, self.grids.y, self.dtype, self.keeps_order)
+
+    def _dense_weight(self) -> Tensor:
+        return torch.empty(self.dense_shape, dtype=self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int8"
+
+
+def _on_grid(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    return (x.eight(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
+
+
+def _pair(value: Any) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+class Int8MaxPool2d(nn.MaxPool2d):
+    """`nn.MaxPool2d` that leaves a tensor in 8 bits: the largest stays the largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Quantised):
+            return super().forward(x)
+        geometry = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
+        y = torch.ops.quantized.max_pool2d(x.eight(), *geometry, self.ceil_mode)
+        return Quantised(y, x.grid, x.dtype, x.nchw)
