@@ -12,8 +12,9 @@ import argparse
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from threading import local
+from threading import Lock
 
 import torch
 import torchvision
@@ -37,20 +38,17 @@ def load(name: str, path: Path, device: torch.device) -> nn.Module:
 
 
 class Server:
-    """Answers requests from any thread. A CUDA graph has one place for its input, so on a GPU each thread has a model
-    of its own, made from one file; on a CPU all threads share one."""
+    """Answers requests from any thread. A CUDA graph has one place for its input, so that a GPU serves one request at a
+    time, which is all it can compute at once; on a CPU threads run side by side."""
 
-    def __init__(self, name: str, path: Path, device: torch.device) -> None:
-        self.make = lambda: load(name, path, device)
-        self.device, self.mine, self.shared = device, local(), None if device.type == "cuda" else self.make()
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.turn = Lock() if device.type == "cuda" else nullcontext()
 
     def __call__(self, images: Tensor) -> Tensor:
-        model = self.shared
-        if model is None:
-            if not hasattr(self.mine, "model"):
-                self.mine.model = self.make()
-            model = self.mine.model
-        return model(images.to(self.device, memory_format=torch.channels_last)).cpu()
+        images = images.to(self.device, memory_format=torch.channels_last)
+        with self.turn:
+            return self.model(images).cpu()
 
 
 def main(argv: list[str] | None = None) -> float:
@@ -69,14 +67,14 @@ def main(argv: list[str] | None = None) -> float:
         path = Path(folder) / "weights.pt"
         save(plain, path)
         began = time.monotonic()
-        server = Server(options.model, path, device)
-        print(f"loaded and frozen in {time.monotonic() - began:.1f} s")
-        shapes = [(1, options.side), (4, options.side), (2, options.side // 2)]  # batch and side; no new freeze
-        images = [torch.randn(n, 3, side, side) for n, side in shapes] * options.requests
-        images = images[: options.requests]
-        began = time.monotonic()
-        with ThreadPoolExecutor(options.threads) as pool:
-            answers = list(pool.map(server, images))
+        server = Server(load(options.model, path, device), device)
+    print(f"loaded and frozen in {time.monotonic() - began:.1f} s")
+    shapes = [(1, options.side), (4, options.side), (2, options.side // 2)]  # batch and side; no new freeze
+    images = [torch.randn(n, 3, side, side) for n, side in shapes] * options.requests
+    images = images[: options.requests]
+    began = time.monotonic()
+    with ThreadPoolExecutor(options.threads) as pool:
+        answers = list(pool.map(server, images))
     seconds, count = time.monotonic() - began, sum(map(len, images))
     print(f"{count} pictures in {len(images)} requests of {len(shapes)} shapes, {count / seconds:.1f} pictures/s")
     with torch.no_grad():

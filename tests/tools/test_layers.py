@@ -29,6 +29,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 LATE = {
     ("ops", "kernels"),  # `ops.backends`: the launchers, and Triton with them, where one is about to run
     ("", "tuning"),  # `verify` and `tune`
+    ("bench", "tuning"),  # `preparation`: our kernels are checked and timed before a race on a GPU
     ("info", ""),  # the version
 }
 ROOT = Path(resnet_fused.__file__).parent
