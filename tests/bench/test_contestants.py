@@ -110,7 +110,7 @@ def test_int8_is_in_no_mean_and_the_table_says_what_it_is():
     assert "50% in infer, batch 2, fp32" in said and "no mean has it" in said
     console = Console(width=200, file=io.StringIO())
     table.render(report, console)
-    row = next(line for line in console.file.getvalue().splitlines() if "  frozen-int8 " in line)
+    row = next(line for line in console.file.getvalue().splitlines() if line.startswith("frozen-int8 "))
     assert "2.00x" in row and "2.0e-02" in row and "%" not in row  # the roof is that of float
     assert schema.parse(json.loads(json.dumps(report.to_json())), "here") == report
 
