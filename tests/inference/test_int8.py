@@ -17,7 +17,7 @@ from resnet_fused.inference import Int8Conv
 from resnet_fused.inference.int8 import Int8MaxPool2d, Quantised
 from resnet_fused.nn import BasicBlock, Bottleneck
 from resnet_fused.ops import onednn
-from resnet_fused.ops.activations import activate
+from resnet_fused.ops.activations import ACTIVATIONS, activate
 from resnet_fused.ops.arithmetic import fold
 from resnet_fused.ops.onednn import Grid
 
@@ -334,6 +334,33 @@ class _Features(nn.Module):
         return x, y, self.second(y)
 
 
+class _Gated(nn.Module):
+    """SiLU behind a convolution, and behind a sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        y = F.silu(self.bn1(self.conv1(x)))
+        return F.silu(self.bn2(self.conv2(y)) + y)
+
+
+def test_silu_is_in_the_epilogue_but_not_behind_a_sum():
+    torch.manual_seed(0)
+    model, x = randomised(_Gated()).eval(), _x()
+    frozen = freeze(model, x, quantize=[x])
+    first, second = frozen.plan.layers
+    assert first.fused == "batch norm, silu, requantisation"
+    assert (second.op, second.reason) == (
+        "conv_fprop",
+        "oneDNN's int8 convolution adds a residual before ReLU, not before silu",
+    )
+    with torch.no_grad():
+        assert _loss(frozen(x), model(x).double()) < 0.03
+
+
 def test_an_activation_that_others_read_is_not_overwritten():
     torch.manual_seed(0)
     model, x = randomised(_Features()).eval(), _x()
@@ -343,13 +370,13 @@ def test_an_activation_that_others_read_is_not_overwritten():
             assert _loss(ours, plain.double()) < 0.03
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("act", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("result", [Grid(0.05, 0), Grid(0.05, 90), torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("residual_grid", [None, Grid(0.02, 0), Grid(0.03, 130)], ids=str)
 @pytest.mark.parametrize("geometry", [([1, 1], [1, 1], [1, 1], 1), ([2, 1], [0, 2], [1, 2], 4)], ids=str)
-def test_the_op_against_float64(geometry, residual_grid, result, relu):
-    if residual_grid is not None and not isinstance(result, Grid):
-        residual_grid = None  # a float result has none
+def test_the_op_against_float64(geometry, residual_grid, result, act):
+    if not isinstance(result, Grid) or act not in (None, "relu"):
+        residual_grid = None  # a float result has none, and no other activation follows one
     generator, nhwc = torch.Generator().manual_seed(0), torch.channels_last
     x_grid, groups = Grid(0.04, 77), geometry[3]
     x = torch.randint(0, 256, (2, 8, 9, 10), generator=generator).to(torch.uint8).contiguous(memory_format=nhwc)
@@ -363,10 +390,8 @@ def test_the_op_against_float64(geometry, residual_grid, result, relu):
         residual = residual.contiguous(memory_format=nhwc)
         truth = truth + (residual.double() - residual_grid.zero_point) * residual_grid.scale
     packed = onednn.int8_pack(weight, scale, x_grid, *geometry, x.shape)
-    y = onednn.int8_conv(
-        x, x_grid, packed, scale, bias, residual, residual_grid, *geometry, "relu" if relu else None, result
-    )
-    truth = truth.relu() if relu else truth
+    y = onednn.int8_conv(x, x_grid, packed, scale, bias, residual, residual_grid, *geometry, act, result)
+    truth = activate(truth, act)
     if isinstance(result, Grid):
         exact = (truth / result.scale + result.zero_point).clamp(0, 255)
         assert y.dtype == torch.uint8 and (y.double() - exact).abs().max() <= 0.5 + 1e-4
