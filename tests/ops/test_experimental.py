@@ -317,6 +317,6 @@ def test_a_planned_formulation_that_these_operands_refuse_falls_back(monkeypatch
     storage = torch.randn(2 * 4 * 4 * 64 + 1).half().to(DEVICE)
     x = storage[1:].view(2, 4, 4, 64).permute(0, 3, 1, 2)
     weight = torch.randn(64, 64, 1, 1).half().to(DEVICE)
-    y = launcher(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, False)
+    y = launcher(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, None)
     torch.testing.assert_close(y.float(), F.conv2d(x.float(), weight.float()), rtol=1e-2, atol=1e-1)
     assert ran == []

@@ -291,7 +291,7 @@ def test_kernels_with_tensor_descriptors_do_not_misread_either(kernel, size, mon
     x, residual = (torch.randn(2, 16, h, w).half().to(memory_format=NHWC) for _ in range(2))
     geometry = [1, 1], [shape[0] // 2] * 2, [1, 1], 1
     for op, sample in {
-        "conv_fprop": (x, weight, torch.rand(16), torch.rand(16), residual, *geometry, True),
+        "conv_fprop": (x, weight, torch.rand(16), torch.rand(16), residual, *geometry, "relu"),
         "conv_fprop_stats": (x, weight, None, None, *geometry, 3),
     }.items():
         right = _run(op, "triton", _clone(sample))

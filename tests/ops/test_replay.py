@@ -100,7 +100,7 @@ def test_a_tensor_given_twice_is_not_taken_for_one_of_two(runs):
 def test_a_launcher_that_copies_runs_again(runs):
     """A weight in NCHW order is copied first: that is no launch."""
     run, x, weight = kernels.checked("conv_fprop"), activation((2, 16, 4, 4), layout=NHWC), activation((16, 16, 3, 3))
-    more = (None, None, None, [1, 1], [1, 1], [1, 1], 1, False)
+    more = (None, None, None, [1, 1], [1, 1], [1, 1], 1, None)
     for _ in range(2):
         torch.testing.assert_close(run(x, weight, *more), torch.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-4)
         weight = -weight
