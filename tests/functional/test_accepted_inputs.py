@@ -188,6 +188,19 @@ def test_statistics_that_are_not_there(training, eps):
 BAD = [torch.zeros(2, 4, 3, 3, dtype=INT), torch.zeros(2, 4, 3, 3, dtype=F64), torch.zeros(2, 5, 3, 3), torch.zeros(4)]
 
 
+def test_what_was_decided_under_autocast_does_not_hold_without_it():
+    """bf16 data and an fp32 filter meet under autocast alone; how the layer runs is remembered in between."""
+    x, filter_ = torch.randn(2, 3, 4, 4).to(DEVICE, BF16).requires_grad_(), torch.randn(3, 3, 1, 1).to(DEVICE)
+    for enabled in (True, False, True):
+        with torch.autocast(DEVICE, BF16, enabled=enabled):
+            _check(
+                ("conv_bn_act", enabled),
+                lambda: F.relu(F.batch_norm(F.conv2d(x, filter_), None, None, training=True)),
+                lambda: functional.conv_bn_act(x, filter_, None, None, training=True),
+                BF16,
+            )
+
+
 @pytest.mark.parametrize("bad", BAD, ids=lambda t: f"{t.dtype} {list(t.shape)}")
 def test_modules_raise_what_plain_ones_raise_and_count_as_they_do(bad):
     for plain, ours in (

@@ -15,6 +15,7 @@ from resnet_fused.dispatch.conv import ConvShape, training_refusal, uses_tf32
 from resnet_fused.dispatch.device import arch
 from resnet_fused.functional.common import (
     Geometry,
+    autocast_dtype,
     common_reason,
     conv_shape,
     fits,
@@ -131,7 +132,8 @@ def choose_chain(
     if torch.compiler.is_compiling() or transformed():
         return _decide(function, x, dtype, branch, shortcut, identity, residual, relu, forced)
     layers = (*branch, shortcut) if shortcut is not None else branch
-    described = (_described(x), dtype, uses_tf32(dtype), *[layer.described for layer in layers])
+    setting = autocast_dtype(x.device.type)  # which decides whether these dtypes meet
+    described = (_described(x), setting, dtype, uses_tf32(dtype), *[layer.described for layer in layers])
     key = (described, len(branch), identity, _described(residual), relu, forced)
     if key not in _decisions:
         if len(_decisions) >= _MOST_DECISIONS:
