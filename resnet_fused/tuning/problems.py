@@ -12,7 +12,7 @@ import torch
 
 from resnet_fused.dispatch import formulation
 from resnet_fused.dispatch.choice import ALONE, BLOCK
-from resnet_fused.dispatch.conv import MULTIPROCESSORS, BlockShape, ConvConfig, ConvShape, cdiv
+from resnet_fused.dispatch.conv import MULTIPROCESSORS, BlockShape, ConvShape, cdiv
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure.network import Block, Layer, Network
@@ -107,21 +107,22 @@ def check_images(problem: Problem, least: int, choice: Choice, arch: int) -> int
     the same kernel (Triton compiles another one where the number of pixels is no multiple of a tile, or of 16), and of
     a persistent kernel every program computes several tiles.
     """
-    shape, config = problem.shape, choice.config
+    shape = problem.shape
     assert not isinstance(shape, BlockShape)
-    if config is not None and config.kernel != "pointer" and isinstance(shape, ConvShape):
-        least = max(least, wrapping_images(shape, config, arch))
     sizes = (shape[2:],) if isinstance(shape, tuple) else ((shape.h, shape.w), (shape.p, shape.q))
-    images = least
+    images = max(least, wrapping_images(problem, choice, arch))
     while images < problem.batch and any(images * h * w % 128 for h, w in sizes):
         images *= 2
     return min(images, problem.batch)
 
 
-def wrapping_images(shape: ConvShape, config: ConvConfig, arch: int) -> int:
+def wrapping_images(problem: Problem, choice: Choice, arch: int) -> int:
     """The fewest images of which every program of a persistent kernel computes TILES_PROVEN tiles: its ring of buffers
-    wraps, and what it stages a result in is used again.
+    wraps, and what it stages a result in is used again. 1 where the choice is no persistent kernel.
     """
+    shape, config = problem.shape, choice.config
+    if config is None or config.kernel == "pointer" or not isinstance(shape, ConvShape):
+        return 1
     tiles = TILES_PROVEN * MULTIPROCESSORS[arch]
     return cdiv(tiles * config.block_m * config.block_n, shape.p * shape.q * shape.k)
 

@@ -17,7 +17,7 @@ import torch
 
 from resnet_fused import ops
 from resnet_fused._command import UsageError, choose_many
-from resnet_fused.dispatch.conv import ConvShape, tf32_allowed
+from resnet_fused.dispatch.conv import tf32_allowed
 from resnet_fused.dispatch.device import arch as arch_of
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import provenance
@@ -154,10 +154,7 @@ def verify(
 
 def _enough(job: Job, choice: Choice, arch: int) -> Job:
     """The problem with as many images as a persistent kernel needs to be proven on."""
-    shape, config = job.problem.shape, choice.config
-    if config is None or config.kernel == "pointer" or not isinstance(shape, ConvShape):
-        return job
-    images = max(job.problem.batch, wrapping_images(shape, config, arch))
+    images = max(job.problem.batch, wrapping_images(job.problem, choice, arch))
     return dataclasses.replace(job, problem=job.problem.with_batch(images))
 
 

@@ -55,21 +55,12 @@ def test_a_runtime_without_a_provider_for_the_device_says_so(monkeypatch):
         _runner("onnxruntime", INFER)
 
 
-def test_onnxruntime_where_it_is_installed():
+@pytest.mark.parametrize("name, reason", [("onnxruntime", "onnx"), ("openvino", "not installed, needs openvino")])
+def test_a_runtime_where_it_is_installed(name, reason):
     try:
-        runner = _runner("onnxruntime", INFER)
-    except Unavailable as reason:
-        assert "onnx" in str(reason)
-        return
-    plain = _runner("eager", INFER)
-    torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)
-
-
-def test_openvino_where_it_is_installed():
-    try:
-        runner = _runner("openvino", INFER)
-    except Unavailable as reason:
-        assert "not installed, needs openvino" in str(reason)
+        runner = _runner(name, INFER)
+    except Unavailable as unavailable:
+        assert reason in str(unavailable)
         return
     plain = _runner("eager", INFER)
     torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)

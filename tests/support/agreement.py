@@ -52,6 +52,15 @@ def assert_same(plain: nn.Module, fused: nn.Module, *inputs: Any, tolerance: flo
         )
 
 
+def assert_same_words(plain: nn.Module, ours: nn.Module, wrong: Tensor) -> None:
+    """Both refuse an input, with one exception of one message."""
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)) as expected:
+        plain(wrong)
+    with pytest.raises(expected.type) as actual:
+        ours(wrong)
+    assert str(actual.value) == str(expected.value)
+
+
 def tensors(value: Any) -> list[Tensor]:
     """All tensors of nested lists, tuples and dicts, in order."""
     if isinstance(value, Tensor):
