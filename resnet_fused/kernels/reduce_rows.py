@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.kernels._launch import MAX_REGISTERS, index_type, launch
 from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 
 
@@ -87,6 +87,7 @@ def _reduce(first: Tensor, second: Tensor | None, dtype: torch.dtype) -> tuple[T
         INDEX=index_type(first.numel()),
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
+        maxnreg=MAX_REGISTERS,
     )
     return (first_sum, second_sum) if spans == 1 else _reduce(first_sum, second_sum, dtype)
 
