@@ -22,9 +22,12 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     folder = "-".join(("torchinductor", str(os.getuid()), *units))
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), folder)
 
+import interpreter
 import pytest
 import tiers
 from ranks import Ranks
+
+interpreter.speed_up()
 
 LEFT_OUT = pytest.StashKey[int]()
 

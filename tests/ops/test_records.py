@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import interpreter
 import pytest
 import torch
 from from_checkout import ROOT
@@ -62,7 +63,8 @@ def test_a_variant_is_within_the_contract(name, variant, backend, dtype):
     if (name, backend) == ("conv_chain", "triton") and dtype not in CHAIN_DTYPES:
         dtype = torch.bfloat16
     op, args, make = sample(name, variant, dtype)
-    actual = getattr(torch.ops.resnet_fused, name)(*args, backend=backend)
+    with interpreter.overflow_checked():
+        actual = getattr(torch.ops.resnet_fused, name)(*args, backend=backend)
     assert make.damage() is None
     if not isinstance(actual, Tensor):
         actual = op.out(*actual)
