@@ -34,9 +34,9 @@ class Info:
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
         rows += [("device", device) for device in self.devices]
-        untuned = "no GPU: nothing was tuned here, PyTorch's own kernels run"
+        untuned = "no GPU: nothing was tuned here, native PyTorch kernels run"
         rows += [("tuned for", table) for table in self.tables or [untuned]]
-        runs = {"aten": "runs: PyTorch's own kernels", "reference": "runs: plain PyTorch, op by op, to compare with"}
+        runs = {"aten": "runs: native PyTorch kernels", "reference": "runs: plain PyTorch, op by op, to compare with"}
         rows += [
             (f"{name} on {device}", f"no: {why}" if why else runs.get(name, "runs"))
             for name, device, why in self.backends

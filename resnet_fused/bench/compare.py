@@ -177,7 +177,7 @@ def render(comparison: Comparison, names: tuple[str, str], console: Console) -> 
     """Print a row a contestant, then what only one of the two has, then what differs in where they come from."""
     table = Table(title=f"A: {escape(names[0])}\nB: {escape(names[1])}", title_justify="left", title_style="bold")
     table.add_column("contestant", no_wrap=True)
-    for name in ("A images/s", "B images/s", "B / A (p20 - p80)", "A x baseline", "B x baseline"):
+    for name in ("A images/s", "B images/s", "B / A (p20 - p80)", "A speed-up", "B speed-up"):
         table.add_column(name, justify="right", no_wrap=True)
     label = None
     for row in comparison.rows:
@@ -193,10 +193,10 @@ def render(comparison: Comparison, names: tuple[str, str], console: Console) -> 
     for line in comparison.only:
         console.print(escape(line), highlight=False, soft_wrap=True)
     if not comparison.same_device:
-        console.print("[yellow]different devices: only the columns x baseline can be compared[/yellow]")
+        console.print("[yellow]different devices: only the speed-ups can be compared[/yellow]")
     for name, was, now in comparison.provenance:
         console.print(escape(f"differs: {name}: {was} -> {now}"), highlight=False, soft_wrap=True)
-    text = "B / A above 1: B is faster; its spread is what the 20th and 80th percentile of both allow"
+    text = "B / A above 1: B is faster, within what both spreads allow; speed-up: over each run's own baseline"
     console.print(text, highlight=False, soft_wrap=True)
 
 

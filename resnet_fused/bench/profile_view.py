@@ -42,27 +42,25 @@ def render(profiles: Sequence[CaseProfile], facts: provenance.Provenance, consol
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("layer", no_wrap=True)
         for name in ("GFLOP", "MB, eager"):
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(name, justify="right")
         for profiled in one.contestants:
-            for name in (profiled.contestant, "GB/s", "of roof"):
-                table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(profiled.contestant.replace("-", "-\n", 1), justify="right", no_wrap=True)
+            table.add_column("of roof", justify="right", no_wrap=True)
         for where, layer in one.places():
             eager = one.ops("eager", where, layer)
             moved, flops = sum(op.bytes for op in eager), sum(op.flops for op in eager)
             cells = [f"{flops / 1e9:.2f}", f"{moved / 1e6:.1f}"] if eager else ["", ""]
             for profiled in one.contestants:
                 took, share = profiled.ms(where, layer), one.fraction(profiled, where, layer)
-                rate = one.bytes_per_s(profiled, where, layer)
-                cells += [f"{took:.2f}" if took is not None else "-", f"{rate / 1e9:.1f}" if rate else "-"]
-                cells.append(f"{share:.0%}" if share else "-")
+                cells += [f"{took:.2f}" if took is not None else "-", f"{share:.0%}" if share else "-"]
             name = f"  {layer.removeprefix(f'{where}.')}" if layer else where
             table.add_row(Text(name, style="" if layer else "bold"), *cells)
         table.add_section()
-        totals = [cell for p in one.contestants for cell in (f"{p.total_ms:.2f}", "", "")]
-        table.add_row(Text("sum", style="bold"), "", "", *totals)
-        table.add_row(
-            "without the profiler", "", "", *[c for p in one.contestants for c in (f"{p.step_ms:.2f}", "", "")]
-        )
+        for name, times in {
+            "sum": [p.total_ms for p in one.contestants],
+            "not profiled": [p.step_ms for p in one.contestants],
+        }.items():
+            table.add_row(Text(name, style="bold"), "", "", *[cell for ms in times for cell in (f"{ms:.2f}", "")])
         console.print(table)
         for profiled in (*one.contestants, *one.others):
             if profiled.kernels:

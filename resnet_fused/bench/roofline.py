@@ -88,7 +88,7 @@ def render(roofline: Roofline, console: Console) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", no_wrap=True)
     table.add_column("shape", no_wrap=True)
-    for name in ("GFLOP", *SCHEMES, "planned / eager", "FLOP/byte"):
+    for name in ("GFLOP", *SCHEMES, "planned\n/ eager", "FLOP/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     blocks = {block.name: block.layers for block in roofline.network.blocks}
     for where in dict.fromkeys(c.where for c in roofline.costs["eager"]):
@@ -96,7 +96,8 @@ def render(roofline: Roofline, console: Console) -> None:
         shape = "" if layers else _shape(roofline.network.stem.shape) if where == "stem" else ""
         table.add_row(Text(where, style="bold"), shape, *_cells(roofline, where, None))
         for layer in layers:
-            table.add_row(f"  {layer.name}", _shape(layer.shape), *_cells(roofline, where, layer.name))
+            name = layer.name.removeprefix(f"{where}.")
+            table.add_row(f"  {name}", _shape(layer.shape), *_cells(roofline, where, layer.name))
     table.add_section()
     table.add_row(Text("total", style="bold"), "", *_cells(roofline, None, None))
     console.print(table)

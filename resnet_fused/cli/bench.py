@@ -62,7 +62,7 @@ def register(commands: Any) -> None:
     names = f"comma list of {', '.join(CONTESTANTS)} (default: all that can run but {slow}; {BASELINE}, the baseline, "
     names += "always runs)"
     add("--contestants", metavar="NAMES", help=names)
-    add("--backend", default="auto", help="the kernels that fused and frozen use: auto, aten (PyTorch's own), triton, "
+    add("--backend", default="auto", help="the kernels that fused and frozen use: auto, aten (native PyTorch), triton, "
         "cuda or reference (default: %(default)s)")  # fmt: skip
     add("--tune", action=argparse.BooleanOptionalAction, help="check and time our kernels on this GPU first, "
         f"{TUNE_S:g} s at most (default: with a GPU's default cases)")  # fmt: skip

@@ -15,9 +15,9 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "tune",
         help="find the fastest kernel for every layer on this GPU, and use it from then on",
-        description="Check and time every kernel and launch configuration on the layers of these models, PyTorch's own "
-        "beside them, and write the fastest to a table in the cache folder. From then on it is what runs on this GPU. "
-        "Stopped at any time, the table is of use, and the next call goes on from there.",
+        description="Check and time every kernel and launch configuration on the layers of these models, native "
+        "PyTorch beside them, and write the fastest to a table in the cache folder. From then on it is what runs on "
+        "this GPU. Stopped at any time, the table is of use, and the next call goes on from there.",
     )
     add_problems(parser)
     add = parser.add_argument

@@ -336,7 +336,7 @@ class FoldedConv(FrozenConv):
 class EpilogueConv(FrozenConv):
     """On one of our backends: batch norm is the affine map of the convolution's epilogue, in fp32.
 
-    Operands that the backend refuses, such as an image of another size may bring, take PyTorch's own convolution.
+    Operands that the backend refuses, such as an image of another size may bring, take native PyTorch convolution.
     """
 
     scale: Tensor
@@ -377,7 +377,7 @@ def in_format(y: Tensor, x: Tensor, nchw: bool) -> Tensor:
 
 
 def freeze_conv(source: Source) -> FrozenConv:
-    """The convolution on the backend that is to run it, or on PyTorch's own where that refuses."""
+    """The convolution on the backend that is to run it, or on native PyTorch where that refuses."""
     backend = source.backend()
     if backend == "aten":
         return FoldedConv(source)

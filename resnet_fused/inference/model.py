@@ -26,12 +26,12 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
     """An inference-only callable that computes what `model` computes: `y = model(x)`; on request nearly that, in int8.
 
     The network is planned once, as a whole, for the backend of the surrounding `use_backend`, else the plan's default
-    for this device. Every fused convolution takes its batch norm, residual and ReLU with it: on PyTorch's own
-    convolutions folded and, on a CPU, prepacked for oneDNN; on our kernels as an fp32 epilogue. On our kernels the tail
-    of a bottleneck also becomes one op where that backend runs it: `conv_join` with the projection of the shortcut,
-    else `conv_chain` with the first convolution of the next block. A convolution that a forced backend cannot run takes
-    PyTorch's own. `print(frozen.plan)` shows it all. On a GPU the network is captured in a CUDA graph for each shape of
-    input it meets.
+    for this device. Every fused convolution takes its batch norm, residual and ReLU with it: on native
+    PyTorch's convolutions folded and, on a CPU, prepacked for oneDNN; on our kernels as an fp32 epilogue. On our
+    kernels the tail of a bottleneck also becomes one op where that backend runs it: `conv_join` with the projection of
+    the shortcut, else `conv_chain` with the first convolution of the next block. A convolution that a forced backend
+    cannot run takes native PyTorch. `print(frozen.plan)` shows it all. On a GPU the network is captured in a CUDA graph
+    for each shape of input it meets.
 
     With `quantize`, on a CPU, its convolutions run in int8: every activation is rounded to one of 256 values
 

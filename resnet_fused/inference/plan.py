@@ -48,7 +48,7 @@ class FreezePlan:
         if not self.layers:
             return "no convolutions"
         counts = Counter((row.op, row.backend) for row in self.layers)
-        own = {"aten": " (PyTorch's own kernels, layer by layer)"}
+        own = {"aten": " (native PyTorch kernels, layer by layer)"}
         how = [
             f"{n} left to the model" if op == "-" else f"{n} in {op} on {backend}{own.get(backend, '')}"
             for (op, backend), n in counts.items()

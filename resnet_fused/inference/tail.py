@@ -195,7 +195,7 @@ def _backend(op: str, flags: tuple[str, ...], *convs: FrozenConv) -> str:
         convs: those it would run; the problem is that of the first.
 
     Raises:
-        Refused: it is PyTorch's own, which has no such op; or it refused one of the convolutions, which says why.
+        Refused: it is native PyTorch, which has no such op; or it refused one of the convolutions, which says why.
     """
     backend = dispatch.forced_backend() or _planned(op, flags, convs[0])
     refused = any(conv.refusal is not None for conv in convs)

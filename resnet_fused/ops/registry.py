@@ -43,7 +43,7 @@ class Op:
         args: the typed tuple of its arguments, in their order.
         out: the typed tuple of its results; `Tensor` where there is one.
         reference: (args) to the results in plain PyTorch; any device, any strides; rounded once.
-        native: (args) to the results of PyTorch's own kernels, the backend "aten"; None where nothing of ours calls it.
+        native: (args) to those of native PyTorch, the backend "aten"; None where nothing of ours calls it.
         fake: (args) to results without values, of the shapes, dtypes and strides of `reference` and `native`. What
             Triton's convolutions return is NHWC.
         refuse: (args) to why the Triton kernel cannot run on them, or None. (A CUDA kernel says so itself.)

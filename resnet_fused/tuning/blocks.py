@@ -1,4 +1,4 @@
-"""A residual block in training as a candidate of the tuner: PyTorch's own layers, or a chain as the plan has it."""
+"""A residual block in training as a candidate of the tuner: native PyTorch layers, or a chain as the plan has it."""
 
 from __future__ import annotations
 

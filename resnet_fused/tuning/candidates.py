@@ -1,4 +1,4 @@
-"""What competes for a problem: PyTorch's own, and every backend and launch configuration that could serve it."""
+"""What competes for a problem: native PyTorch, and every backend and launch configuration that could serve it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Prediction:
     Attributes:
         label: network, mode, batch.
         ours_ms: as the plan has it now.
-        aten_ms: with PyTorch's own.
+        aten_ms: with native PyTorch.
         measured, parts: how many of its parts are in the table; the others count for neither.
     """
 
@@ -36,7 +36,7 @@ class Prediction:
     def __str__(self) -> str:
         part = "" if self.measured == self.parts else f", of the {self.measured} of {self.parts} parts known"
         gain = f"({self.aten_ms / self.ours_ms:.2f}x)" if self.ours_ms else "(nothing measured)"
-        times = f"{self.ours_ms:.3f} ms as planned, {self.aten_ms:.3f} ms on PyTorch's own {gain}"
+        times = f"{self.ours_ms:.3f} ms as planned, {self.aten_ms:.3f} ms on native PyTorch {gain}"
         return f"predicted, {self.label}: {times}{part}"
 
 

@@ -248,7 +248,7 @@ class Search:
                 times = self.bench.race(seconds)
                 return tuple((choice, times[str(choice)]) for choice in running if times.get(str(choice), 0) > 0)
             except WorkerCrashed as error:
-                # Side by side nobody knows who it was: then none but PyTorch's own is timed.
+                # Side by side nobody knows who it was: then none but native PyTorch is timed.
                 blamed = [choice] if choice is not None else [one for one in remaining if one != ATEN]
                 for one in blamed:
                     self._lose(job, one, str(error), one == first.get(one.backend))

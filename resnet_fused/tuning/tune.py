@@ -136,7 +136,7 @@ def _where(rehearse: bool) -> tuple[torch.device, int, str]:
         raise UsageError("nothing to tune: no CUDA GPU here; --rehearse runs every step on the CPU")
     if not backends(device):
         reasons = "; ".join(f"{name}: {ops.unavailable(name, device.type)}" for name in ("triton", "cuda"))
-        raise UsageError(f"nothing to tune: PyTorch's own kernels have no competitor here ({reasons})")
+        raise UsageError(f"nothing to tune: native PyTorch kernels have no competitor here ({reasons})")
     return device, arch, name
 
 

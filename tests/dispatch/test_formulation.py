@@ -44,13 +44,13 @@ def planned(table, shape=POINTWISE, first=False, residual=False, gpu=GPU):
     return choice.plan_layer(shape, DTYPE, ARCH, False, first, residual, [table], gpu)
 
 
-def test_without_a_table_all_is_pytorchs_own():
+def test_without_a_table_all_is_native_pytorch():
     for first in (True, False):
         found = choice.plan_layer(POINTWISE, DTYPE, ARCH, False, first, False)
         assert found == LayerPlan("aten", "aten", "aten", Fusion(prologue=not first))
 
 
-def test_where_the_fused_kernel_is_slower_that_convolution_is_pytorchs_own():
+def test_where_the_fused_kernel_is_slower_that_convolution_is_native_pytorch():
     times = [(1.0, 0.5), (1.0, 1.5), (1.0, 0.9)]
     found = planned(inner_layer(POINTWISE, times, [(9.0, 9.0)] * 3, 0.1))
     assert (found.fprop, found.dgrad, found.wgrad) == ("triton", "aten", "triton") and found.fusion.prologue
@@ -157,7 +157,7 @@ def test_the_network_asks_the_table_about_its_blocks(monkeypatch):
 
 @pytest.mark.parametrize("shortcut", ["identity", "projection", "residual", "none"])
 @pytest.mark.parametrize("relu", [True, False])
-def test_a_chain_of_pytorchs_own_layers_is_the_layers(shortcut, relu, monkeypatch):
+def test_a_chain_of_native_layers_is_the_layers(shortcut, relu, monkeypatch):
     import torch.nn.functional as F
 
     from resnet_fused.functional import residual as blocks

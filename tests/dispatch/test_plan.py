@@ -72,7 +72,7 @@ def write(folder, table, name=None):
     return path
 
 
-def test_nothing_known_is_pytorchs_own():
+def test_nothing_known_is_native_pytorch():
     assert choice.plan(problem(), 90) == Choice("aten")
     assert choice.plan(problem("bn_apply", (2, 8, 4, 4)), 90) == Choice("aten")
     assert choice.default("conv_fprop", 90) == "aten"
@@ -306,7 +306,7 @@ def test_shipped_tables_are_tables():
         assert path.name == file_name(table.gpu) and table.provenance["gpu"]["name"] == table.gpu
 
 
-def test_without_a_gpu_the_default_is_pytorchs_own():
+def test_without_a_gpu_the_default_is_native_pytorch():
     assert dispatch.default_backend("conv_fprop", "cpu") == "aten"
     if not torch.cuda.is_available():
         assert dispatch.default_backend("conv_fprop", "cuda") == "aten"

@@ -65,7 +65,7 @@ def test_fused_and_plain_modules_give_the_same_curves(recorded):
     for one in recorded[1]["drift"]:
         plain, nchw, fused, reference = (np.array(run["steps"]) for run in one["runs"].values())
         assert len(plain) == 12
-        assert np.array_equal(fused, plain)  # PyTorch's own operators either way, on a CPU
+        assert np.array_equal(fused, plain)  # native PyTorch operators either way, on a CPU
         apart, yardstick = np.abs(reference - plain), np.abs(nchw - plain)
         assert 0 < apart.max() and apart[0] < 1e-5  # other sums, before any step has amplified their rounding
         assert apart.max() < 10 * yardstick.max()  # and no further apart later than a plain net from itself

@@ -363,7 +363,7 @@ def test_gradients_of_a_convolution_have_the_layouts_of_its_operands(backend, we
     with use_backend(backend):
         y = functional.conv_affine_act(x, weight, act=None)
     dx, dweight = torch.autograd.grad(y.square().sum(), (x, weight))
-    if backend != "aten" and backend != "cuda":  # those are PyTorch's own convolutions
+    if backend != "aten" and backend != "cuda":  # those are native PyTorch convolutions
         assert dx.stride() == x.stride() and dweight.stride() == weight.stride()
     expected = torch.autograd.grad(F.conv2d(x, weight).square().sum(), (x, weight))
     torch.testing.assert_close((dx, dweight), expected, rtol=1e-4, atol=1e-4)

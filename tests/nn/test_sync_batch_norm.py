@@ -183,7 +183,7 @@ def test_on_gpus_it_is_pytorchs_own_sync_batch_norm(ranks, backend, batches):
 
 
 @pytest.mark.parametrize("cls", [nn.SyncBatchNorm, SyncBatchNormAct2d])
-def test_where_the_plan_has_pytorchs_own_kernels_its_own_forward_runs(monkeypatch, cls):
+def test_where_the_plan_has_native_pytorch_its_own_forward_runs(monkeypatch, cls):
     """As on a GPU under "auto" before any kernel of ours is the default."""
     called = []
     monkeypatch.setattr(call, "sync_group", lambda bn: "a group")

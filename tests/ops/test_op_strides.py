@@ -206,7 +206,7 @@ def _one_is_foreign(
         actual = _run(op, backend, args)
     except RuntimeError as refusal:
         assert _gives_a_reason(refusal), f"{what}: {refusal}"
-        # PyTorch's own kernels read any strides; only bits need a memory order, and elements a place of their own.
+        # native PyTorch kernels read any strides; only bits need a memory order, and elements a place of their own.
         bits = name in (*BITS, *BITS.values()) or (op == "bn_apply" and name == "x")
         overlapping = variant is _expanded and name.startswith("running")
         assert backend in ("cuda", "triton") or bits or overlapping, f"{what}: {refusal}"

@@ -100,7 +100,7 @@ def test_info_says_which_backends_run_and_why_others_do_not():
     rows = [("aten", "cpu", None), ("cuda", "cpu", "not built")]
     text = str(Info([("torch", "2")], "none", ["cpu"], rows)).splitlines()
     assert [" ".join(line.split()) for line in text[-2:]] == [
-        "aten on cpu runs: PyTorch's own kernels",
+        "aten on cpu runs: native PyTorch kernels",
         "cuda on cpu no: not built",
     ]
     assert len({line.index(word) for line, word in zip(text[-2:], ("runs", "no: "), strict=True)}) == 1

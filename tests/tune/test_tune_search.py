@@ -195,7 +195,7 @@ def test_more_time_never_makes_a_worse_plan(search):
 
 
 @pytest.mark.parametrize("slow", [0.5, larger(1.0), 3.0])
-def test_auto_is_at_least_as_fast_as_pytorchs_own_in_every_block_by_the_tables_own_numbers(search, slow):
+def test_auto_is_at_least_as_fast_as_native_pytorch_in_every_block_by_the_tables_own_numbers(search, slow):
     made, _ = search(slow=slow)
     table = made.run(search.jobs, search.blocks, 1e9).table
     chosen = Counter()
@@ -314,14 +314,14 @@ def test_a_formulation_that_is_lost_twice_is_excluded_of_its_op(apart):
     assert done.table.provenance["excluded"] == [[some[0].problem.op, "wgmma_conv"]] and done.left == 0
 
 
-def test_a_race_that_is_lost_leaves_pytorchs_own(apart):
+def test_a_race_that_is_lost_leaves_native_pytorch(apart):
     done, _, _ = apart(("race", "*", "crash"))
     assert done.left == 0 and not any(
         choice.backend != "aten" for e in done.table.entries.values() for choice, _ in e.measured
     )
 
 
-def test_what_could_not_be_compared_with_pytorchs_own_is_not_chosen(apart):
+def test_what_could_not_be_compared_with_native_pytorch_is_not_chosen(apart):
     done, _, _ = apart(("prepare", "aten", "RuntimeError: it cannot be captured"))
     assert not done.table.entries and "cannot be captured" in str(done)
 

@@ -120,7 +120,7 @@ def choose_chain(
     relu: bool = True,
 ) -> Chain | None:
     """How to run these layers as one chain, or None where they are to be run one by one (or PyTorch to raise). A chain
-    that was measured to be slower than PyTorch's own layers is one of no layers: `run_chain` runs those.
+    that was measured to be slower than native PyTorch layers is one of no layers: `run_chain` runs those.
 
     Raises:
         Refused: a forced backend has the kernels, and cannot run them on these tensors.
