@@ -11,7 +11,7 @@ from resnet_fused._compiling import constant
 from resnet_fused.dispatch import choice
 from resnet_fused.dispatch.device import arch
 
-BACKENDS = ("auto", "reference", "triton", "cuda", "aten")
+BACKENDS = ("auto", "reference", "triton", "cuda", "cudnn", "aten")
 # A plain global, as PyTorch's backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
 # torch 2.11.
 _forced = "auto"
@@ -23,11 +23,12 @@ def use_backend(name: str) -> Iterator[None]:
 
     An op for which that backend has a kernel that cannot run on the given inputs raises `RuntimeError` with the
     reason, or PyTorch's exception where PyTorch refuses them too; `"reference"` runs whatever PyTorch runs. An op
-    for which a backend has no kernel at all (a convolution under `"cuda"`) runs on native PyTorch.
+    for which a backend has no kernel at all (a convolution under `"cuda"`) runs on native PyTorch. `"cudnn"` is for
+    `freeze` alone: its convolutions as fused graphs of cuDNN's, which needs the package nvidia-cudnn-frontend.
 
     Args:
-        name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"` or
-            `"aten"` (cuDNN, oneDNN).
+        name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"`,
+            `"cudnn"` or `"aten"` (native PyTorch: cuDNN, oneDNN).
 
     Raises:
         ValueError: `name` is none of these.

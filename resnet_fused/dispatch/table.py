@@ -25,7 +25,7 @@ from resnet_fused._records import Misfit
 from resnet_fused.dispatch.conv import BlockShape, ConvConfig, ConvShape
 
 SHIPPED = Path(__file__).resolve().parent / "tables"
-Backend = Literal["aten", "triton", "cuda", "reference"]
+Backend = Literal["aten", "triton", "cuda", "cudnn", "reference"]
 _DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
     torch.float32: "float32",
     torch.float16: "float16",

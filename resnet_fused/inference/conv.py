@@ -30,7 +30,7 @@ from resnet_fused.inference.plan import PlannedConv
 from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.nn.sums import PLUS, Sum
-from resnet_fused.ops import conv_fprop, onednn
+from resnet_fused.ops import conv_fprop, cudnn_graphs, onednn
 from resnet_fused.ops.activations import activate
 from resnet_fused.ops.arithmetic import fold
 
@@ -279,8 +279,10 @@ class FrozenConv(Constants):
 
 
 class FoldedConv(FrozenConv):
-    """On native PyTorch: batch norm folded into the weight and the bias, prepacked for oneDNN on a CPU; on a GPU cuDNN
+    """Batch norm folded into the weight and the bias, for native PyTorch: prepacked for oneDNN on a CPU; on a GPU cuDNN
     adds the bias and the residual and applies ReLU where that was tried and found right.
+
+    On the backend `"cudnn"` it does so by a graph of its own, and where there is none native PyTorch runs.
 
     Attributes:
         keeps_order: the result has the memory order of PyTorch's; a prepacked weight makes it NHWC otherwise.
@@ -289,8 +291,8 @@ class FoldedConv(FrozenConv):
     bias: Tensor
     keeps_order = False
 
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, "aten")
+    def __init__(self, source: Source, backend: str = "aten") -> None:
+        super().__init__(source, backend)
         scale, shift = source.affine()
         weight = fold(source.conv.weight, scale, self.dtype)
         self.packed = onednn.runs(weight, weight)
@@ -301,25 +303,31 @@ class FoldedConv(FrozenConv):
         self.constant("bias", shift if self.packed else shift.to(weight.dtype))
         self._tried: dict[Any, str | None] = {}  # why cuDNN's fused convolution is not to run on these operands
         example = source.example
-        if self.act == "relu" and cudnn.available(weight):
+        reason = None
+        if cudnn.runs(backend, weight, self.act):
             residual = example.residual if self.adds else None
-            reason = self._cudnn_refusal(example.x, residual)
-            op = cudnn.name(residual) if reason is None else self.planned.op
+            reason = self._cudnn_refusal(example.x, residual, self.act)
+            op = cudnn.name(backend, residual) if reason is None else self.planned.op
             self.planned = replace(self.planned, op=op, reason=self.planned.reason or reason or "")
+        elif backend == "cudnn":
+            reason = cudnn_graphs.unavailable(weight.device.type) or f"no graph for {weight.dtype}, {self.act}"
+            self.planned = replace(self.planned, reason=self.planned.reason or reason)
+        if reason is not None:
+            self.planned = replace(self.planned, backend="aten")
 
-    def _cudnn_refusal(self, x: Tensor, residual: Tensor | None) -> str | None:
-        key = (x.shape, x.stride(), None if residual is None else residual.stride(), uses_tf32(x.dtype))
+    def _cudnn_refusal(self, x: Tensor, residual: Tensor | None, act: str | None) -> str | None:
+        key = (x.shape, x.stride(), None if residual is None else residual.stride(), uses_tf32(x.dtype), act)
         if key not in self._tried:
             if torch.cuda.is_current_stream_capturing():
                 return "it was not tried before the capture"
             operands = (x, self.weight, self.bias, self.result_shape(x.shape), residual)
-            self._tried[key] = cudnn.refusal(*operands, self.geometry)  # type: ignore[arg-type]
+            self._tried[key] = cudnn.refusal(self.backend, *operands, self.geometry, act)  # type: ignore[arg-type]
         return self._tried[key]
 
     def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
         if not self.packed:
-            if act == "relu" and cudnn.available(x) and self._cudnn_refusal(x, residual) is None:
-                return cudnn.conv_relu(x, self.weight, self.bias, residual, self.geometry)  # type: ignore[arg-type]
+            if cudnn.runs(self.backend, x, act) and self._cudnn_refusal(x, residual, act) is None:
+                return cudnn.conv(self.backend, x, self.weight, self.bias, residual, self.geometry, act)  # type: ignore[arg-type]
             return conv_fprop.native(
                 conv_fprop.Args(x, self.weight, None, self.bias, residual, *self.geometry, act=act)
             )
@@ -379,8 +387,8 @@ def in_format(y: Tensor, x: Tensor, nchw: bool) -> Tensor:
 def freeze_conv(source: Source) -> FrozenConv:
     """The convolution on the backend that is to run it, or on native PyTorch where that refuses."""
     backend = source.backend()
-    if backend == "aten":
-        return FoldedConv(source)
+    if backend in ("aten", "cudnn"):
+        return FoldedConv(source, backend)
     ours = EpilogueConv(source, backend)
     if ours.refusal is None:
         return ours

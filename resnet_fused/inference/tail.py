@@ -199,7 +199,7 @@ def _backend(op: str, flags: tuple[str, ...], *convs: FrozenConv) -> str:
     """
     backend = dispatch.forced_backend() or _planned(op, flags, convs[0])
     refused = any(conv.refusal is not None for conv in convs)
-    if refused or backend == "aten":
+    if refused or backend in ("aten", "cudnn"):
         raise Refused("" if refused else LAYER_BY_LAYER)
     return backend
 

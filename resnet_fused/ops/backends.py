@@ -13,12 +13,15 @@ from torch import Tensor
 
 from resnet_fused import _library
 from resnet_fused._compiling import constant
+from resnet_fused.ops import cudnn_graphs
 from resnet_fused.ops.refusals import refuse_dtype
 from resnet_fused.ops.registry import OPS
 
 
 def implements(backend: str, op: str) -> bool:
-    """Whether `backend` has a kernel for `op` at all, on whatever device."""
+    """Whether `backend` has a kernel for `op` at all, on whatever device. `"cudnn"` has none: its graphs are for
+    `freeze`.
+    """
     if op not in OPS or backend == "reference":
         return op in OPS
     return OPS[op].native is not None if backend == "aten" else backend in OPS[op].kernels
@@ -47,6 +50,8 @@ def _unavailable(backend: str, device_type: str) -> str | None:
         return f"Triton kernels run on {where}; these are on {device_type}"
     if backend == "cuda":
         return _library.load(device_type)
+    if backend == "cudnn":
+        return cudnn_graphs.unavailable(device_type)
     return None
 
 
@@ -137,6 +142,8 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "triton" and implements(backend, op):
         checked: Callable[[str], Callable[..., Any]] = importlib.import_module("resnet_fused.kernels").checked
         return checked(op)
+    if backend == "cudnn" and op == "conv_fprop":
+        return cudnn_graphs.conv_fprop
     if backend == "cuda" and implements(backend, op):
         kernels = _library.operators(op)
         if not kernels:

@@ -39,6 +39,8 @@ def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -
             found += [Choice(backend, config) for config in listed]
         else:
             found.append(Choice(backend))
+    if problem.op == "conv_fprop" and ops.available("cudnn", device.type):
+        found.append(Choice("cudnn"))
     return found
 
 

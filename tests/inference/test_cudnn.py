@@ -57,7 +57,7 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
-    monkeypatch.setattr(cudnn, "available", lambda x: True)
+    monkeypatch.setattr(cudnn, "runs", lambda backend, x, act: backend == "aten" and act == "relu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with torch.backends.mkldnn.flags(enabled=False):
         yield made
@@ -130,7 +130,7 @@ def test_nothing_is_tried_during_a_capture(calls, monkeypatch):
 
 
 def test_deterministic_mode_and_other_devices_take_native_ops():
-    assert not cudnn.available(torch.randn(1, 3, 4, 4))
+    assert not cudnn.runs("aten", torch.randn(1, 3, 4, 4), "relu")
 
 
 @pytest.mark.gpu

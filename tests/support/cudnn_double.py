@@ -1,8 +1,8 @@
 """A stand-in for the package `cudnn` of nvidia-cudnn-frontend: the graphs it is given, executed by PyTorch on a CPU.
 
-It has what the bench uses, with that package's names and keywords, and its rules as far as the bench can break them:
-the stages in order, inputs by their declared strides over raw memory, outputs marked and typed. Arithmetic is float64
-between tensors in memory, which are rounded to their declared types. `test_cudnn_graphs.py` holds it against the real
+It has what `ops/cudnn_graphs.py` uses, with that package's names and keywords, and the rules that can be broken: the
+stages in order, inputs by their declared strides over raw memory, outputs marked and typed. Arithmetic is float64
+between tensors in memory, which are rounded to their declared types. `test_cudnn_package.py` holds it against the real
 package where that is installed.
 """
 
@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from resnet_fused.bench.contestants.cudnn_graphs import Library, Spec
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure import models
+from resnet_fused.ops.cudnn_graphs import Library, Spec
 
 data_type = enum.Enum("data_type", ["FLOAT", "HALF", "BFLOAT16", "NOT_SET"])
 heur_mode = enum.Enum("heur_mode", ["A", "B", "FALLBACK"])
@@ -172,7 +173,7 @@ class pygraph:
 
 
 class CPULibrary(Library):
-    """The double, as the bench's `Library`; `costs` are the milliseconds of the runs that are timed, in turn."""
+    """The double as a `Library`; `costs` are the milliseconds of the runs that are timed, in turn."""
 
     def __init__(self, device=None, costs=()):
         self.cudnn, self.device, self.handle = package(), torch.device("cpu"), "handle"
@@ -216,16 +217,5 @@ def model_of(name: str) -> nn.Module:
     return model.eval()
 
 
-def spec_of(**changes) -> Spec:
-    return Spec(
-        **{
-            "x": (2, 8, 6, 6),
-            "weight": (8, 8, 3, 3),
-            "stride": (1, 1),
-            "padding": (1, 1),
-            "dilation": (1, 1),
-            "dtype": torch.float32,
-            "relu": True,
-            **changes,
-        }
-    )
+def spec_of(dtype=torch.float32, relu=True, residual=False) -> Spec:
+    return Spec(ConvShape.of((2, 8, 6, 6), (8, 8, 3, 3), (1, 1), (1, 1), (1, 1)), dtype, relu, residual)

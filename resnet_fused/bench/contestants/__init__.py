@@ -7,13 +7,15 @@ and mode of the case, and returns the callable that runs it; training keeps usin
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import resnet_fused
-from resnet_fused.bench.contestants import cudnn_graphs_network, other_runtimes
+from resnet_fused import ops
+from resnet_fused.bench.contestants import other_runtimes
 from resnet_fused.measure.cases import MODES, Case, Unavailable
 from resnet_fused.ops import onednn
 
@@ -73,6 +75,21 @@ def _frozen(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
     return resnet_fused.freeze(model, example)
 
 
+def _cudnn_graphs(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    """What `frozen` is compared with: all that cuDNN can fuse, and nothing of ours."""
+    if problem := ops.unavailable("cudnn", example.device.type):
+        raise Unavailable(problem)
+    with resnet_fused.use_backend("cudnn"):
+        frozen = resnet_fused.freeze(model, example)
+    others = [row for row in frozen.plan.layers if row.backend != "cudnn"]
+    if len(others) == len(frozen.plan.layers):
+        raise Unavailable(others[0].reason if others else "the model has no convolution")
+    if others:
+        counted = f"{len(others)} of {len(frozen.plan.layers)} convolutions run through PyTorch"
+        warnings.warn(f"cudnn-graphs: {counted}: {others[0].layer}: {others[0].reason}", stacklevel=2)
+    return frozen
+
+
 def _frozen_int8(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
     """Calibrated on other images than it is judged by, of the same distribution."""
     if example.device.type != "cpu" or case.dtype == "fp16":
@@ -113,8 +130,8 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant(
             "cudnn-graphs",
-            "cuDNN's fused graphs (nvidia-cudnn-frontend)",
-            cudnn_graphs_network.cudnn_graphs,
+            "frozen, every convolution a fused graph of cuDNN's (nvidia-cudnn-frontend)",
+            _cudnn_graphs,
             modes=("infer",),
         ),
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),

@@ -1,4 +1,4 @@
-"""The graphs of `cudnn-graphs` before the real package: planned for an H100 that is described, and run on a GPU."""
+"""cuDNN's graphs before the real package: planned for an H100 that is described, and run on a GPU."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from contract import assert_no_worse, assert_within_contract
 from cudnn_double import CPULibrary, model_of
 
-from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, cudnn_graphs, cudnn_graphs_network
-from resnet_fused.bench.contestants.cudnn_graphs import Recording, Spec, nhwc_strides
-from resnet_fused.bench.contestants.cudnn_graphs_network import build
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
 from resnet_fused.bench.runner import Runner, reference
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure.cases import DTYPES, Case
+from resnet_fused.measure.network import networks
+from resnet_fused.ops import cudnn_graphs
+from resnet_fused.ops.cudnn_graphs import Graph, Spec, nhwc_strides
 
 # An H100, in the words of cuDNN's CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION: with it a machine without one can validate
 # graphs and ask the heuristics, from cuDNN 9.8 on.
@@ -67,45 +68,38 @@ class DescribedH100(CPULibrary):
 
 
 @functools.cache
-def _specs_of_resnet50() -> frozenset[Spec]:
-    """With images of 224 pixels: every size is seven times that with 32."""
-    x = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        network = build(torchvision.models.resnet50(weights=None).eval(), x, CPULibrary())
-    layers = {m.convolution.spec for m in network.modules() if isinstance(m, cudnn_graphs_network._Layer)}
-    n, c, h, w = zip(*(spec.x for spec in layers), strict=True)
-    assert len(layers) == 24 and set(n) == {8} and max(c) == 2048 and max(h) == 32 and h == w
-    scaled = ((spec, (*spec.x[:2], 7 * spec.x[2], 7 * spec.x[3])) for spec in layers)
-    return frozenset(dataclasses.replace(spec, x=x) for spec, x in scaled)
-
-
-def _resnet50(dtype: torch.dtype) -> list[Spec]:
-    return [dataclasses.replace(spec, dtype=dtype) for spec in _specs_of_resnet50()]
+def _layers_of_resnet50() -> frozenset[tuple[ConvShape, bool, bool]]:
+    """(shape, ReLU, residual) of its distinct convolutions at batch 8."""
+    (network,) = networks("resnet50", 224)
+    found = {(network.stem.shape, True, False)}
+    for block in network.blocks:
+        *inner, last = block.branch
+        found |= {(layer.shape, True, False) for layer in inner} | {(last.shape, True, True)}
+        found |= {(block.shortcut.shape, False, False)} if block.shortcut else set()
+    assert len(found) == 24
+    return frozenset((dataclasses.replace(shape, n=8), relu, residual) for shape, relu, residual in found)
 
 
 @pytest.mark.parametrize("tf32", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=list(DTYPES))
-def test_the_real_library_has_engines_for_every_graph_of_resnet50(dtype, tf32, monkeypatch):
+def test_the_real_library_has_engines_for_every_graph_of_resnet50(dtype, tf32):
     """For an H100; those that are compiled at run time need a driver, so these are the precompiled ones."""
     real = DescribedH100()
-    monkeypatch.setattr(cudnn_graphs, "uses_tf32", lambda dtype: tf32)
-    for spec in _resnet50(dtype):
-        _all_but_launched(real, cudnn_graphs.record(real, spec))
+    for shape, relu, residual in _layers_of_resnet50():
+        _all_but_launched(Graph(real, Spec(shape, dtype, relu, residual, tf32)))
 
 
-def _all_but_launched(real: DescribedH100, recording: Recording) -> None:
+def _all_but_launched(made: Graph) -> None:
     """Validated, planned, the first plan that needs no compiler built, its operands bound."""
-    graph = recording.graph
-    cudnn_graphs.offer(real, graph, recording.dtype)
-    for name, (shape, _) in recording.operands.items():
-        tensor = recording.tensors[name]
-        assert list(tensor.get_dim()) == list(shape) and list(tensor.get_stride()) == nhwc_strides(shape)
-    index = next(k for k in range(graph.get_execution_plan_count()) if _builds(graph, k))
-    workspace = torch.empty(max(1, graph.get_workspace_size_plan_at_index(index)), dtype=torch.uint8)
-    operands = {name: torch.zeros(1, dtype=dtype).expand(shape) for name, (shape, dtype) in recording.operands.items()}
-    pack = {tensor: operands[name] for name, tensor in recording.tensors.items()}
+    made.plan()
+    for name, size in made.sizes.items():
+        tensor = made.tensors[name]
+        assert list(tensor.get_dim()) == list(size) and list(tensor.get_stride()) == nhwc_strides(size)
+    index = next(k for k in range(made.graph.get_execution_plan_count()) if _builds(made.graph, k))
+    workspace = torch.empty(max(1, made.graph.get_workspace_size_plan_at_index(index)), dtype=torch.uint8)
+    pack = {tensor: torch.zeros(1, dtype=made.spec.dtype).expand(made.sizes[n]) for n, tensor in made.tensors.items()}
     with pytest.raises(RuntimeError, match="handle (is NULL|== __null)"):
-        graph.execute_plan_at_index(pack, workspace, index, handle=None)
+        made.graph.execute_plan_at_index(pack, workspace, index, handle=None)
 
 
 def _builds(graph, index: int) -> bool:
@@ -126,13 +120,13 @@ def test_a_convolution_on_a_gpu(dtype, residual):
     x, weight = torch.randn(4, 64, 28, 28).cuda().to(dtype), torch.randn(128, 64, 3, 3).cuda().to(dtype) / 24
     bias, other = torch.randn(128).cuda().to(dtype), torch.randn(4, 128, 14, 14).cuda().to(dtype)
     geometry = {"stride": (2, 2), "padding": (1, 1)}
-    convolution = cudnn_graphs.conv_bias_act(x.shape, weight, bias, residual=residual, **geometry)
 
     def plain(x, weight, bias, other):
         y = F.conv2d(x, weight, bias, **geometry)
         return (y + other if residual else y).relu()
 
-    y = convolution(x, other if residual else None)
+    added = other if residual else None
+    y = cudnn_graphs.conv_fprop(x, weight, None, bias, added, *geometry.values(), (1, 1), 1, "relu")
     assert_no_worse(y, plain, (x, weight, bias, other), addends=weight[0].numel())
 
 
