@@ -63,7 +63,7 @@ def register(commands: Any) -> None:
     names += "always runs)"
     add("--contestants", metavar="NAMES", help=names)
     add("--backend", default="auto", help="the kernels that fused and frozen use: auto, aten (native PyTorch), triton, "
-        "cuda or reference (default: %(default)s)")  # fmt: skip
+        "cuda, cudnn (freeze only) or reference (default: %(default)s)")  # fmt: skip
     add("--tune", action=argparse.BooleanOptionalAction, help="check and time our kernels on this GPU first, "
         f"{TUNE_S:g} s at most (default: with a GPU's default cases)")  # fmt: skip
     add("--rounds", metavar="N", help="timed rounds a case (default: as many as fit)")
