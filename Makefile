@@ -19,7 +19,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # each kind of build has its own objects and its own library: one never replaces another
 LIBRARY = $(PY) setup.py --quiet build_ext --inplace
 # The same on every machine: without a GPU, one thread a process. What needs a GPU runs behind it, where there is one.
-PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS)
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 
 .PHONY: help bench bench-check docs api check test test-all test-gpu test-machines lint types digits gate install \
@@ -102,7 +102,7 @@ test-machines: library-test
 	    *) echo "unknown setting $$setting"; exit 2;; \
 	  esac; \
 	  echo "=== $$setting: $$vars, tier $$tier"; \
-	  env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $$vars $(PY) -m pytest -q -n $(JOBS) --tier=$$tier $(ARGS) \
+	  env CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $$vars $(PY) -m pytest -q -n $(JOBS) --dist worksteal --tier=$$tier $(ARGS) \
 	    || failed="$$failed $$setting"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "=== FAILED under:$$failed"; exit 1; fi; echo "=== passed under: $(SETTINGS)"

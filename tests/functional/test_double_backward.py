@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from networks import AVAILABLE, DEVICE, QUICK, assert_same_step, pictures, small_resnet
 from ranks import needs_gloo, sizes
+from tiers import larger
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -253,7 +254,7 @@ def _sync_penalty(y, x, leaves):
 
 @needs_gloo
 @pytest.mark.parametrize("backend", [b for b in ("reference", "cuda") if ops.available(b, "cpu")])
-@pytest.mark.parametrize("pools", [False, True])
+@pytest.mark.parametrize("pools", [larger(False), True])
 @sizes
 def test_synchronised(ranks, backend, pools, batches):
     """Of the penalty of all ranks together, as if their batches were one."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from contract import assert_within_contract, largest
 from networks import AVAILABLE, DEVICE
+from tiers import larger
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -42,6 +43,12 @@ REFUSALS = re.compile(
 )
 
 backends = pytest.mark.parametrize("backend", AVAILABLE)
+
+
+def _sampled(dtypes: list[torch.dtype]) -> list[object]:
+    """One of every width of float and one integer for every tier, the others for the largest."""
+    small = (torch.float64, torch.float32, torch.bfloat16, torch.int32)
+    return [dtype if dtype in small else larger(dtype) for dtype in dtypes]
 
 
 def _dtypes(name: str) -> list[torch.dtype]:
@@ -145,7 +152,7 @@ def _errors(name: str) -> list[Any]:
 
 
 @backends
-@pytest.mark.parametrize("dtype", _dtypes("nn.functional.batch_norm"), ids=str)
+@pytest.mark.parametrize("dtype", _sampled(_dtypes("nn.functional.batch_norm")), ids=str)
 def test_batch_norm(backend, dtype):
     ran = 0
     for args, kwargs in _samples("nn.functional.batch_norm", dtype):
@@ -166,7 +173,7 @@ def _geometry(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 @backends
-@pytest.mark.parametrize("dtype", _dtypes("nn.functional.conv2d"), ids=str)
+@pytest.mark.parametrize("dtype", _sampled(_dtypes("nn.functional.conv2d")), ids=str)
 def test_conv2d(backend, dtype):
     samples = _samples("nn.functional.conv2d", dtype)
     if backend == "triton":
@@ -176,7 +183,7 @@ def test_conv2d(backend, dtype):
 
 
 @pytest.mark.larger
-@pytest.mark.parametrize("dtype", _dtypes("nn.functional.conv2d"), ids=str)
+@pytest.mark.parametrize("dtype", _sampled(_dtypes("nn.functional.conv2d")), ids=str)
 def test_conv2d_on_more_of_the_samples(dtype):
     if "triton" in AVAILABLE:
         _conv2d(_samples("nn.functional.conv2d", dtype)[::4], "triton")
@@ -241,15 +248,14 @@ def _conv_bn(samples: list[Any], dtype: torch.dtype, backend: str, mode: str) ->
 
 
 @backends
-@pytest.mark.parametrize("dtype", _dtypes("nn.functional.relu"), ids=str)
+@pytest.mark.parametrize("dtype", _sampled(_dtypes("nn.functional.relu")), ids=str)
 def test_relu(backend, dtype):
     assert _relu(backend, dtype, range(600 if backend == "triton" else 20_000)) > 0
 
 
 @pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "triton"])
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(d, marks=[pytest.mark.larger] * (d != torch.float32)) for d in _dtypes("nn.functional.relu")]
-)
+@pytest.mark.parametrize("dtype", _dtypes("nn.functional.relu"), ids=str)
+@pytest.mark.larger
 def test_relu_of_a_million_elements(backend, dtype):
     assert _relu(backend, dtype, range(20_000, 2**31)) > 0
 

@@ -22,6 +22,7 @@ from conv_with_norm import (
     NamedNorms,
     Pyramid,
 )
+from tiers import larger
 from torch import nn
 
 from resnet_fused import freeze, use_backend
@@ -268,7 +269,7 @@ def test_a_norm_that_asks_for_the_processes_is_looked_at_again_when_there_are_mo
     assert plan_of(fused) is None
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(training):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")

@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.testing
 from agreement import assert_same
 from small_net import ALL_FUSED, Bottleneck, Net, picture
+from tiers import larger
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -107,7 +108,7 @@ def test_state_dict_goes_both_ways(plain, fused):
 # --- compilers and threads --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(plain, training):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")

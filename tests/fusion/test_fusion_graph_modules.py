@@ -14,6 +14,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from agreement import assert_same
 from small_net import Bottleneck, Net, picture
+from tiers import larger
 from torch import fx, nn
 
 from resnet_fused import freeze
@@ -136,7 +137,7 @@ def test_copies_are_fused(plain, duplicate, ran):
     assert_same(duplicate(plain), duplicate(fused), picture())
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(plain, training):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")

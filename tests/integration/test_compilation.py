@@ -8,7 +8,8 @@ import io
 import pytest
 import torch
 import torch._dynamo.testing
-from networks import AVAILABLE, DEVICE, assert_same_step, pictures, quick_backends, small_resnet, step
+from networks import AVAILABLE, DEVICE, QUICK, assert_same_step, pictures, small_resnet, step
+from tiers import larger
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +28,7 @@ def fresh_dynamo():
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@quick_backends
+@pytest.mark.parametrize("backend", [larger(b) if b == "reference" else b for b in QUICK])
 def test_training_steps_compile_once_and_whole(backend):
     """Forward and backward, several steps with an optimizer between them: no graph break, no second compilation."""
     plain = small_resnet()
@@ -50,7 +51,7 @@ def _renamed(results: dict) -> list:
     return [(name.replace("_orig_mod.", ""), value) for name, value in results.items()]
 
 
-@quick_backends
+@pytest.mark.parametrize("backend", [larger(b) if b == "reference" else b for b in QUICK])
 def test_inference_compiles_once_and_whole(backend):
     plain = small_resnet().eval()
     fused = fuse(copy.deepcopy(plain))
@@ -72,7 +73,7 @@ def test_inductor_compiles_a_training_step():
     assert_same_step(dict(_renamed(step(compiled, x))), step(plain, x), 1e-3)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", larger("reference")])
 def test_a_batch_of_another_size_compiles_once_more_and_then_no_more(backend):
     fused = fuse(small_resnet()).eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tiers import larger
 
 from resnet_fused import ops
 
@@ -51,7 +52,7 @@ print("imported", k + 1, "times")
 """
 
 
-@pytest.mark.parametrize("keep", ["--keep", "--forget"])
+@pytest.mark.parametrize("keep", ["--keep", larger("--forget")])
 def test_the_ops_run_after_every_import_and_so_do_old_modules(keep):
     backends = [name for name in ("reference", "cuda") if ops.available(name, "cpu")]
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, keep, *backends]

@@ -10,8 +10,9 @@ import weakref
 
 import pytest
 import torch
-from networks import AVAILABLE, assert_same_step, pictures, quick_backends, small_resnet, step
+from networks import AVAILABLE, QUICK, assert_same_step, pictures, quick_backends, small_resnet, step
 from op_cases import same_memory_order
+from tiers import larger
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
@@ -140,7 +141,7 @@ def test_forward_mode_and_function_transforms_take_the_plain_path():
 # --- what is frozen ---------------------------------------------------------------------------------------------------
 
 
-@quick_backends
+@pytest.mark.parametrize("backend", [larger(b) if b == "reference" else b for b in QUICK])
 def test_frozen_layers_and_frozen_batch_norms_in_every_combination(backend):
     """Stem, blocks: parameters frozen or not, batch norm in evaluation or not, the input's gradient wanted or not."""
     plain, fused = _pair()

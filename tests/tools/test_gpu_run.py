@@ -226,7 +226,8 @@ def test_a_step_that_has_more_to_do_runs_again_last(run, tmp_path):
     assert status == 0 and state["more"]["headline"] == "result 1" and state["other"]["headline"] == "result 1"
 
 
-def test_a_step_out_of_time_may_say_what_it_has(run):
+def test_a_step_out_of_time_may_say_what_it_has(run, monkeypatch):
+    monkeypatch.setattr(gpu_run, "GRACE_S", 1)
     code = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('result so far')\n"
     _, state, _ = run(python("slow", code, limit_s=6))
     assert (state["slow"]["status"], state["slow"]["headline"]) == ("out of time", "result so far")
@@ -280,6 +281,7 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.larger
 def test_the_selections_of_tests_find_tests():
     wanted = {"check": 2000, "gpu tests": 8, "memcheck": 40, "racecheck": 10}
     steps = [step for step in gpu_steps.steps() if step.name in wanted]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tiers import larger
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -45,7 +46,7 @@ def run_kernel(program: Path, bug: int, seed: int) -> tuple[int, str]:
     return run.returncode, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("how", ["plain", "sanitized"])
+@pytest.mark.parametrize("how", ["plain", larger("sanitized")])
 def test_broken_kernels_are_caught_and_the_correct_one_passes_in_every_order(how, tmp_path):
     program = tmp_path / "broken_kernels"
     source = ROOT / "tests" / "support" / "broken_kernels" / "broken_kernels.cu"

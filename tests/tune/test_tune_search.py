@@ -159,7 +159,7 @@ def _consistent(table, network):
         assert found.ours_ms <= found.aten_ms + 1e-9 or mode == "infer" and found.ours_ms <= found.aten_ms
 
 
-@pytest.mark.parametrize("seconds", [1, larger(10), larger(30), 60, larger(120), 300])
+@pytest.mark.parametrize("seconds", [1, larger(10), larger(30), larger(60), larger(120), 300])
 def test_whenever_time_runs_out_the_table_is_of_use_and_the_next_call_goes_on(search, seconds):
     made, first = search()
     done = made.run(search.jobs, search.blocks, seconds)
@@ -194,7 +194,7 @@ def test_more_time_never_makes_a_worse_plan(search):
     assert len(predicted) >= 3 and predicted == sorted(predicted, reverse=True)
 
 
-@pytest.mark.parametrize("slow", [0.5, larger(1.0), 3.0])
+@pytest.mark.parametrize("slow", [0.5, larger(1.0), larger(3.0)])
 def test_auto_is_at_least_as_fast_as_native_pytorch_in_every_block_by_the_tables_own_numbers(search, slow):
     made, _ = search(slow=slow)
     table = made.run(search.jobs, search.blocks, 1e9).table
