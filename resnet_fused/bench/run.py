@@ -103,9 +103,7 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
         return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded), kernels)
 
     try:
-        limit = (
-            f"aiming at {options.budget_s:g} s" if options.budget_s else "without a limit: --budget SECONDS sets one"
-        )
+        limit = f"aiming at {options.budget_s:g} s" if options.budget_s else "without a limit: --budget sets one"
         count = len(options.cases)
         reporter.start(f"creating {options.model}; {count} case{'s' * (count > 1)} to measure, {limit}")
         model = models.create(options.model, options.seed)

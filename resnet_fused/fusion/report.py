@@ -27,7 +27,9 @@ class FusionReport:
         parts = {name for name, _ in self.fused}
         in_part = len(parts & {name for name, _ in self.skipped})
         alone = sum(name not in parts for name, _ in self.skipped)
-        summary = f"{len(self.fused)} fused{f', {in_part} of them in part' if in_part else ''}, {alone} left alone"
+        modules = "module" if len(self.fused) == 1 else "modules"
+        part = f", {in_part} of them in part" if in_part else ""
+        summary = f"{len(self.fused)} {modules} fused{part}, {alone} left alone"
         shortened = ((name, textwrap.shorten(what, _WIDTH, placeholder=" ...")) for name, what in self.fused)
         rows = [(name or "(model)", "fused", what) for name, what in shortened]
         for name, reason in self.skipped:
