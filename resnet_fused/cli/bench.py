@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.bench import chart, results, run, schema, subcommands, table
         from resnet_fused.measure.progress import Reporter
     except ImportError as error:
-        return complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+        return complain(f"bench needs the extra packages of `pip install 'resnet_fused[bench]'`: {error}")
     from resnet_fused.dispatch import use_backend
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.evaluate import pictures, report
         from resnet_fused.evaluate import run as runner
     except ImportError as error:
-        return complain(f"evaluate needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+        return complain(f"evaluate needs the extra packages of `pip install 'resnet_fused[bench]'`: {error}")
     import torch
 
     import resnet_fused
