@@ -83,7 +83,7 @@ def register(commands: Any) -> None:
     add = bench.add_argument_group("where the result goes, beside the table").add_argument
     add("--json", type=Path, metavar="FILE", help="results and provenance as JSON")
     add("--chart", type=Path, metavar="FILE", help="a PNG")
-    group = bench.add_argument_group("instead of a race, or with its result (one of these)")
+    group = bench.add_argument_group("what else to do, or to do instead (one of these)")
     only = group.add_mutually_exclusive_group().add_argument
     only(
         "--record",
@@ -246,10 +246,10 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise UsageError("--images and --no-images contradict each other")
     source = None
     if arguments.workers and not arguments.loader:
-        raise UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
+        raise UsageError(f"--workers {arguments.workers} goes with --loader, which was not given")
     if arguments.loader:
         if arguments.profile or arguments.check:
-            raise UsageError("--loader goes with a race, not with --profile or --check")
+            raise UsageError("--loader cannot be combined with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
             raise UsageError("--loader measures training, and no case does: add --mode train")
         workers = positive_integer(arguments.workers, "--workers") if arguments.workers else None
