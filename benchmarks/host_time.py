@@ -219,11 +219,17 @@ def _dry_device() -> Iterator[Callable[[], int]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15, help="steps and calls of each contestant")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--size", type=int, default=64, help="height and width of the images")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--breakdown", action="store_true", help="by package, of the fused step on Triton")
+    parser.add_argument(
+        "--rounds", type=int, default=15, metavar="N", help="steps and calls of each contestant (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument(
+        "--size", type=int, default=64, metavar="PIXELS", help="side of the square images (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument(
+        "--breakdown", action="store_true", help="also: which package takes how much of a fused training step on Triton"
+    )
     chosen = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -123,7 +123,7 @@ def check_importable(option: str, *packages: str) -> None:
     """Raise UsageError where one of the packages that an option needs is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"{option} needs {package}, which is not installed: `pip install resnet_fused[bench]`")
+            raise UsageError(f"{option} needs {package}, which is not installed: `pip install 'resnet_fused[bench]'`")
 
 
 def check_writable(option: str, path: Path | None) -> None:

@@ -34,13 +34,13 @@ class Info:
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
         rows += [("device", device) for device in self.devices]
-        untuned = "no GPU: nothing was tuned here, native PyTorch kernels run"
+        untuned = "nothing yet: native PyTorch kernels run until `resnet-fused tune` has run on a GPU"
         rows += [("tuned for", table) for table in self.tables or [untuned]]
         runs = {"aten": "runs: native PyTorch kernels", "reference": "runs: plain PyTorch, op by op, to compare with"}
-        rows += [
-            (f"{name} on {device}", f"no: {why}" if why else runs.get(name, "runs"))
-            for name, device, why in self.backends
-        ]
+        runs["cuda on cpu"] = "runs: the CUDA kernels' code executed on the CPU, slowly, for tests"
+        for name, device, why in self.backends:
+            row = f"{name} on {device}"
+            rows.append((row, f"no: {why}" if why else runs.get(row) or runs.get(name, "runs")))
         width = max(len(left) for left, _ in rows)
         return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
 

@@ -99,8 +99,9 @@ def image(path: Path) -> Path:
 def _summary(path: Path, report: Report) -> Iterator[str]:
     """The newest result of a machine, for the README."""
     facts = report.provenance
-    yield f"\n**{report.model} on {provenance.device_name(facts)}**: {_origin(report)}, [`{path.name}`]({path})."
-    yield f"Images/s, and times `{report.baseline}`:\n"
+    yield f"\n**{report.model} on {provenance.device_name(facts)}**: {_origin(report)}"
+    yield f"([`{path.name}`]({path})).\n"
+    yield f"Images/s, and in brackets the speed-up over `{report.baseline}`:\n"
     every = dict.fromkeys(result.contestant for case in report.cases for result in case.results)
     here = {r.contestant for case in report.cases for r in case.results if r.status != "unavailable"}
     names, absent = [name for name in every if name in here], [name for name in every if name not in here]

@@ -32,7 +32,7 @@ def save(report: Report, path: Path) -> None:
     axes = figure.subplots(len(cases), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     for axis, case in zip(axes, cases, strict=True):
         _panel(axis, case, report.baseline)
-    axes[-1].set_xlabel("images per second (more is better); label: images/s, times the baseline")
+    axes[-1].set_xlabel("images per second (more is better); label: images/s, speed-up over the baseline")
     facts = report.provenance
     commit = facts.get("commit")
     where = f", commit {commit['sha'][:10]}{' + changes' if commit['dirty'] else ''}" if commit else ""

@@ -122,6 +122,7 @@ def compare(before: Report, after: Report) -> Comparison:
     second = {_key(report.case): report for report in after.cases}
     rows: list[Row] = []
     only: list[str] = []
+    alone: dict[tuple[str, str], list[str]] = {}  # by contestant and file: the cases
     for key in dict.fromkeys([*first, *second]):
         if key not in first or key not in second:
             label = _label((first if key in first else second)[key].case)
@@ -132,11 +133,12 @@ def compare(before: Report, after: Report) -> Comparison:
         for name in dict.fromkeys([result.contestant for result in (*old.results, *new.results)]):
             was, now = _result(old, name), _result(new, name)
             if was is None or now is None:
-                only.append(f"only in the {'second' if was is None else 'first'}: {name} in {label}")
+                alone.setdefault((name, "second" if was is None else "first"), []).append(label)
                 continue
             ratio = unpaired(was.timing, now.timing) if was.timing and now.timing else None
             relative = (against_baseline(old, name, before.baseline), against_baseline(new, name, after.baseline))
             rows.append(Row(label, name, was, now, old.case.batch, ratio, relative))
+    only += [f"only in the {file}: {name} in {'; '.join(labels)}" for (name, file), labels in alone.items()]
     if not rows:
         have = [", ".join(_label(report.case) for report in reports.values()) for reports in (first, second)]
         raise UsageError(f"no case in common: the first has {have[0]}; the second has {have[1]}")
@@ -191,7 +193,7 @@ def render(comparison: Comparison, names: tuple[str, str], console: Console) -> 
         table.add_row(f"  {row.contestant}", *rates, Text(str(row.ratio or "-"), style=style), *relative)
     console.print(table)
     for line in comparison.only:
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(escape(line), highlight=False)
     if not comparison.same_device:
         console.print("[yellow]different devices: only the speed-ups can be compared[/yellow]")
     for name, was, now in comparison.provenance:

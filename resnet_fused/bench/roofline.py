@@ -21,6 +21,10 @@ from resnet_fused.measure.network import Network, networks
 # at the clock the power limit leaves.
 GPUS = {"H100 SXM": (3.35e12, 800e12), "A100 80 GB": (2.04e12, 250e12)}
 SCHEMES = ("eager", "planned", "ideal")
+IN_WORDS = (
+    "eager: op by op; planned: what this package fuses; ideal: the least possible; the others: degrees of fusion "
+    "between, docs/cost_model.md"
+)
 
 
 @dataclasses.dataclass(frozen=True)

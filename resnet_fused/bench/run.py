@@ -103,13 +103,11 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
         return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded), kernels)
 
     try:
-        limit = (
-            f"aiming at {options.budget_s:g} s" if options.budget_s else "without a limit: --budget SECONDS sets one"
-        )
+        limit = f"aiming at {options.budget_s:g} s" if options.budget_s else "without a limit: --budget sets one"
         count = len(options.cases)
         reporter.start(f"creating {options.model}; {count} case{'s' * (count > 1)} to measure, {limit}")
         model = models.create(options.model, options.seed)
-        reporter.start(f"measuring the arithmetic roof of {options.device}")
+        reporter.start(f"measuring the fastest arithmetic of {options.device}, the roof")
         race = _Race(options, model, reporter, start)
         for dtype in {case.dtype for case in options.cases}:
             race.measure_roof(dtype)

@@ -45,7 +45,7 @@ def render(report: Report, console: Console) -> None:
         console.print(_table(report, [case for case in report.cases if case.case.mode == mode]))
     console.print()
     for line in notes(report):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False)
 
 
 def _table(report: Report, cases: list[CaseReport]) -> Table:
@@ -178,9 +178,9 @@ def _quantised(report: Report) -> Iterator[str]:
                 found.setdefault(result.contestant, []).append(f"{result.agreement:.0%} in {case.case.label}")
     for name, shares in found.items():
         yield escape(
-            f"{name}: 8-bit arithmetic, calibrated on other random images; top-1 as float64: {', '.join(shares)}. "
-            "Its logit error is that of 8 bits: the contract does not judge it, no mean has it. Weights are random "
-            "here; docs/int8.md has the accuracy of trained networks"
+            f"{name}: 8-bit arithmetic, calibrated on other random images, so its error is larger and it is in no "
+            f"mean. Top-1 as float64: {', '.join(shares)}. Weights are random here; docs/int8.md has the accuracy of "
+            "trained networks"
         )
 
 

@@ -21,6 +21,7 @@ from resnet_fused._command import (
     positive_integer,
     positive_integers,
     resolve_device,
+    seconds,
 )
 from resnet_fused.cli.output import PROGRAM, complain, show
 
@@ -30,6 +31,7 @@ DEFAULT_BUDGET_S = 240.0
 GPU_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"), ("infer", 32, "bf16"), ("infer", 1, "bf16"))
 GPU_BUDGET_S = 570.0  # with the tuning: a first run ends within ten minutes
 TUNE_S = 180.0
+WIDTH = 120  # columns of the widest table
 REHEARSED, REHEARSED_SIZE = (("infer", 2, "bf16"), ("train", 2, "bf16")), 64  # a GPU's stages on a CPU
 RESULTS = Path("benchmarks/results")
 GENERATED = Path("generated JPEGs")
@@ -67,10 +69,10 @@ def register(commands: Any) -> None:
     add("--tune", action=argparse.BooleanOptionalAction, help="check and time our kernels on this GPU first, "
         f"{TUNE_S:g} s at most (default: with a GPU's default cases)")  # fmt: skip
     add("--rounds", metavar="N", help="timed rounds a case (default: as many as fit)")
-    budget = "leave out cases that would not end within this time (default cases: "
-    budget += f"{DEFAULT_BUDGET_S:g}, on a GPU {GPU_BUDGET_S:g}; else no limit)"
-    add("--budget", type=float, metavar="SECONDS", help=budget)
-    add("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default: %(default)s)")
+    budget = "leave out cases that would not end within this time, like 90s or 5m (default cases: "
+    budget += f"{DEFAULT_BUDGET_S:g}s, on a GPU {GPU_BUDGET_S:g}s; else no limit)"
+    add("--budget", metavar="TIME", help=budget)
+    add("--seed", type=int, default=0, metavar="N", help="of the random weights and inputs (default: %(default)s)")
     add = bench.add_argument_group("also").add_argument
     add("--images", type=Path, metavar="DIR", help="compare plain and fused models on the pictures of this folder "
         "(default: scikit-learn's two sample photographs)")  # fmt: skip
@@ -81,7 +83,7 @@ def register(commands: Any) -> None:
     add = bench.add_argument_group("where the result goes, beside the table").add_argument
     add("--json", type=Path, metavar="FILE", help="results and provenance as JSON")
     add("--chart", type=Path, metavar="FILE", help="a PNG")
-    group = bench.add_argument_group("instead of a race, or with its result (one of these)")
+    group = bench.add_argument_group("what else to do, or to do instead (one of these)")
     only = group.add_mutually_exclusive_group().add_argument
     only(
         "--record",
@@ -89,7 +91,7 @@ def register(commands: Any) -> None:
         nargs="?",
         const=RESULTS,
         metavar="DIR",
-        help=f"add a result file to {RESULTS}",
+        help=f"add the result to a folder of results (default: {RESULTS})",
     )
     only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
     check = "measure the cases of this device's last recorded result again; exit code 1 where fused or frozen lost"
@@ -97,7 +99,7 @@ def register(commands: Any) -> None:
     only(
         "--rehearse",
         action="store_true",
-        help="every stage of a run on a GPU, on this CPU and small: its numbers say nothing",
+        help="every stage of a run on a GPU, small and on this CPU, to see that it works: its numbers say nothing",
     )
     only("--profile", action="store_true", help="where a step's time goes, layer by layer, and the least it could be")
     only("--roofline", action="store_true", help="measure nothing: count bytes and FLOP layer by layer")
@@ -112,13 +114,13 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.bench import chart, results, run, schema, subcommands, table
         from resnet_fused.measure.progress import Reporter
     except ImportError as error:
-        return complain(f"bench needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+        return complain(f"bench needs the extra packages of `pip install 'resnet_fused[bench]'`: {error}")
     from resnet_fused.dispatch import use_backend
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
     out = Console()
-    out.width = max(out.width, 180)  # a profile is so wide; a terminal wraps what it cannot show, it cuts nothing
+    out.width = max(out.width, WIDTH)  # a narrower terminal wraps what it cannot show, rich would cut it
     if arguments.roofline:
         return _roofline(arguments, out)
 
@@ -182,6 +184,7 @@ def _roofline(arguments: argparse.Namespace, out) -> int:  # type: ignore[no-unt
     def render() -> None:
         for one in found:
             roofline.render(one, out)
+        out.print(roofline.IN_WORDS, highlight=False)
 
     content = {"schema": 1, "cases": [one.to_json() for one in found]}
     return show(out, 0, render, ("--json", arguments.json, lambda path: write_json(content, path)))
@@ -218,7 +221,7 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     rounds = positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
     chosen, as_on_gpu = _chosen_cases(arguments), device.type == "cuda" or arguments.rehearse
     by_default = not (chosen or arguments.check or arguments.profile)  # else all that was asked for is measured
-    budget = arguments.budget
+    budget = seconds(arguments.budget, "--budget") if arguments.budget else None
     if budget is None and by_default:
         budget = GPU_BUDGET_S if as_on_gpu else DEFAULT_BUDGET_S
     if arguments.rehearse:
@@ -229,8 +232,6 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise UsageError(
             f"--tune is for a GPU, and the device is {device}; --rehearse runs every step of it on the CPU"
         )
-    if budget is not None and not budget > 0:
-        raise UsageError(f"--budget {budget:g} is not a number of seconds > 0")
     if not -(2**63) <= arguments.seed < 2**63:
         raise UsageError(f"--seed {arguments.seed} is not an integer of 64 bits")
     entry = arguments.record and arguments.record / "new.json"
@@ -245,10 +246,10 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise UsageError("--images and --no-images contradict each other")
     source = None
     if arguments.workers and not arguments.loader:
-        raise UsageError(f"--workers {arguments.workers} is of --loader, which is not there")
+        raise UsageError(f"--workers {arguments.workers} goes with --loader, which was not given")
     if arguments.loader:
         if arguments.profile or arguments.check:
-            raise UsageError("--loader goes with a race, not with --profile or --check")
+            raise UsageError("--loader cannot be combined with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
             raise UsageError("--loader measures training, and no case does: add --mode train")
         workers = positive_integer(arguments.workers, "--workers") if arguments.workers else None

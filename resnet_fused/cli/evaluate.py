@@ -33,20 +33,31 @@ def register(commands: Any) -> None:
         help="a network of resnet_fused.models, torchvision:<name> or timm:<name>, and its weights: a file, or "
         "'pretrained' for what torchvision or timm bring; may be repeated",
     )
-    add("--data", required=True, help="a folder with a subfolder per class, or torchvision:<dataset>:<root>")
-    add("--protocol", default="single", help="single, ten-crop, multi-scale, as a comma list (default: %(default)s)")
-    add("--shorter-side", type=int, help="of the picture that crops are cut from (default: 256, for 224 pixels)")
-    add("--crop", type=int, help="side of a crop (default: what the first model was trained on)")
-    add("--scales", help="shorter sides of multi-scale (default: 224,256,384,480,640, in proportion to the crop)")
-    add("--window", type=int, help="of the dense classifier (default: what the model has at --crop: 7 at 224)")
-    add("--average", default="softmax", choices=("softmax", "logits"), help="what multi-scale averages")
+    add(
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="a folder with a subfolder per class, or torchvision:<dataset>:<root>",
+    )
+    add("--protocol", metavar="NAMES", default="single", help="single (one centre crop), ten-crop, multi-scale, as a "
+        "comma list (default: %(default)s)")  # fmt: skip
+    add("--shorter-side", type=int, metavar="PIXELS", help="resize pictures to this before crops are cut (default: 256 "
+        "for crops of 224, in proportion for others)")  # fmt: skip
+    add("--crop", type=int, metavar="PIXELS", help="side of a crop (default: what the first model was trained on)")
+    add("--scales", metavar="SIZES", help="multi-scale: shorter sides that pictures are resized to, as a comma list "
+        "(default: 224,256,384,480,640 for crops of 224)")  # fmt: skip
+    add("--window", type=int, metavar="N", help="multi-scale: side of the features that the classifier averages at "
+        "each place (default: what --crop gives: 7 for 224)")  # fmt: skip
+    add("--average", default="softmax", choices=("softmax", "logits"), help="multi-scale: what is averaged (default: "
+        "%(default)s)")  # fmt: skip
     add("--flip", action="store_true", help="multi-scale: average over the mirrored pictures, too")
-    add("--batch", type=int, default=16, help="pictures at a time (default: %(default)s)")
-    add("--workers", type=int, default=0, help="processes that decode pictures (default: %(default)s)")
-    add("--limit", type=int, help="at most this many pictures, evenly spread over the data")
+    add("--batch", type=int, metavar="N", default=16, help="pictures at a time (default: %(default)s)")
+    add("--workers", type=int, metavar="N", default=0, help="processes that decode pictures (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="at most this many pictures, evenly spread over the data")
     add("--device", help="cpu, cuda or cuda:<index> (default: a GPU if there is one)")
     add("--dtype", default="fp32", choices=DTYPES, help="fp16 and bf16 by autocast (default: %(default)s)")
-    add("--backend", default="auto", help="backend of the fused operations (default: auto)")
+    add("--backend", default="auto", help="the kernels that run: auto, aten (native PyTorch), triton, cuda or "
+        "reference (default: %(default)s)")  # fmt: skip
     add("--plain", action="store_true", help="leave torchvision's and timm's models as they are, unfused")
     add("--json", type=Path, metavar="FILE", help="write the results and what they were made with here")
     evaluate.set_defaults(function=run)
@@ -61,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         from resnet_fused.evaluate import pictures, report
         from resnet_fused.evaluate import run as runner
     except ImportError as error:
-        return complain(f"evaluate needs the extra packages of `pip install resnet_fused[bench]`: {error}")
+        return complain(f"evaluate needs the extra packages of `pip install 'resnet_fused[bench]'`: {error}")
     import torch
 
     import resnet_fused

@@ -25,7 +25,7 @@ def add_problems(parser: argparse.ArgumentParser) -> None:
     add(
         "--rehearse",
         action="store_true",
-        help="every step on the CPU with a tiny network; says nothing about a GPU",
+        help="every step on the CPU with a tiny network, to see that it works; says nothing about a GPU",
     )
 
 

@@ -30,7 +30,7 @@ def register(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="the table (default: in the cache folder, which is where it is looked for)",
+        help="write the table here (default: into the cache folder, which is where models look for it)",
     )
     parser.set_defaults(function=run)
 

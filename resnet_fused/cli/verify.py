@@ -17,8 +17,9 @@ def register(commands: Any) -> None:
         "verify",
         help="compare every kernel that can run here with float64",
         description="Run every kernel of the package that can run here - on the GPU where there is one, else those "
-        "built for the CPU - on the layers of these models, and compare it with float64. Results start as NaN, "
-        "operands lie between NaN, and each kernel runs twice and must give the same bits. Takes some minutes.",
+        "built for the CPU - on the layers of these models, and compare it with float64. Memory for results, and "
+        "around operands, is filled with NaN, so that what a kernel leaves out or reads beside them shows; each runs "
+        "twice and must give the same bits. Takes some minutes.",
     )
     add_problems(parser)
     add = parser.add_argument

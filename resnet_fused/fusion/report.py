@@ -25,13 +25,20 @@ class FusionReport:
 
     def __str__(self) -> str:
         parts = {name for name, _ in self.fused}
-        in_part = len(parts & {name for name, _ in self.skipped})
-        alone = sum(name not in parts for name, _ in self.skipped)
-        summary = f"{len(self.fused)} fused{f', {in_part} of them in part' if in_part else ''}, {alone} left alone"
-        shortened = ((name, textwrap.shorten(what, _WIDTH, placeholder=" ...")) for name, what in self.fused)
-        rows = [(name or "(model)", "fused", what) for name, what in shortened]
+        why: dict[str, list[str]] = {name: [] for name in parts}  # of what is fused, what is not
         for name, reason in self.skipped:
-            rows.append((name or "(model)", "in part" if name in parts else "left alone", reason))
+            if name in parts:
+                why[name].append(reason)
+        in_part = sum(map(bool, why.values()))
+        alone = sum(name not in parts for name, _ in self.skipped)
+        modules = "module" if len(self.fused) == 1 else "modules"
+        part = f", {in_part} of them in part" if in_part else ""
+        summary = f"{len(self.fused)} {modules} fused{part}, {alone} left alone"
+        shortened = ((name, textwrap.shorten(what, _WIDTH, placeholder=" ...")) for name, what in self.fused)
+        rows = []
+        for name, what in shortened:
+            rows.append((name or "(model)", "in part" if why[name] else "fused", "; ".join([what, *why[name]])))
+        rows += [(name or "(model)", "left alone", reason) for name, reason in self.skipped if name not in parts]
         if not rows:
             return summary
         if not alone and not in_part:  # the summary says it

@@ -10,6 +10,7 @@ from resnet_fused._rows import grouped, table
 
 LAYER_BY_LAYER = "aten runs layer by layer"
 MEANING = {
+    "qconv2d_pointwise": "oneDNN's convolution in 8 bits",
     "conv_chain": "a bottleneck's 3x3 convolution and the 1x1 convolutions behind it in one kernel",
     "conv_join": "a block's last convolution and its shortcut's projection in one kernel",
 }
@@ -48,17 +49,17 @@ class FreezePlan:
         if not self.layers:
             return "no convolutions"
         counts = Counter((row.op, row.backend) for row in self.layers)
-        own = {"aten": " (native PyTorch kernels, layer by layer)"}
-        how = [
-            f"{n} left to the model" if op == "-" else f"{n} in {op} on {backend}{own.get(backend, '')}"
+        how = ", ".join(
+            f"{n} left to the model" if op == "-" else f"{n} in {op} on {backend}"
             for (op, backend), n in counts.items()
-        ]
-        lines = [f"{len(self.layers)} convolutions: {', '.join(how)}"]
+        )
+        how = how.replace(" on aten", " on aten (native PyTorch kernels, layer by layer)", 1)
+        lines = [f"{len(self.layers)} convolutions: {how}"]
         lines += [f"{op}: {text}" for op, text in MEANING.items() if any(row.op == op for row in self.layers)]
         worst = sorted((row for row in self.layers if row.error is not None), key=lambda row: -(row.error or 0.0))[:3]
         if worst:
             names = ", ".join(f"{row.layer} {row.error:.1%}" for row in worst)
-            lines.append(f"int8 error: of a layer's result, relative to float; largest in {names}")
+            lines.append(f"int8 error: of each layer's result, to float; largest: {names}")
         rows, errors = [], dict[tuple[str, ...], list[float]]()
         for row in self.layers:
             by = "the model" if row.op == "-" else f"{row.op} on {row.backend}"

@@ -98,7 +98,7 @@ def test_int8_is_in_no_mean_and_the_table_says_what_it_is():
     report = Report("resnet18", BASELINE, provenance.collect(torch.device("cpu"), ""), (case,))
     assert set(report.geometric_means("infer")) == {BASELINE, "frozen"}
     said = next(line for line in table.notes(report) if line.startswith("frozen-int8"))
-    assert "50% in infer, batch 2, fp32" in said and "no mean has it" in said
+    assert "50% in infer, batch 2, fp32" in said and "it is in no mean" in said
     console = Console(width=200, file=io.StringIO())
     table.render(report, console)
     row = next(line for line in console.file.getvalue().splitlines() if line.startswith("frozen-int8 "))

@@ -28,7 +28,7 @@ def test_finetune(tmp_path, capsys):
     assert accuracy > 0.5  # of ten classes
     plain = torchvision.models.resnet18(num_classes=10)
     plain.load_state_dict(torch.load(file, weights_only=True))
-    assert "9 fused, 0 left alone" in capsys.readouterr().out
+    assert "9 modules fused, 0 left alone" in capsys.readouterr().out
 
 
 def test_serve(capsys):

@@ -90,13 +90,14 @@ def test_repr_and_report_read_well(fused):
     )
     fused.layer[1].scale = 0.5
     lines = str(report(fused)).splitlines()
-    assert lines[0] == "3 fused, 1 of them in part, 0 left alone"
+    assert lines[0] == "3 modules fused, 1 of them in part, 0 left alone"
     assert lines[1].split() == "module what runs as one operation (a-b-c), or why not".split()
     assert lines[3] == "(model)  fused    conv1-bn1-relu"
     reason = "unit by unit, not as one block: a multiplication by 0.5 between `bn3` and the sum"
-    assert lines[-1] == f"layer.1  in part  {reason}"
+    row = " ".join(" ".join(lines[-2:]).split())
+    assert row.endswith(f"layer.1 in part conv1-bn1-relu, conv2-bn2-relu, conv3-bn3; {reason}"), lines
     fused.layer[1].forward = lambda x: x
-    assert str(report(fused)).splitlines()[0] == "2 fused, 1 left alone"
+    assert str(report(fused)).splitlines()[0] == "2 modules fused, 1 left alone"
 
 
 def test_report_of_a_model_that_was_not_fused(plain):

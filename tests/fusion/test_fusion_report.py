@@ -102,7 +102,7 @@ def test_the_table_stays_narrow_and_cuts_what_is_long():
 
 def test_a_resnet50_fits_a_screen_and_says_first_what_was_fused():
     lines = str(report(fuse(torchvision.models.resnet50()))).splitlines()
-    assert lines[0] == "17 fused, 0 left alone" and len(lines) < 15
+    assert lines[0] == "17 modules fused, 0 left alone" and len(lines) < 15
     for names in ("(model)", "layer[1-4].0", "layer1.[1-2], layer2.[1-3],"):
         assert any(line.startswith(f"{names} ") for line in lines)
 

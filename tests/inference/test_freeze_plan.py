@@ -127,6 +127,7 @@ def test_equal_rows_are_one_and_the_summary_says_what_all_have_in_common():
     rows = [PlannedConv(name, "aten", "conv_fprop", "batch norm", why) for name in names]
     lines = str(FreezePlan(tuple(rows))).splitlines()
     assert lines[0] == "12 convolutions: 12 in conv_fprop on aten (native PyTorch kernels, layer by layer)"
+    assert max(map(len, lines)) <= 120
     table = [line.split() for line in lines[1::2]]
     assert table == [["layer", "fused", "with"], ["layer[1-2].[0-2].conv[1-2]", "batch", "norm"]]
 

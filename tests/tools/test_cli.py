@@ -69,7 +69,7 @@ BAD = {
     "rounds": (["--rounds", "0"], "> 0"),
     "two sizes": (["--image-size", "32,64"], "an integer > 0"),
     "budget": (["--budget", "-1"], "> 0"),
-    "no number": (["--budget", "soon"], "float"),
+    "no number": (["--budget", "soon"], "90s or 5m"),
     "folder": (["--images", "absent"], "absent"),
     "json is a folder": (["--json", "."], "folder"),
     "json nowhere": (["--json", "/proc/nowhere/x.json"], "/proc"),
