@@ -26,7 +26,9 @@ def test_the_table_fits_a_screen_and_nothing_in_it_is_empty():
     """A large network's numbers in training, which has the most columns."""
     big = dict(peak_bytes=10**11, saved_bytes=10**11, setup_s=345.6, errors=Errors(1e-6, gradients=1e-5))
     many = [recorded.result(name, *[9876.5] * 5, **big) for name in (BASELINE, "compile-max-autotune")]
-    missing = recorded.result("onnxruntime", status="unavailable", reason="it is not installed" + " here" * 30, errors=None)
+    missing = recorded.result(
+        "onnxruntime", status="unavailable", reason="it is not installed" + " here" * 30, errors=None
+    )
     infer = recorded.case(recorded.result(BASELINE, 1.0, 2.0), missing, batch=256)
     train = recorded.case(*many, mode="train", batch=1024, dtype="bf16")
     text = _rendered(recorded.report(infer, train))
