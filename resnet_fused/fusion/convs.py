@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.modules.utils import _pair
 
+from resnet_fused.fusion.isolation import Untraceable
 from resnet_fused.fusion.norms import split
-from resnet_fused.fusion.trace import Untraceable, functions, immutable, lookups, original_class, trace
+from resnet_fused.fusion.trace import functions, immutable, lookups, original_class, trace
 from resnet_fused.nn.convs import RecognisedConv
 from resnet_fused.nn.eligibility import calls_forward, computes_as, overridden
 

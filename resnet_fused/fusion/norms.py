@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from resnet_fused.fusion.isolation import Untraceable
 from resnet_fused.fusion.nodes import called_activation
 from resnet_fused.fusion.trace import (
     AsksForGradient,
     Traced,
-    Untraceable,
     functions,
     lookups,
     original_class,

@@ -12,11 +12,12 @@ from torch import nn
 
 from resnet_fused.fusion.block import Mismatch, NoReluAfterSum, joins, match_block
 from resnet_fused.fusion.flow import Flow, flow_of
+from resnet_fused.fusion.isolation import Untraceable
 from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.fusion.norms import looks_like_norm
 from resnet_fused.fusion.plans import BlockPlan, Forward, Plan, SequencePlan
 from resnet_fused.fusion.sequence import Rewritten, generate, rewrite
-from resnet_fused.fusion.trace import AsksForInputType, Inputs, Traced, Untraceable, original_class, trace
+from resnet_fused.fusion.trace import AsksForInputType, Inputs, Traced, original_class, trace
 from resnet_fused.nn.eligibility import home
 
 # Their forwards are generated, or act on processes, devices and compilers; what they wrap is looked at by itself.

@@ -9,33 +9,27 @@ reads from outside the module and its class (globals) is taken as constant.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import enum
 import functools
 import inspect
 import operator
-import random
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import inplace_methods
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet_fused.fusion.isolation import NoTensorWork, Untraceable, ambient, reproducible, surroundings
 from resnet_fused.fusion.questions import erase_questions, is_number, read_of_input, says_full
 
 Inputs = Literal["any", "list"]
 Lookup = tuple[type, str, Any]  # a class, a name, what the class had under it
-
-
-class Untraceable(Exception):
-    """The forward is not the graph that tracing would give; the message says why."""
 
 
 class AsksForInputType(Untraceable):
@@ -133,8 +127,8 @@ def _trace_once(module: nn.Module, training: bool, tracer: _Tracer, base: type[n
         stand_in = _stand_in(module, "", tracer, {}, training, base)
         forward = type(stand_in).forward
         names = _required_inputs(forward)
-        with _reproducible(), _surroundings(tracer.alternative), _NoTensorWork():
-            tracer.ambient = _ambient()
+        with reproducible(), surroundings(tracer.alternative), NoTensorWork():
+            tracer.ambient = ambient()
             proxies = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
             # What is left out takes its default, as in a plain call.
             result = forward(stand_in, *proxies)
@@ -231,7 +225,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def create_proxy(self, kind: str, *args: Any, **kwargs: Any) -> fx.Proxy:
-        if _ambient() != self.ambient:
+        if ambient() != self.ambient:
             raise Untraceable(
                 "a part of its forward runs under a context of its own (no_grad, autocast, checkpoint, ...)"
             )
@@ -384,58 +378,3 @@ def _probe_class(original: type[nn.Module], base: type[nn.Module] | None = None)
 
     Probe.__name__ = Probe.__qualname__ = original.__name__
     return Probe
-
-
-class _NoTensorWork(TorchDispatchMode):
-    """A trace handles proxies only; a tensor made or changed on the way would be a constant afterwards."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise Untraceable(f"its forward computes on tensors that do not come from its inputs ({func})")
-
-
-def _ambient() -> tuple[Any, ...]:
-    """The thread's state that contexts such as no_grad, autocast or saved-tensor hooks change."""
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
-        *(torch.get_autocast_dtype(device) for device in ("cpu", "cuda")),
-        torch._C._autograd._top_saved_tensors_default_hooks(True),
-    )
-
-
-@contextlib.contextmanager
-def _surroundings(ambient: bool) -> Iterator[None]:
-    before = {device: torch.is_autocast_enabled(device) for device in ("cpu", "cuda")}
-    try:
-        for device in before:
-            torch.set_autocast_enabled(device, not ambient)
-        with torch.inference_mode(False), torch.set_grad_enabled(ambient):
-            yield
-    finally:
-        for device, enabled in before.items():
-            torch.set_autocast_enabled(device, enabled)
-
-
-@contextlib.contextmanager
-def _reproducible() -> Iterator[None]:
-    """Random generators are put back; a forward that used one is refused. (PyTorch's are refused as tensor work.)"""
-    generators: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [(random.getstate, random.setstate)]
-    if "numpy.random" in sys.modules:
-        numpy_random = sys.modules["numpy.random"]
-        generators.append((lambda: _comparable(numpy_random.get_state()), numpy_random.set_state))
-    before = [get() for get, _ in generators]
-    try:
-        yield
-    finally:
-        changed = False
-        for (get, put), state in zip(generators, before, strict=True):
-            if get() != state:
-                put(state)
-                changed = True
-    if changed:
-        raise Untraceable("its forward draws random numbers")
-
-
-def _comparable(state: Any) -> tuple[Any, ...]:
-    return tuple(part.tolist() if hasattr(part, "tolist") else part for part in state)
