@@ -138,7 +138,7 @@ class Search:
             ready = next((pair for pair in waiting if self.ahead.ready(*pair)), waiting[0])
             waiting.remove(ready)
             job, todo = ready
-            self.reporter.start(f"{job.problem}: {len(todo)} candidates")
+            self.reporter.start(f"{job.problem}: {len(todo)} candidate{'s' * (len(todo) > 1)}")
             self.ahead.wait(job, todo, min(LATE_S, self._time_left()))
             self._measure(job, quick)
 
@@ -231,7 +231,7 @@ class Search:
         """The times of the choices that run; one that is lost on the way is left out, and the rest begin again."""
         remaining = list(right)
         while remaining:
-            self.reporter.detail(f"timing {len(remaining)} candidates")
+            self.reporter.detail(f"timing {len(remaining)} candidate{'s' * (len(remaining) > 1)}")
             choice: Choice | None = None
             try:
                 running = []
