@@ -30,6 +30,7 @@ for _name in (
     "conv_dgrad",
     "conv_dgrad_join",
     "conv_wgrad",
+    "conv_backward",
     "conv_chain",
     "conv_join",
     "bn_stats",

@@ -212,9 +212,11 @@ class _Backward:
         dx = None
         for k in range(last, deepest - 1, -1):
             assert gradient is not None
-            self.weight_gradient(k, gradient)
+            together = k > deepest and self.runs_together(k)
+            if not together:
+                self.weight_gradient(k, gradient)
             if k > deepest:
-                gradient = self.layer_backward(k, gradient)
+                gradient = self.layer_backward(k, gradient, together)
             elif k == 0 and self.needs_x:
                 dx = self.data_gradient(k, gradient, addend, addend_mask, published)
         return dx, masked if needs_residual else None
@@ -262,16 +264,26 @@ class _Backward:
         )
         return _Gradient(dz), masked if with_sum else None
 
-    def layer_backward(self, k: int, gradient: _Gradient) -> _Gradient:
-        """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm."""
+    def runs_together(self, k: int) -> bool:
+        """Whether one op makes both gradients of layer k, which is not the first."""
+        layer = self.chain.branch[k]
+        return self.needs[3 * k] and layer.dgrad == layer.wgrad != "aten" and layer.fusion.dgrad_epilogue
+
+    def layer_backward(self, k: int, gradient: _Gradient, together: bool) -> _Gradient:
+        """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm; and that of the weight, where
+        they run `together`.
+        """
         layer, before, made = self.chain.branch[k], self.chain.branch[k - 1], self.made[k - 1]
         affine = (made.scale, made.shift, made.mean, made.invstd)
         fused = layer.dgrad != "aten" and layer.fusion.dgrad_epilogue
-        size = made.z.shape[2:]
-        epilogue = (made.z, *affine) if fused else (None,) * 5
-        da, *sums = _op.conv_dgrad(
-            *self.operands(k, gradient), None, None, *epilogue, size, *layer.geometry, backend=layer.dgrad
-        )
+        operands, how = self.operands(k, gradient), (*layer.geometry,)
+        if together:
+            da, *sums, self.gradients[3 * k] = _op.conv_backward(
+                *operands, made.z, *affine, layer.fusion.prologue, *how, backend=layer.dgrad
+            )
+        else:
+            norm = (made.z, *affine) if fused else (None,) * 5
+            da, *sums = _op.conv_dgrad(*operands, None, None, *norm, made.z.shape[2:], *how, backend=layer.dgrad)
         da = in_layout_of(da, made.z)
         if not fused and (self.wants_sums(k - 1) or before.batch_statistics):
             sums = _op.bn_backward_reduce(da, made.z, None, *affine, True, _rows(made.z), backend=self.chain.backend)
