@@ -59,8 +59,8 @@ def conv_backward(
     dx, *partials = data_gradient(dy, weight, operands, [*x.shape[2:]], *geometry, config, activation)
     affine: tuple[Tensor | None, Tensor | None] = (scale, shift) if activation is None else (None, None)
     a = x if activation is None else activation
-    filter = [*weight.shape[2:]]
-    ranges = weight_gradient(dy, a, dy_x, dy_coefficients, *affine, filter, *geometry, None)
+    before = (dy_x, dy_coefficients, *affine)
+    ranges = weight_gradient(dy, a, *before, [*weight.shape[2:]], *geometry, None)
     alone = ranges.shape[0] == 1
     sum_dx, sum_dx_xhat, *dweight = reduce_alike(*partials, other=None if alone else ranges)
     return dx, sum_dx, sum_dx_xhat, (ranges[0] if alone else dweight[0]).permute(0, 3, 1, 2)

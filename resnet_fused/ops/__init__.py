@@ -38,6 +38,7 @@ for _name in (
     "bn_apply",
     "bn_backward_reduce",
     "bn_backward_apply",
+    "bn_backward_apply_join",
     "bn_backward_finalize",
     "add_act",
     "add_act_backward",

@@ -218,11 +218,12 @@ def _output(layer: Layer) -> tuple[int, ...]:
 
 def also(job: Job) -> tuple[str, ...]:
     """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it, the
-    others run together with the weight gradient.
+    others run together with the weight gradient; a block may end in the sum of two batch norms.
     """
-    if job.problem.op != "conv_dgrad":
-        return ()
-    return ("conv_backward",) if job.epilogue else ("conv_dgrad_join",)
+    if job.problem.op == "conv_dgrad":
+        return ("conv_backward",) if job.epilogue else ("conv_dgrad_join",)
+    joined = job.problem.op == "bn_apply" and "residual" in job.problem.flags
+    return ("bn_backward_apply_join",) if joined else ()
 
 
 def arguments(job: Job, make: Operands, op: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from resnet_fused.functional import native
 from resnet_fused.functional.common import dense, in_layout_of, pixels
 from resnet_fused.functional.residual import handover
 from resnet_fused.functional.residual.decide import Chain
+from resnet_fused.ops import implements
 from resnet_fused.ops.arithmetic import behind_relu
 
 _op = torch.ops.resnet_fused
@@ -178,6 +179,7 @@ class _Backward:
         self.needs = needs
         self.gradients: list[Tensor | None] = [None] * (3 * len(chain.layers))
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, at the join, where they came with the gradient
+        self.joined: dict[int, _Gradient] = {}  # by layer, at the join, where one pass makes both
         self.formed: list[Tensor] = []  # the sums of the chain before
 
     def claim(self, sums: tuple[Tensor, ...] | None) -> None:
@@ -201,6 +203,7 @@ class _Backward:
         addend, addend_mask = (dy, self.mask) if chain.identity and keeps_mask else (None, None)
         masked = None
         if chain.shortcut is not None:
+            self.joins_backward(dy)
             addend = self.projection(dy)
         if wants_sum and not chain.relu:
             masked = dy
@@ -256,6 +259,8 @@ class _Backward:
             sums = _op.bn_backward_reduce(*args, chain.relu, _rows(made.z), backend=chain.backend)
         if sums is not None:
             self.keep_sums(k, sums)
+        if k in self.joined and not with_sum:
+            return self.joined.pop(k), None
         if not (with_gradient or with_sum):
             return None, None
         given = sums if layer.batch_statistics and sums is not None else (None, None)
@@ -263,6 +268,22 @@ class _Backward:
             *args, *given, float(pixels(made.z)), chain.relu, with_sum, backend=chain.backend
         )
         return _Gradient(dz), masked if with_sum else None
+
+    def joins_backward(self, dy: Tensor) -> None:
+        """The gradients of both z's whose sum ends the chain, in one pass, where their sums came with dy."""
+        last, chain = len(self.chain.branch) - 1, self.chain
+        both = self.sums.keys() == {last, last + 1} and all(layer.batch_statistics for layer in chain.layers[last:])
+        if not (both and self.needs_x and chain.relu and implements(chain.backend, "bn_backward_apply_join")):
+            return
+        branch, projection = self.made[last:]
+        sum_dz, sum_dz_xhat = self.sums[last]
+        gradients = _op.bn_backward_apply_join(
+            *(dy, branch.z, self.mask, branch.scale, branch.mean, branch.invstd, sum_dz, sum_dz_xhat),
+            *(projection.z, projection.scale, projection.mean, projection.invstd, self.sums[last + 1][1]),
+            float(pixels(branch.z)),
+            backend=chain.backend,
+        )
+        self.joined = dict(enumerate(map(_Gradient, gradients), last))
 
     def runs_together(self, k: int) -> bool:
         """Whether one op makes both gradients of layer k, which is not the first."""
