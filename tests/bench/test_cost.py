@@ -63,7 +63,7 @@ def test_the_page_says_what_the_model_says(resnet50):
 
 
 def test_what_the_sums_from_the_block_behind_save(resnet50, monkeypatch):
-    """A read of every block's gradient but the last one's; behind a projection two of them, and two of the mask more."""
+    """A read of every block's gradient but the last one's; at a join with a projection two, and two of the mask."""
     with_it = megabytes(resnet50, "train", "planned")
     rule = dispatch.training
     monkeypatch.setattr(cost._Step, "_forms_the_sums", lambda self, block: False)
