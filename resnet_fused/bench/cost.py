@@ -313,7 +313,9 @@ class _Step:
             if not formed:
                 self.add(layer, "bn_backward_reduce", 2 * self.sum + bits)
             if not self.fusions[layer.name].dgrad_prologue:
-                self.add(layer, "bn_backward_apply", 3 * self.sum + bits)
+                # Where their sums came with the gradient, both batch norms are one pass over it.
+                again = not (formed and scheme.arch is not None and layer is shortcut)
+                self.add(layer, "bn_backward_apply", 2 * self.sum + again * (self.sum + bits))
 
     def _backward(self, i: int) -> None:
         layer, scheme = self.block.branch[i], self.scheme
@@ -353,10 +355,12 @@ class _Step:
     def _backward_of_a_convolution(self, layer: Layer, epilogue: float) -> None:
         fusion = self.fusions[layer.name]
         gradient = layer.outputs * (2 if fusion.dgrad_prologue else 1)
-        self.convolve("conv_dgrad", layer, gradient + layer.size + epilogue)
-        inner = layer in self.block.branch[1:]
-        if self.scheme.arch is not None and inner and not fusion.prologue:
-            self.add(layer, "bn_apply", 2 * layer.size)  # nobody has kept the activation
+        # Nobody has kept the activation: the dgrad that reads its raw values writes it, or a pass.
+        activates = self.scheme.arch is not None and layer in self.block.branch[1:] and not fusion.prologue
+        beside = activates and fusion.dgrad_epilogue
+        self.convolve("conv_dgrad", layer, gradient + (2 if beside else 1) * layer.size + epilogue)
+        if activates and not beside:
+            self.add(layer, "bn_apply", 2 * layer.size)
         self.convolve("conv_wgrad", layer, gradient + layer.inputs)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resnet_fused.kernels._tile import passes_bit, sum_lanes, to_fp32
+from resnet_fused.kernels._conv import relu_affine
+from resnet_fused.kernels._tile import passes_bit, round_to, sum_lanes, to_fp32
 
 SUM_TILE = 512  # elements of a step of `written_sums` for each warp: 16 a thread, so that they fit beside three sums
 
@@ -33,6 +34,9 @@ def written_sums(
     mean,
     shortcut,
     shortcut_mean,
+    activation,
+    scale,
+    shift,
     first,
     M,
     class_h,
@@ -51,7 +55,7 @@ def written_sums(
     ROWS: tl.constexpr,
 ):
     """sum(dz), sum(dz * (x - mean)) and sum(dz * (shortcut - shortcut_mean)) over a tile of pixels from `first` on, dz
-    = dx, with a mask where it is set and else 0.
+    = dx, with a mask where it is set and else 0; and the activation = round(relu(x * scale + shift)) written, or None.
 
     What the program itself has written to dx is read again, out of a cache and a few rows at a time: all operands at
     once, beside the accumulator, are more than there are registers, and on sm_90 ptxas would wait for every wgmma.
@@ -60,6 +64,9 @@ def written_sums(
     channel_mean = tl.load(mean + channel, mask=stored, other=0.0)[None, :]
     if shortcut is not None:
         other_mean = tl.load(shortcut_mean + channel, mask=stored, other=0.0)[None, :]
+    if activation is not None:
+        channel_scale = tl.load(scale + channel, mask=stored, other=0.0)[None, :]
+        channel_shift = tl.load(shift + channel, mask=stored, other=0.0)[None, :]
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     total_x = tl.zeros((ROWS, BLOCK_N), tl.float32)
     total_shortcut = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -71,7 +78,11 @@ def written_sums(
         dz = to_fp32(tl.load(dx + offset, mask=valid, other=0.0))
         if mask is not None:
             dz = tl.where(passes_bit(mask, offset, valid), dz, 0.0)
-        value = to_fp32(tl.load(x + offset, mask=valid, other=0.0))
+        raw = tl.load(x + offset, mask=valid, other=0.0)
+        if activation is not None:
+            normalised = round_to(relu_affine(raw, channel_scale, channel_shift), activation.dtype.element_ty)
+            tl.store(activation + offset, normalised, mask=valid)
+        value = to_fp32(raw)
         total += dz
         total_x = tl.fma(dz, tl.where(valid, value - channel_mean, 0.0), total_x)
         if shortcut is not None:

@@ -21,7 +21,7 @@ from resnet_fused.kernels._tile import (
     sum_lanes,
     to_fp32,
 )
-from resnet_fused.kernels.reduce_rows import reduce_pair
+from resnet_fused.kernels.reduce_rows import reduce_alike
 from resnet_fused.ops.arithmetic import is_nhwc
 
 # Elements of a tile by "is NHWC": with four windows to look into, more than this many spill.
@@ -204,7 +204,8 @@ def bn_act_max_pool_backward_reduce(
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
-    return reduce_pair(*partials)
+    first, second = reduce_alike(*partials)
+    return first, second
 
 
 def bn_act_max_pool_backward_apply(

@@ -1,4 +1,4 @@
-"""A batch norm's input gradient and residual gradient, behind the ReLU's mask, in one pass."""
+"""The input gradient of a batch norm, or of two whose sum a ReLU rectified, and the residual gradient, in one pass."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ def _bn_backward_apply_kernel(
     sum_dy,  # [C], or None: the statistics were constants
     sum_dy_xhat,
     count,
+    shortcut,  # the input of a second batch norm behind the same mask, or None; so are its vectors, [C]
+    shortcut_scale,
+    shortcut_mean,
+    shortcut_invstd,
+    sum_dy_shortcut,
     dx,
     dresidual,  # or None
+    dshortcut,  # or None
     numel,
     rows,
     octets,
@@ -36,8 +42,8 @@ def _bn_backward_apply_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OCTETS: tl.constexpr,
 ):
-    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count), dresidual = dz; a program owns one tile of the
-    memory.
+    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count), dshortcut likewise, dresidual = dz; a program
+    owns one tile of the memory.
     """
     offset, valid, channel = octet_tile(numel, rows, octets, C, inner, CHANNEL, INDEX, BLOCK_ROWS, BLOCK_OCTETS)
     dz = to_fp32(tl.load(dy + offset, mask=valid, other=0.0))
@@ -63,6 +69,15 @@ def _bn_backward_apply_kernel(
     else:
         gradient = channel_scale * dz
     tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)
+    if shortcut is not None:
+        value = tl.load(shortcut + offset, mask=valid, other=0.0)
+        vectors = (
+            tl.load(shortcut_scale + channel),
+            tl.load(shortcut_mean + channel),
+            tl.load(shortcut_invstd + channel),
+        )
+        gradient = input_gradient(dz, value, *vectors, mean_dy, tl.load(sum_dy_shortcut + channel) / count)
+        tl.store(dshortcut + offset, round_to(gradient, dshortcut.dtype.element_ty), mask=valid)
 
 
 def bn_backward_apply(
@@ -100,24 +115,87 @@ def bn_backward_apply(
         dx: like x.
         dresidual: dz, like x, or empty.
     """
-    view = octets_of(x)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if with_dresidual else x.new_empty(0)
+    norm = (scale, shift, mean, invstd, sum_dy, sum_dy_xhat)
+    _run(
+        dy, x, mask if relu else None, norm, count, (None,) * 5, (dx, dresidual if with_dresidual else None, None), relu
+    )
+    return dx, dresidual
+
+
+def bn_backward_apply_join(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor,
+    scale: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xhat: Tensor,
+    shortcut: Tensor,
+    shortcut_scale: Tensor,
+    shortcut_mean: Tensor,
+    shortcut_invstd: Tensor,
+    sum_dz_shortcut: Tensor,
+    count: float,
+) -> tuple[Tensor, Tensor]:
+    """`bn_backward_apply` of both batch norms whose sum, rectified, ended a block, which reads dy and the mask once.
+
+    Args:
+        dy: like x; so is shortcut.
+        x: [N, C, H, W], what the branch's batch norm normalised, dense in NCHW or NHWC order.
+        mask: bits from `bn_apply`.
+        scale: [C] fp32; so are all other vectors.
+        mean: see scale.
+        invstd: see scale.
+        sum_dz: of dz = mask ? dy : 0, as `conv_dgrad_join` gives it; so are sum_dz_xhat and sum_dz_shortcut.
+        sum_dz_xhat: see sum_dz.
+        shortcut: what the projection's batch norm normalised.
+        shortcut_scale: see scale.
+        shortcut_mean: see scale.
+        shortcut_invstd: see scale.
+        sum_dz_shortcut: see sum_dz.
+        count: pixels behind the sums.
+
+    Returns:
+        dx, dshortcut: like x.
+    """
+    dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
+    norm = (scale, None, mean, invstd, sum_dz, sum_dz_xhat)
+    other = (shortcut, shortcut_scale, shortcut_mean, shortcut_invstd, sum_dz_shortcut)
+    _run(dy, x, mask, norm, count, other, (dx, None, dshortcut), True)
+    return dx, dshortcut
+
+
+def _run(
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    norm: tuple[Tensor | None, ...],
+    count: float,
+    other: tuple[Tensor | None, ...],
+    results: tuple[Tensor | None, ...],
+    relu: bool,
+) -> None:
+    """Launch the kernel.
+
+    Args:
+        norm: its operands from `scale` to `sum_dy_xhat`.
+        other: from `shortcut` to `sum_dy_shortcut`.
+        results: dx, dresidual and dshortcut, to be written.
+    """
+    view = octets_of(x)
     launch(
         _bn_backward_apply_kernel,
         view.grid,
         dy,
         x,
-        mask if relu else None,
-        scale,
-        shift,
-        mean,
-        invstd,
-        sum_dy,
-        sum_dy_xhat,
+        mask,
+        *norm,
         float(count),
-        dx,
-        dresidual if with_dresidual else None,
+        *other,
+        *results,
         view.numel,
         view.rows,
         view.octets,
@@ -130,4 +208,3 @@ def bn_backward_apply(
         BLOCK_OCTETS=view.block_octets,
         maxnreg=MAX_REGISTERS,
     )
-    return dx, dresidual

@@ -17,7 +17,7 @@ from resnet_fused.kernels._tile import (
     sum_lanes,
     to_fp32,
 )
-from resnet_fused.kernels.reduce_rows import reduce_pair
+from resnet_fused.kernels.reduce_rows import reduce_alike
 
 
 @triton.jit
@@ -126,4 +126,5 @@ def bn_backward_reduce(
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
-    return reduce_pair(*partials)
+    first, second = reduce_alike(*partials)
+    return first, second

@@ -22,7 +22,7 @@ from resnet_fused.kernels._conv import (
 from resnet_fused.kernels._dgrad import SUM_TILE, class_pixel, written_sums
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, to_fp32
-from resnet_fused.kernels.reduce_rows import reduce_pair
+from resnet_fused.kernels.reduce_rows import reduce_alike
 
 
 @triton.jit
@@ -46,6 +46,7 @@ def _conv_dgrad_kernel(
     sum_dx,  # [tiles of pixels, C] or None; so are the others
     sum_dx_xhat,
     sum_dx_shortcut,
+    activation,  # [N, H, W, C], round(relu(x * scale + shift)), or None: written where the sums read x
     N,
     H,
     W,
@@ -180,7 +181,7 @@ def _conv_dgrad_kernel(
     if x is not None:
         place = (first, M, class_h, class_w, i, j, H, W, stride_h, stride_w, C, channel, stored)
         total, total_x, total_shortcut = written_sums(
-            dx, x, mask, mean, shortcut, shortcut_mean, *place, BLOCK_M, BLOCK_N, SUM_ROWS
+            dx, x, mask, mean, shortcut, shortcut_mean, activation, scale, shift, *place, BLOCK_M, BLOCK_N, SUM_ROWS
         )
         partial = tile.to(INDEX) * C + channel
         tl.store(sum_dx + partial, total, mask=stored)
@@ -240,10 +241,11 @@ def conv_dgrad(
             in a fixed order; else empty.
     """
     operands = (dy_x, dy_coefficients, residual, residual_mask, x, scale, shift, mean, invstd, *(None,) * 4)
-    dx, *sums = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
-    if not sums:
+    dx, *partials = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
+    if not partials:
         return dx, dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
-    return dx, *reduce_pair(*sums)
+    sum_dx, sum_dx_xhat = reduce_alike(*partials)
+    return dx, sum_dx, sum_dx_xhat
 
 
 def run(
@@ -256,11 +258,13 @@ def run(
     dilation: list[int],
     groups: int,
     config: ConvConfig | None,
+    activation: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Launch the kernel.
 
     Args:
         operands: the kernel's from `dy_x` to `shortcut_invstd`; the rest as in `conv_dgrad`.
+        activation: like x, to be written, or None.
 
     Returns:
         dx, and with x the sums of every tile of pixels, [tiles, C] each: two, and with `shortcut` a third.
@@ -291,6 +295,7 @@ def run(
         dx,
         *partials,
         *(None,) * (3 - count),
+        activation,
         shape.n,
         shape.h,
         shape.w,

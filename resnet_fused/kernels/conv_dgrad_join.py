@@ -6,7 +6,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig
 from resnet_fused.kernels.conv_dgrad import run
-from resnet_fused.kernels.reduce_rows import reduce_pair, reduce_rows
+from resnet_fused.kernels.reduce_rows import reduce_alike
 
 
 def conv_dgrad_join(
@@ -63,5 +63,6 @@ def conv_dgrad_join(
     """
     before = (dy_x, dy_coefficients, residual, residual_mask)
     operands = (*before, x, None, None, mean, invstd, mask, shortcut, shortcut_mean, shortcut_invstd)
-    dx, first, second, *third = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
-    return dx, *reduce_pair(first, second), reduce_rows(third[0]) if third else first.new_empty(0)
+    dx, *partials = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
+    sum_dz, sum_dz_xhat, *sum_dz_shortcut = reduce_alike(*partials)
+    return dx, sum_dz, sum_dz_xhat, sum_dz_shortcut[0] if sum_dz_shortcut else sum_dz.new_empty(0)

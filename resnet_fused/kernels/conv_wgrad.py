@@ -244,6 +244,29 @@ def conv_wgrad(
     Returns:
         dweight: [K, C/groups, R, S] fp32, in KRSC memory order.
     """
+    partial = run(dy, x, dy_x, dy_coefficients, x_scale, x_shift, filter, stride, padding, dilation, groups, config)
+    return (partial[0] if partial.shape[0] == 1 else reduce_rows(partial)).permute(0, 3, 1, 2)
+
+
+def run(
+    dy: Tensor,
+    x: Tensor,
+    dy_x: Tensor | None,
+    dy_coefficients: Tensor | None,
+    x_scale: Tensor | None,
+    x_shift: Tensor | None,
+    filter: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    config: ConvConfig | None,
+) -> Tensor:
+    """Launch the kernel on the arguments of `conv_wgrad`.
+
+    Returns:
+        The sums of every range of pixels, [splits, K, R, S, C/groups] fp32.
+    """
     shape = ConvShape.of(x.shape, (dy.shape[1], x.shape[1] // groups, *filter), stride, padding, dilation, groups)
     tf32 = uses_tf32(x.dtype)
     x_prologue, dy_prologue = x_scale is not None, dy_x is not None
@@ -304,4 +327,4 @@ def conv_wgrad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return (partial[0] if splits == 1 else reduce_rows(partial)).permute(0, 3, 1, 2)
+    return partial

@@ -27,11 +27,14 @@ def row_spans(rows: int) -> int:
 
 
 @triton.jit
-def _reduce_rows_kernel(
-    first,  # [rows, columns]
-    first_sum,  # [spans, columns]
-    second,  # the same again, or None
+def _sum_rows(
+    first,
+    first_sum,
+    second,
     second_sum,
+    third,
+    third_sum,
+    program,
     rows,
     columns,
     span,
@@ -39,12 +42,12 @@ def _reduce_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """A program owns a tile of columns of one range of `span` rows; row r is added to lane r % BLOCK_ROWS, in the order
+    """The `program`'s tile of columns of one range of `span` rows; row r is added to lane r % BLOCK_ROWS, in the order
     of r, and the lanes by a tree: one fixed order.
     """
     blocks = tl.cdiv(columns, BLOCK_COLUMNS)
-    range_index = (tl.program_id(0) // blocks).to(INDEX)
-    column = (tl.program_id(0) % blocks).to(INDEX) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    range_index = (program // blocks).to(INDEX)
+    column = (program % blocks).to(INDEX) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     exists = column < columns
     begin = range_index * span
     end = tl.minimum(begin + span, rows)
@@ -52,6 +55,7 @@ def _reduce_rows_kernel(
     out = range_index * columns + column
     first_acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     second_acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    third_acc = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for start in range(0, span, BLOCK_ROWS):
         row = start + lane
         valid = (row < end)[:, None] & exists[None, :]
@@ -59,37 +63,90 @@ def _reduce_rows_kernel(
         first_acc += to_fp32(tl.load(first + offset, mask=valid, other=0.0))
         if second is not None:
             second_acc += to_fp32(tl.load(second + offset, mask=valid, other=0.0))
+        if third is not None:
+            third_acc += to_fp32(tl.load(third + offset, mask=valid, other=0.0))
     tl.store(first_sum + out, round_to(sum_lanes(first_acc), first_sum.dtype.element_ty), mask=exists)
     if second is not None:
         tl.store(second_sum + out, round_to(sum_lanes(second_acc), second_sum.dtype.element_ty), mask=exists)
+    if third is not None:
+        tl.store(third_sum + out, round_to(sum_lanes(third_acc), third_sum.dtype.element_ty), mask=exists)
 
 
-def _reduce(first: Tensor, second: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    rows, columns = first.shape[0], first[0].numel() if first.shape[0] else first.new_empty(first.shape[1:]).numel()
-    spans = row_spans(rows)
-    if spans > 1:
-        first_sum = first.new_empty(spans, *first.shape[1:], dtype=torch.float32)
+@triton.jit
+def _reduce_rows_kernel(
+    first,  # [rows, columns]
+    first_sum,  # [spans, columns]
+    second,  # the same again, or None
+    second_sum,
+    third,  # the same again, or None
+    third_sum,
+    other,  # [other_rows, other_columns], or None
+    other_sum,  # [other_columns]
+    rows,
+    columns,
+    span,
+    other_rows,
+    other_columns,
+    INDEX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    OTHER_ROWS: tl.constexpr,
+    OTHER_COLUMNS: tl.constexpr,
+):
+    """A program owns a tile of columns of `other`, or one of the others' and one range of their rows."""
+    program = tl.program_id(0)
+    if other is None:
+        alike = (first, first_sum, second, second_sum, third, third_sum, program)
+        _sum_rows(*alike, rows, columns, span, INDEX, BLOCK_ROWS, BLOCK_COLUMNS)
     else:
-        first_sum = first.new_empty(first.shape[1:], dtype=dtype)
-    second_sum = None if second is None else torch.empty_like(first_sum)
+        others = tl.cdiv(other_columns, OTHER_COLUMNS)
+        if program < others:
+            alone = (other, other_sum, None, None, None, None, program)
+            _sum_rows(*alone, other_rows, other_columns, other_rows, INDEX, OTHER_ROWS, OTHER_COLUMNS)
+        else:
+            alike = (first, first_sum, second, second_sum, third, third_sum, program - others)
+            _sum_rows(*alike, rows, columns, span, INDEX, BLOCK_ROWS, BLOCK_COLUMNS)
+
+
+def _reduce(partials: tuple[Tensor, ...], dtype: torch.dtype, other: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The sums over dimension 0 of contiguous tensors of one shape, and last that of `other`, which is small in it."""
+    first = partials[0]
+    rows, columns = first.shape[0], first.new_empty(first.shape[1:]).numel()
+    spans = row_spans(rows)
+    kind = dtype if spans == 1 else torch.float32
+    shape = first.shape[1:] if spans == 1 else (spans, *first.shape[1:])
+    sums = tuple(first.new_empty(shape, dtype=kind) for _ in partials)
     span = triton.cdiv(rows, spans)
     block_rows, block_columns = row_blocks(span, columns)
+    programs = triton.cdiv(columns, block_columns) * spans
+    other_sum, other_rows, other_columns, other_blocks = None, 0, 0, (1, 1)
+    if other is not None:
+        other_sum = other.new_empty(other.shape[1:])
+        other_rows, other_columns = other.shape[0], other_sum.numel()
+        other_blocks = row_blocks(other_rows, other_columns)
+        programs += triton.cdiv(other_columns, other_blocks[1])
+    pairs = [t for pair in zip(partials, sums, strict=True) for t in pair]
     launch(
         _reduce_rows_kernel,
-        triton.cdiv(columns, block_columns) * spans,
-        first,
-        first_sum,
-        second,
-        second_sum,
+        programs,
+        *pairs,
+        *(None,) * (6 - len(pairs)),
+        other,
+        other_sum,
         rows,
         columns,
         span,
-        INDEX=index_type(first.numel()),
+        other_rows,
+        other_columns,
+        INDEX=index_type(first.numel(), 0 if other is None else other.numel()),
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
+        OTHER_ROWS=other_blocks[0],
+        OTHER_COLUMNS=other_blocks[1],
         maxnreg=MAX_REGISTERS,
     )
-    return (first_sum, second_sum) if spans == 1 else _reduce(first_sum, second_sum, dtype)
+    sums = sums if spans == 1 else _reduce(sums, dtype)
+    return sums if other_sum is None else (*sums, other_sum)
 
 
 def reduce_rows(partials: Tensor) -> Tensor:
@@ -101,11 +158,17 @@ def reduce_rows(partials: Tensor) -> Tensor:
     Returns:
         [...], in the dtype of partials.
     """
-    return _reduce(partials.contiguous(), None, partials.dtype)[0]
+    return _reduce((partials.contiguous(),), partials.dtype)[0]
 
 
-def reduce_pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """`reduce_rows` of two contiguous tensors of one shape, in one launch."""
-    first_sum, second_sum = _reduce(first, second, first.dtype)
-    assert second_sum is not None
-    return first_sum, second_sum
+def reduce_alike(*partials: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`reduce_rows` of up to three contiguous tensors of one shape, and of one of another, in one launch.
+
+    Args:
+        partials: [rows, ...] each.
+        other: [rows, ...] of any other shape, contiguous, or None.
+
+    Returns:
+        The sum of each, in this order.
+    """
+    return _reduce(partials, partials[0].dtype, other)

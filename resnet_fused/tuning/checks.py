@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from resnet_fused._command import one_line
-from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
 from resnet_fused.measure import memory
 from resnet_fused.ops import OPS
-from resnet_fused.ops.backends import implementation
+from resnet_fused.ops.backends import implementation, implements
 from resnet_fused.ops.comparison import Comparison, double, map_tensors
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, elements
@@ -149,5 +148,6 @@ def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERI
     """`check` of the job's op, or of every op of its family, by op, for at most so many images."""
     problem = job.problem.with_batch(min(job.problem.batch, images))
     job = dataclasses.replace(job, problem=problem)
-    ops = (problem.op, *also(job)) if isinstance(problem.shape, ConvShape) else FAMILIES[problem.op]
+    beside = (op for op in also(job) if implements(choice.backend, op))
+    ops = (*FAMILIES.get(problem.op, (problem.op,)), *beside)
     return {op: check(job, op, choice, device) for op in ops}

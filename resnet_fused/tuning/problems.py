@@ -217,8 +217,13 @@ def _output(layer: Layer) -> tuple[int, ...]:
 
 
 def also(job: Job) -> tuple[str, ...]:
-    """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it."""
-    return ("conv_dgrad_join",) if job.problem.op == "conv_dgrad" and not job.epilogue else ()
+    """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it, the
+    others run together with the weight gradient; a block may end in the sum of two batch norms.
+    """
+    if job.problem.op == "conv_dgrad":
+        return ("conv_backward",) if job.epilogue else ("conv_dgrad_join",)
+    joined = job.problem.op == "bn_apply" and "residual" in job.problem.flags
+    return ("bn_backward_apply_join",) if joined else ()
 
 
 def arguments(job: Job, make: Operands, op: str | None = None) -> Any:
@@ -237,6 +242,7 @@ def _options(job: Job, op: str) -> dict[str, Any]:
         "conv_fprop_stats": {"prologue": "prologue" in flags},
         "conv_dgrad": {"prologue": "prologue" in flags, "epilogue": "batch norm" if job.epilogue else masked},
         "conv_dgrad_join": {"prologue": "prologue" in flags, "epilogue": masked},
+        "conv_backward": {"prologue": "prologue" in flags},
         "conv_wgrad": {"x_prologue": "x_prologue" in flags, "dy_prologue": "dy_prologue" in flags},
         "conv_join": {"shortcut_channels": first, "shortcut_stride": second},
         "conv_chain": {"outputs": first, "following": second},

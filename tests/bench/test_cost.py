@@ -63,13 +63,13 @@ def test_the_page_says_what_the_model_says(resnet50):
 
 
 def test_what_the_sums_from_the_block_behind_save(resnet50, monkeypatch):
-    """A read of every block's gradient but the last one's, and of the mask of those with a projection; no more."""
+    """A read of every block's gradient but the last one's; at a join with a projection two, and two of the mask."""
     with_it = megabytes(resnet50, "train", "planned")
     rule = dispatch.training
     monkeypatch.setattr(cost._Step, "_forms_the_sums", lambda self, block: False)
     outputs = [block.branch[-1].outputs for block in resnet50.blocks[:-1]]
     projected = [block.branch[-1].outputs for block in resnet50.blocks[:-1] if block.shortcut is not None]
-    saved = 2 * (sum(outputs) + (1 + cost.MASK) * sum(projected)) / 1e6
+    saved = 2 * (sum(outputs) + 2 * (1 + cost.MASK) * sum(projected)) / 1e6
     assert megabytes(resnet50, "train", "planned") - with_it == pytest.approx(saved)
     monkeypatch.undo()
     no_epilogue = {"dgrad_epilogue": False}

@@ -37,6 +37,19 @@ def test_every_block_but_the_last_has_its_sums_from_the_one_behind(taken):
     assert taken == [False, True, True]
 
 
+def test_one_op_makes_both_gradients_of_a_layer_and_of_a_join_with_a_projection(monkeypatch):
+    called, implementation = [], ops.backends.implementation
+
+    def noted(backend, op):
+        called.append(op)
+        return implementation(backend, op)
+
+    monkeypatch.setattr(ops.backends, "implementation", noted)
+    check()
+    assert (called.count("conv_backward"), called.count("conv_wgrad")) == (5, 4)  # the latter of first convolutions
+    assert called.count("bn_backward_apply_join") == 1
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_within_the_contract(backend, dtype, taken):

@@ -87,6 +87,7 @@ VARIANTS: dict[str, list[dict]] = {
     "conv_fprop_stats": [{"prologue": True, "rows": 3}],
     "conv_dgrad": [{"prologue": True, "epilogue": "masked residual"}, {"epilogue": "batch norm"}],
     "conv_dgrad_join": [{"epilogue": "masked residual"}],
+    "conv_backward": [{"prologue": True}],
     "conv_wgrad": [{"x_prologue": True, "dy_prologue": True}],
 }
 

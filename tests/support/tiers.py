@@ -17,6 +17,7 @@ TIERS = ("check", "test", "all")
 CHECK = (
     "ops/test_bn_backward_finalize.py::test_coefficients",
     "ops/test_bn_ops.py::test_training_matches_plain_pytorch",
+    "ops/test_conv_backward.py::test_every_prologue",
     "ops/test_conv_chain.py::test_every_chain",
     "ops/test_conv_dgrad.py::test_every_prologue_and_epilogue",
     "ops/test_conv_dgrad_join.py::test_every_prologue_and_epilogue",

@@ -41,12 +41,12 @@ def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
         what = f"n{s.n} {s.c}->{s.k} {s.r}x{s.s}/{s.stride[0]} {s.h}x{s.w}"
         label = " ".join([TYPES[dtype], what, *problem.flags])
         for name in (problem.op, *also(job)):
-            what = label if name == problem.op else f"{label} join"
+            what = label if name == problem.op else f"{label} {name}"
             yield what, Expect(matrix=True), functools.partial(_launch, arch, name, arguments(job, make, name))
         return
     assert not isinstance(problem.shape, BlockShape)
     label = f"{TYPES[dtype]} {'x'.join(map(str, problem.shape))}"
-    for name in FAMILIES[problem.op]:
+    for name in (*FAMILIES[problem.op], *also(job)):
         yield label, Expect(), functools.partial(_launch, arch, name, arguments(job, make, name))
 
 

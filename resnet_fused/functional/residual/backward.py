@@ -14,6 +14,7 @@ from resnet_fused.functional import native
 from resnet_fused.functional.common import dense, in_layout_of, pixels
 from resnet_fused.functional.residual import handover
 from resnet_fused.functional.residual.decide import Chain
+from resnet_fused.ops import implements
 from resnet_fused.ops.arithmetic import behind_relu
 
 _op = torch.ops.resnet_fused
@@ -178,6 +179,7 @@ class _Backward:
         self.needs = needs
         self.gradients: list[Tensor | None] = [None] * (3 * len(chain.layers))
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}  # by layer, at the join, where they came with the gradient
+        self.joined: dict[int, _Gradient] = {}  # by layer, at the join, where one pass makes both
         self.formed: list[Tensor] = []  # the sums of the chain before
 
     def claim(self, sums: tuple[Tensor, ...] | None) -> None:
@@ -201,6 +203,7 @@ class _Backward:
         addend, addend_mask = (dy, self.mask) if chain.identity and keeps_mask else (None, None)
         masked = None
         if chain.shortcut is not None:
+            self.joins_backward(dy)
             addend = self.projection(dy)
         if wants_sum and not chain.relu:
             masked = dy
@@ -212,9 +215,11 @@ class _Backward:
         dx = None
         for k in range(last, deepest - 1, -1):
             assert gradient is not None
-            self.weight_gradient(k, gradient)
+            together = k > deepest and self.runs_together(k)
+            if not together:
+                self.weight_gradient(k, gradient)
             if k > deepest:
-                gradient = self.layer_backward(k, gradient)
+                gradient = self.layer_backward(k, gradient, together)
             elif k == 0 and self.needs_x:
                 dx = self.data_gradient(k, gradient, addend, addend_mask, published)
         return dx, masked if needs_residual else None
@@ -254,6 +259,8 @@ class _Backward:
             sums = _op.bn_backward_reduce(*args, chain.relu, _rows(made.z), backend=chain.backend)
         if sums is not None:
             self.keep_sums(k, sums)
+        if k in self.joined and not with_sum:
+            return self.joined.pop(k), None
         if not (with_gradient or with_sum):
             return None, None
         given = sums if layer.batch_statistics and sums is not None else (None, None)
@@ -262,16 +269,42 @@ class _Backward:
         )
         return _Gradient(dz), masked if with_sum else None
 
-    def layer_backward(self, k: int, gradient: _Gradient) -> _Gradient:
-        """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm."""
+    def joins_backward(self, dy: Tensor) -> None:
+        """The gradients of both z's whose sum ends the chain, in one pass, where their sums came with dy."""
+        last, chain = len(self.chain.branch) - 1, self.chain
+        both = self.sums.keys() == {last, last + 1} and all(layer.batch_statistics for layer in chain.layers[last:])
+        if not (both and self.needs_x and chain.relu and implements(chain.backend, "bn_backward_apply_join")):
+            return
+        branch, projection = self.made[last:]
+        sum_dz, sum_dz_xhat = self.sums[last]
+        gradients = _op.bn_backward_apply_join(
+            *(dy, branch.z, self.mask, branch.scale, branch.mean, branch.invstd, sum_dz, sum_dz_xhat),
+            *(projection.z, projection.scale, projection.mean, projection.invstd, self.sums[last + 1][1]),
+            float(pixels(branch.z)),
+            backend=chain.backend,
+        )
+        self.joined = dict(enumerate(map(_Gradient, gradients), last))
+
+    def runs_together(self, k: int) -> bool:
+        """Whether one op makes both gradients of layer k, which is not the first."""
+        layer = self.chain.branch[k]
+        return self.needs[3 * k] and layer.dgrad == layer.wgrad != "aten" and layer.fusion.dgrad_epilogue
+
+    def layer_backward(self, k: int, gradient: _Gradient, together: bool) -> _Gradient:
+        """The gradient of z[k - 1] from that of z[k]: dgrad, the ReLU's mask, batch norm; and that of the weight, where
+        they run `together`.
+        """
         layer, before, made = self.chain.branch[k], self.chain.branch[k - 1], self.made[k - 1]
         affine = (made.scale, made.shift, made.mean, made.invstd)
         fused = layer.dgrad != "aten" and layer.fusion.dgrad_epilogue
-        size = made.z.shape[2:]
-        epilogue = (made.z, *affine) if fused else (None,) * 5
-        da, *sums = _op.conv_dgrad(
-            *self.operands(k, gradient), None, None, *epilogue, size, *layer.geometry, backend=layer.dgrad
-        )
+        operands, how = self.operands(k, gradient), (*layer.geometry,)
+        if together:
+            da, *sums, self.gradients[3 * k] = _op.conv_backward(
+                *operands, made.z, *affine, layer.fusion.prologue, *how, backend=layer.dgrad
+            )
+        else:
+            norm = (made.z, *affine) if fused else (None,) * 5
+            da, *sums = _op.conv_dgrad(*operands, None, None, *norm, made.z.shape[2:], *how, backend=layer.dgrad)
         da = in_layout_of(da, made.z)
         if not fused and (self.wants_sums(k - 1) or before.batch_statistics):
             sums = _op.bn_backward_reduce(da, made.z, None, *affine, True, _rows(made.z), backend=self.chain.backend)
