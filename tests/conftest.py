@@ -80,10 +80,14 @@ def pytest_unconfigure(config):
     print(tiers.verdict(config.getoption("tier"), torch.__version__, stats, config.stash.get(LEFT_OUT, 0)))
 
 
+# Of torch's, which keeps a stack trace a call until there is a GPU to seed: a second in five hundred tests.
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
     """Fixed random numbers, and NaN in whatever `torch.empty` returns, so that an element nobody wrote shows."""
-    torch.manual_seed(0)
+    SEED(0)
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -143,7 +143,7 @@ def test_one_seed_one_batch_order_and_weights(study):
     assert torch.equal(a, b) and not torch.equal(a, study.batch(4)[0])
 
 
-@pytest.mark.parametrize("recipe,depths", [("cifar", "8"), ("imagenet", "18")])
+@pytest.mark.parametrize("recipe,depths", [("cifar", "8"), pytest.param("imagenet", "18", marks=pytest.mark.larger)])
 def test_the_study_on_folders(example, recipe, depths, folder, tmp_path):
     options = ["--depths", depths, "--epochs", "1", "--parts", "curves,gradients,zero_init", "--workers", "0"]
     options += ["--device", "cpu", "--recipe", recipe, "--crop", "32", "--out", str(tmp_path)]

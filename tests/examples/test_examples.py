@@ -27,6 +27,7 @@ def assert_they_learn_alike(digits, outcomes):
     assert max(digits.differences(outcomes)[:10]) < 1e-4
 
 
+@pytest.mark.larger
 def test_both_runs_read_the_held_out_digits_and_learn_alike(digits, tmp_path, capsys, monkeypatch):
     from PIL import Image
 

@@ -169,7 +169,7 @@ def test_sync_bn_on_a_cpu_is_refused(train, data, tmp_path):
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="no gloo")
-@pytest.mark.parametrize("begun_by", ["one process", larger("torchrun")])
+@pytest.mark.parametrize("begun_by", [larger("one process"), larger("torchrun")])
 def test_two_processes_of_torchrun(train, data, tmp_path, begun_by):
     def torchrun(*more):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -161,6 +161,7 @@ def test_compiled_without_graph_breaks():
         torch.testing.assert_close(got, exact, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.larger
 def test_compiled_autograd():
     compiled_autograd = pytest.importorskip("torch._dynamo.compiled_autograd")
     torch._dynamo.reset()

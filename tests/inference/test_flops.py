@@ -103,6 +103,7 @@ def test_a_network_in_int8_counts_the_same(name):
     assert count == _count(plain, x)[0] and "onednn.qconv2d_pointwise" in ops
 
 
+@pytest.mark.larger
 def test_the_counter_may_be_imported_before_the_package_or_after_it():
     """Without it, no triton: see `test_importing_is_silent_and_the_package_runs_as_a_module`."""
     check = "assert torch.ops.resnet_fused.conv_fprop in torch.utils.flop_counter.flop_registry"

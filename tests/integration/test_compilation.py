@@ -28,7 +28,7 @@ def fresh_dynamo():
 # --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [larger(b) if b == "reference" else b for b in QUICK])
+@pytest.mark.parametrize("backend", [b if b == "auto" else larger(b) for b in QUICK])
 def test_training_steps_compile_once_and_whole(backend):
     """Forward and backward, several steps with an optimizer between them: no graph break, no second compilation."""
     plain = small_resnet()
@@ -51,7 +51,7 @@ def _renamed(results: dict) -> list:
     return [(name.replace("_orig_mod.", ""), value) for name, value in results.items()]
 
 
-@pytest.mark.parametrize("backend", [larger(b) if b == "reference" else b for b in QUICK])
+@pytest.mark.parametrize("backend", [b if b == "auto" else larger(b) for b in QUICK])
 def test_inference_compiles_once_and_whole(backend):
     plain = small_resnet().eval()
     fused = fuse(copy.deepcopy(plain))

@@ -141,7 +141,7 @@ def test_forward_mode_and_function_transforms_take_the_plain_path():
 # --- what is frozen ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [larger(b) if b == "reference" else b for b in QUICK])
+@pytest.mark.parametrize("backend", [b if b == "auto" else larger(b) for b in QUICK])
 def test_frozen_layers_and_frozen_batch_norms_in_every_combination(backend):
     """Stem, blocks: parameters frozen or not, batch norm in evaluation or not, the input's gradient wanted or not."""
     plain, fused = _pair()

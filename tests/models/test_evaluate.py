@@ -342,7 +342,7 @@ BAD = {
     "shorter side": (["--shorter-side", "16"], "smaller than the crop of 32"),
     "batch": (["--batch", "0"], "--batch 0"),
     "device": (["--device", "tpu"], "cpu"),
-    "backend": (["--backend", "cudnn"], "aten"),
+    "backend": (["--backend", "cutlass"], "aten"),
     "json in a file": (["--json", "{c}/out.json"], "Not a directory"),
     "json": (["--json", "{empty}"], "folder"),
     "average": (["--average", "max"], "softmax"),

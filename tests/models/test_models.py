@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from contract import assert_no_worse
+from tiers import larger
 from torch import nn
 
 import resnet_fused
@@ -73,7 +74,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", MULTIPLY_ADDS)
+@pytest.mark.parametrize("name", [larger(n) if k % 2 else n for k, n in enumerate(MULTIPLY_ADDS)])
 def test_multiply_adds_are_the_papers(name):
     assert models.multiply_adds(on_meta(name)) == pytest.approx(MULTIPLY_ADDS[name], abs=0.5e6)
 

@@ -76,6 +76,7 @@ def test_every_prologue(prologue, x_prologue, dtype):
     _check(_arguments(SHAPES["3x3 stride 2, odd image"], dtype, prologue, x_prologue))
 
 
+@pytest.mark.larger
 def test_many_tiles_and_many_ranges_are_added_in_one_launch_and_one_order():
     arguments = _arguments(LARGE, torch.float16)
     config = ConvConfig(32, 16, 16, 4, 2)

@@ -64,7 +64,7 @@ BAD = {
     "dtype": (["--dtype", "fp8"], "fp32, bf16, fp16"),
     "mode": (["--mode", "predict"], "infer, train"),
     "contestant": (["--contestants", "quick"], "frozen"),
-    "backend": (["--backend", "cudnn"], "aten"),
+    "backend": (["--backend", "cutlass"], "aten"),
     "batch": (["--batch", "none"], "1,8"),
     "rounds": (["--rounds", "0"], "> 0"),
     "two sizes": (["--image-size", "32,64"], "an integer > 0"),

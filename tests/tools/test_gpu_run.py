@@ -229,7 +229,7 @@ def test_a_step_that_has_more_to_do_runs_again_last(run, tmp_path):
 def test_a_step_out_of_time_may_say_what_it_has(run, monkeypatch):
     monkeypatch.setattr(gpu_run, "GRACE_S", 1)
     code = "import time\ntry:\n  time.sleep(60)\nexcept KeyboardInterrupt:\n  print('result so far')\n"
-    _, state, _ = run(python("slow", code, limit_s=6))
+    _, state, _ = run(python("slow", code, limit_s=4))
     assert (state["slow"]["status"], state["slow"]["headline"]) == ("out of time", "result so far")
 
 

@@ -31,6 +31,7 @@ def _run(*command, interpret="0"):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.larger
 def test_it_passes_the_kernels_as_they_are():
     """The gate itself must see to it that the compiler, not the interpreter, gets the kernels."""
     done = _run(*GATE, "--quick", "--arch", "90", "--kernel", "add_act", interpret="1")
@@ -77,6 +78,7 @@ def kernel(x, y, K, DEFINED: tl.constexpr):
 """
 
 
+@pytest.mark.larger
 def test_products_that_wait_for_one_another_fail(tmp_path):
     (tmp_path / "serialised.py").write_text(SERIALISED)
     script = f"""
@@ -94,9 +96,8 @@ for defined in (False, True):
     assert done.stdout.splitlines() == ["[]", "['serialised wgmma']"]
 
 
-@pytest.mark.parametrize(
-    "kernel, arch", [("wgmma_conv", "90"), pytest.param("tcgen05_conv", "100", marks=pytest.mark.larger)]
-)
+@pytest.mark.parametrize("kernel, arch", [("wgmma_conv", "90"), ("tcgen05_conv", "100")])
+@pytest.mark.larger
 def test_the_experimental_kernels_are_what_they_should_be(kernel, arch, tmp_path):
     """And the rows that the documentation is made of say so."""
     file = tmp_path / "rows.json"
@@ -148,6 +149,7 @@ def test_the_shape_of_tcgen05_comes_from_its_instruction_descriptor():
     assert machine_code._tcgen05_flop(ptx.replace("mov", "add")) == 0
 
 
+@pytest.mark.larger
 def test_spills_and_too_much_shared_memory_fail():
     """A tile far beyond the registers, and one beyond the shared memory of the smaller architectures."""
     script = """

@@ -62,6 +62,7 @@ def test_the_mask_is_judged_by_the_result_beside_it():
 
 
 @pytest.mark.skipif(not any(ops.available(name, "cpu") for name in ("triton", "cuda")), reason="no kernel runs here")
+@pytest.mark.larger
 def test_verify_finds_the_same_side_by_side():
     alone, together = (
         verify("resnet18", modes=("infer",), dtypes=("fp32",), rehearse=True, processes=processes)
