@@ -54,6 +54,7 @@ def recorded(example, tmp_path_factory):
     return out, json.loads((out / "degradation.json").read_text())
 
 
+@pytest.mark.larger
 def test_a_deeper_plain_net_is_worse_and_a_deeper_residual_net_is_not(recorded):
     curves = {(c["family"], c["depth"]): c for c in recorded[1]["curves"]}
     assert curves["plain", 26]["train_error"][-1] > curves["plain", 8]["train_error"][-1] + 20
@@ -61,6 +62,7 @@ def test_a_deeper_plain_net_is_worse_and_a_deeper_residual_net_is_not(recorded):
     assert curves["residual", 26]["train_error"][-1] < curves["residual", 8]["train_error"][-1] + 10
 
 
+@pytest.mark.larger
 def test_fused_and_plain_modules_give_the_same_curves(recorded):
     for one in recorded[1]["drift"]:
         plain, nchw, fused, reference = (np.array(run["steps"]) for run in one["runs"].values())
@@ -73,6 +75,7 @@ def test_fused_and_plain_modules_give_the_same_curves(recorded):
     assert residual["family"] == "residual" and apart[:4].max() < 1e-4
 
 
+@pytest.mark.larger
 def test_the_charts_are_drawn_and_redrawn(example, recorded, tmp_path):
     out, data = recorded
     degradation = example("degradation")
@@ -121,6 +124,7 @@ def test_responses_are_batch_norms_outputs(example, study):
     assert found == pytest.approx([2.0] * 6, rel=0.05)
 
 
+@pytest.mark.larger
 def test_zero_initialised_branches_are_measured_as_the_identity(recorded):
     found = recorded[1]["zero_init"]
     assert found["distance_from_identity"] == 0

@@ -253,7 +253,7 @@ def _sync_penalty(y, x, leaves):
 
 
 @needs_gloo
-@pytest.mark.parametrize("backend", [b for b in ("reference", "cuda") if ops.available(b, "cpu")])
+@pytest.mark.parametrize("backend", [larger("reference"), *["cuda"] * ops.available("cuda", "cpu")])
 @pytest.mark.parametrize("pools", [larger(False), True])
 @sizes
 def test_synchronised(ranks, backend, pools, batches):
