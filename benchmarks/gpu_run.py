@@ -206,10 +206,21 @@ def _commit() -> str | None:
     return f"{found['sha'][:10]}{'+' * found['dirty']}" if found else None
 
 
+def _interruptible() -> None:
+    """What a shell starts in the background ignores SIGINT, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _wait(command: list[str], environment: dict[str, str], sink: Any, seconds: float) -> str:
     """Run a command in a process group of its own, which ends with it: "ok", "failed" or "out of time"."""
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=sink,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_interruptible,
     )
     try:
         return "failed" if process.wait(max(1.0, seconds - GRACE_S)) else "ok"
