@@ -49,7 +49,7 @@ def pages(root: Path) -> dict[Path, str]:
         raise UsageError(f"{README} needs one line {BEGIN!r} and one line {END!r}")
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    newest = {provenance.device_name(report.provenance): path for path, report in found.items()}
+    newest = {_shown(report): path for path, report in found.items()}
     summary = "\n".join("\n".join(_summary(path, found[path])) for path in newest.values())
     gpu = "" if any(report.provenance["gpu"] for report in found.values()) else f"{NO_GPU}\n"
     chapters = "\n".join("\n".join(_chapter(path, report)) for path, report in reversed(found.items()))
@@ -135,6 +135,11 @@ def _origin(report: Report) -> str:
     facts, commit = report.provenance, report.provenance.get("commit")
     where = f"commit {commit['sha'][:7]}{' with changes' if commit['dirty'] else ''}" if commit else "no commit known"
     return f"torch {facts['torch']}, {where}, {facts['date_utc'][:10]}"
+
+
+def _shown(report: Report) -> str:
+    """What the README shows the newest result of: every GPU, and one CPU."""
+    return provenance.device_name(report.provenance) if report.provenance["gpu"] else "cpu"
 
 
 def _means(report: Report) -> Iterator[str]:

@@ -76,8 +76,9 @@ def _panel(axis, case: CaseReport, baseline: str) -> None:  # type: ignore[no-un
         if roof_rate < 3 * top:  # further away it would only squeeze the bars
             top = max(top, roof_rate)
             axis.axvline(roof_rate, color="#b03030", linestyle="--", linewidth=1)
-            label = f"  measured roof:\n  {case.roof.best / 1e9:.0f} GFLOP/s"
-            axis.text(roof_rate, len(rates) - 0.55, label, fontsize=7, color="#b03030", ha="left", va="bottom")
+            label = f"measured roof: {case.roof.best / 1e9:.0f} GFLOP/s"
+            above = axis.get_xaxis_transform()  # clear of the bars, beside the title
+            axis.text(roof_rate, 1.01, label, fontsize=7, color="#b03030", ha="left", va="bottom", transform=above)
     for position, (rate, result) in enumerate(zip(rates, case.results, strict=True)):
         axis.text(rate + 0.01 * top, position, _label(case, result, rate, baseline), va="center", fontsize=9)
     axis.set_xlim(0, top * 1.22)
