@@ -387,7 +387,7 @@ def in_format(y: Tensor, x: Tensor, nchw: bool) -> Tensor:
 def freeze_conv(source: Source) -> FrozenConv:
     """The convolution on the backend that is to run it, or on native PyTorch where that refuses."""
     backend = source.backend()
-    if backend in ("aten", "cudnn"):
+    if backend in cudnn.BACKENDS:
         return FoldedConv(source, backend)
     ours = EpilogueConv(source, backend)
     if ours.refusal is None:

@@ -15,7 +15,9 @@ from resnet_fused.contract import floor
 from resnet_fused.dispatch.conv import uses_tf32
 from resnet_fused.functional.common import Geometry
 from resnet_fused.ops import conv_fprop, cudnn_graphs
+from resnet_fused.ops.refusals import first_line
 
+BACKENDS = ("aten", "cudnn")  # those that have such a call, and nothing that spans convolutions
 TF32_EPS = 2.0**-10
 SLACK = 4.0  # of what two right results may differ by: native rounds the sum three times, cuDNN once
 
@@ -91,7 +93,7 @@ def refusal(
             torch.full(tuple(shape), torch.nan, dtype=x.dtype, device=x.device)
         actual = conv(backend, x, weight, bias, residual, geometry, act)
     except RuntimeError as error:
-        return f"{op}: {str(error).strip().splitlines()[0]}"
+        return f"{op}: {first_line(error)}"
     if actual.shape != expected.shape or actual.stride() != expected.stride():
         return f"{op} gives {list(actual.shape)} in another memory order"
     if not torch.equal(actual.isnan(), expected.isnan()):

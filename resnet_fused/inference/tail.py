@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fused import dispatch
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.functional.common import autocast, conv_operands, conv_shape, fits
+from resnet_fused.inference import cudnn
 from resnet_fused.inference.conv import Constants, EpilogueConv, FrozenConv, Kernel, in_format, planned_backend
 from resnet_fused.inference.plan import LAYER_BY_LAYER
 from resnet_fused.ops import conv_chain, conv_fprop, conv_join
@@ -199,7 +200,7 @@ def _backend(op: str, flags: tuple[str, ...], *convs: FrozenConv) -> str:
     """
     backend = dispatch.forced_backend() or _planned(op, flags, convs[0])
     refused = any(conv.refusal is not None for conv in convs)
-    if refused or backend in ("aten", "cudnn"):
+    if refused or backend in cudnn.BACKENDS:
         raise Refused("" if refused else LAYER_BY_LAYER)
     return backend
 

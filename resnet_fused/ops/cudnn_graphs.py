@@ -20,6 +20,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape, uses_tf32
 from resnet_fused.ops.arithmetic import fold
+from resnet_fused.ops.refusals import first_line
 
 OLDEST_CUDNN = 90000
 PATIENCE_S = 1.0  # with the plans of one graph; those that are compiled at run time take half a second each
@@ -105,7 +106,7 @@ def unavailable(device_type: str) -> str | None:
     try:
         cudnn = importlib.import_module("cudnn")
     except Exception as error:  # a package that breaks on import, for want of libcudnn say, is as good as none
-        return f"cudnn cannot be imported ({_line(error)}); it needs nvidia-cudnn-frontend"
+        return f"cudnn cannot be imported ({first_line(error)}); it needs nvidia-cudnn-frontend"
     missing = [name for name in _REQUIRED if not hasattr(cudnn, name)]
     if missing:
         return f"the installed package cudnn has no {', '.join(missing)}; it needs nvidia-cudnn-frontend"
@@ -203,7 +204,7 @@ class FastestPlan:
         except NoEngine:
             raise
         except Exception as error:  # cuDNN's "not supported" is an exception of its package's own
-            raise NoEngine(f"cuDNN has no engine for {spec}: {_line(error)}") from None
+            raise NoEngine(f"cuDNN has no engine for {spec}: {first_line(error)}") from None
 
     def __call__(self, operands: dict[str, Tensor]) -> None:
         """Launch on the current stream; every tensor of the graph, dense in NHWC order."""
@@ -227,7 +228,7 @@ class FastestPlan:
             except Exception as error:  # filtered out, cannot be built, wants more memory than there is
                 problem = error
         if not found:
-            raise NoEngine(f"cuDNN has no engine that runs {graph.spec}: {_line(problem)}")
+            raise NoEngine(f"cuDNN has no engine that runs {graph.spec}: {first_line(problem)}")
         _, index, size = min(found)
         return index, size
 
@@ -277,7 +278,3 @@ def conv_fprop(
 def nhwc_strides(size: Size) -> list[int]:
     _, c, h, w = size
     return [c * h * w, 1, c * w, c]
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

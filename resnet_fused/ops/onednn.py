@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resnet_fused._compiling import constant
 from resnet_fused.ops.activations import ACTIVATIONS, activate
+from resnet_fused.ops.refusals import first_line
 
 
 def runs(x: Tensor, weight: Tensor) -> bool:
@@ -116,7 +117,7 @@ def _int8_problem() -> str | None:
         packed = int8_pack(weight, scale, one, *pointwise, x.shape)
         y = int8_conv(x, one, packed, scale, torch.zeros(channels), None, None, *pointwise, None, torch.float32)
     except (RuntimeError, AttributeError) as error:  # no such op, or no kernel behind it
-        return f"oneDNN has no int8 convolution here: {str(error).splitlines()[0]}"
+        return f"oneDNN has no int8 convolution here: {first_line(error)}"
     if bool((y != 255 * 127 * channels).any()):
         return "its int8 products saturate on this CPU: it has no VNNI, or ONEDNN_MAX_CPU_ISA leaves it unused"
     return None

@@ -14,6 +14,11 @@ from resnet_fused.dispatch.conv import DTYPES
 from resnet_fused.ops.arithmetic import is_nhwc
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says first; its type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -42,6 +42,10 @@ def refuses(*args):
     raise RuntimeError("GET was unable to find an engine to execute this computation\nmore")
 
 
+def says_nothing(*args):
+    raise RuntimeError
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Count the fused convolutions that run; `stand_in` decides what they do."""
@@ -92,6 +96,7 @@ def test_bias_residual_and_relu_are_one_call(calls, dtype):
         (wrong, "other values"),
         (in_nchw, "another memory order"),
         (refuses, "_relu: GET was unable to find an engine to execute this computation"),
+        (says_nothing, "_relu: RuntimeError"),
         (reads_its_result, "does not keep NaN"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

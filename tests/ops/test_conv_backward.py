@@ -14,6 +14,7 @@ from conv_cases import (
     SHAPES,
     a_few_shapes,
     affine,
+    batch_norm_behind,
     every_dtype,
     exact_fp32,  # noqa: F401
     filters,
@@ -40,7 +41,7 @@ LARGE = problem(1, 8, 36, 36, 8, 3, 3, padding=(1, 1))
 
 def _arguments(shape, dtype, prologue=False, x_prologue=False):
     dy, weight, x = output(shape, dtype), filters(shape, dtype), image(shape, dtype)
-    before = (output(shape, dtype), torch.randn(3, shape.k, device=DEVICE)) if prologue else (None, None)
+    before = batch_norm_behind(shape, dtype) if prologue else (None, None)
     norm = (*affine(shape.c), torch.randn(shape.c, device=DEVICE), torch.rand(shape.c, device=DEVICE) + 0.5)
     return (dy, weight, *before, x, *norm, x_prologue, *geometry(shape))
 

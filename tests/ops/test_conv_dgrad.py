@@ -16,6 +16,7 @@ from conv_cases import (
     a_few_shapes,
     affine,
     assert_sums,
+    batch_norm_behind,
     every_dtype,
     every_shape,
     exact_fp32,  # noqa: F401
@@ -48,7 +49,7 @@ def _arguments(shape, dtype, prologue=False, epilogue="plain"):
     dy, weight, x = output(shape, dtype), filters(shape, dtype), image(shape, dtype)
     dy_x, coefficients, residual, mask, norm = None, None, None, None, (None,) * 5
     if prologue:
-        dy_x, coefficients = output(shape, dtype), torch.randn(3, shape.k, device=DEVICE)
+        dy_x, coefficients = batch_norm_behind(shape, dtype)
     if "residual" in epilogue:
         residual = x
     if "masked" in epilogue:

@@ -14,6 +14,7 @@ from conv_cases import (
     SHAPES,
     a_few_shapes,
     assert_sums,
+    batch_norm_behind,
     every_dtype,
     exact_fp32,  # noqa: F401
     filters,
@@ -50,7 +51,7 @@ def _norm(channels):
 
 def _arguments(shape, dtype, prologue=False, residual="masked residual", projected=True):
     dy, weight, x = output(shape, dtype), filters(shape, dtype), image(shape, dtype)
-    before = (output(shape, dtype), torch.randn(3, shape.k, device=DEVICE)) if prologue else (None, None)
+    before = batch_norm_behind(shape, dtype) if prologue else (None, None)
     addend = (image(shape, dtype) if residual else None, _bits(x) if "masked" in residual else None)
     shortcut = (image(shape, dtype), *_norm(shape.c)) if projected else (None,) * 3
     size = [shape.h, shape.w]

@@ -82,6 +82,11 @@ def output(shape: ConvShape, dtype: torch.dtype) -> Tensor:
     return activation(shape.n, shape.k, shape.p, shape.q, dtype)
 
 
+def batch_norm_behind(shape: ConvShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """dy_x and dy_coefficients: the prologue of a gradient whose convolution a batch norm follows."""
+    return output(shape, dtype), torch.randn(3, shape.k, device=DEVICE)
+
+
 def filters(shape: ConvShape, dtype: torch.dtype) -> Tensor:
     """A weight under which the magnitudes stay."""
     fan_in = max(1, shape.c // shape.groups * shape.r * shape.s)
