@@ -63,7 +63,7 @@ struct Vectors {
     typename Product::Sum sums[kRuns][kLength][kVectors] = {};
     [[maybe_unused]] typename Product::Sum totals[kRuns][kLength][kVectors] = {};
     const Conv& conv = tile.conv;
-    const int64_t words = conv.s * conv.c * kInBytes / kWord, pitch = tile.pitch / kWord;
+    const int64_t words = conv.s * conv.c * kInBytes / kWord, pitch = tile.pitch;
     const int64_t step = Product::kSplit == 0 ? words : std::min(words, Product::kSplit);
     const int64_t half_block = conv.r * words * kColumns / 2;
     const auto* w = static_cast<const int32_t*>(conv.weight) + tile.block * 2 * half_block;
@@ -71,8 +71,7 @@ struct Vectors {
     const auto* next_x = tile.next_x ? tile.next_x : reinterpret_cast<const char*>(w);
     int64_t summed = 0;
     for (int64_t r = 0; r < conv.r; r++) {
-      const auto* x0 = reinterpret_cast<const int32_t*>(tile.runs[0].x + r * tile.row_pitch);
-      const auto* x1 = reinterpret_cast<const int32_t*>(tile.runs[1].x + r * tile.row_pitch);
+      const char *x0 = tile.runs[0].x + r * tile.row_pitch, *x1 = tile.runs[1].x + r * tile.row_pitch;
       for (int64_t begin = 0; begin < words; begin += step) {
         const int64_t end = std::min(begin + step, words);
         if constexpr (Product::kSplit != 0) {
@@ -93,10 +92,13 @@ struct Vectors {
           for (int run = 0; run < kRuns; run++)
 #pragma GCC unroll 7
             for (int i = 0; i < kLength; i++) {
-              const __m512i x = _mm512_set1_epi32((run == 0 ? x0 : x1)[i * pitch + k]);
+              const char* from = (run == 0 ? x0 : x1) + i * pitch;
+              const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(from));
 #pragma GCC unroll 2
               for (int j = 0; j < kVectors; j++) sums[run][i][j] = Product::dot(sums[run][i][j], x, columns[j]);
             }
+          x0 += kWord;
+          x1 += kWord;
           w += kColumns;
           ahead += kColumns / 2;
           next_x += 64;
