@@ -31,7 +31,7 @@ COMMON_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 # Of the kernels for CPUs: the instructions that a file may use. What this CPU has is asked for when it runs.
 AVX512_FLAGS = tuple(f"-m{name}" for name in "avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16 prfchw".split())
 AMX_FLAGS = (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
-INSTRUCTIONS = {"avx512": AVX512_FLAGS, "max_pool": AVX512_FLAGS, "amx": AMX_FLAGS}
+INSTRUCTIONS = {"avx512": AVX512_FLAGS, "max_pool": AVX512_FLAGS, "quantise": AVX512_FLAGS, "amx": AMX_FLAGS}
 # GCC's own headers of these instructions warn of the registers that they leave undefined on purpose.
 CPU_FLAGS = ("-O3", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 HOST_FLAGS = (

@@ -15,6 +15,7 @@
 #include "conv.h"
 #include "max_pool.h"
 #include "memory.h"
+#include "quantise.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -211,6 +212,21 @@ Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const
   return y;
 }
 
+Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
+  check_image("x", x);
+  STD_TORCH_CHECK(instructions().int8 && instructions().bfloat16 && x.scalar_type() == ScalarType::Float,
+                  "quantise: no kernel on this CPU takes ", torch::headeronly::toString(x.scalar_type()));
+  const Tensor q = empty_nhwc({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Byte);
+  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(q.mutable_data_ptr());
+  constexpr int64_t kGrain = 16384;
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    avx512::quantise(from, grid, to, begin, end);
+  });
+  return q;
+}
+
 }  // namespace
 }  // namespace resnet_fused::cpu
 
@@ -225,12 +241,14 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "conv_add_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? scale, Tensor bias, int channels, int[] filter, "
       "int[] stride, int[] padding, bool relu, int x_zero_point=0, float residual_scale=1.0, "
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
+  m.def("quantise(Tensor x, float scale, int zero_point) -> Tensor");
   m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("conv", TORCH_BOX(&resnet_fused::cpu::conv));
   m.impl("conv_add_", TORCH_BOX(&resnet_fused::cpu::conv_add_));
+  m.impl("quantise", TORCH_BOX(&resnet_fused::cpu::quantise));
   m.impl("max_pool", TORCH_BOX(&resnet_fused::cpu::max_pool));
 }
 

@@ -53,7 +53,7 @@ def check(quantize: Any, example: Tensor) -> Int8:
     if example.device.type != "cpu":
         raise RuntimeError(f"freeze: quantize runs on a CPU only, and example_input is on {example.device}")
     if dispatch.forced_backend() not in (None, "aten"):
-        raise RuntimeError(f"freeze: quantize runs on oneDNN, not on the forced backend {dispatch.forced_backend()!r}")
+        raise RuntimeError(f"freeze: quantize does not run on the forced backend {dispatch.forced_backend()!r}")
     if problem := onednn.int8_refusal():
         raise RuntimeError(f"freeze: quantize cannot run here: {problem}")
     return chosen

@@ -48,6 +48,9 @@ def _register() -> None:
         torch.library.register_fake("resnet_fused_cpu::conv", conv)
         torch.library.register_fake("resnet_fused_cpu::conv_add_", lambda *_args, **_named: None)
         torch.library.register_fake("resnet_fused_cpu::max_pool", max_pool)
+        torch.library.register_fake(
+            "resnet_fused_cpu::quantise", lambda x, *grid: torch.empty_like(x, dtype=torch.uint8)
+        )
 
 
 def takes(
@@ -87,6 +90,21 @@ def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: S
         x: float32, bfloat16 or uint8, in NHWC order.
     """
     result: Tensor = torch.ops.resnet_fused_cpu.max_pool(x, filter, stride, padding)
+    return result
+
+
+def quantises(x: Tensor) -> bool:
+    """Whether `quantise` takes it."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and {"int8", "bfloat16"} <= _supported()
+
+
+def quantise(x: Tensor, grid: Grid) -> Tensor:
+    """The nearest points of the grid, uint8 in NHWC order; what lies beyond its ends becomes them.
+
+    Args:
+        x: float32, finite; in any other order than NHWC it is copied.
+    """
+    result: Tensor = torch.ops.resnet_fused_cpu.quantise(_nhwc(x), *grid)
     return result
 
 

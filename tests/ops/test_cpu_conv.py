@@ -190,6 +190,18 @@ def test_max_pooling_is_that_of_pytorch(shape, filter, stride, padding, dtype):
         cpu.max_pool(x, (2, 2), (1, 1), (2, 2))
 
 
+@pytest.mark.skipif(not {"int8", "bfloat16"} <= SUPPORTED, reason="this CPU has no VNNI or no AVX512-BF16")
+def test_quantise_rounds_to_the_nearest_point_of_the_grid():
+    grid = Grid(0.25, 30)
+    x = torch.linspace(-12.0, 70.0, 3 * 5 * 7 * 9).reshape(1, 15, 7, 9)
+    x[0, 0, 0, :3] = torch.tensor([0.125, 0.375, -0.125])  # a half goes to the even step
+    assert cpu.quantises(x) and not cpu.quantises(x.double()) and not cpu.quantises(x[0])
+    truth = ((x.double() / grid.scale).round() + grid.zero_point).clamp(0, 255).to(torch.uint8)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        q = cpu.quantise(given, grid)
+        assert q.is_contiguous(memory_format=torch.channels_last) and torch.equal(q, truth)
+
+
 def _pair(value):
     return [value, value] if isinstance(value, int) else list(value)
 
@@ -206,6 +218,8 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.resnet_fused_cpu
     torch.library.opcheck(ops.conv.default, (x, packed, None, bias, residual, *geometry), test_utils=checks)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.quantise.default, (nhwc, 0.5, 3), test_utils=checks)
     torch.library.opcheck(ops.max_pool.default, (x, [3, 3], [2, 2], [1, 1]), test_utils=checks)
     torch.library.opcheck(ops.conv_add_.default, (residual, x, packed, None, bias, *geometry), test_utils=checks)
 
