@@ -218,12 +218,14 @@ def _output(layer: Layer) -> tuple[int, ...]:
 
 def also(job: Job) -> tuple[str, ...]:
     """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it, the
-    others run together with the weight gradient; a block may end in the sum of two batch norms.
+    others run together with the weight gradient; a block may end in the sum of two batch norms; within it a pass may be
+    part of its batch norm's second stage.
     """
     if job.problem.op == "conv_dgrad":
         return ("conv_backward",) if job.epilogue else ("conv_dgrad_join",)
-    joined = job.problem.op == "bn_apply" and "residual" in job.problem.flags
-    return ("bn_backward_apply_join",) if joined else ()
+    if job.problem.op == "bn_apply":
+        return ("bn_backward_apply_join",) if "residual" in job.problem.flags else ("bn_finalize_apply",)
+    return ()
 
 
 def arguments(job: Job, make: Operands, op: str | None = None) -> Any:
