@@ -12,7 +12,7 @@ from resnet_fused.kernels._tile import affine, channel_unit, relu, round_to, sum
 from resnet_fused.kernels.bn_apply import bn_apply
 from resnet_fused.kernels.reduce_rows import row_blocks
 
-# A program of the pass behind it merges so many rows itself: they are no more than the tile that it reads anyway.
+# A program of the pass behind it merges so many rows itself: they are about as many bytes as its tile.
 FEW_ROWS = 16
 
 

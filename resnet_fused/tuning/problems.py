@@ -243,7 +243,7 @@ def _options(job: Job, op: str) -> dict[str, Any]:
         "conv_fprop": {"residual": job.residual},
         "conv_fprop_stats": {"prologue": "prologue" in flags},
         "conv_dgrad": {"prologue": "prologue" in flags, "epilogue": "batch norm" if job.epilogue else masked},
-        "conv_dgrad_join": {"prologue": "prologue" in flags, "epilogue": masked},
+        "conv_dgrad_join": {"prologue": "prologue" in flags, "epilogue": masked, "wgrad": True},
         "conv_backward": {"prologue": "prologue" in flags},
         "conv_wgrad": {"x_prologue": "x_prologue" in flags, "dy_prologue": "dy_prologue" in flags},
         "conv_join": {"shortcut_channels": first, "shortcut_stride": second},

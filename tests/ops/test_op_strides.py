@@ -86,7 +86,7 @@ VARIANTS: dict[str, list[dict]] = {
     "conv_fprop": [{"scaled": True, "residual": True}],
     "conv_fprop_stats": [{"prologue": True, "rows": 3}],
     "conv_dgrad": [{"prologue": True, "epilogue": "masked residual"}, {"epilogue": "batch norm"}],
-    "conv_dgrad_join": [{"epilogue": "masked residual"}],
+    "conv_dgrad_join": [{"epilogue": "masked residual", "wgrad": True}],
     "conv_backward": [{"prologue": True}],
     "conv_wgrad": [{"x_prologue": True, "dy_prologue": True}],
 }
