@@ -18,6 +18,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # each kind of build has its own objects and its own library: one never replaces another
 LIBRARY = $(PY) setup.py --quiet build_ext --inplace
+# of the GPU's code, only that for the GPU that is here; a wheel has all of it
+NATIVE = TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-native}"
 # The same on every machine: without a GPU, one thread a process. What needs a GPU runs behind it, where there is one.
 PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 HAS_GPU = $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
@@ -51,13 +53,13 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py
 install: $(VENV)/.installed
 
 bench: install
-	@export RESNET_FUSED_BUILD=$(BUILD); $(LIBRARY)
+	@export RESNET_FUSED_BUILD=$(BUILD) $(NATIVE); $(LIBRARY)
 	@$(PY) -c 'from resnet_fused import _library; print("compiled kernels:", _library.status())'
 	@$(VENV)/bin/resnet-fused bench --json out/bench.json --chart out/bench.png $(ARGS)
 
 # the cases of this device's last recorded result again: exit code 1 where we lost more than the spread
 bench-check: install
-	@export RESNET_FUSED_BUILD=$(BUILD); $(LIBRARY)
+	@export RESNET_FUSED_BUILD=$(BUILD) $(NATIVE); $(LIBRARY)
 	@$(VENV)/bin/resnet-fused bench --check $(ARGS)
 
 docs: install
@@ -86,7 +88,7 @@ test-all: library-test
 	@if $(HAS_GPU); then $(MAKE) --no-print-directory test-gpu; fi
 
 test-gpu: install
-	@export RESNET_FUSED_BUILD=auto; $(LIBRARY)
+	@export RESNET_FUSED_BUILD=auto $(NATIVE); $(LIBRARY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m gpu --tier=all $(ARGS)
 
 # The suite as older and smaller machines would run it. TIER and SETTINGS choose; every setting runs, then failures count.

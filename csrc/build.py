@@ -93,9 +93,9 @@ class Target:
         if self.kind == "host":
             return f"resnet_fused: on {cores} cores this takes a minute or two the first time"
         return (
-            f"resnet_fused: compiling for {len(self.architectures)} GPU architectures on {cores} cores; six took 7 "
-            "minutes on 2 cores. TORCH_CUDA_ARCH_LIST=9.0 (your GPU's) compiles one, RESNET_FUSED_BUILD=none nothing: "
-            "Triton's kernels need no build"
+            f"resnet_fused: compiling for {len(self.architectures)} GPU architecture(s) on {cores} cores; six took 7 "
+            "minutes on 2 cores. TORCH_CUDA_ARCH_LIST=native compiles only for the GPU that is here, "
+            "RESNET_FUSED_BUILD=none nothing: Triton's kernels need no build"
         )
 
     def describe(self) -> str:
@@ -176,11 +176,27 @@ def find_toolkit() -> Toolkit:
     )
 
 
+def present_architectures() -> list[str]:
+    """Of the GPUs in this machine, such as "90"; none where its driver does not tell."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return []
+    return sorted({major + minor for major, minor in re.findall(r"^(\d+)\.(\d)$", run.stdout, re.M)}, key=int)
+
+
 def choose_architectures(toolkit: Toolkit) -> tuple[str, ...]:
-    """Architectures such as "80", "90a", "120+PTX", from TORCH_CUDA_ARCH_LIST or the default."""
+    """Architectures such as "80", "90a", "120+PTX": from TORCH_CUDA_ARCH_LIST, where "native" means the GPUs that are
+    here if nvcc knows them all, or the default.
+    """
     listed = subprocess.run([toolkit.nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = re.findall(r"compute_(\d+)", listed)
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", " ").replace(";", " ").split()
+    if asked == ["native"]:
+        if (present := present_architectures()) and set(present) <= set(known):
+            return tuple(present)
+        asked = []
     if not asked:
         chosen = [name for name in DEFAULT_ARCHITECTURES if name in known]
         return (*chosen[:-1], f"{chosen[-1]}+PTX")
@@ -188,7 +204,7 @@ def choose_architectures(toolkit: Toolkit) -> tuple[str, ...]:
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", name)
         if match is None or match[1] + match[2] not in known:
             choices = ", ".join(f"{number[:-1]}.{number[-1]}" for number in known)
-            raise Unusable(f"TORCH_CUDA_ARCH_LIST names {name!r}; nvcc {toolkit.version} knows {choices}")
+            raise Unusable(f"TORCH_CUDA_ARCH_LIST names {name!r}; nvcc {toolkit.version} knows {choices}, or native")
     return tuple(name.replace(".", "") for name in asked)
 
 

@@ -224,7 +224,7 @@ def measure(
     for name, build in runners.items():
         with alone_if_it_fails(name):
             runner = build()
-            runner.step()
+            runner.warm_up()
             runner.step()
             built[name] = runner
     try:

@@ -20,7 +20,7 @@ from resnet_fused.bench import images, loader, preparation
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from resnet_fused.bench.correctness import Errors, breach, errors_of, top1_agreement
 from resnet_fused.bench.results import INTERRUPTED, CaseReport, Report, Result
-from resnet_fused.bench.runner import GraphMemory, Outcome, Runner, device_captures, reference
+from resnet_fused.bench.runner import GraphMemory, Outcome, Runner, reference
 from resnet_fused.measure import memory, models, provenance, roof
 from resnet_fused.measure.activation_memory import saved_bytes
 from resnet_fused.measure.cases import Case
@@ -165,7 +165,7 @@ class _Race:
             pixels, labels = self._input(case)
             judge = self._reference(case, pixels, labels)
             shared = None
-            if case.mode == "train" and device_captures(case):
+            if case.mode == "train" and torch.device(case.device).type == "cuda":
                 shared = GraphMemory(torch.device(case.device))
         except Exception as error:  # no input, or no judge: nobody can run
             reason = one_line(error, kind=True)
@@ -276,7 +276,7 @@ class _Race:
             agreement = top1_agreement(outcome.logits, judge.logits) if contestant.quantised else None
             runner.step_by_step()
             peak = meter.peak(runner.step_by_step)  # a graph's memory is shared, so nobody's
-            runner.step()
+            runner.warm_up()
             saved = _saved_bytes(runner) if case.mode == "train" else None
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))

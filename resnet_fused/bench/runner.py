@@ -2,15 +2,14 @@
 
 Inference is one forward in `inference_mode` with model and input in the case's dtype. Training is one full step -
 forward, cross-entropy, backward, SGD with momentum - with fp32 parameters, under autocast when the case's dtype is not
-fp32, and with a gradient scaler for fp16. On a GPU every contestant's training step is captured in a CUDA graph, unless
-it cannot be (a gradient scaler waits for the GPU): then it runs kernel by kernel, and `graphed` says so.
+fp32, and with a gradient scaler for fp16. Forward, loss and backward run by `resnet_fused.graphed`, on a GPU a CUDA
+graph, as in a user's loop; of contestants that are not `graphed`, kernel by kernel.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,9 @@ from torch import nn
 
 from resnet_fused.bench.contestants import Contestant, Forward
 from resnet_fused.measure.cases import Case
+from resnet_fused.training.cuda_graph import WARM_UP, graphed
+
+Gradients = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images and labels, into `.grad`; the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Runner:
         if training:
             self._optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
             self._scaler = torch.amp.GradScaler(device.type, enabled=case.dtype == "fp16")
-        self._memory = memory
-        self._replay: Callable[[], object] | None = None
-        self.graphed: bool | None = None  # None: not tried yet
+        self._graphed: Gradients = self._gradients
+        if training and contestant.graphed:
+            self._graphed = graphed(self._gradients, self.module, pool=None if memory is None else memory.pool)
 
     def infer(self, images: torch.Tensor) -> torch.Tensor:
         """Logits of images on the CPU, in the case's dtype on the device."""
@@ -108,62 +110,42 @@ class Runner:
         if self.case.mode == "infer":
             with torch.inference_mode():
                 return self.forward(self._images)
-        if self.graphed is None:
-            self._replay = self._captured() if device_captures(self.case) else None
-            self.graphed = self._replay is not None
-        return self._train() if self._replay is None else self._replay()
+        return self._train(self._graphed)
+
+    def warm_up(self) -> None:
+        """Step until the steps that follow are alike: where a training step becomes a CUDA graph, until it is one."""
+        for _ in range(WARM_UP + 1 if self._graphed != self._gradients else 1):
+            self.step()
 
     def feed(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Copy another batch to where the step reads it; a CUDA graph reads the same place."""
+        """Copy another batch to where the step reads it."""
         self._images.copy_(images, non_blocking=True)
         self._labels.copy_(labels, non_blocking=True)
 
     def step_by_step(self) -> object:
         """The same step, never as a CUDA graph: for a profiler, which must see its ops."""
-        return self.step() if self.case.mode == "infer" else self._train()
+        return self.step() if self.case.mode == "infer" else self._train(self._gradients)
 
-    def _train(self) -> object:
-        _, loss = self.loss(None)
+    def _gradients(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = self._loss(images, labels)[1]
         self._scaler.scale(loss).backward()
+        return loss
+
+    def _train(self, gradients: Gradients) -> object:
+        loss = gradients(self._images, self._labels)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def _captured(self) -> Callable[[], object] | None:
-        """The training step as a CUDA graph; None where capture fails."""
-        torch.cuda.empty_cache()  # what is cached for this stream the next one cannot use
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # cuDNN's choices, the optimiser's buffers, compilation: all outside the capture
-                self._train()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=None if self._memory is None else self._memory.pool):
-                loss = self._train()
-        except RuntimeError as error:
-            warnings.warn(f"no CUDA graph of this training step: {error}", stacklevel=2)
-            return None
-
-        def replay() -> object:
-            graph.replay()
-            return loss
-
-        return replay
-
     def loss(self, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits and loss of the first `limit` images, with autograd's graph behind them."""
-        kind, dtype = self._images.device.type, self.case.torch_dtype
-        with torch.autocast(kind, dtype, enabled=self.case.dtype != "fp32"):
-            logits = self.forward(self._images[:limit])
-            return logits, F.cross_entropy(logits.float(), self._labels[:limit])
+        return self._loss(self._images[:limit], self._labels[:limit])
 
-
-def device_captures(case: Case) -> bool:
-    """Whether a training step of this case can be a CUDA graph."""
-    return torch.device(case.device).type == "cuda" and case.dtype != "fp16"
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(images.device.type, self.case.torch_dtype, enabled=self.case.dtype != "fp32"):
+            logits = self.forward(images)
+            return logits, F.cross_entropy(logits.float(), labels)
 
 
 def reference(model: nn.Module, case: Case, images: torch.Tensor, labels: torch.Tensor) -> Outcome:

@@ -3,11 +3,15 @@
 A convolution stands between passes of memory-bound kernels, and a fusion replaces a pass. Whether it pays is a sum: the
 fused kernel against the plain one and the pass. The table's entries are measured that way: of `conv_fprop_stats`,
 `conv_dgrad` and `conv_wgrad` native PyTorch's time includes the passes that a block runs around it. What is left to add
-here is the pass that writes a normalised activation where no convolution normalises on its way in.
+here are the passes that write a normalised activation where no convolution normalises on its way in: one forward, and
+one backward, of which the data gradient spares the reading where it runs together with the weight gradient
+(`conv_backward`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +19,10 @@ import torch
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.heuristics import Fusion, training
 from resnet_fused.dispatch.lookup import entry_of, measured
-from resnet_fused.dispatch.table import Problem, Table
+from resnet_fused.dispatch.table import Choice, Problem, Table
+
+# Of the pass that writes an activation, where the data gradient does, which reads what it normalises anyway.
+WRITTEN_ALONG = 0.5
 
 _OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")
 
@@ -105,16 +112,31 @@ def _time(
     margin: float,
 ) -> tuple[float, tuple[str, str, str]] | None:
     """Milliseconds of a formulation and its backends; None where a part of it was not measured."""
-    total, backends = 0.0, []
-    for problem in problems(shape, dtype, tf32, fusion, first, residual):
-        entry, chosen = entry_of(problem, table), measured(problem, table, margin=margin)
-        if entry is None or chosen is None:
-            return None
-        total += entry.ms(chosen) * shape.n / entry.problem.batch
-        backends.append(chosen.backend)
-    if not first and not fusion.prologue:  # the forward writes the activation, and the backward once more
-        entry = entry_of(normalisation(shape, dtype), table)
-        if entry is None:
-            return None
-        total += 2 * entry.ms(entry.winner) * shape.n / entry.problem.batch
-    return total, (backends[0], backends[1], backends[2])
+    asked = problems(shape, dtype, tf32, fusion, first, residual)
+    entries = [entry_of(problem, table) for problem in asked]
+    chosen = [measured(problem, table, margin=margin) for problem in asked]
+    applied = None if first or fusion.prologue else entry_of(normalisation(shape, dtype), table)
+    if not (first or fusion.prologue) and applied is None:
+        return None
+
+    def time(choices: Sequence[Choice | None]) -> float:
+        total = 0.0
+        for entry, choice in zip(entries, choices, strict=True):
+            if entry is None or choice is None:
+                return math.inf
+            total += entry.ms(choice) * shape.n / entry.problem.batch
+        if applied is not None:
+            passes = 1.0 + (WRITTEN_ALONG if _together(choices, fusion) else 1.0)
+            total += passes * applied.ms(applied.winner) * shape.n / applied.problem.batch
+        return total
+
+    ours = [chosen[0], *(measured(problem, table, "triton") for problem in asked[1:])]
+    found = ours if margin * time(ours) < time(chosen) else chosen
+    backends = [choice.backend for choice in found if choice is not None]
+    return (time(found), (backends[0], backends[1], backends[2])) if math.isfinite(time(found)) else None
+
+
+def _together(choices: Sequence[Choice | None], fusion: Fusion) -> bool:
+    """Whether one op makes both gradients."""
+    _, dgrad, wgrad = (choice and choice.backend for choice in choices)
+    return dgrad == wgrad != "aten" and fusion.dgrad_epilogue

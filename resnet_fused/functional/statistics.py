@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from resnet_fused import dispatch
 from resnet_fused.functional.common import pixels
+from resnet_fused.ops import implements
 from resnet_fused.ops.arithmetic import compute_dtype
 
 Affine = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -57,19 +59,53 @@ def finalize(
     Mutates:
         `running_mean` and `running_var`.
     """
-    running = (running_mean, running_var)
-    packed = [v if v is None else v.contiguous() for v in running]
-    affine: Affine = _op.bn_finalize(
-        *rows, _contiguous(weight), _contiguous(bias), *packed, momentum, eps, backend=backend
-    )
-    for original, copy in zip(running, packed, strict=True):
-        if original is not None and copy is not None and copy is not original:
-            original.data.copy_(copy)  # not counted by autograd, as native batch norm is not
+    with _packed(weight, bias, running_mean, running_var) as vectors:
+        affine: Affine = _op.bn_finalize(*rows, *vectors, momentum, eps, backend=backend)
     return affine
 
 
-def _contiguous(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
+def finalize_apply(
+    x: Tensor,
+    rows: Sequence[Tensor],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> tuple[Affine, Tensor]:
+    """`finalize`, and relu(scale * x + shift).
+
+    Mutates:
+        `running_mean` and `running_var`.
+    """
+    if not implements(backend, "bn_finalize_apply"):
+        affine = finalize(rows, running_mean, running_var, weight, bias, momentum, eps, backend)
+        return affine, activation(x, affine, backend)
+    with _packed(weight, bias, running_mean, running_var) as vectors:
+        *found, y = _op.bn_finalize_apply(x, *rows, *vectors, momentum, eps, backend=backend)
+    scale, shift, mean, invstd = found
+    return (scale, shift, mean, invstd), y
+
+
+def activation(x: Tensor, affine: Affine, backend: str) -> Tensor:
+    """relu(scale * x + shift)."""
+    y: Tensor = _op.bn_apply(x, *affine[:2], None, None, None, True, False, backend=backend)[0]
+    return y
+
+
+@contextmanager
+def _packed(
+    weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> Iterator[list[Tensor | None]]:
+    """The vectors, contiguous; what is written to the running statistics arrives in the originals."""
+    vectors = (weight, bias, running_mean, running_var)
+    packed = [v if v is None else v.contiguous() for v in vectors]
+    yield packed
+    for original, copy in zip(vectors[2:], packed[2:], strict=True):
+        if original is not None and copy is not None and copy is not original:
+            original.data.copy_(copy)  # not counted by autograd, as native batch norm is not
 
 
 def constant_affine(

@@ -1,4 +1,4 @@
-"""Partial statistics to the affine map of a batch norm and its running statistics."""
+"""Partial statistics to the affine map of a batch norm and its running statistics, and the activation behind it."""
 
 from __future__ import annotations
 
@@ -7,40 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import launch
-from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
+from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.kernels._tile import affine, channel_unit, relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels.bn_apply import bn_apply
 from resnet_fused.kernels.reduce_rows import row_blocks
+
+# A program of the pass behind it merges so many rows itself: they are about as many bytes as its tile.
+FEW_ROWS = 16
 
 
 @triton.jit
-def _bn_finalize_kernel(
-    mean,  # [rows, C] fp64
-    m2,  # [rows, C]
-    count,  # [rows]
-    weight,  # [C] or None; so are bias and the running statistics, each with the stride that follows
-    bias,
-    running_mean,
-    running_var,
-    weight_stride,
-    bias_stride,
-    running_mean_stride,
-    running_var_stride,
-    scale,  # [C]
-    shift,  # [C]
-    save_mean,  # [C]
-    save_invstd,  # [C]
-    rows,
-    C,
-    momentum,
-    eps,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    """A program owns a tile of channels and reads the partial rows twice: for the mean, then for the deviations from
-    it.
+def _merged(mean, m2, count, channel, exists, rows, C, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
+    """(mean in fp64, biased variance, pixels) of a tile of channels. The rows are read twice: for the mean, then for
+    the deviations from it.
     """
-    channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    exists = channel < C
     lane = tl.arange(0, BLOCK_ROWS)
     # Row means relative to the first row's: their differences, and no more, are what fp32 has to hold.
     reference = tl.load(mean + channel, mask=exists, other=0.0)
@@ -66,9 +46,49 @@ def _bn_finalize_kernel(
         row_m2 = tl.load(m2 + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
         spread = (row_mean - reference[None, :]).to(tl.float32) - delta[None, :]
         deviations += tl.where(n > 0.0, tl.fma(n * spread, spread, row_m2), 0.0)
-    variance = sum_lanes(deviations) / n_all
+    return reference + delta.to(tl.float64), sum_lanes(deviations) / n_all, n_all
 
-    exact = reference + delta.to(tl.float64)
+
+@triton.jit
+def _bn_finalize_kernel(
+    mean,  # [rows, C] fp64
+    m2,  # [rows, C]
+    count,  # [rows]
+    weight,  # [C] or None; so are bias and the running statistics, each with the stride that follows
+    bias,
+    running_mean,
+    running_var,
+    weight_stride,
+    bias_stride,
+    running_mean_stride,
+    running_var_stride,
+    scale,  # [C]
+    shift,  # [C]
+    save_mean,  # [C]
+    save_invstd,  # [C]
+    x,  # [pixels, C], or None; so is y = round(relu(x * scale + shift))
+    y,
+    rows,
+    pixels,
+    channel_units,  # C / UNIT
+    momentum,
+    eps,
+    UNIT: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+    BLOCK_PIXELS: tl.constexpr,
+):
+    """A program owns a tile of channels, and with x a tile of pixels: each merges the rows of its channels, the first
+    of them writes what it found.
+    """
+    C = channel_units * UNIT
+    tiles = tl.cdiv(C, BLOCK_CHANNELS)
+    pid = tl.program_id(0)
+    tile = pid // tiles
+    channel = (pid - tile * tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    exists = channel < C
+    exact, variance, n_all = _merged(mean, m2, count, channel, exists, rows, C, BLOCK_ROWS, BLOCK_CHANNELS)
     merged = exact.to(tl.float32)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     factor = invstd
@@ -77,22 +97,30 @@ def _bn_finalize_kernel(
     offset = tl.zeros((BLOCK_CHANNELS,), tl.float32)
     if bias is not None:
         offset = to_fp32(tl.load(bias + channel * bias_stride, mask=exists, other=0.0))
-    tl.store(scale + channel, factor, mask=exists)
     # Rounded once, and with the scale as it will be used: no more is lost where |mean| >> std.
-    tl.store(shift + channel, (offset.to(tl.float64) - exact * factor.to(tl.float64)).to(tl.float32), mask=exists)
-    tl.store(save_mean + channel, merged, mask=exists)
-    tl.store(save_invstd + channel, invstd, mask=exists)
+    offset = (offset.to(tl.float64) - exact * factor.to(tl.float64)).to(tl.float32)
+    if x is not None:
+        pixel = tile * BLOCK_PIXELS + tl.arange(0, BLOCK_PIXELS)
+        place = pixel.to(INDEX)[:, None] * C + channel[None, :]
+        valid = (pixel < pixels)[:, None] & exists[None, :]
+        value = relu(affine(tl.load(x + place, mask=valid, other=0.0), factor[None, :], offset[None, :]))
+        tl.store(y + place, round_to(value, y.dtype.element_ty), mask=valid)
+    writes = exists & (tile == 0)
+    tl.store(scale + channel, factor, mask=writes)
+    tl.store(shift + channel, offset, mask=writes)
+    tl.store(save_mean + channel, merged, mask=writes)
+    tl.store(save_invstd + channel, invstd, mask=writes)
     if running_mean is not None:
         place = running_mean + channel * running_mean_stride
-        old = to_fp32(tl.load(place, mask=exists, other=0.0))
+        old = to_fp32(tl.load(place, mask=writes, other=0.0))
         new = tl.fma(tl.zeros_like(merged) + momentum, merged, (1.0 - momentum) * old)
-        tl.store(place, round_to(new, running_mean.dtype.element_ty), mask=exists)
+        tl.store(place, round_to(new, running_mean.dtype.element_ty), mask=writes)
     if running_var is not None:
         place = running_var + channel * running_var_stride
-        old = to_fp32(tl.load(place, mask=exists, other=0.0))
+        old = to_fp32(tl.load(place, mask=writes, other=0.0))
         unbiased = variance * (n_all / (n_all - 1.0))
         new = tl.fma(tl.zeros_like(merged) + momentum, unbiased, (1.0 - momentum) * old)
-        tl.store(place, round_to(new, running_var.dtype.element_ty), mask=exists)
+        tl.store(place, round_to(new, running_var.dtype.element_ty), mask=writes)
 
 
 def bn_finalize(
@@ -127,29 +155,103 @@ def bn_finalize(
     Mutates:
         running_mean, running_var.
     """
+    return _run((mean, m2, count), (weight, bias, running_mean, running_var), momentum, eps)
+
+
+def bn_finalize_apply(
+    x: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    count: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`bn_finalize`, and y = round(relu(x * scale + shift)): in one launch where there are few rows of statistics, so
+    that every program can merge them.
+
+    Args:
+        x: [N, C, H, W], dense in NCHW or NHWC order.
+        mean: as in `bn_finalize`; so are the others.
+        m2: see mean.
+        count: see mean.
+        weight: see mean.
+        bias: see mean.
+        running_mean: see mean.
+        running_var: see mean.
+        momentum: see mean.
+        eps: see mean.
+
+    Returns:
+        scale, shift, save_mean, save_invstd: [C], fp32.
+        y: like x.
+
+    Mutates:
+        running_mean, running_var.
+    """
+    statistics, vectors = (mean, m2, count), (weight, bias, running_mean, running_var)
+    if mean.shape[0] <= FEW_ROWS and x.is_contiguous(memory_format=torch.channels_last):
+        y = torch.empty_like(x)
+        return *_run(statistics, vectors, momentum, eps, x, y), y
+    scale, shift, save_mean, save_invstd = _run(statistics, vectors, momentum, eps)
+    y, _ = bn_apply(x, scale, shift, None, None, None, True, False)
+    return scale, shift, save_mean, save_invstd, y
+
+
+def _run(
+    statistics: tuple[Tensor, Tensor, Tensor],
+    vectors: tuple[Tensor | None, ...],
+    momentum: float,
+    eps: float,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch the kernel.
+
+    Args:
+        statistics: mean, m2 and count.
+        vectors: weight, bias, running_mean and running_var.
+        momentum, eps: as in `bn_finalize`.
+        x: in NHWC order, with y like it, to be written; or neither.
+
+    Returns:
+        scale, shift, save_mean, save_invstd.
+    """
+    mean = statistics[0]
     rows, channels = mean.shape
     scale, shift, save_mean, save_invstd = (
         torch.empty(channels, dtype=torch.float32, device=mean.device) for _ in range(4)
     )
+    pixels = 0 if x is None else x.numel() // channels
     block_rows, block_channels = row_blocks(rows, channels)
-    vectors = (weight, bias, running_mean, running_var)
+    if x is not None:
+        block_channels = min(64, block_channels)
+    block_pixels = 4096 // block_channels
+    unit = channel_unit(channels)
     launch(
         _bn_finalize_kernel,
-        triton.cdiv(channels, block_channels),
-        mean,
-        m2,
-        count,
+        triton.cdiv(channels, block_channels) * max(1, triton.cdiv(pixels, block_pixels)),
+        *statistics,
         *vectors,
         *(0 if vector is None else vector.stride(0) for vector in vectors),
         scale,
         shift,
         save_mean,
         save_invstd,
+        x,
+        y,
         rows,
-        channels,
+        pixels,
+        channels // unit,
         momentum,
         eps,
+        UNIT=unit,
+        INDEX=index_type(0 if x is None else x.numel()),
         BLOCK_ROWS=block_rows,
         BLOCK_CHANNELS=block_channels,
+        BLOCK_PIXELS=block_pixels,
     )
     return scale, shift, save_mean, save_invstd

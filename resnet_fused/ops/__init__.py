@@ -35,6 +35,7 @@ for _name in (
     "conv_join",
     "bn_stats",
     "bn_finalize",
+    "bn_finalize_apply",
     "bn_apply",
     "bn_backward_reduce",
     "bn_backward_apply",

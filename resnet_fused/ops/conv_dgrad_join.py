@@ -1,4 +1,4 @@
-"""The data gradient of a block's first convolution, with the sums of the batch norms that end the block before."""
+"""Both gradients of a block's first convolution, with the sums of the batch norms that end the block before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
-from resnet_fused.ops import comparison, conv_dgrad
+from resnet_fused.ops import comparison, conv_dgrad, conv_wgrad
 from resnet_fused.ops.arithmetic import gradient_sums, select, unpack_bits, up, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
@@ -32,6 +32,7 @@ class Args(NamedTuple):
     shortcut: Tensor | None
     shortcut_mean: Tensor | None
     shortcut_invstd: Tensor | None
+    activation: Tensor | None
     size: Pair
     stride: Pair
     padding: Pair
@@ -44,14 +45,15 @@ class Out(NamedTuple):
     sum_dz: Tensor
     sum_dz_xhat: Tensor
     sum_dz_shortcut: Tensor
+    dweight: Tensor
 
 
 def reference(a: Args) -> Out:
     """dx of `conv_dgrad`, unmasked, and over dz = mask ? dx : 0 (a select, of dx as it was rounded) the sums
     `bn_backward_reduce` would find for x and, behind the same mask, for the projection `shortcut`; without it the last
-    is empty.
+    is empty. dweight: with the convolution's input, the activation, as `conv_wgrad` gives it; else empty.
     """
-    return _run(a, conv_dgrad.reference)
+    return _run(a, conv_dgrad.reference, conv_wgrad.reference)
 
 
 def _dgrad(a: Args) -> conv_dgrad.Args:
@@ -60,24 +62,35 @@ def _dgrad(a: Args) -> conv_dgrad.Args:
     return conv_dgrad.Args(**shared | dict.fromkeys(("x", "scale", "shift", "mean", "invstd")))
 
 
-def _run(a: Args, dgrad: Callable[[conv_dgrad.Args], conv_dgrad.Out]) -> Out:
-    dx = dgrad(_dgrad(a)).dx
+def _wgrad(a: Args) -> conv_wgrad.Args | None:
+    if a.activation is None:
+        return None
+    shared = {name: value for name, value in a._asdict().items() if name in conv_wgrad.Args._fields}
+    return conv_wgrad.Args(**shared | {"x": a.activation}, x_scale=None, x_shift=None, filter=a.weight.shape[2:])
+
+
+def _run(
+    a: Args, dgrad: Callable[[conv_dgrad.Args], conv_dgrad.Out], wgrad: Callable[[conv_wgrad.Args], Tensor]
+) -> Out:
+    dx, given = dgrad(_dgrad(a)).dx, _wgrad(a)
+    dweight = vector(a.dy, 0) if given is None else wgrad(given)
     dz = select(unpack_bits(a.mask, a.x), up(dx))
     sums = gradient_sums(dz, a.x, a.mean, a.invstd)
     if a.shortcut is None or a.shortcut_mean is None or a.shortcut_invstd is None:
-        return Out(dx, *sums, dz.new_empty(0))
-    return Out(dx, *sums, gradient_sums(dz, a.shortcut, a.shortcut_mean, a.shortcut_invstd)[1])
+        return Out(dx, *sums, dz.new_empty(0), dweight)
+    return Out(dx, *sums, gradient_sums(dz, a.shortcut, a.shortcut_mean, a.shortcut_invstd)[1], dweight)
 
 
 def fake(a: Args) -> Out:
-    dx = conv_dgrad.fake(_dgrad(a)).dx
+    dx, given = conv_dgrad.fake(_dgrad(a)).dx, _wgrad(a)
+    dweight = vector(a.dy, 0) if given is None else conv_wgrad.fake(given)
     channels = dx.shape[1]
     shortcut = 0 if a.shortcut is None else channels
-    return Out(dx, vector(a.dy, channels), vector(a.dy, channels), vector(a.dy, shortcut))
+    return Out(dx, vector(a.dy, channels), vector(a.dy, channels), vector(a.dy, shortcut), dweight)
 
 
 def native(a: Args) -> Out:
-    return _run(a, conv_dgrad.native)
+    return _run(a, conv_dgrad.native, conv_wgrad.native)
 
 
 def refuse(a: Args) -> str | None:
@@ -88,25 +101,41 @@ def refuse(a: Args) -> str | None:
     shortcut = {"shortcut_mean": a.shortcut_mean, "shortcut_invstd": a.shortcut_invstd}
     return (
         refuse_half(shortcut=a.shortcut, **shortcut)
-        or refuse_like(a.dy, image, x=a.x, shortcut=a.shortcut)
+        or refuse_like(a.dy, image, x=a.x, shortcut=a.shortcut, activation=a.activation)
         or refuse_vectors(a.dy.device, image[1], None, mean=a.mean, invstd=a.invstd, **shortcut)
         or refuse_bits(math.prod(image), a.dy.device, mask=a.mask)
+        or ((given := _wgrad(a)) and conv_wgrad.refuse(given))
     )
 
 
 def flops(a: Args, out: Out, count: FlopCount) -> int:
-    return count(a.dy.shape, a.weight.shape, out.dx.shape, transposed=True)
+    given = _wgrad(a)
+    dgrad = count(a.dy.shape, a.weight.shape, out.dx.shape, transposed=True)
+    return dgrad if given is None else dgrad + conv_wgrad.flops(given, out.dweight, count)
 
 
-OPTIONS = {"prologue": (False, True), "epilogue": ("", "masked residual"), "projection": (False, True)}
+OPTIONS = {
+    "prologue": (False, True),
+    "epilogue": ("", "masked residual"),
+    "projection": (False, True),
+    "wgrad": (False, True),
+}
 
 
-def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "", projection: bool = True) -> Args:
+def case(
+    make: Operands,
+    s: ConvShape,
+    prologue: bool = False,
+    epilogue: str = "",
+    projection: bool = True,
+    wgrad: bool = False,
+) -> Args:
     """Sample arguments.
 
     Args:
         prologue, epilogue: as in `conv_dgrad`, without `"batch norm"`.
         projection: the block before ends in the sum of two batch norms.
+        wgrad: the gradient of the weight is formed beside it.
     """
     a = conv_dgrad.case(make, s, prologue, epilogue)
     return Args(
@@ -123,6 +152,7 @@ def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "
         shortcut=make.activation(*s.image) if projection else None,
         shortcut_mean=make.vector(s.c) if projection else None,
         shortcut_invstd=make.vector(s.c, positive=True) if projection else None,
+        activation=make.activation(*s.image) if wgrad else None,
         size=a.size,
         stride=a.stride,
         padding=a.padding,
@@ -139,6 +169,9 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     if exact.shortcut is not None and exact.shortcut_mean is not None and exact.shortcut_invstd is not None:
         norm = (exact.shortcut, exact.shortcut_mean, exact.shortcut_invstd)
         found += comparison.gradient_sums(dz, *norm, (actual.sum_dz, actual.sum_dz_shortcut))[1:]
+    given = _wgrad(exact)
+    if given is not None:
+        found += conv_wgrad.compare(given, actual.dweight, plain.dweight, truth.dweight)
     return found
 
 

@@ -25,7 +25,7 @@ WARM_UP_DDP = 11  # DistributedDataParallel rebuilds its buckets and times its f
 MAX_GRAPHS = 4  # each keeps the memory of a step
 
 
-def graphed(step: Callable[P, R], model: nn.Module) -> Callable[P, R]:
+def graphed(step: Callable[P, R], model: nn.Module, *, pool: tuple[int, int] | None = None) -> Callable[P, R]:
     """`step` as a CUDA graph, to be called in its place; on a CPU `step` itself.
 
         @functools.partial(resnet_fused.graphed, model=model)
@@ -51,6 +51,8 @@ def graphed(step: Callable[P, R], model: nn.Module) -> Callable[P, R]:
             no Python in it, no printing, no decision on the values of tensors. Gradient clipping and an optimizer made
             with `capturable=True` may be part of it; `GradScaler.step` waits for the GPU, and may not.
         model: what it trains; the gradients of its parameters arrive in `.grad`, added to what is there.
+        pool: of `torch.cuda.graph_pool_handle()`: memory that the graphs of several steps share. Each keeps its
+            gradients and results there; all else is gone once another has run.
 
     Returns:
         The callable. Its results hold no graph and are copies, good until they are dropped; so are gradients that were
@@ -67,7 +69,7 @@ def graphed(step: Callable[P, R], model: nn.Module) -> Callable[P, R]:
         raise TypeError(f"graphed: model must be a torch.nn.Module, got {type(model).__name__}")
     if not torch.cuda.is_available():
         return step
-    return functools.wraps(step)(_Graphed(step, model))  # type: ignore[return-value]
+    return functools.wraps(step)(_Graphed(step, model, pool))  # type: ignore[return-value]
 
 
 @dataclass
@@ -93,6 +95,7 @@ class _Graphed:
 
     step: Callable[..., Any]
     model: nn.Module
+    pool: tuple[int, int] | None
     graphs: dict[Any, _Replay | None] = field(default_factory=dict)  # None: cannot be captured
     key: Any = None  # of the last call
     repeats: int = 0  # calls with that key, in a row
@@ -135,7 +138,7 @@ class _Graphed:
     def _side_stream(self) -> Iterator[None]:
         """The stream of the capture: backward runs where forward ran, and nothing may wait for the default stream."""
         if self.stream is None:
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream() if self.pool is None else _stream_of(self.pool)
         current = torch.cuda.current_stream()
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream), _no_autocast_cache():
@@ -156,7 +159,7 @@ class _Graphed:
             for p in parameters:
                 p.grad = None
             with self._side_stream():
-                run, outputs = record(lambda: self.step(*args, **kwargs), self.stream)
+                run, outputs = record(lambda: self.step(*args, **kwargs), self.stream, self.pool)
             gradients = [p.grad for p in parameters]
         except Exception as error:  # of an ordinary step it would have come before
             return _as_written((str(error).strip() or type(error).__name__).splitlines()[0])
@@ -166,16 +169,25 @@ class _Graphed:
         return _Replay(run, _tensors(static), _detached(outputs), gradients)
 
 
-def record(call: Callable[[], R], stream: torch.cuda.Stream | None) -> tuple[Callable[[], object], R]:
+@functools.cache
+def _stream_of(pool: tuple[int, int]) -> torch.cuda.Stream:
+    """Of all steps that share a pool: memory that was freed on one stream is not allocated on another."""
+    return torch.cuda.Stream()
+
+
+def record(
+    call: Callable[[], R], stream: torch.cuda.Stream | None, pool: tuple[int, int] | None
+) -> tuple[Callable[[], object], R]:
     """A call as a CUDA graph, and where it leaves its results.
 
     Args:
         call: has run on that stream before.
         stream: of the capture.
+        pool: of memory; None: one of its own.
     """
     graph = torch.cuda.CUDAGraph()
     # A loader's thread pins memory meanwhile: what other threads do is not part of the capture, and may not break it.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):  # type: ignore[arg-type]
         results = call()
     return graph.replay, results
 

@@ -218,12 +218,14 @@ def _output(layer: Layer) -> tuple[int, ...]:
 
 def also(job: Job) -> tuple[str, ...]:
     """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it, the
-    others run together with the weight gradient; a block may end in the sum of two batch norms.
+    others run together with the weight gradient; a block may end in the sum of two batch norms; within it a pass may be
+    part of its batch norm's second stage.
     """
     if job.problem.op == "conv_dgrad":
         return ("conv_backward",) if job.epilogue else ("conv_dgrad_join",)
-    joined = job.problem.op == "bn_apply" and "residual" in job.problem.flags
-    return ("bn_backward_apply_join",) if joined else ()
+    if job.problem.op == "bn_apply":
+        return ("bn_backward_apply_join",) if "residual" in job.problem.flags else ("bn_finalize_apply",)
+    return ()
 
 
 def arguments(job: Job, make: Operands, op: str | None = None) -> Any:
@@ -241,7 +243,7 @@ def _options(job: Job, op: str) -> dict[str, Any]:
         "conv_fprop": {"residual": job.residual},
         "conv_fprop_stats": {"prologue": "prologue" in flags},
         "conv_dgrad": {"prologue": "prologue" in flags, "epilogue": "batch norm" if job.epilogue else masked},
-        "conv_dgrad_join": {"prologue": "prologue" in flags, "epilogue": masked},
+        "conv_dgrad_join": {"prologue": "prologue" in flags, "epilogue": masked, "wgrad": True},
         "conv_backward": {"prologue": "prologue" in flags},
         "conv_wgrad": {"x_prologue": "x_prologue" in flags, "dy_prologue": "dy_prologue" in flags},
         "conv_join": {"shortcut_channels": first, "shortcut_stride": second},

@@ -17,21 +17,22 @@ from rich.console import Console
 from resnet_fused.bench import correctness, schema, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, other_runtimes
 from resnet_fused.bench.results import CaseReport, Report, Result
-from resnet_fused.bench.runner import Runner, device_captures
+from resnet_fused.bench.runner import Runner
 from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import Case, Unavailable
 from resnet_fused.measure.roof import Roof
 from resnet_fused.measure.timing import Timing
 from resnet_fused.ops import onednn
+from resnet_fused.training import cuda_graph
 
 INFER = Case("resnet18", "infer", 2, "fp32", "cpu", 32)
 TRAIN = Case("resnet18", "train", 2, "fp32", "cpu", 32)
 
 
-def _runner(name: str, case: Case) -> Runner:
+def _runner(name: str, case: Case, memory: object = None) -> Runner:
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10).eval()
-    return Runner(CONTESTANTS[name], model, case, torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))
+    return Runner(CONTESTANTS[name], model, case, torch.randn(2, 3, 32, 32), torch.tensor([1, 2]), memory)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "torch-tensorrt"])
@@ -112,51 +113,53 @@ def test_max_autotune_is_for_gpus():
             _runner("compile-max-autotune", case)
 
 
-def test_training_on_a_cpu_is_not_captured():
-    runner = _runner(BASELINE, TRAIN)
+def _recorded(monkeypatch):
+    """`graphed` as on a GPU, with a stand-in for the graph: what was recorded, in which pool, and how often it ran."""
+    found = SimpleNamespace(pools=[], replays=0)
+
+    def record(call, stream, pool):
+        found.pools.append(pool)
+        loss = call()
+
+        def replay():
+            found.replays += 1
+
+        return replay, loss
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(cuda_graph, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(cuda_graph._Graphed, "_side_stream", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    return found
+
+
+def test_a_training_step_is_graphed_in_the_memory_that_all_share(monkeypatch):
+    found = _recorded(monkeypatch)
+    runner = _runner(BASELINE, TRAIN, SimpleNamespace(pool=(0, 7)))
+    runner.warm_up()
+    assert (found.pools, found.replays) == ([(0, 7)], 1)
     runner.step()
-    assert runner.graphed is False
+    assert (found.pools, found.replays) == ([(0, 7)], 2)
+    runner.step_by_step()
+    assert found.replays == 2
 
 
-def test_which_training_steps_can_be_captured():
-    assert device_captures(Case("resnet18", "train", 2, "bf16", "cuda", 32))
-    assert not device_captures(Case("resnet18", "train", 2, "fp16", "cuda", 32))
-    assert not device_captures(TRAIN)
-
-
-@pytest.mark.parametrize("capture_fails", [False, True])
-def test_a_captured_step_is_replayed_and_a_failed_capture_is_not(monkeypatch, capture_fails):
-    """The bookkeeping of the capture, with CUDA's part played by a fake."""
-    log = []
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    class Graph:
-        def replay(self):
-            log.append("replay")
-
-    @contextlib.contextmanager
-    def graph(g, pool=None):
-        log.append("capture")
-        if capture_fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        yield
-
-    fakes = {"Stream": Stream, "CUDAGraph": Graph, "graph": graph, "stream": lambda s: contextlib.nullcontext()}
-    for name, fake in (fakes | {"current_stream": Stream}).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr("resnet_fused.bench.runner.device_captures", lambda case: True)
-    runner = _runner(BASELINE, TRAIN)
-    monkeypatch.setattr(runner, "_train", lambda: log.append("train"))
-    if capture_fails:
-        with pytest.warns(UserWarning, match="no CUDA graph of this training step: operation not permitted"):
+def test_a_plain_loop_is_not_graphed(monkeypatch):
+    for name in ("eager-plain-loop", "fused-plain-loop"):
+        with pytest.raises(Unavailable, match="on a GPU only"):
+            _runner(name, TRAIN)
+        monkeypatch.setitem(CONTESTANTS, name, dataclasses.replace(CONTESTANTS[name], prepare=lambda model, *_: model))
+    found = _recorded(monkeypatch)
+    for name in ("eager-plain-loop", "fused-plain-loop"):
+        runner = _runner(name, TRAIN)
+        for _ in range(6):
             runner.step()
-    else:
-        runner.step()
-    runner.step()
-    assert log == ["train"] * 3 + (
-        ["capture", "train", "train"] if capture_fails else ["capture", "train", "replay", "replay"]
-    )
-    assert runner.graphed is not capture_fails
+    assert not found.pools
+
+
+def test_on_a_cpu_no_graph_is_waited_for(monkeypatch):
+    runner, steps = _runner(BASELINE, TRAIN), []
+    monkeypatch.setattr(runner, "step", lambda: steps.append(1))
+    runner.warm_up()
+    assert len(steps) == 1

@@ -73,6 +73,8 @@ class _Sleeps:
     def step(self):
         time.sleep(0.02)
 
+    warm_up = step
+
     def feed(self, images, labels):
         self.fed += 1
 

@@ -86,7 +86,7 @@ VARIANTS: dict[str, list[dict]] = {
     "conv_fprop": [{"scaled": True, "residual": True}],
     "conv_fprop_stats": [{"prologue": True, "rows": 3}],
     "conv_dgrad": [{"prologue": True, "epilogue": "masked residual"}, {"epilogue": "batch norm"}],
-    "conv_dgrad_join": [{"epilogue": "masked residual"}],
+    "conv_dgrad_join": [{"epilogue": "masked residual", "wgrad": True}],
     "conv_backward": [{"prologue": True}],
     "conv_wgrad": [{"x_prologue": True, "dy_prologue": True}],
 }
@@ -108,7 +108,7 @@ def _samples(size: str) -> Iterator[tuple[str, tuple]]:
         for variant in VARIANTS.get(name, [{}]):
             shape = shapes.get(name, conv if name.startswith("conv") else image)
             args = record.case(make, shape, **variant, **more.get(name, {}))
-            if name == "bn_finalize":
+            if name in ("bn_finalize", "bn_finalize_apply"):
                 rows = {"mean": make.vector(3, c).double(), "m2": make.vector(3, c, positive=True)}
                 running = {"running_mean": make.vector(c), "running_var": make.vector(c, positive=True)}
                 args = args._replace(**rows, count=torch.full((3,), 13.0, device=DEVICE), **running)
@@ -133,7 +133,8 @@ def _tensors(result: object) -> list[Tensor]:
 def _run(op: str, backend: str, args: list) -> list[Tensor]:
     """The results, and what the op wrote to its arguments."""
     results = _tensors(getattr(OPS, op)(*args, backend=backend))
-    return results + [args[i] for i in (5, 6) if op == "bn_finalize"]
+    names = _names(op)
+    return results + [args[names.index(name)] for name in ("running_mean", "running_var") if name in names]
 
 
 def _bits_beside(args: list, names: list[str], changed: int, before: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -155,15 +155,42 @@ def test_torch_cuda_arch_list(tmp_path, asked, chosen):
 
 
 @needs_cuda_torch
+@pytest.mark.parametrize(
+    "capabilities,chosen",
+    [
+        (["9.0", "9.0"], "90"),
+        (["10.0", "8.0"], "80, 100"),
+        (["10.3"], "80, 90, 100+PTX"),  # newer than nvcc: its driver compiles the PTX
+        (["[N/A]"], "80, 90, 100+PTX"),
+        (None, "80, 90, 100+PTX"),
+    ],
+)
+def test_native_is_the_gpu_that_is_here(tmp_path, capabilities, chosen):
+    home, tools = toolkit(tmp_path / "cuda", f"{MAJOR}.0"), tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("sh", "g++"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    if capabilities is not None:
+        (tools / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{one}'\n" for one in capabilities))
+        (tools / "nvidia-smi").chmod(0o755)
+    code, text = choose(path=str(tools), CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST="native")
+    assert code == 0 and text.endswith(f"for {chosen}")
+
+
+@needs_cuda_torch
 @pytest.mark.parametrize("asked", ["7.0", "Hopper", "8.0;x"])
 def test_an_unknown_architecture_names_the_choices(tmp_path, asked):
     home = toolkit(tmp_path / "cuda", f"{MAJOR}.0")
     code, text = choose(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=asked)
-    assert code == 1 and text.endswith(f"; nvcc {MAJOR}.0 knows 8.0, 9.0, 10.0") and asked.split(";")[-1] in text
+    assert (
+        code == 1
+        and text.endswith(f"; nvcc {MAJOR}.0 knows 8.0, 9.0, 10.0, or native")
+        and asked.split(";")[-1] in text
+    )
 
 
 def test_what_compiles_says_how_long_it_takes_and_how_to_do_without():
-    for kind, architectures, said in (("none", (), ""), ("cuda", ("80", "90"), "2 GPU architectures on 3 cores")):
+    for kind, architectures, said in (("none", (), ""), ("cuda", ("80", "90"), "2 GPU architecture(s) on 3 cores")):
         code = f"print(build.Target({kind!r}, 'why', None, {architectures}).advice)"
         status, text = choose(code, MAX_JOBS="3")
         assert status == 0 and said in text and ("RESNET_FUSED_BUILD=none" in text) == bool(said)

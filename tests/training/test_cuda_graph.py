@@ -26,7 +26,8 @@ class Recorder:
         self.recorded = self.replayed = 0
         self.problem = None
 
-    def record(self, call, stream):
+    def record(self, call, stream, pool):
+        self.pool = pool
         if self.problem is not None:
             raise self.problem
         self.recorded += 1

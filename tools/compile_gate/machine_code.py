@@ -31,6 +31,8 @@ class MachineCode:
     wide_stores: int = 0
     index64: bool = False  # some pointer is offset by 64 bits
     loop: int = 0  # instructions of the main loop
+    loop_flop: float = 0.0  # that a program's warps do with its matrix instructions, once through
+    instructions: int = 0  # of the whole kernel
     issue_per_mma: float | None = None
 
 
@@ -64,6 +66,8 @@ def read(asm: Any, arch: int, num_warps: int) -> MachineCode:
         wide_stores=count(r"STG\.E\S*\.128"),
         index64=bool(count(r"tt\.addptr .*xi64>", asm.get("ttir", ttgir))),
         loop=len(loop),
+        loop_flop=_loop_flop(loop, ptx, num_warps),
+        instructions=count(r"(?m)^\s*/\*[0-9a-f]+\*/.*;"),
         issue_per_mma=_issue_per_mma(loop, ptx, arch, num_warps, specialized),
     )
 
@@ -98,16 +102,16 @@ def main_loop(sass: str) -> list[str]:
 def _issue_per_mma(loop: list[str], ptx: str, arch: int, num_warps: int, specialized: bool) -> float | None:
     """Issue cycles over tensor core cycles of the main loop; None without one."""
     peak = FLOP_PER_CYCLE[arch] / (2 if "tf32" in ptx else 1)
-    flop = 0.0
-    for line in loop:
-        found = _MATRIX.search(line)
-        if found is not None:
-            flop += _flop(found[0], num_warps, ptx)
+    flop = _loop_flop(loop, ptx, num_warps)
     if flop == 0:
         return None
     # A warp-specialised tcgen05 loop is run by the one warp that issues the products.
     warps = 1 if specialized and "tcgen05.mma" in ptx else num_warps
     return (len(loop) * warps / SCHEDULERS) / (flop / peak)
+
+
+def _loop_flop(loop: list[str], ptx: str, num_warps: int) -> float:
+    return sum(_flop(found[0], num_warps, ptx) for line in loop if (found := _MATRIX.search(line)))
 
 
 def _flop(instruction: str, num_warps: int, ptx: str) -> float:

@@ -277,6 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="one configuration of every kernel for every architecture")
     parser.add_argument("--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, of %(default)s")
     parser.add_argument("--model", help="only what the plan launches for this network, e.g. resnet50, in bf16")
+    parser.add_argument(
+        "--step", type=int, metavar="IMAGES", help="with --model and one --arch: what a training step would take"
+    )
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
@@ -299,12 +302,21 @@ def main(argv: list[str] | None = None) -> int:
 
     from resnet_fused.kernels import experimental
 
+    copyreg.pickle(triton.JITFunction, _by_name)
+    if options.step:
+        from tools.compile_gate import static_model
+
+        if options.model is None or len(architectures) > 1 or architectures[0] not in static_model.RATES:
+            choices = " or ".join(map(str, static_model.RATES))
+            parser.error(f"--step {options.step}: needs --model and --arch {choices}")
+        predicted = list(static_model.step(options.model, options.step, architectures[0], options.jobs))
+        print(static_model.table(predicted, options.step))
+        return 0
     todo = jobs(architectures, options.quick, options.kernel, options.model)
     if not todo:
         parser.error(f"--kernel {options.kernel}: no kernel has that in its name")
     start = time.monotonic()
     reports = []
-    copyreg.pickle(triton.JITFunction, _by_name)
     with ProcessPoolExecutor(options.jobs) as pool:
         for done, future in enumerate(as_completed([pool.submit(compile_job, job) for job in todo]), 1):
             reports.append(future.result())

@@ -35,6 +35,7 @@ class Contestant:
     modes: tuple[str, ...] = MODES
     plain: bool = False  # plain PyTorch: its error is the yardstick of the contract, not subject to it
     by_default: bool = True  # else only where it is named: it takes minutes
+    graphed: bool = True  # its training step is a CUDA graph on a GPU; else kernel by kernel, as in a plain loop
     quantised: bool = False  # its error is that of 8 bits: not subject to the contract, and in no mean of speed-ups
 
 
@@ -48,7 +49,7 @@ def _compile(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
 
 
 def _max_autotune(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
-    """torch.compile with every choice measured; the runner captures a training step, as it does everyone's."""
+    """torch.compile with every choice measured; a training step is `graphed`, as everyone's is."""
     if example.device.type != "cuda":
         raise Unavailable("measured on a GPU only: on a CPU max-autotune takes minutes a model")
     return _compiled(model, example, case, "max-autotune", "max-autotune-no-cudagraphs")
@@ -69,6 +70,17 @@ def _compiled(model: nn.Module, example: torch.Tensor, case: Case, infer: str, t
 
 def _fused(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
     return resnet_fused.fuse(model)
+
+
+def _plain_loop(prepare: Prepare) -> Prepare:
+    """The same, to be trained without `graphed`: what a loop pays that launches every kernel."""
+
+    def prepared(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+        if example.device.type != "cuda":
+            raise Unavailable("measured on a GPU only: elsewhere there are no CUDA graphs to do without")
+        return prepare(model, example, case)
+
+    return prepared
 
 
 def _frozen(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
@@ -136,6 +148,17 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
         Contestant("torch-tensorrt", "torch_tensorrt.compile(model)", other_runtimes.torch_tensorrt, modes=("infer",)),
         Contestant("fused", "resnet_fused.fuse(model)", _fused),
+        Contestant(
+            "eager-plain-loop",
+            f"{BASELINE}, without a CUDA graph",
+            _plain_loop(_as_it_is),
+            modes=("train",),
+            plain=True,
+            graphed=False,
+        ),
+        Contestant(
+            "fused-plain-loop", "fused, without a CUDA graph", _plain_loop(_fused), modes=("train",), graphed=False
+        ),
         Contestant("frozen", "resnet_fused.freeze(model, example)", _frozen, modes=("infer",)),
         Contestant(
             "frozen-int8",

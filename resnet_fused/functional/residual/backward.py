@@ -216,12 +216,12 @@ class _Backward:
         for k in range(last, deepest - 1, -1):
             assert gradient is not None
             together = k > deepest and self.runs_together(k)
-            if not together:
+            if k == 0 and self.needs_x:
+                dx = self.data_gradient(k, gradient, addend, addend_mask, published)
+            if not together and self.gradients[3 * k] is None:
                 self.weight_gradient(k, gradient)
             if k > deepest:
                 gradient = self.layer_backward(k, gradient, together)
-            elif k == 0 and self.needs_x:
-                dx = self.data_gradient(k, gradient, addend, addend_mask, published)
         return dx, masked if needs_residual else None
 
     def deepest(self) -> int:
@@ -334,7 +334,7 @@ class _Backward:
         published: handover.Operands | None = None,
     ) -> Tensor:
         """The gradient of x through layer k, with what reaches x on other ways added; it is the whole of it where there
-        are `published` operands, whose sums it forms if it can.
+        are `published` operands, whose sums it forms if it can, and the gradient of the weight with them.
         """
         layer, dy = self.chain.layers[k], gradient.dy
         if published is not None and layer.dgrad != "aten" and layer.fusion.dgrad_epilogue:
@@ -344,9 +344,12 @@ class _Backward:
             before = published.get(dy, shape, nhwc=layer.dgrad == "triton")
             if before is not None:
                 written: Tensor
-                written, *self.formed = _op.conv_dgrad_join(
-                    *self.operands(k, gradient), addend, mask, *before, self.size, *layer.geometry, backend=layer.dgrad
+                activation = self.x if self.needs[3 * k] and layer.wgrad == layer.dgrad else None
+                operands = (*self.operands(k, gradient), addend, mask, *before, activation)
+                written, *self.formed, dweight = _op.conv_dgrad_join(
+                    *operands, self.size, *layer.geometry, backend=layer.dgrad
                 )
+                self.gradients[3 * k] = None if activation is None else dweight
                 return written
         dx: Tensor = _op.conv_dgrad(
             *self.operands(k, gradient), addend, mask, *(None,) * 5, self.size, *layer.geometry, backend=layer.dgrad

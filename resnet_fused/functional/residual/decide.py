@@ -42,6 +42,16 @@ class Layer(NamedTuple):
         return self.eps is not None
 
     @property
+    def forms_statistics(self) -> bool:
+        """Whether its convolution forms the statistics of what it writes."""
+        return self.fprop != "aten" and self.batch_statistics and self.fusion.statistics
+
+    @property
+    def normalises(self) -> bool:
+        """Whether its convolution normalises what it reads."""
+        return self.forms_statistics and self.fusion.prologue
+
+    @property
     def applies_gradient(self) -> bool:
         """Whether its dgrad and wgrad run the backward of its batch norm on their way in."""
         return self.fusion.dgrad_prologue and self.batch_statistics and self.dgrad != "aten" and self.wgrad != "aten"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from resnet_fused.functional.common import (
 )
 from resnet_fused.functional.residual.backward import ConvChain, LayerForward
 from resnet_fused.functional.residual.decide import Chain, ConvBN, Layer
-from resnet_fused.functional.statistics import constant_affine, finalize
+from resnet_fused.functional.statistics import activation, constant_affine, finalize, finalize_apply
 
 _op = torch.ops.resnet_fused
 
@@ -44,11 +45,13 @@ def run_chain(
     with torch.no_grad():
         made = []
         value, affine = x, None
-        for layer, static in zip(branch, chain.branch, strict=True):
-            made.append(_layer(value, affine, layer, static, chain.backend, nhwc))
-            value, affine = made[-1].z, (made[-1].scale, made[-1].shift)
+        for layer, static, following in zip(branch, chain.branch, (*chain.branch[1:], None), strict=True):
+            activates = following is not None and not following.normalises
+            one, a = _layer(value, affine, layer, static, chain.backend, nhwc, activates)
+            made.append(one)
+            value, affine = (one.z, (one.scale, one.shift)) if a is None else (a, None)
         if shortcut is not None and chain.shortcut is not None:
-            projected = _layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc)
+            projected, _ = _layer(x, None, shortcut, chain.shortcut, chain.backend, nhwc, False)
             # At the join both lie alike in memory, as the bits of its ReLU do.
             made.append(projected._replace(z=in_layout_of(projected.z, made[-1].z)))
     layers = [*branch, *([] if shortcut is None else [shortcut])]
@@ -74,15 +77,19 @@ def _plain(
 
 
 def _layer(
-    x: Tensor, affine: tuple[Tensor, Tensor] | None, layer: ConvBN, static: Layer, backend: str, nhwc: bool
-) -> LayerForward:
-    """z = conv(relu(x normalised)) and the affine map of the batch norm behind it."""
+    x: Tensor,
+    affine: tuple[Tensor, Tensor] | None,
+    layer: ConvBN,
+    static: Layer,
+    backend: str,
+    nhwc: bool,
+    activates: bool,
+) -> tuple[LayerForward, Tensor | None]:
+    """z = conv(relu(x normalised)) and the affine map of the batch norm behind it; also relu(z normalised) where it
+    `activates`.
+    """
     weight = layer.weight.to(x.dtype)
-    fused = static.fprop != "aten" and layer.training and static.fusion.statistics
-    if affine is not None and not (fused and static.fusion.prologue):
-        x, _ = _op.bn_apply(x, *affine, None, None, None, True, False, backend=backend)
-        affine = None
-    if fused:
+    if static.forms_statistics:
         z, *statistics = _op.conv_fprop_stats(
             x, weight, *(affine or (None, None)), *static.geometry, static.rows, backend=static.fprop
         )
@@ -93,20 +100,17 @@ def _layer(
             statistics = _op.bn_stats(z, dispatch.partial_rows(pixels(z), z.shape[1]), backend=backend)
     if nhwc:  # where PyTorch's convolution ran beside Triton's
         z = z.contiguous(memory_format=torch.channels_last)
+    a = None
     if layer.training:
-        vectors = finalize(
-            statistics,
-            layer.running_mean,
-            layer.running_var,
-            layer.bn_weight,
-            layer.bn_bias,
-            layer.momentum,
-            layer.eps,
-            backend,
-        )
+        norm: tuple[Any, ...] = (*layer.vectors, layer.momentum, layer.eps, backend)
+        if activates:
+            vectors, a = finalize_apply(z, statistics, *norm)
+        else:
+            vectors = finalize(statistics, *norm)
     else:
         assert layer.running_mean is not None and layer.running_var is not None
         vectors = constant_affine(
             layer.running_mean, layer.running_var, layer.bn_weight, layer.bn_bias, layer.eps, z.dtype
         )
-    return LayerForward(None if weight is layer.weight else weight, z, *vectors)
+        a = activation(z, vectors, backend) if activates else None
+    return LayerForward(None if weight is layer.weight else weight, z, *vectors), a
