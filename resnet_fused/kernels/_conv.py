@@ -37,6 +37,18 @@ def taps_inside(h0, w0, H, W, step_h, step_w, R: tl.constexpr, S: tl.constexpr, 
 
 
 @triton.jit
+def reciprocal(divisor):
+    """What `divide` multiplies by: a GPU has no divider, and a loop should not do its work each time. Of 0 that of 1."""
+    return (0x80000000 // tl.maximum(divisor, 1).to(tl.uint32) + 1).to(tl.uint64)
+
+
+@triton.jit
+def divide(n, by):
+    """n // divisor, given its reciprocal, where n * divisor < 2^31 (Granlund and Montgomery 1994)."""
+    return (n.to(tl.uint64) * by >> 31).to(tl.int32)
+
+
+@triton.jit
 def relu_affine(x, scale, shift):
     """The prologue of fprop and wgrad: relu(x * scale + shift) in fp32; a NaN stays."""
     return tl.maximum(affine(x, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -97,10 +97,9 @@ def _conv_chain_kernel(
         inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
 
     acc = tl.zeros((BLOCK_M, INNER), tl.float32)
-    tiles_c = tl.cdiv(C, BLOCK_K)
-    for i in range(R * S * tiles_c):
-        tap = i // tiles_c
-        c = (i - tap * tiles_c) * BLOCK_K + k
+    for i in range(R * S * tl.cdiv(C, BLOCK_K)):  # taps innermost: only constants are divided by
+        tap = i % (R * S)
+        c = i // (R * S) * BLOCK_K + k
         r = tap // S
         s = tap - r * S
         x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])

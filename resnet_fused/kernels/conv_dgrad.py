@@ -15,7 +15,9 @@ from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
     bn_gradient,
+    divide,
     dot_dtype,
+    reciprocal,
     taps_inside,
     uses_tf32,
 )
@@ -121,11 +123,14 @@ def _conv_dgrad_kernel(
         inside = taps_inside(p0, q0, P, Q, -dilation_h, -dilation_w, R, S, BLOCK_M)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    tiles_k = tl.cdiv(group_outputs, BLOCK_K)
-    for step in range(tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0) * tiles_k):
-        tap = step // tiles_k
-        k = (step - tap * tiles_k) * BLOCK_K + lane
-        t = tap // taps_w
+    # Taps innermost: at stride 1 their number is a constant, and at any the loop divides by a reciprocal.
+    taps = tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0)
+    per_tap, per_row = reciprocal(taps), reciprocal(taps_w)
+    for step in range(taps * tl.cdiv(group_outputs, BLOCK_K)):
+        tile_k = divide(step, per_tap)
+        tap = step - tile_k * taps
+        k = tile_k * BLOCK_K + lane
+        t = divide(tap, per_row)
         u = tap - t * taps_w
         offset = dy_row[:, None] + (k - (t * dilation_h * Q + u * dilation_w) * K)[None, :]
         exists = k < group_outputs

@@ -121,10 +121,10 @@ def _conv_fprop_kernel(
             b = tl.load(weight + (w_column[None, :] + rsc[:, None]), mask=within[:, None], other=0.0)
             acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
     else:
-        tiles_c = tl.cdiv(group_inputs, BLOCK_K)
-        for i in range(R * S * tiles_c):
-            tap = i // tiles_c
-            c = (i - tap * tiles_c) * BLOCK_K + k
+        # Taps innermost: only constants are divided by, and neighbouring taps read the same pixels.
+        for i in range(R * S * tl.cdiv(group_inputs, BLOCK_K)):
+            tap = i % (R * S)
+            c = i // (R * S) * BLOCK_K + k
             r = tap // S
             s = tap - r * S
             x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])
