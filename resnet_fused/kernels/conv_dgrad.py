@@ -14,9 +14,11 @@ from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
     MAX_REGISTERS,
+    add_product,
     bn_gradient,
     divide,
     dot_dtype,
+    finished,
     reciprocal,
     taps_inside,
     uses_tf32,
@@ -122,7 +124,7 @@ def _conv_dgrad_kernel(
     if MASKED:
         inside = taps_inside(p0, q0, P, Q, -dilation_h, -dilation_w, R, S, BLOCK_M)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if dy_x is None else tl.int32)
     # Taps innermost: at stride 1 their number is a constant, and at any the loop divides by a reciprocal.
     taps = tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0)
     per_tap, per_row = reciprocal(taps), reciprocal(taps_w)
@@ -164,8 +166,9 @@ def _conv_dgrad_kernel(
             b = tl.load(w_tile)
         else:
             b = tl.load(w_tile, mask=exists[:, None], other=0.0)
-        acc = tl.dot(g.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
+        acc = add_product(acc, g, b, PRECISION, DOT_DTYPE)
 
+    acc = finished(acc)
     channel = group * group_inputs + n
     stored = n < group_inputs
     pixel = (image * H + h * stride_h + i) * W + w * stride_w + j
