@@ -8,7 +8,6 @@ import triton.language as tl
 
 from resnet_fused.dispatch.conv import uses_tf32 as uses_tf32  # for the kernels' files
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._launch import MAX_REGISTERS as MAX_REGISTERS  # for the kernels' files
 from resnet_fused.kernels._tile import affine, round_to, to_fp32
 
 

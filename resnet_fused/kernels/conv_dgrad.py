@@ -13,7 +13,6 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
-    MAX_REGISTERS,
     add_product,
     bn_gradient,
     divide,
@@ -331,6 +330,6 @@ def run(
         SUM_ROWS=min(config.block_m, SUM_TILE * config.num_warps // config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.max_registers,
     )
     return dx, *partials

@@ -13,7 +13,6 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic
 from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
-    MAX_REGISTERS,
     activation_tile,
     add_product,
     dot_dtype,
@@ -161,19 +160,20 @@ def _conv_fprop_kernel(
             else:
                 acc = add_product(acc, b, a, PRECISION, DOT_DTYPE)
 
-    acc = finished(acc)
     channel = group * group_outputs + n
     stored = n < group_outputs
     if shift is not None:
         bias = tl.expand_dims(to_fp32(tl.load(shift + channel, mask=stored, other=0.0)), PIXEL_AXIS)
     if scale is not None:
         factor = tl.expand_dims(to_fp32(tl.load(scale + channel, mask=stored, other=0.0)), PIXEL_AXIS)
-        if shift is not None:
-            acc = tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(bias, acc.shape))
-        else:
-            acc = acc * factor
+        if shift is None:
+            bias = tl.zeros_like(factor)
+        acc = acc.to(tl.float32, bitcast=True)
+        acc = tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(bias, acc.shape))
     elif shift is not None:
-        acc = acc + bias
+        acc = acc.to(tl.float32, bitcast=True) + bias
+    else:
+        acc = finished(acc)
     out = tl.expand_dims(m * K, 1 - PIXEL_AXIS) + tl.expand_dims(channel, PIXEL_AXIS)
     out_mask = tl.expand_dims(m < M, 1 - PIXEL_AXIS) & tl.expand_dims(stored, PIXEL_AXIS)
     if residual is not None:
@@ -364,5 +364,5 @@ def _launch(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.max_registers,
     )
