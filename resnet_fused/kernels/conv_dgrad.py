@@ -167,7 +167,7 @@ def _conv_dgrad_kernel(
             b = tl.load(w_tile, mask=exists[:, None], other=0.0)
         acc = add_product(acc, g, b, PRECISION, DOT_DTYPE)
 
-    acc = finished(acc)
+    acc = finished(acc) if mask is None else acc.to(tl.float32, bitcast=True)
     channel = group * group_inputs + n
     stored = n < group_inputs
     pixel = (image * H + h * stride_h + i) * W + w * stride_w + j
