@@ -17,7 +17,7 @@ from resnet_fused.dispatch.heuristics import Fusion, training
 from resnet_fused.dispatch.lookup import entry_of, measured
 from resnet_fused.dispatch.table import Problem, Table
 
-_OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")
+OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")  # of a layer in training
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def problems(
         ("epilogue",) * epilogue + ("prologue",) * gradient + ("residual",) * (residual and first),
         ("dy_prologue",) * gradient + ("x_prologue",) * prologue,
     )
-    fprop, dgrad, wgrad = (Problem(op, shape, dtype, tf32, flag) for op, flag in zip(_OPS, flags, strict=True))
+    fprop, dgrad, wgrad = (Problem(op, shape, dtype, tf32, flag) for op, flag in zip(OPS, flags, strict=True))
     return fprop, dgrad, wgrad
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,6 +129,11 @@ def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "
         dilation=a.dilation,
         groups=a.groups,
     )
+
+
+def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
+    """A block's first data gradient forms the sums of the block before it."""
+    return op == "conv_dgrad" and options["epilogue"] != "batch norm"
 
 
 def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
