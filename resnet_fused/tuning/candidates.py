@@ -13,6 +13,7 @@ from resnet_fused.dispatch import conv, conv_chain, conv_wgrad, experimental
 from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.table import Choice, Problem
+from resnet_fused.ops.backends import CUDNN
 from resnet_fused.tuning.calls import backends
 from resnet_fused.tuning.problems import Job, family
 
@@ -38,7 +39,7 @@ def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -
             found += [Choice(backend, config) for config in listed]
         else:
             found.append(Choice(backend))
-    if problem.op == "conv_fprop" and ops.available("cudnn", device.type):
+    if problem.op in CUDNN and ops.available("cudnn", device.type):
         found.append(Choice("cudnn"))
     return found
 

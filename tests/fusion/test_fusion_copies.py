@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import io
-import pickle
 import subprocess
 import sys
 import threading
@@ -15,8 +14,7 @@ from pathlib import Path
 import pytest
 import small_net
 import torch
-import torch._dynamo.testing
-from agreement import assert_same
+from agreement import assert_one_graph, assert_same, through_pickle, through_torch_save
 from small_net import ALL_FUSED, Bottleneck, Net, picture
 from tiers import larger
 from torch import nn
@@ -27,17 +25,6 @@ from resnet_fused import use_backend
 from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, swap, unfuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def through_pickle(model, protocol):
-    return pickle.loads(pickle.dumps(model, protocol))
-
-
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 PICKLES = [*(functools.partial(through_pickle, protocol=k) for k in range(6)), through_torch_save]
@@ -110,15 +97,9 @@ def test_state_dict_goes_both_ways(plain, fused):
 
 @pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(plain, training):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     fused = fuse(plain).train(training)
-    reference = unfuse(copy.deepcopy(fused))
-    compiled = torch.compile(fused, backend=counter, fullgraph=True)
-    x = picture()
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)
-    assert counter.frame_count == 1
+    reference, x = unfuse(copy.deepcopy(fused)), picture()
+    compiled = assert_one_graph(reference, fused, x)
     for model in (fused, reference):
         model.layer[0].downsample[1] = nn.BatchNorm2d(16, eps=0.5).double().train(training)
     torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)
