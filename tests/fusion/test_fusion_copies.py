@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -80,16 +78,6 @@ def test_a_copy_is_independent(plain, fused):
     shallow = copy.copy(fused.layer[1])
     shallow.scale = 0.5
     assert isinstance(plan_of(shallow), SequencePlan) and isinstance(plan_of(fused.layer[1]), BlockPlan)
-
-
-def test_state_dict_goes_both_ways(plain, fused):
-    file = io.BytesIO()
-    torch.save(fused.state_dict(), file)
-    file.seek(0)
-    Net().load_state_dict(torch.load(file, weights_only=True))
-    fused.load_state_dict(OrderedDict(plain.state_dict()), assign=True)
-    x = picture()
-    torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
 # --- compilers and threads --------------------------------------------------------------------------------------------

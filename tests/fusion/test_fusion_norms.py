@@ -300,19 +300,6 @@ def test_they_compile_in_one_graph(name, training):
     assert_one_graph(plain, fuse(copy.deepcopy(plain)), picture())
 
 
-def test_an_average_of_weights_follows_the_fused_model():
-    plain = BLOCKS["timm"]().double()
-    fused = fuse(copy.deepcopy(plain))
-    averages = []
-    for model in (plain, fused):
-        average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-        with torch.no_grad():
-            model.conv1.weight.mul_(1.5)
-        average.update_parameters(model)
-        averages.append(average)
-    assert_same(*averages, picture())
-
-
 def test_conversion_to_sync_batch_norm_keeps_the_activation_that_timm_keeps():
     plain = BLOCKS["timm"]().double()
     fused = fuse(copy.deepcopy(plain))
