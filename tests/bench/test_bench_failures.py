@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 
 import pytest
 import torch
 from networks import small_resnet
+from recorded import rendered
 
 from resnet_fused import cli, ops
-from resnet_fused.bench import chart, images, loader, profile, run, schema
+from resnet_fused.bench import chart, images, loader, profile, run, schema, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
 from resnet_fused.measure import memory, models, network, roof
 from resnet_fused.measure.activation_memory import saved_bytes
@@ -150,6 +150,10 @@ def other_shape(model, example, case):
     return lambda x: model(x)[:, :7]
 
 
+def wrong(model, example, case):
+    return lambda x: model(x) * 1.01
+
+
 @pytest.mark.parametrize(
     ("prepare", "status", "reason"),
     [
@@ -158,6 +162,7 @@ def other_shape(model, example, case):
         (imports, "failed", "ModuleNotFoundError: No module named 'not_there'"),
         (later, "failed", "RuntimeError: out of memory"),
         (other_shape, "failed", "error of logits inf"),
+        (wrong, "failed", "error of logits 1"),
     ],
 )
 def test_a_contestant_fails_alone(prepare, status, reason, monkeypatch):
@@ -167,7 +172,9 @@ def test_a_contestant_fails_alone(prepare, status, reason, monkeypatch):
     assert rows.pop(name).status == status
     assert all(result.status == "ok" for result in rows.values())
     (row,) = (result for result in report.cases[0].results if result.contestant == name)
-    assert row.reason.startswith(reason) and row.timing is None
+    assert row.reason.startswith(reason) and "\n" not in row.reason and row.timing is None
+    assert report.cases[0].images_per_s(row) is None and name not in report.geometric_means("infer")
+    assert row.reason in rendered(table.render, report)
 
 
 def test_the_baseline_may_fail_and_the_others_stand(monkeypatch, capsys):
@@ -326,37 +333,6 @@ def test_what_was_measured_is_on_the_disk_before_the_next_case_begins(monkeypatc
 
 
 # before any work
-
-
-BAD = {
-    "backend": (["--backend", "triton"], "--backend triton: not here"),
-    "seed": (["--seed", str(2**80)], "--seed 12"),
-    "chart needs a package": (["--chart", "c.png"], "--chart needs matplotlib"),
-    "loader needs a package": (["--mode", "train", "--loader"], "--loader needs PIL"),
-    "json": (["--json", "/proc/nowhere/x.json"], "--json /proc/nowhere/x.json: cannot write"),
-    "chart": (["--chart", "."], "--chart .: this is a folder"),
-    "model": (["--model", "resnet51"], "unknown model 'resnet51'; did you mean"),
-    "contestant": (["--contestants", "frozen,quick"], "unknown contestant 'quick'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("kind", ["race", "profile", "check"])
-def test_what_cannot_be_done_is_said_before_anything_is_built(name, kind, monkeypatch, capsys):
-    arguments, hint = BAD[name]
-    if "--loader" in arguments and kind != "race":
-        return
-    monkeypatch.setattr(models, "create", lambda *_: pytest.fail("built"))
-    monkeypatch.setattr(ops, "unavailable", lambda backend, device: "not here")
-    if "needs" in hint:
-        package = hint.split()[-1]
-        real = importlib.util.find_spec
-        hidden = lambda name, *rest: None if name == package else real(name, *rest)  # noqa: E731
-        monkeypatch.setattr("importlib.util.find_spec", hidden)
-    extra = [] if kind == "race" else [f"--{kind}"]
-    assert cli.main([*BENCH, *extra, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert hint in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ""
 
 
 def test_an_image_too_small_for_the_network_is_refused_before_it_is_built(monkeypatch, capsys):
