@@ -145,7 +145,9 @@ class Frozen(nn.Module):
         self.plan = plan
         self._setting = setting
         self._graphs = Graphs(network)
-        self._loses_nan = any(isinstance(module, FoldedConv) and module.packed for module in network.modules())
+        self._loses_nan = any(
+            isinstance(module, FoldedConv) and module.packed == "onednn" for module in network.modules()
+        )
         self._warned = False
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
