@@ -77,7 +77,7 @@ def sync_batch_norm_act(
     """
     relu = check_act(act, "sync_batch_norm_act")
     x = dense(x)
-    shared = _affine(x, running_mean, running_var, weight, bias, momentum, eps, process_group, backend)
+    shared = _affine(x, (running_mean, running_var, weight, bias), momentum, eps, process_group, backend)
     if shared is None:
         return add_relu(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), residual, relu)
     joins = residual is not None and ops.refusal(backend, "bn_apply", x, residual) is None
@@ -101,7 +101,7 @@ def sync_batch_norm_act_max_pool(
 ) -> Tensor:
     """`batch_norm_act_max_pool` in training, with statistics, arguments and errors as in `sync_batch_norm_act`."""
     x = dense(x)
-    shared = _affine(x, running_mean, running_var, weight, bias, momentum, eps, process_group, backend)
+    shared = _affine(x, (running_mean, running_var, weight, bias), momentum, eps, process_group, backend)
     if shared is None:
         return F.max_pool2d(F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps), 3, 2, 1)
     *affine, total = shared
@@ -109,21 +109,19 @@ def sync_batch_norm_act_max_pool(
     return y
 
 
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _affine(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float,
-    eps: float,
-    group: dist.ProcessGroup,
-    backend: str,
+    x: Tensor, vectors: Vectors, momentum: float, eps: float, group: dist.ProcessGroup, backend: str
 ) -> tuple[Tensor, ...] | None:
     """`(scale, shift, mean, invstd)` of the batches of all ranks and their pixels; None where all batches are empty.
 
+    Args:
+        vectors: running mean, running variance, weight, bias.
+
     Mutates:
-        `running_mean` and `running_var`.
+        The first two of them.
     """
     with torch.no_grad():
         rows = _gather(_statistics(x, backend), group)
@@ -134,7 +132,7 @@ def _affine(
                 return None
             if int(total) == 1:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        layer = (running_mean, running_var, weight, bias, momentum, eps, backend)
+        layer = (*vectors, momentum, eps, backend)
         up = compute_dtype(x.dtype)
         return *finalize((mean, m2.to(up), count.squeeze(1).to(up)), *layer), total.to(up)
 

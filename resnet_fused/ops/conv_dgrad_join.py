@@ -108,27 +108,17 @@ def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "
         prologue, epilogue: as in `conv_dgrad`, without `"batch norm"`.
         projection: the block before ends in the sum of two batch norms.
     """
-    a = conv_dgrad.case(make, s, prologue, epilogue)
-    return Args(
-        dy=a.dy,
-        weight=a.weight,
-        dy_x=a.dy_x,
-        dy_coefficients=a.dy_coefficients,
-        residual=a.residual,
-        residual_mask=a.residual_mask,
-        x=make.activation(*s.image),
-        mask=make.bits(math.prod(s.image)),
-        mean=make.vector(s.c),
-        invstd=make.vector(s.c, positive=True),
-        shortcut=make.activation(*s.image) if projection else None,
-        shortcut_mean=make.vector(s.c) if projection else None,
-        shortcut_invstd=make.vector(s.c, positive=True) if projection else None,
-        size=a.size,
-        stride=a.stride,
-        padding=a.padding,
-        dilation=a.dilation,
-        groups=a.groups,
-    )
+    given: dict[str, Any] = conv_dgrad.case(make, s, prologue, epilogue)._asdict()
+    given |= {
+        "x": make.activation(*s.image),
+        "mask": make.bits(math.prod(s.image)),
+        "mean": make.vector(s.c),
+        "invstd": make.vector(s.c, positive=True),
+        "shortcut": make.activation(*s.image) if projection else None,
+        "shortcut_mean": make.vector(s.c) if projection else None,
+        "shortcut_invstd": make.vector(s.c, positive=True) if projection else None,
+    }
+    return Args(**{name: given[name] for name in Args._fields})
 
 
 def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
