@@ -30,7 +30,8 @@ DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 COMMON_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 # Of the kernels for CPUs: the instructions that a file may use. What this CPU has is asked for when it runs.
 AVX512_FLAGS = tuple(f"-m{name}" for name in "avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16 prfchw".split())
-INSTRUCTIONS = {"avx512": AVX512_FLAGS, "amx": (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")}
+AMX_FLAGS = (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+INSTRUCTIONS = {"avx512": AVX512_FLAGS, "max_pool": AVX512_FLAGS, "amx": AMX_FLAGS}
 # GCC's own headers of these instructions warn of the registers that they leave undefined on purpose.
 CPU_FLAGS = ("-O3", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 HOST_FLAGS = (
@@ -246,7 +247,7 @@ def choose_cpu() -> Target:
         raise Unusable(f"the kernels for CPUs are written for linux x86_64, this is {machine}")
     find_torch()
     compiler, _ = find_tools()
-    command = [compiler, *INSTRUCTIONS["amx"], "-x", "c++", "-E", os.devnull]
+    command = [compiler, *AMX_FLAGS, "-x", "c++", "-E", os.devnull]
     if subprocess.run(command, capture_output=True).returncode != 0:
         raise Unusable(f"{compiler} does not know AVX-512 and AMX: GCC 12 or newer does")
     return Target("cpu", "convolutions of frozen networks, for CPUs with AVX-512")
@@ -311,7 +312,7 @@ def _ninja_file(target: Target, library: Path, sources: Sequence[Path], extra_fl
 
 
 def _instructions(source: Path) -> str:
-    return " ".join(INSTRUCTIONS.get(source.stem, ()))
+    return " ".join(INSTRUCTIONS.get(source.stem, ())) if source.parent.name == "cpu" else ""
 
 
 def _object(source: Path) -> str:

@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "conv.h"
+#include "max_pool.h"
 #include "memory.h"
 
 namespace resnet_fused::cpu {
@@ -76,8 +77,10 @@ bool is_nhwc(const Tensor& t) {
   return true;
 }
 
+int bytes_of(ScalarType t) { return t == ScalarType::Byte ? 1 : t == ScalarType::BFloat16 ? 2 : 4; }
+
 void check_image(const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && is_nhwc(t), "conv: ", name, " must be 4-D and dense in NHWC order");
+  STD_TORCH_CHECK(t.dim() == 4 && is_nhwc(t), name, " must be 4-D and dense in NHWC order");
 }
 
 void check_channels(const char* name, const Tensor& t, int64_t blocks) {
@@ -86,7 +89,8 @@ void check_channels(const char* name, const Tensor& t, int64_t blocks) {
                   "conv: ", name, " must be a contiguous float32 vector of ", blocks * kColumns, " values");
 }
 
-Tensor empty_nhwc(const Sizes& sizes, ScalarType dtype, int64_t bytes) {
+Tensor empty_nhwc(const Sizes& sizes, ScalarType dtype) {
+  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * bytes_of(dtype);
   const Sizes strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(take(std::max<int64_t>(bytes, 1)), sizes, strides, cpu, dtype, give_back);
@@ -121,7 +125,6 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   c.oh = (c.h + 2 * c.pad_h - c.r) / c.stride_h + 1;
   c.ow = (c.w + 2 * c.pad_w - c.s) / c.stride_w + 1;
 
-  const auto bytes_of = [](ScalarType t) { return t == ScalarType::Byte ? 1 : t == ScalarType::BFloat16 ? 2 : 4; };
   const int64_t pixel_bytes = c.c * bytes_of(a.x.scalar_type()), row_bytes = c.s * pixel_bytes;
   const Kernel* kernel = find_kernel(a.x.scalar_type(), y_dtype, row_bytes, amx);
   STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ",
@@ -138,7 +141,7 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   if (a.scale) check_channels("scale", *a.scale, blocks);
 
   const Sizes sizes = {c.n, c.k, c.oh, c.ow};
-  const Tensor result = y ? *y : empty_nhwc(sizes, y_dtype, c.n * c.k * c.oh * c.ow * bytes_of(y_dtype));
+  const Tensor result = y ? *y : empty_nhwc(sizes, y_dtype);
   for (const Tensor* t : {y, a.residual ? &*a.residual : nullptr}) {
     if (t == nullptr) continue;
     check_image("residual", *t);
@@ -182,6 +185,32 @@ void conv_add_(Tensor residual, const Tensor& x, const Tensor& weight, const Opt
   run(a, residual.scalar_type(), amx, &residual);
 }
 
+Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const Sizes& padding) {
+  check_image("x", x);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(filter.size() == 2 && stride.size() == 2 && padding.size() == 2,
+                  "max_pool: filter, stride and padding must have two values each");
+  MaxPool p{.n = x.size(0), .h = x.size(2), .w = x.size(3), .c = x.size(1), .r = filter[0], .s = filter[1]};
+  p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1];
+  STD_TORCH_CHECK(p.r > 0 && p.s > 0 && p.stride_h > 0 && p.stride_w > 0 && p.pad_h >= 0 && p.pad_w >= 0 &&
+                      2 * p.pad_h <= p.r && 2 * p.pad_w <= p.s && p.h + 2 * p.pad_h >= p.r &&
+                      p.w + 2 * p.pad_w >= p.s && p.c > 0 && p.c % 16 == 0,
+                  "max_pool: the filter must fit into the padded image, padding be at most half of it, and the "
+                  "channels be a multiple of 16");
+  STD_TORCH_CHECK(instructions().bfloat16 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                                              dtype == ScalarType::Byte),
+                  "max_pool: no kernel on this CPU takes ", torch::headeronly::toString(dtype));
+  p.oh = (p.h + 2 * p.pad_h - p.r) / p.stride_h + 1;
+  p.ow = (p.w + 2 * p.pad_w - p.s) / p.stride_w + 1;
+  const Tensor y = empty_nhwc({p.n, p.c, p.oh, p.ow}, dtype);
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  torch::stable::parallel_for(0, p.n * p.oh, 1, [&](int64_t begin, int64_t end) {
+    avx512::max_pool(p, bytes_of(dtype), begin, end);
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace resnet_fused::cpu
 
@@ -196,11 +225,13 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "conv_add_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? scale, Tensor bias, int channels, int[] filter, "
       "int[] stride, int[] padding, bool relu, int x_zero_point=0, float residual_scale=1.0, "
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
+  m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("conv", TORCH_BOX(&resnet_fused::cpu::conv));
   m.impl("conv_add_", TORCH_BOX(&resnet_fused::cpu::conv_add_));
+  m.impl("max_pool", TORCH_BOX(&resnet_fused::cpu::max_pool));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {

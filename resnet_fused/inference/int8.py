@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.utils._pytree import tree_map_only
 
@@ -150,18 +150,3 @@ class Int8Conv(FrozenConv):
 
 def _on_grid(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     return (x.eight(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-class Int8MaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` that leaves a tensor in 8 bits: the largest stays the largest."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Quantised):
-            return super().forward(x)
-        geometry = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
-        y = torch.ops.quantized.max_pool2d(x.eight(), *geometry, self.ceil_mode)
-        return Quantised(y, x.grid, x.dtype, x.nchw)

@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from resnet_fused import dispatch
 from resnet_fused.inference.conv import FoldedConv, FrozenConv, Source
-from resnet_fused.inference.int8 import Grids, Int8Conv, Int8MaxPool2d, Quantised
+from resnet_fused.inference.int8 import Grids, Int8Conv, Quantised
 from resnet_fused.inference.plan import FreezePlan, PlannedConv
-from resnet_fused.nn.eligibility import untouched
 from resnet_fused.ops import onednn
 from resnet_fused.ops.onednn import Grid
 
@@ -81,8 +80,6 @@ def quantised(
                 convs[module.layer] = module
             else:
                 reasons[module.layer] = str(reason)
-        elif type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
-            module.__class__ = Int8MaxPool2d
     ranges = _Ranges(convs.values())
     first = ranges.observe(network, chosen.calibration, example)
     made: dict[str, Int8Conv] = {}

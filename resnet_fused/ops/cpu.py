@@ -18,6 +18,7 @@ from resnet_fused.ops.onednn import Grid
 
 COLUMNS = 32  # output channels of a block of packed weights; the others of csrc/cpu/conv.h follow from it
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_POOLED = dict.fromkeys((torch.float32, torch.bfloat16, torch.uint8), "bfloat16")  # what the kernel is compiled for
 
 
 @constant
@@ -40,9 +41,13 @@ def _register() -> None:
         dtype = torch.float32 if to_float32 else x.dtype
         return x.new_empty((x.shape[0], channels, *size), dtype=dtype).contiguous(memory_format=torch.channels_last)
 
+    def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+        return _nhwc(F.max_pool2d(x, list(filter), list(stride), list(padding)))
+
     if not torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused_cpu::conv", "Meta"):
         torch.library.register_fake("resnet_fused_cpu::conv", conv)
         torch.library.register_fake("resnet_fused_cpu::conv_add_", lambda *_args, **_named: None)
+        torch.library.register_fake("resnet_fused_cpu::max_pool", max_pool)
 
 
 def takes(
@@ -63,6 +68,26 @@ def takes(
         return False
     channels, per_group = weight.shape[:2]
     return act in (None, "relu") and channels % 16 == 0 and per_group * weight.dtype.itemsize % 4 == 0
+
+
+def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether our max pooling takes these operands, which are in NHWC order alone; under a forced backend, none."""
+    if x.device.type != "cpu" or x.dim() != 4 or dispatch.forced_backend() is not None:
+        return False
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return False  # PyTorch's result would be in another order
+    fits = all(2 * pad <= size <= n + 2 * pad for n, size, pad in zip(x.shape[2:], filter, padding, strict=True))
+    return fits and x.shape[1] % 16 == 0 and _POOLED.get(x.dtype) in _supported()
+
+
+def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """`F.max_pool2d` in NHWC order without indices, which PyTorch makes on a CPU even where nobody asks for them.
+
+    Args:
+        x: float32, bfloat16 or uint8, in NHWC order.
+    """
+    result: Tensor = torch.ops.resnet_fused_cpu.max_pool(x, filter, stride, padding)
+    return result
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -160,8 +160,43 @@ def test_results_keep_their_memory_for_as_long_as_they_live():
     assert len({y.data_ptr() for y in later} & addresses) == 3  # and what nobody holds is used again
 
 
+POOLS = [
+    ((1, 16, 1, 1), 3, 2, 1),
+    ((2, 64, 9, 12), 3, 2, 1),
+    ((2, 16, 8, 7), 2, 2, 0),
+    ((1, 32, 11, 6), (3, 5), 1, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape, filter, stride, padding", POOLS)
+@pytest.mark.skipif("bfloat16" not in SUPPORTED, reason="this CPU has no AVX512-BF16")
+def test_max_pooling_is_that_of_pytorch(shape, filter, stride, padding, dtype):
+    x = _integers(shape, 0 if dtype == torch.uint8 else -200, 255, 0, torch.float32)
+    if dtype != torch.uint8:
+        x[0, 3, 0, 0], x[0, 4] = torch.nan, -torch.inf
+    x, (filter, stride, padding) = x.to(dtype), (_pair(value) for value in (filter, stride, padding))
+    assert cpu.pools(x, filter, padding) != (x.shape[2:] == (1, 1))
+    truth = F.max_pool2d(x.float(), filter, stride, padding)
+    ours = cpu.max_pool(x, filter, stride, padding)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours.float(), truth, rtol=0, atol=0, equal_nan=True)
+    assert not cpu.pools(x.contiguous(), filter, padding)
+    with use_backend("aten"):
+        assert not cpu.pools(x, filter, padding)
+    assert not cpu.pools(x[:, :8], filter, padding) and not cpu.pools(x.double(), filter, padding)
+    assert not cpu.pools(x, (40, 40), (1, 1))
+    with pytest.raises(RuntimeError, match="must fit"):
+        cpu.max_pool(x, (2, 2), (1, 1), (2, 2))
+
+
+def _pair(value):
+    return [value, value] if isinstance(value, int) else list(value)
+
+
 def test_an_empty_batch_has_an_empty_result():
-    y = cpu.conv(torch.empty(0, 16, 5, 5), cpu.pack(torch.ones(16, 16, 3, 3)), torch.zeros(32), None, 16, (3, 3), (2, 2), (1, 1), "relu")  # fmt: skip
+    packed, geometry = (cpu.pack(torch.ones(16, 16, 3, 3)), torch.zeros(32), None), ((3, 3), (2, 2), (1, 1))
+    y = cpu.conv(torch.empty(0, 16, 5, 5), *packed, 16, *geometry, "relu")
     assert y.shape == (0, 16, 3, 3)
 
 
@@ -171,6 +206,7 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.resnet_fused_cpu
     torch.library.opcheck(ops.conv.default, (x, packed, None, bias, residual, *geometry), test_utils=checks)
+    torch.library.opcheck(ops.max_pool.default, (x, [3, 3], [2, 2], [1, 1]), test_utils=checks)
     torch.library.opcheck(ops.conv_add_.default, (residual, x, packed, None, bias, *geometry), test_utils=checks)
 
 
