@@ -108,22 +108,27 @@ def case(make: Operands, s: ConvShape, prologue: bool = False, epilogue: str = "
         prologue, epilogue: as in `conv_dgrad`, without `"batch norm"`.
         projection: the block before ends in the sum of two batch norms.
     """
-    given: dict[str, Any] = conv_dgrad.case(make, s, prologue, epilogue)._asdict()
-    given |= {
-        "x": make.activation(*s.image),
-        "mask": make.bits(math.prod(s.image)),
-        "mean": make.vector(s.c),
-        "invstd": make.vector(s.c, positive=True),
-        "shortcut": make.activation(*s.image) if projection else None,
-        "shortcut_mean": make.vector(s.c) if projection else None,
-        "shortcut_invstd": make.vector(s.c, positive=True) if projection else None,
-    }
-    return Args(**{name: given[name] for name in Args._fields})
-
-
-def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
-    """A block's first data gradient forms the sums of the block before it."""
-    return op == "conv_dgrad" and options["epilogue"] != "batch norm"
+    a = conv_dgrad.case(make, s, prologue, epilogue)
+    return Args(
+        dy=a.dy,
+        weight=a.weight,
+        dy_x=a.dy_x,
+        dy_coefficients=a.dy_coefficients,
+        residual=a.residual,
+        residual_mask=a.residual_mask,
+        x=make.activation(*s.image),
+        mask=make.bits(math.prod(s.image)),
+        mean=make.vector(s.c),
+        invstd=make.vector(s.c, positive=True),
+        shortcut=make.activation(*s.image) if projection else None,
+        shortcut_mean=make.vector(s.c) if projection else None,
+        shortcut_invstd=make.vector(s.c, positive=True) if projection else None,
+        size=a.size,
+        stride=a.stride,
+        padding=a.padding,
+        dilation=a.dilation,
+        groups=a.groups,
+    )
 
 
 def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
@@ -135,6 +140,11 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
         norm = (exact.shortcut, exact.shortcut_mean, exact.shortcut_invstd)
         found += comparison.gradient_sums(dz, *norm, (actual.sum_dz, actual.sum_dz_shortcut))[1:]
     return found
+
+
+def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
+    """A block's first data gradient forms the sums of the block before it."""
+    return op == "conv_dgrad" and options["epilogue"] != "batch norm"
 
 
 register(__name__, triton="conv_dgrad_join")

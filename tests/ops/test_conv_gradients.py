@@ -264,7 +264,8 @@ def test_across_a_join_dx_is_that_of_the_data_gradient(name):
 def test_across_a_join_the_sums_are_those_of_the_reduction(backend, dtype):
     """Those that `bn_backward_reduce` finds in what was written, bit for bit in the reference, whose order is one."""
     run, args = _by(backend), sample("conv_dgrad_join", SHAPES["1x1"], dtype, epilogue="masked residual")
-    dx, *sums = run("conv_dgrad_join", args)
+    found = run("conv_dgrad_join", args)
+    dx, sums = found.dx, (found.sum_dz, found.sum_dz_xhat, found.sum_dz_shortcut)
     assert torch.equal(dx, run("conv_dgrad", _dx_alone(args)).dx)
     expected = [
         reference.bn_backward_reduce(dx, z, args.mask, m, m, m, i, True, 3)
