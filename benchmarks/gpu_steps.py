@@ -137,7 +137,7 @@ def steps() -> list[Step]:
         str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/*/test_*.py")) if "mark.gpu" in path.read_text()
     )
     memory = ("tests/ops/test_bn_ops.py", "tests/ops/test_stem_ops.py", "tests/ops/test_ops.py")
-    products = ("tests/ops/test_conv_fprop.py", "tests/ops/test_conv_dgrad.py", "tests/ops/test_conv_wgrad.py")
+    products = ("tests/ops/test_conv.py", "tests/ops/test_conv_fprop.py", "tests/ops/test_conv_gradients.py")
     verify: Options = {"--model": "resnet50", "--json": "{work}/{name}.json"}
     little: Options = {"--model": "-", "--rehearse": None, "--mode": "infer", "--dtype": "fp32"}
     right = r"checks against float64|error:"

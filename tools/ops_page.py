@@ -21,7 +21,7 @@ memory orders, dtypes - is said in [design.md](design.md#ops).
 
 def page() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *map(_entry, ops.OPS.values())])
+    return "\n".join([HEAD, *(_entry(op) for _, op in sorted(ops.OPS.items()))])
 
 
 def _entry(op: ops.Op) -> str:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from resnet_fused import dispatch
-from resnet_fused.dispatch import Fusion
+from resnet_fused.dispatch import Fusion, formulation
 from resnet_fused.measure.network import Block, Layer, Network
 
 MASK = 1 / 16  # a bit an element, in elements of 16 bit; scaled for other widths
+_, DGRAD, WGRAD = formulation.OPS
 INDEX_BYTES = 8  # of PyTorch's max pool
 SHORT_INDEX_BYTES = 1  # of ours
 
@@ -244,7 +245,7 @@ def _training_stem(ledger: _Ledger, network: Network, scheme: Training) -> None:
             pooled = network.pooled * (1 + INDEX_BYTES / ledger.width)
             ledger.add("stem", stem, "max_pool", z + pooled)
             ledger.add("stem", stem, "max_pool_backward", z + pooled)
-    ledger.convolve("stem", "conv_wgrad", [stem], stem.inputs + z)
+    ledger.convolve("stem", WGRAD, [stem], stem.inputs + z)
 
 
 class _Step:
@@ -358,10 +359,10 @@ class _Step:
         # Nobody has kept the activation: the dgrad that reads its raw values writes it, or a pass.
         activates = self.scheme.arch is not None and layer in self.block.branch[1:] and not fusion.prologue
         beside = activates and fusion.dgrad_epilogue
-        self.convolve("conv_dgrad", layer, gradient + (2 if beside else 1) * layer.size + epilogue)
+        self.convolve(DGRAD, layer, gradient + (2 if beside else 1) * layer.size + epilogue)
         if activates and not beside:
             self.add(layer, "bn_apply", 2 * layer.size)
-        self.convolve("conv_wgrad", layer, gradient + layer.inputs)
+        self.convolve(WGRAD, layer, gradient + layer.inputs)
 
 
 def total(costs: Iterable[Cost]) -> tuple[float, int]:

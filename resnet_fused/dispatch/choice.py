@@ -16,7 +16,7 @@ import torch
 
 from resnet_fused.dispatch import device, formulation
 from resnet_fused.dispatch import table as tables
-from resnet_fused.dispatch.conv import BlockShape, ConvConfig, ConvShape, conv_dgrad_heuristic, conv_fprop_heuristic
+from resnet_fused.dispatch.conv import HEURISTICS, BlockShape, ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import chain_heuristic, join_heuristic
 from resnet_fused.dispatch.conv_wgrad import conv_wgrad_heuristic
 from resnet_fused.dispatch.formulation import LayerPlan
@@ -28,9 +28,7 @@ ATEN = Choice("aten")
 BLOCK = "residual_block"  # the op of entries about whole blocks
 ALONE = "alone"  # the flag of a single op of a family: it says nothing about the family
 CONVOLUTIONS: dict[str, Callable[..., ConvConfig]] = {
-    "conv_fprop": conv_fprop_heuristic,
-    "conv_fprop_stats": conv_fprop_heuristic,
-    "conv_dgrad": conv_dgrad_heuristic,
+    **HEURISTICS,
     "conv_wgrad": conv_wgrad_heuristic,
     "conv_chain": chain_heuristic,
     "conv_join": join_heuristic,
@@ -47,8 +45,6 @@ def heuristic(problem: Problem, arch: int) -> ConvConfig | None:
     if problem.op in ("conv_chain", "conv_join"):
         return CONVOLUTIONS[problem.op](*arguments, problem.flags)
     flags = dict.fromkeys((flag for flag in problem.flags if flag not in _UNSEEN), True)
-    if problem.op == "conv_fprop_stats":
-        flags["statistics"] = True
     return CONVOLUTIONS[problem.op](*arguments, **flags)
 
 

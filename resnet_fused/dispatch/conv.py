@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -291,6 +291,12 @@ def conv_dgrad_configurations(
     return list(dict.fromkeys(found))
 
 
+def channels_of(op: str, shape: ConvShape) -> tuple[int, int]:
+    """Of a group, those that an op reduces over and those that it writes."""
+    channels, outputs = shape.c // shape.groups, shape.k // shape.groups
+    return (outputs, channels) if op == "conv_dgrad" else (channels, outputs)
+
+
 def conv_candidates(
     op: str, shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
 ) -> list[ConvConfig]:
@@ -299,9 +305,8 @@ def conv_candidates(
     which two fit onto a multiprocessor, and where one tap has few channels tiles over (r, s, c) together. The compile
     gate has them all.
     """
-    channels, outputs, taps = shape.c // shape.groups, shape.k // shape.groups, shape.r * shape.s
-    if op == "conv_dgrad":
-        channels, outputs = outputs, channels
+    channels, outputs = channels_of(op, shape)
+    taps = shape.r * shape.s
     if dtype == torch.float32 or arch not in (80, 90, 100):
         return []
     tiles = [(256, 64, 8), (64, 128, 4), (64, 256, 8)]
@@ -320,3 +325,16 @@ def conv_candidates(
             _configure(tile, channels, dtype, arch, tf32, flat=True) for tile in _tiles(dtype, arch, tf32, prologue)[:2]
         ]
     return found
+
+
+# By op; the statistics of `conv_fprop_stats` change nothing.
+HEURISTICS: dict[str, Callable[..., ConvConfig]] = {
+    "conv_fprop": conv_fprop_heuristic,
+    "conv_fprop_stats": conv_fprop_heuristic,
+    "conv_dgrad": conv_dgrad_heuristic,
+}
+CONFIGURATIONS: dict[str, Callable[..., list[ConvConfig]]] = {
+    "conv_fprop": conv_fprop_configurations,
+    "conv_fprop_stats": conv_fprop_configurations,
+    "conv_dgrad": conv_dgrad_configurations,
+}

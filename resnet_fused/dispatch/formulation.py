@@ -24,7 +24,7 @@ from resnet_fused.dispatch.table import Choice, Problem, Table
 # Of the pass that writes an activation, where the data gradient does, which reads what it normalises anyway.
 WRITTEN_ALONG = 0.5
 
-_OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")
+OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")  # of a layer in training
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def problems(
         ("epilogue",) * epilogue + ("prologue",) * gradient + ("residual",) * (residual and first),
         ("dy_prologue",) * gradient + ("x_prologue",) * prologue,
     )
-    fprop, dgrad, wgrad = (Problem(op, shape, dtype, tf32, flag) for op, flag in zip(_OPS, flags, strict=True))
+    fprop, dgrad, wgrad = (Problem(op, shape, dtype, tf32, flag) for op, flag in zip(OPS, flags, strict=True))
     return fprop, dgrad, wgrad
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,9 +23,11 @@ from resnet_fused.functional.common import (
     pixels,
     raises_as_pytorch,
 )
+from resnet_fused.functional.ranks import mean_over_ranks, moments_over
 from resnet_fused.functional.statistics import affine_of
 
 _op = torch.ops.resnet_fused
+Sums = tuple[Tensor | None, Tensor | None]
 
 
 @raises_as_pytorch
@@ -79,11 +83,19 @@ def batch_norm_act(
         return add_relu(F.batch_norm(x, *vectors, training, momentum, eps), residual, relu)  # type: ignore[arg-type]
     x = dense(x)
     affine = affine_of(x, *vectors, training, momentum, eps, backend)
-    return _BatchNormAct.apply(x, residual, weight, bias, *affine, relu, eps if training else None, backend)
+    return BatchNormAct.apply(x, residual, weight, bias, *affine, relu, eps if training else None, backend)
 
 
-class _BatchNormAct(torch.autograd.Function):
-    """`bn_apply`, `bn_backward_reduce`, `bn_backward_apply`; `weight` and `bias` take part only by their gradients."""
+def _native(ctx: Any, dy: Tensor) -> native.Recomputed:
+    return native.batch_norm_act(ctx, dy, moments_over(ctx.group))
+
+
+class BatchNormAct(torch.autograd.Function):
+    """`bn_apply`, `bn_backward_reduce`, `bn_backward_apply`; `weight` and `bias` take part only by their gradients.
+
+    `eps` is None where the statistics are constants. With a group they are those of all of its ranks, of `total` pixels
+    together, and backward forms its sums over all of them.
+    """
 
     @staticmethod
     def forward(
@@ -99,51 +111,67 @@ class _BatchNormAct(torch.autograd.Function):
         relu: bool,
         eps: float | None,
         backend: str,
+        total: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor:
         # Without a residual the mask is a function of x, which backward reads anyway.
         with_mask = relu and residual is not None and any(ctx.needs_input_grad)
         addend = None if residual is None else in_layout_of(residual, x)
-        y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
-        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, weight)
-        ctx.relu, ctx.eps, ctx.backend = relu, eps, backend
+        if group is not None and x.numel() == 0:  # this rank's batch, and not all of them
+            y, mask = torch.empty_like(x), None
+        else:
+            y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
+        shared = () if total is None else (total,)
+        ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, weight, *shared)
+        ctx.relu, ctx.eps, ctx.group, ctx.backend = relu, eps, group, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return y
 
     @staticmethod
-    @native.differentiable(native.batch_norm_act)
+    @native.differentiable(_native)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, scale, shift, mean, invstd, _ = ctx.saved_tensors
+        x, mask, scale, shift, mean, invstd, _, *total = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        dy = in_layout_of(dy, x)
-        dx = dresidual = sum_dy = sum_dy_xhat = None
-        if needs_weight or needs_bias or (needs_x and ctx.eps is not None):
+        operands = (in_layout_of(dy, x), x, mask, scale, shift, mean, invstd)
+        empty = ctx.group is not None and x.numel() == 0
+        own: Sums = (torch.zeros_like(mean), torch.zeros_like(mean)) if empty else (None, None)
+        if not empty and (needs_weight or needs_bias or (needs_x and ctx.eps is not None)):
             rows = dispatch.partial_rows(pixels(x), x.shape[1])
-            sum_dy, sum_dy_xhat = _op.bn_backward_reduce(
-                dy, x, mask, scale, shift, mean, invstd, ctx.relu, rows, backend=ctx.backend
-            )
-        if needs_residual and not ctx.relu:
-            dresidual = dy
-        if needs_x or (needs_residual and ctx.relu):
-            sums = (sum_dy, sum_dy_xhat) if ctx.eps is not None and needs_x else (None, None)
-            dx, dz = _op.bn_backward_apply(
-                dy,
-                x,
-                mask,
-                scale,
-                shift,
-                mean,
-                invstd,
-                *sums,
-                float(pixels(x)),
-                ctx.relu,
-                needs_residual and ctx.relu,
-                backend=ctx.backend,
-            )
-            dresidual = dz if needs_residual and ctx.relu else dresidual
-        weight_dtype, bias_dtype = ctx.vector_dtypes
-        dweight = sum_dy_xhat.to(weight_dtype) if needs_weight and sum_dy_xhat is not None else None
-        dbias = sum_dy.to(bias_dtype) if needs_bias and sum_dy is not None else None
-        return dx if needs_x else None, dresidual, dweight, dbias, *(None,) * 7
+            own = _op.bn_backward_reduce(*operands, ctx.relu, rows, backend=ctx.backend)
+        sums, count = divided(ctx, own, pixels(x), total) if needs_x else ((None, None), 1.0)
+        dx, dresidual = None, operands[0] if needs_residual else None
+        masks = needs_residual and ctx.relu
+        if empty:
+            dx = torch.zeros_like(x)
+        elif needs_x or masks:
+            dx, dz = _op.bn_backward_apply(*operands, *sums, count, ctx.relu, masks, backend=ctx.backend)
+            dresidual = dz if masks else dresidual
+        return dx if needs_x else None, dresidual, *vector_gradients(ctx, own, needs_weight, needs_bias), *(None,) * 9
+
+
+def divided(ctx: Any, own: Sums, count: int, total: Sequence[Tensor]) -> tuple[Sums, float]:
+    """The sums that a gradient of x is made of, and what it divides them by; none where the statistics are constants.
+
+    Args:
+        ctx: has `eps` and `group`.
+        own: this rank's sums.
+        count: of its pixels.
+        total: those of all ranks, where there is a group.
+    """
+    if ctx.eps is None:
+        return (None, None), float(count)
+    if ctx.group is None:
+        return own, float(count)
+    assert own[0] is not None and own[1] is not None
+    return mean_over_ranks((own[0], own[1]), total[0], ctx.group), 1.0
+
+
+def vector_gradients(ctx: Any, own: Sums, needs_weight: bool, needs_bias: bool) -> Sums:
+    """Those of weight and bias: this rank's own sums, in the dtypes of the parameters."""
+    bias, weight = own
+    weight_dtype, bias_dtype = ctx.vector_dtypes
+    dweight = weight.to(weight_dtype) if needs_weight and weight is not None else None
+    return dweight, bias.to(bias_dtype) if needs_bias and bias is not None else None
 
 
 @raises_as_pytorch

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused import dispatch
 from resnet_fused.functional import native
 from resnet_fused.functional.common import choose_batch_norm, dense, in_layout_of, pixels, raises_as_pytorch
+from resnet_fused.functional.norm import Sums, divided, vector_gradients
+from resnet_fused.functional.ranks import moments_over
 from resnet_fused.functional.statistics import affine_of
 
 _op = torch.ops.resnet_fused
@@ -54,11 +57,15 @@ def batch_norm_act_max_pool(
         return F.max_pool2d(F.batch_norm(x, *vectors, training, momentum, eps).relu(), 3, 2, 1)  # type: ignore[arg-type]
     x = dense(x)
     affine = affine_of(x, *vectors, training, momentum, eps, backend)
-    return _BatchNormActMaxPool.apply(x, weight, bias, *affine, eps if training else None, backend)
+    return BatchNormActMaxPool.apply(x, weight, bias, *affine, eps if training else None, backend)
 
 
-class _BatchNormActMaxPool(torch.autograd.Function):
-    """`bn_act_max_pool` and its two backward passes."""
+def _native(ctx: Any, dy: Tensor) -> native.Recomputed:
+    return native.batch_norm_act_max_pool(ctx, dy, moments_over(ctx.group))
+
+
+class BatchNormActMaxPool(torch.autograd.Function):
+    """`bn_act_max_pool` and its two backward passes; `eps`, `total` and `group` as in `BatchNormAct`."""
 
     @staticmethod
     def forward(
@@ -72,32 +79,34 @@ class _BatchNormActMaxPool(torch.autograd.Function):
         invstd: Tensor,
         eps: float | None,
         backend: str,
+        total: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        y, index = _op.bn_act_max_pool(x, scale, shift, backend=backend)
-        ctx.save_for_backward(x, index, scale, shift, mean, invstd, weight)
-        ctx.eps, ctx.backend = eps, backend
+        if group is not None and x.numel() == 0:
+            y = F.max_pool2d(x, 3, 2, 1)
+            index = torch.empty_like(y, dtype=torch.uint8)
+        else:
+            y, index = _op.bn_act_max_pool(x, scale, shift, backend=backend)
+        ctx.save_for_backward(x, index, scale, shift, mean, invstd, weight, *(() if total is None else (total,)))
+        ctx.eps, ctx.group, ctx.backend = eps, group, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return y
 
     @staticmethod
-    @native.differentiable(native.batch_norm_act_max_pool)
+    @native.differentiable(_native)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, index, scale, shift, mean, invstd, _ = ctx.saved_tensors
+        x, index, scale, shift, mean, invstd, _, *total = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dy = in_layout_of(dy, index)
-        dx = sum_dy = sum_dy_xhat = None
-        batch_statistics = ctx.eps is not None
-        if needs_weight or needs_bias or batch_statistics:
+        operands = (in_layout_of(dy, index), index, x, scale, shift, mean, invstd)
+        empty = ctx.group is not None and x.numel() == 0
+        own: Sums = (torch.zeros_like(mean), torch.zeros_like(mean)) if empty else (None, None)
+        if not empty and (needs_weight or needs_bias or ctx.eps is not None):
             rows = dispatch.partial_rows(pixels(x), x.shape[1])
-            sum_dy, sum_dy_xhat = _op.bn_act_max_pool_backward_reduce(
-                dy, index, x, scale, shift, mean, invstd, rows, backend=ctx.backend
-            )
-        if needs_x:
-            sums = (sum_dy, sum_dy_xhat) if batch_statistics else (None, None)
-            dx = _op.bn_act_max_pool_backward_apply(
-                dy, index, x, scale, shift, mean, invstd, *sums, float(pixels(x)), backend=ctx.backend
-            )
-        weight_dtype, bias_dtype = ctx.vector_dtypes
-        dweight = sum_dy_xhat.to(weight_dtype) if needs_weight and sum_dy_xhat is not None else None
-        dbias = sum_dy.to(bias_dtype) if needs_bias and sum_dy is not None else None
-        return dx, dweight, dbias, *(None,) * 6
+            own = _op.bn_act_max_pool_backward_reduce(*operands, rows, backend=ctx.backend)
+        sums, count = divided(ctx, own, pixels(x), total) if needs_x else ((None, None), 1.0)
+        dx = None
+        if needs_x and empty:
+            dx = torch.zeros_like(x)
+        elif needs_x:
+            dx = _op.bn_act_max_pool_backward_apply(*operands, *sums, count, backend=ctx.backend)
+        return dx, *vector_gradients(ctx, own, needs_weight, needs_bias), *(None,) * 8

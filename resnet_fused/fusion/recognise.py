@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import linecache
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from resnet_fused.fusion.block import Mismatch, NoReluAfterSum, joins, match_block
 from resnet_fused.fusion.flow import Flow, flow_of
@@ -16,7 +18,7 @@ from resnet_fused.fusion.isolation import Untraceable
 from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.fusion.norms import looks_like_norm
 from resnet_fused.fusion.plans import BlockPlan, Forward, Plan, SequencePlan
-from resnet_fused.fusion.sequence import Rewritten, generate, rewrite
+from resnet_fused.fusion.sequence import Rewritten, rewrite
 from resnet_fused.fusion.trace import AsksForInputType, Inputs, Traced, original_class, trace
 from resnet_fused.nn.eligibility import home
 
@@ -163,8 +165,18 @@ def _sequence(
         return Recognition(skipped=skipped) if skipped else None
     forwards = []
     for mode, rewritten in ((True, training), (False, evaluation)):
-        forwards.append(Forward(mode, inputs, arity, *generate(rewritten.graph, type(module).__name__)))
+        forwards.append(Forward(mode, inputs, arity, *_generate(rewritten.graph, type(module).__name__)))
     if forwards[0].source == forwards[1].source:
         forwards = [replace(forwards[0], training=None)]
     bypassed = tuple(dict.fromkeys([*training.bypassed, *evaluation.bypassed]))
     return Recognition(SequencePlan(tuple(training.units), tuple(forwards), bypassed), skipped=skipped)
+
+
+def _generate(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
+    """The graph's source, and that source as a function of (owner, *inputs)."""
+    code = graph.python_code("self")
+    filename = f"<resnet_fused {name} {zlib.crc32(code.src.encode()):08x}>"
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)  # for tracebacks
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - how torch.fx runs a graph, too
+    return code.src.strip(), namespace["forward"]

@@ -1,11 +1,8 @@
-"""Rewrite the chains conv-bn(-add)(-act(-pool)) and bn-relu of a traced forward into units; generate code from it."""
+"""Rewrite the chains conv-bn(-add)(-act(-pool)) and bn-relu of a traced forward into units."""
 
 from __future__ import annotations
 
-import linecache
-import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -389,13 +386,3 @@ class _Rewriter:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def generate(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
-    """The graph's source, and that source as a function of (owner, *inputs)."""
-    code = graph.python_code("self")
-    filename = f"<resnet_fused {name} {zlib.crc32(code.src.encode()):08x}>"
-    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)  # for tracebacks
-    namespace = dict(code.globals)
-    exec(compile(code.src, filename, "exec"), namespace)  # noqa: S102 - how torch.fx runs a graph, too
-    return code.src.strip(), namespace["forward"]

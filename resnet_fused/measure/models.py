@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
 from resnet_fused._command import UsageError, choose, one_line
 
@@ -56,15 +57,11 @@ def create(name: str, seed: int = 0) -> nn.Module:
             model = models.get_model(name, weights=None)
         randomise_batch_norms(model)
         try:
-            calibrate(model, [torch.randn(4, 3, CALIBRATED, CALIBRATED) for _ in range(2)])
+            update_bn([torch.randn(4, 3, CALIBRATED, CALIBRATED) for _ in range(2)], model)
         except Exception as error:  # timm has models of every kind, each with its own way to refuse
             size = f"{CALIBRATED} x {CALIBRATED}"
             raise UsageError(f"model {name!r} is none for pictures of {size}: {one_line(error)}") from None
     return model.eval()
-
-
-def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 def randomise_batch_norms(model: nn.Module) -> None:
@@ -74,8 +71,8 @@ def randomise_batch_norms(model: nn.Module) -> None:
     random weights amplifies rounding errors until gradients in bf16 are noise, and comparing them would tell nothing.
     """
     ends = {id(_branch_end(module)) for module in model.modules() if hasattr(module, "downsample")}
-    for norm in _batch_norms(model):
-        if norm.affine:
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm) and norm.affine:
             low, high = (0.1, 0.3) if id(norm) in ends else (0.5, 1.5)
             nn.init.uniform_(norm.weight, low, high)
             nn.init.normal_(norm.bias, std=0.1)
@@ -84,18 +81,3 @@ def randomise_batch_norms(model: nn.Module) -> None:
 def _branch_end(block: nn.Module) -> nn.Module | None:
     """The last batch norm on the residual branch of torchvision's and timm's BasicBlock and Bottleneck."""
     return getattr(block, "bn3", None) or getattr(block, "bn2", None)
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Set every running statistic to its average over `batches`, passed through the model in training mode."""
-    norms = _batch_norms(model)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for batch in batches:
-        model(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum

@@ -133,12 +133,17 @@ def gpu(device: torch.device) -> Gpu:
         "cuda": torch.version.cuda,
     }
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
-    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    uuid = getattr(properties, "uuid", None)
-    row = _run([*query, f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"])
+    row = output_of(nvidia_smi(device, *fields))
     values = [value.strip() for value in row.split(",")] if row else [None] * len(fields)
     facts.update(zip(fields, values, strict=False))
     return cast(Gpu, facts)
+
+
+def nvidia_smi(device: torch.device, *fields: str) -> list[str]:
+    """The command that prints these fields of a GPU, with commas between them."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    target = f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"
+    return ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", target]
 
 
 def commit() -> Commit | None:
@@ -147,15 +152,16 @@ def commit() -> Commit | None:
     """
     package = Path(resnet_fused.__file__).resolve().parent
     git = ["git", "-C", str(package.parent)]
-    if _run([*git, "ls-files", "--error-unmatch", "resnet_fused/__init__.py"]) is None:
+    if output_of([*git, "ls-files", "--error-unmatch", "resnet_fused/__init__.py"]) is None:
         # Installed: a repository around site-packages would not be this project's. Or copied without its history.
         said = re.fullmatch(r"([0-9a-f]{7,40})(-dirty)?", os.environ.get("RESNET_FUSED_COMMIT", ""))
         return {"sha": said[1], "dirty": bool(said[2])} if said else None
-    sha = _run([*git, "rev-parse", "HEAD"])
-    return {"sha": sha, "dirty": bool(_run([*git, "status", "--porcelain"]))} if sha else None
+    sha = output_of([*git, "rev-parse", "HEAD"])
+    return {"sha": sha, "dirty": bool(output_of([*git, "status", "--porcelain"]))} if sha else None
 
 
-def _run(command: list[str]) -> str | None:
+def output_of(command: list[str]) -> str | None:
+    """What a command prints; None where it is not there, fails or takes long."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

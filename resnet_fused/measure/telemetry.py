@@ -9,6 +9,8 @@ from typing import TypedDict, cast
 
 import torch
 
+from resnet_fused.measure.provenance import nvidia_smi, output_of
+
 PERIOD_MS = 200
 FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 NAMES = ("sm_mhz", "memory_mhz", "temperature_c", "power_w")
@@ -75,16 +77,11 @@ class GpuTelemetry:
 
 
 def _command(device: torch.device) -> list[str] | None:
-    """The query that this driver understands, for this GPU."""
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    target = f"--id=GPU-{uuid}" if uuid else f"--id={device.index or 0}"
+    """The query that this driver understands, for this GPU, without units."""
     for reason in REASONS:
-        query = ["nvidia-smi", f"--query-gpu={','.join((*FIELDS, reason))}", "--format=csv,noheader,nounits", target]
-        try:
-            done = subprocess.run(query, check=False, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode == 0:
+        query = nvidia_smi(device, *FIELDS, reason)
+        query[2] += ",nounits"
+        if output_of(query) is not None:
             return query
     return None
 

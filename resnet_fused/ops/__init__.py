@@ -11,6 +11,7 @@ is one (n, h, w); M = N*H*W; round(v) is v rounded to the data's dtype.
 """
 
 import importlib
+import pkgutil
 
 from resnet_fused.ops.backends import (
     available,
@@ -24,33 +25,10 @@ from resnet_fused.ops.backends import (
 from resnet_fused.ops.flops import register_when_imported
 from resnet_fused.ops.registry import OPS, Op, define
 
-for _name in (
-    "conv_fprop",
-    "conv_fprop_stats",
-    "conv_dgrad",
-    "conv_dgrad_join",
-    "conv_wgrad",
-    "conv_backward",
-    "conv_chain",
-    "conv_join",
-    "bn_stats",
-    "bn_finalize",
-    "bn_finalize_apply",
-    "bn_apply",
-    "bn_backward_reduce",
-    "bn_backward_apply",
-    "bn_backward_apply_join",
-    "bn_backward_finalize",
-    "add_act",
-    "add_act_backward",
-    "bn_act_max_pool",
-    "bn_act_max_pool_backward_reduce",
-    "bn_act_max_pool_backward_apply",
-    "reduce_rows",
-    "pack_weight",
-):
-    importlib.import_module(f"{__name__}.{_name}")
-    define(OPS[_name])
+for _module in pkgutil.iter_modules(__path__):  # those that are records register their ops
+    importlib.import_module(f"{__name__}.{_module.name}")
+for _op in OPS.values():
+    define(_op)
 register_when_imported()
 
 __all__ = [

@@ -17,9 +17,11 @@ from resnet_fused.ops import cudnn_graphs
 from resnet_fused.ops.refusals import refuse_dtype
 from resnet_fused.ops.registry import OPS
 
+CUDNN = {"conv_fprop": cudnn_graphs.conv_fprop}  # in inference alone: `implements` says no
+
 
 def implements(backend: str, op: str) -> bool:
-    """Whether `backend` has a kernel for `op` at all, on whatever device. `"cudnn"` has none: its graphs are for
+    """Whether `backend` has a kernel for `op` at all, on whatever device; `"cudnn"` has its graphs, which are for
     `freeze`.
     """
     if op not in OPS or backend == "reference":
@@ -142,8 +144,8 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
     if backend == "triton" and implements(backend, op):
         checked: Callable[[str], Callable[..., Any]] = importlib.import_module("resnet_fused.kernels").checked
         return checked(op)
-    if backend == "cudnn" and op == "conv_fprop":
-        return cudnn_graphs.conv_fprop
+    if backend == "cudnn" and op in CUDNN:
+        return CUDNN[op]
     if backend == "cuda" and implements(backend, op):
         kernels = _library.operators(op)
         if not kernels:

@@ -56,6 +56,9 @@ def refuse(a: Args) -> str | None:
     return refuse_activations(a.x) or refuse_vectors(a.x.device, a.x.shape[1], torch.float32, **vectors)
 
 
+FAMILY = ("bn_act_max_pool", "bn_act_max_pool_backward_reduce", "bn_act_max_pool_backward_apply")
+
+
 def case(make: Operands, size: Size) -> Args:
     return Args(make.activation(*size), *make.affine(size[1]))
 

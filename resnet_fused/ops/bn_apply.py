@@ -11,7 +11,7 @@ from resnet_fused.ops.arithmetic import in_memory_order, is_nchw, like, normalis
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.refusals import refuse_activations, refuse_half, refuse_vectors
-from resnet_fused.ops.registry import Size, register
+from resnet_fused.ops.registry import RunOp, Size, register
 
 
 class Args(NamedTuple):
@@ -64,6 +64,7 @@ def refuse(a: Args) -> str | None:
     )
 
 
+FAMILY = ("bn_stats", "bn_finalize", "bn_apply", "bn_backward_reduce", "bn_backward_apply")
 OPTIONS = {"residual": ("", "plain", "affine"), "relu": (False, True), "with_mask": (False, True)}
 
 
@@ -91,6 +92,15 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     if a.with_mask:  # the bits tell of the result beside them, which rounding may put on either side of zero
         found.append(Comparison("mask", actual.mask, None, pack_bits(~(in_memory_order(actual.y) <= 0))))
     return found
+
+
+def normalised(run: RunOp, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """relu(x*scale + shift) by a pass, x itself without a scale: what a convolution reads that normalises nothing."""
+    if scale is None:
+        return x
+    none = dict.fromkeys(("residual", "residual_scale", "residual_shift"))
+    value: Tensor = run("bn_apply", x=x, scale=scale, shift=shift, **none, relu=True, with_mask=False)[0]
+    return value
 
 
 register(__name__, triton="bn_apply", cuda=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,6 +79,11 @@ def case(make: Operands, size: Size) -> Args:
         sum_dz_shortcut=make.vector(c),
         count=float(n * h * w),
     )
+
+
+def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
+    """A block may end in the sum of two batch norms."""
+    return op == "bn_apply" and options["residual"] == "affine"
 
 
 register(__name__, triton="bn_backward_apply")

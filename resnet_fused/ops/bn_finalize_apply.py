@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +72,11 @@ def case(make: Operands, size: Size, few: bool = True) -> Args:
     count = torch.full((rows,), n * h * w / rows, device=make.device)
     statistics = (make.vector(rows, c).double(), make.vector(rows, c, positive=True), count)
     return Args(make.activation(*size), *statistics, make.vector(c), make.vector(c), None, None, 0.1, 1e-5)
+
+
+def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
+    """The map of a batch norm with no residual is made and applied in one op."""
+    return op == "bn_apply" and not options["residual"]
 
 
 def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -91,6 +91,11 @@ def case(make: Operands, s: ConvShape, prologue: bool = False, x_prologue: bool 
     """
     given: dict[str, Any] = conv_dgrad.case(make, s, prologue, "batch norm")._asdict()
     return Args(**{name: given[name] for name in Args._fields if name in given}, x_prologue=x_prologue)
+
+
+def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
+    """A data gradient behind a batch norm runs together with the weight gradient."""
+    return op == "conv_dgrad" and options["epilogue"] == "batch norm"
 
 
 def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from resnet_fused.dispatch.conv import ConvShape, dgrad_refusal
+from resnet_fused.dispatch.heuristics import partial_rows
 from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import (
     bn_gradient,
@@ -34,7 +35,7 @@ from resnet_fused.ops.refusals import (
     refuse_operands,
     refuse_vectors,
 )
-from resnet_fused.ops.registry import FlopCount, Pair, register
+from resnet_fused.ops.registry import FlopCount, Pair, RunOp, register
 
 
 class Args(NamedTuple):
@@ -100,6 +101,25 @@ def fake(a: Args) -> Out:
 
 def native(a: Args) -> Out:
     return _run(a, lambda t: t)
+
+
+def unfused(a: Args, run: RunOp) -> Callable[[], object]:
+    if a.residual is not None and a.residual_mask is not None:  # a convolution that knows no bits is handed it masked
+        masked = torch.where(unpack_bits(a.residual_mask, a.residual), a.residual, 0)
+        a = a._replace(residual=masked, residual_mask=None)
+
+    def call() -> object:
+        if a.residual is not None:  # which the pass before then writes, beside the gradient
+            torch.zeros_like(a.residual)
+        dx = native(a._replace(x=None, scale=None, shift=None, mean=None, invstd=None)).dx
+        if a.x is None:
+            return dx
+        vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
+        n, c, h, w = a.x.shape
+        rows = partial_rows(n * h * w, c)
+        return dx, run("bn_backward_reduce", dy=dx, x=a.x, mask=None, **vectors, relu=True, rows=rows)
+
+    return call
 
 
 def refuse(a: Args) -> str | None:

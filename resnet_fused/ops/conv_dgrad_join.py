@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,6 +173,11 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     if given is not None:
         found += conv_wgrad.compare(given, actual.dweight, plain.dweight, truth.dweight)
     return found
+
+
+def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
+    """A block's first data gradient forms the sums of the block before it."""
+    return op == "conv_dgrad" and options["epilogue"] != "batch norm"
 
 
 register(__name__, triton="conv_dgrad_join")

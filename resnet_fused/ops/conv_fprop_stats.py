@@ -11,12 +11,12 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.heuristics import partial_rows
-from resnet_fused.ops import bn_stats, comparison, conv_fprop
+from resnet_fused.ops import bn_apply, bn_stats, comparison, conv_fprop
 from resnet_fused.ops.arithmetic import activation, up
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.refusals import refuse_half, refuse_rows, refuse_vectors
-from resnet_fused.ops.registry import FlopCount, Pair, register
+from resnet_fused.ops.registry import FlopCount, Pair, RunOp, register
 
 
 class Args(NamedTuple):
@@ -62,6 +62,15 @@ def fake(a: Args) -> Out:
 
 def native(a: Args) -> Out:
     return _run(a, lambda t: t)
+
+
+def unfused(a: Args, run: RunOp) -> Callable[[], object]:
+    def call() -> object:
+        x = bn_apply.normalised(run, a.x, a.x_scale, a.x_shift)
+        y = F.conv2d(x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
+        return y, run("bn_stats", x=y, rows=a.rows)
+
+    return call
 
 
 def refuse(a: Args) -> str | None:

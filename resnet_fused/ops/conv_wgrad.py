@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from resnet_fused.dispatch.conv import ConvShape, wgrad_refusal
-from resnet_fused.ops import comparison
+from resnet_fused.ops import bn_apply, comparison
 from resnet_fused.ops.arithmetic import activation, bn_gradient, up, vector
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.refusals import refuse_coefficients, refuse_half, refuse_like, refuse_nhwc, refuse_vectors
-from resnet_fused.ops.registry import FlopCount, Pair, register
+from resnet_fused.ops.registry import FlopCount, Pair, RunOp, register
 
 
 class Args(NamedTuple):
@@ -33,9 +33,9 @@ class Args(NamedTuple):
 
 
 def reference(a: Args) -> Tensor:
-    """the gradient of the weight for g as in `conv_dgrad` and a as in `conv_fprop_stats`; fp32 (never rounded to the
-    data's dtype), [K, C/groups, R, S] in KRSC memory order. The pixels are split and summed in a fixed order:
-    deterministic.
+    """the gradient of the weight for g = dy, or with dy_x and dy_coefficients = (a, b, c) g = round(a*dy + b*dy_x + c),
+    and a as in `conv_fprop_stats`; fp32 (never rounded to the data's dtype), [K, C/groups, R, S] in KRSC memory order.
+    The pixels are split and summed in a fixed order: deterministic.
     """
     with torch.autocast(a.x.device.type, enabled=False):
         return _run(a, up)
@@ -58,6 +58,14 @@ def fake(a: Args) -> Tensor:
 
 def native(a: Args) -> Tensor:
     return _run(a, lambda t: t)
+
+
+def unfused(a: Args, run: RunOp) -> Callable[[], object]:
+    def call() -> object:
+        x = bn_apply.normalised(run, a.x, a.x_scale, a.x_shift)
+        return native(a._replace(x=x, x_scale=None, x_shift=None))
+
+    return call
 
 
 def refuse(a: Args) -> str | None:

@@ -22,6 +22,7 @@ from resnet_fused.ops.comparison import Comparison, each
 Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
 Size = Sequence[int]  # (N, C, H, W)
 FlopCount = Callable[..., int]  # PyTorch's, of a convolution: (shape of x, of weight, of y, transposed=False)
+RunOp = Callable[..., Any]  # (name of an op, **arguments) to its results
 _SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
 
 
@@ -51,6 +52,11 @@ class Op:
         options: the values that each option of `case` takes; the last is the one that asks most of a kernel.
         compare: (args, actual, plain, truth) to what is to be compared of the results.
         flops: (args, results, PyTorch's count of a convolution) to their number; None where there is no product.
+        family: the ops that one choice decides about, verified and timed as one; only itself where it is alone.
+        runs_beside: (op, options of its case) to whether a problem of that op also runs this one.
+        unfused: (args, run) to the call of native PyTorch's convolution, and the passes that stand around it in a block
+            where the plan has that; `run(op, **arguments)` is an op of a pass. None where no pass does.
+        sequence: (args, conv_fprop) to the results by its convolutions one by one; None of an op that is no sequence.
     """
 
     name: str
@@ -66,6 +72,10 @@ class Op:
     options: Mapping[str, Sequence[Any]]
     compare: Callable[[Any, Any, Any, Any], list[Comparison]]
     flops: Callable[[Any, Any, FlopCount], int] | None
+    family: tuple[str, ...]
+    runs_beside: Callable[[str, Mapping[str, Any]], bool]
+    unfused: Callable[[Any, RunOp], Callable[[], object]] | None
+    sequence: Callable[[Any, Callable[[Any], Tensor]], Any] | None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -145,6 +155,10 @@ def register(module: str, *, triton: str | None = None, cuda: bool = False) -> O
         getattr(record, "OPTIONS", {}),
         getattr(record, "compare", _compare),
         getattr(record, "flops", None),
+        getattr(record, "FAMILY", (name,)),
+        getattr(record, "runs_beside", lambda op, options: False),
+        getattr(record, "unfused", None),
+        getattr(record, "sequence", None),
     )
     OPS[name] = op
     return op

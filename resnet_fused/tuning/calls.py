@@ -14,8 +14,7 @@ from resnet_fused import dispatch, ops
 from resnet_fused.dispatch.choice import ALONE
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
-from resnet_fused.ops import OPS, conv_chain, conv_dgrad, conv_fprop, conv_fprop_stats, conv_join, conv_wgrad
-from resnet_fused.ops.arithmetic import unpack_bits
+from resnet_fused.ops import OPS, conv_fprop
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.checks import caller
@@ -59,11 +58,10 @@ def operands_of(job: Job, make: Operands) -> Any:
     assert isinstance(problem.shape, tuple)
     n, c, h, w = problem.shape
     pooled = (n, c, (h - 1) // 2 + 1, (w - 1) // 2 + 1)
-    added = problem.flags or problem.op == "add_act"
     return Layer(
         make.activation(*problem.shape),
         make.activation(*(pooled if problem.op == "bn_act_max_pool" else problem.shape)),
-        make.activation(*problem.shape) if added else None,
+        make.activation(*problem.shape) if problem.flags else None,
         *(make.vector(c, positive=True) for _ in range(4)),
     )
 
@@ -82,13 +80,12 @@ def make_benchmark_fn(
     op = job.problem.op
     if isinstance(operands, Layer):
         return _LAYERS[op](choice.backend, operands)
-    if choice.backend == "aten" and op in _UNFUSED:
+    record = OPS[op]
+    if choice.backend == "aten" and record.unfused is not None:
         passes = next(iter(backends(operands[0].device)), "reference")
-        if op == "conv_dgrad":
-            operands = _dense_residual(operands)
-        return functools.partial(_UNFUSED[op], passes, operands)
-    if choice.backend == "aten" and op in _SEQUENCES:
-        return functools.partial(_SEQUENCES[op], operands, functools.partial(_conv, fprop))
+        return record.unfused(operands, functools.partial(_run, passes))
+    if choice.backend == "aten" and record.sequence is not None:
+        return functools.partial(record.sequence, operands, functools.partial(_conv, fprop))
     return functools.partial(caller(op, choice), *operands)
 
 
@@ -99,56 +96,6 @@ def _run(backend: str, op: str, **arguments: Any) -> Any:
 def _rows(x: Tensor) -> int:
     n, c, h, w = x.shape
     return dispatch.partial_rows(n * h * w, c)
-
-
-def _normalised(passes: str, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    if scale is None:
-        return x
-    none = dict.fromkeys(("residual", "residual_scale", "residual_shift"))
-    value: Tensor = _run(passes, "bn_apply", x=x, scale=scale, shift=shift, **none, relu=True, with_mask=False)[0]
-    return value
-
-
-# Native convolutions between passes of ours: what a block runs where the plan has native PyTorch's convolution.
-
-
-def _fprop_stats(passes: str, a: conv_fprop_stats.Args) -> object:
-    x = _normalised(passes, a.x, a.x_scale, a.x_shift)
-    y = F.conv2d(x, a.weight, None, a.stride, a.padding, a.dilation, a.groups)
-    return y, _run(passes, "bn_stats", x=y, rows=a.rows)
-
-
-def _dense_residual(a: conv_dgrad.Args) -> conv_dgrad.Args:
-    """The gradient of the shortcut after its mask: what a block hands to a convolution that knows no bits."""
-    if a.residual is None or a.residual_mask is None:
-        return a
-    residual = torch.where(unpack_bits(a.residual_mask, a.residual), a.residual, 0)
-    return a._replace(residual=residual, residual_mask=None)
-
-
-def _dgrad(passes: str, a: conv_dgrad.Args) -> object:
-    if a.residual is not None:  # which the pass before then writes, beside the gradient
-        torch.zeros_like(a.residual)
-    dx = conv_dgrad.native(a._replace(x=None, scale=None, shift=None, mean=None, invstd=None)).dx
-    if a.x is None:
-        return dx
-    vectors = {"scale": a.scale, "shift": a.shift, "mean": a.mean, "invstd": a.invstd}
-    return dx, _run(passes, "bn_backward_reduce", dy=dx, x=a.x, mask=None, **vectors, relu=True, rows=_rows(a.x))
-
-
-def _wgrad(passes: str, a: conv_wgrad.Args) -> object:
-    x = _normalised(passes, a.x, a.x_scale, a.x_shift)
-    return conv_wgrad.native(a._replace(x=x, x_scale=None, x_shift=None))
-
-
-_UNFUSED: dict[str, Callable[..., object]] = {
-    "conv_fprop_stats": _fprop_stats,
-    "conv_dgrad": _dgrad,
-    "conv_wgrad": _wgrad,
-}
-
-
-_SEQUENCES: dict[str, Callable[..., object]] = {"conv_chain": conv_chain.sequence, "conv_join": conv_join.sequence}
 
 
 def _conv(fprop: Backends, a: conv_fprop.Args) -> Tensor:
@@ -216,23 +163,7 @@ def _statistics(backend: str, a: Layer) -> dict[str, Tensor]:
     return dict(zip(("scale", "shift", "mean", "invstd"), vectors, strict=True))
 
 
-def _add(backend: str, a: Layer) -> Callable[[], object]:
-    """Sum and ReLU, forward and backward."""
-    assert a.residual is not None
-    if backend == "aten":
-        leaves = tuple(t.detach().requires_grad_() for t in (a.x, a.residual))
-        return lambda: torch.autograd.grad(F.relu(leaves[0] + leaves[1], inplace=True), leaves, a.dy)
-
-    def ours() -> object:
-        return _run(
-            backend, "add_act_backward", dy=a.dy, y=_run(backend, "add_act", x=a.x, other=a.residual, relu=True)
-        )
-
-    return ours
-
-
 _LAYERS: dict[str, Callable[[str, Layer], Callable[[], object]]] = {
     "bn_apply": _bn,
     "bn_act_max_pool": _pool,
-    "add_act": _add,
 }

@@ -13,8 +13,9 @@ from resnet_fused.dispatch import conv, conv_chain, conv_wgrad, experimental
 from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.table import Choice, Problem
+from resnet_fused.ops.backends import CUDNN
 from resnet_fused.tuning.calls import backends
-from resnet_fused.tuning.problems import FAMILIES, Job
+from resnet_fused.tuning.problems import Job, family
 
 
 def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -> list[Choice]:
@@ -30,16 +31,15 @@ def candidates(job: Job, device: torch.device, arch: int, quick: bool = False) -
     found = [] if ALONE in problem.flags else [Choice("aten")]
     if problem.op == BLOCK:
         return found + [Choice(backend) for backend in backends(device)]
-    family = FAMILIES.get(problem.op, (problem.op,))
     for backend in backends(device):
-        if not all(ops.implements(backend, op) for op in family):
+        if not all(ops.implements(backend, op) for op in family(problem)):
             continue
         if backend == "triton" and problem.op in plans.CONVOLUTIONS:
             listed = configurations(problem, arch, quick, job.residual)
             found += [Choice(backend, config) for config in listed]
         else:
             found.append(Choice(backend))
-    if problem.op == "conv_fprop" and ops.available("cudnn", device.type):
+    if problem.op in CUDNN and ops.available("cudnn", device.type):
         found.append(Choice("cudnn"))
     return found
 
@@ -75,14 +75,12 @@ def configurations(problem: Problem, arch: int, quick: bool = False, residual: b
         return list(dict.fromkeys([first, *(config for config in every if _promises(config, first))]))
     if problem.op == "conv_join":
         every = conv_chain.conv_join_configurations(*arguments)
-    elif problem.op == "conv_dgrad":
-        every = conv.conv_dgrad_configurations(*arguments, **flags)
     else:
-        every = conv.conv_fprop_configurations(*arguments, statistics=problem.op == "conv_fprop_stats", **flags)
+        every = conv.CONFIGURATIONS[problem.op](*arguments, **flags)
     every = [config for config in every if (config.flat, config.block_k) == (first.flat, first.block_k)]
     more = [] if first.flat else conv.conv_candidates(problem.op, shape, *arguments, **flags)
     every += [config for config in more if config.block_m * config.block_n < 128 * 256 or not residual]
-    outputs = (shape.c if problem.op == "conv_dgrad" else shape.k) // shape.groups
+    _, outputs = conv.channels_of(problem.op, shape)
     every = [c for c in every if _promises(c, first) and c.block_n <= max(16, conv.next_power_of_2(outputs))]
     if problem.op in ("conv_fprop", "conv_fprop_stats") and not flags:
         listed = experimental.configurations(arch)

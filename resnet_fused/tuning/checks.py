@@ -18,7 +18,7 @@ from resnet_fused.ops import OPS
 from resnet_fused.ops.backends import implementation, implements
 from resnet_fused.ops.comparison import Comparison, double, map_tensors
 from resnet_fused.ops.operands import Operands
-from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, elements
+from resnet_fused.tuning.problems import Job, also, arguments, elements
 
 REFUSED = "refused: "  # how a reason begins that is no error of the kernel
 CHECK_BYTES = 32  # an element: an operand, its guarded copy, float64's and the results
@@ -149,5 +149,4 @@ def check_all(job: Job, choice: Choice, device: torch.device, images: int = VERI
     problem = job.problem.with_batch(min(job.problem.batch, images))
     job = dataclasses.replace(job, problem=problem)
     beside = (op for op in also(job) if implements(choice.backend, op))
-    ops = (*FAMILIES.get(problem.op, (problem.op,)), *beside)
-    return {op: check(job, op, choice, device) for op in ops}
+    return {op: check(job, op, choice, device) for op in (*OPS[problem.op].family, *beside)}

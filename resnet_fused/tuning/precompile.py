@@ -18,18 +18,17 @@ from typing import Any
 
 import torch
 
-from resnet_fused.dispatch.choice import ALONE
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.device_worker import CHECKED_IMAGES
 from resnet_fused.tuning.launches import SHARED_MEMORY_KB, configured_for, recording
 from resnet_fused.tuning.problems import (
-    FAMILIES,
     Job,
     also,
     arguments,
     check_images,
+    family,
 )
 
 SPARE_CORES = 2  # for the process that times, and the one that asks it
@@ -149,8 +148,7 @@ def _compile(job: Job, choice: Choice, arch: int) -> str | None:
     start = time.monotonic()
     try:
         options: dict[str, Any] = {} if choice.config is None else {"config": choice.config}
-        family = FAMILIES[problem.op] if problem.op in FAMILIES and ALONE not in problem.flags else (problem.op,)
-        for op in (*family, *also(job)):
+        for op in (*family(problem), *also(job)):
             given = arguments(job, make, op)
             with recording() as launches, configured_for(arch):
                 getattr(kernels, op)(*given, **options)

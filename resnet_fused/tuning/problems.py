@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,16 +22,6 @@ from resnet_fused.ops.operands import Operands
 
 CHAIN_CHANNELS = 128
 TILES_PROVEN = 3
-FAMILIES = {
-    # Ops that one choice decides about, and that are verified and timed as one.
-    "bn_apply": ("bn_stats", "bn_finalize", "bn_apply", "bn_backward_reduce", "bn_backward_apply"),
-    "bn_act_max_pool": (
-        "bn_act_max_pool",
-        "bn_act_max_pool_backward_reduce",
-        "bn_act_max_pool_backward_apply",
-    ),
-    "add_act": ("add_act", "add_act_backward"),
-}
 
 
 @dataclass(frozen=True)
@@ -195,8 +186,7 @@ def _training(network: Network, dtype: torch.dtype, arch: int, alternatives: boo
                 if (layer.shape.r, layer.shape.s) == (1, 1):
                     other = dataclasses.replace(fusion, prologue=not fusion.prologue)
                     for problem in formulation.problems(layer.shape, dtype, False, other, first, identity):
-                        if problem.op != "conv_dgrad":
-                            yield _job(problem.op, layer.shape, problem.flags, weight=0)
+                        yield _job(problem.op, layer.shape, problem.flags, weight=0)
                 alone = formulation.normalisation(layer.shape, dtype)
                 yield _job(alone.op, alone.shape, alone.flags, weight=0)
         for layer in block.branch[:-1]:
@@ -216,16 +206,15 @@ def _output(layer: Layer) -> tuple[int, ...]:
     return (s.n, s.k, s.p, s.q)
 
 
+def family(problem: Problem) -> tuple[str, ...]:
+    """The ops that a choice for the problem decides about."""
+    return (problem.op,) if ALONE in problem.flags else OPS[problem.op].family
+
+
 def also(job: Job) -> tuple[str, ...]:
-    """The ops that run a job's problem beside its own: a block's first dgrad forms the sums of the block before it, the
-    others run together with the weight gradient; a block may end in the sum of two batch norms; within it a pass may be
-    part of its batch norm's second stage.
-    """
-    if job.problem.op == "conv_dgrad":
-        return ("conv_backward",) if job.epilogue else ("conv_dgrad_join",)
-    if job.problem.op == "bn_apply":
-        return ("bn_backward_apply_join",) if "residual" in job.problem.flags else ("bn_finalize_apply",)
-    return ()
+    """The ops that run a job's problem beside its own."""
+    op = job.problem.op
+    return tuple(name for name, record in OPS.items() if record.runs_beside(op, _options(job, op)))
 
 
 def arguments(job: Job, make: Operands, op: str | None = None) -> Any:
@@ -238,18 +227,15 @@ def _options(job: Job, op: str) -> dict[str, Any]:
     """What of a job decides the optional arguments of an op."""
     flags, (first, second) = job.problem.flags, job.following
     joined = bool(flags) and ALONE not in flags
-    masked = "masked residual" if job.residual else ""
-    options: dict[str, dict[str, Any]] = {
-        "conv_fprop": {"residual": job.residual},
-        "conv_fprop_stats": {"prologue": "prologue" in flags},
-        "conv_dgrad": {"prologue": "prologue" in flags, "epilogue": "batch norm" if job.epilogue else masked},
-        "conv_dgrad_join": {"prologue": "prologue" in flags, "epilogue": masked, "wgrad": True},
-        "conv_backward": {"prologue": "prologue" in flags},
-        "conv_wgrad": {"x_prologue": "x_prologue" in flags, "dy_prologue": "dy_prologue" in flags},
-        "conv_join": {"shortcut_channels": first, "shortcut_stride": second},
-        "conv_chain": {"outputs": first, "following": second},
-        "bn_apply": {"residual": "affine" if "residual" in flags else "", "with_mask": joined},
-        "bn_backward_reduce": {"masked": joined},
-        "bn_backward_apply": {"masked": joined, "with_dresidual": joined},
+    epilogue = "batch norm" if job.epilogue else "masked residual" if job.residual else ""
+    affine = "affine" if "residual" in flags else ""
+    facts: dict[str, Any] = {
+        **{name: name in flags for name in ("prologue", "x_prologue", "dy_prologue")},
+        **dict.fromkeys(("masked", "with_mask", "with_dresidual"), joined),
+        "epilogue": epilogue,
+        "wgrad": True,
+        "residual": affine if isinstance(job.problem.shape, tuple) else job.residual,
+        **{"shortcut_channels": first, "shortcut_stride": second, "outputs": first, "following": second},
     }
-    return options.get(op, {})
+    taken = inspect.signature(OPS[op].case).parameters
+    return {name: value for name, value in facts.items() if name in taken}

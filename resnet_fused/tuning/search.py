@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from resnet_fused._command import write_json
+from resnet_fused.dispatch import formulation
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.choice import ALONE, ATEN, BLOCK
 from resnet_fused.dispatch.lookup import measured
@@ -294,7 +295,7 @@ class Search:
         if problem.op == BLOCK:
             self.seen[problem] = self.changes
         elif not isinstance(problem.shape, tuple) or ALONE in problem.flags:
-            self.changes += problem.op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad", "bn_apply")
+            self.changes += problem.op in (*formulation.OPS, "bn_apply")
         self._note()
         if time.monotonic() - self.written > WRITE_S:
             self._write()

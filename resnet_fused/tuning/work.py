@@ -7,11 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from resnet_fused.dispatch.choice import ALONE
-from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops import OPS
 from resnet_fused.ops.operands import Operands
-from resnet_fused.tuning.problems import FAMILIES, Job, arguments
+from resnet_fused.tuning.problems import Job, arguments, family
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,24 +30,10 @@ class Roofs:
 
 def work(job: Job) -> Iterator[tuple[int, int]]:
     """(bytes of operands and results, floating-point operations) of each op of a job, from shapes alone."""
-    problem, make = job.problem, Operands(torch.device("meta"), job.problem.dtype)
-    if isinstance(problem.shape, ConvShape):
-        yield OPS[problem.op].bytes_moved(arguments(job, make)), _flops(job)
-        return
-    ops = (problem.op,) if ALONE in problem.flags else FAMILIES[problem.op]
-    for op in ops:
-        yield OPS[op].bytes_moved(arguments(job, make, op)), 0
+    from torch.utils.flop_counter import conv_flop_count  # which imports triton
 
-
-def _flops(job: Job) -> int:
-    """A multiply-add is two."""
-    s = job.problem.shape
-    assert isinstance(s, ConvShape)
-    inner = (s.c // s.groups) * s.r * s.s
-    first, second = job.following
-    if job.problem.op == "conv_join":
-        inner += first  # the shortcut's 1x1
-    per_pixel = s.k * inner
-    if job.problem.op == "conv_chain":
-        per_pixel += first * (s.k + second)
-    return 2 * s.n * s.p * s.q * per_pixel
+    make = Operands(torch.device("meta"), job.problem.dtype)
+    for op in family(job.problem):
+        record, given = OPS[op], arguments(job, make, op)
+        flops = 0 if record.flops is None else record.flops(given, record.fake(given), conv_flop_count)
+        yield record.bytes_moved(given), flops

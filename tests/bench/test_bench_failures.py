@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 
 import pytest
 import torch
 from networks import small_resnet
+from recorded import rendered
 
 from resnet_fused import cli, ops
-from resnet_fused.bench import chart, images, loader, profile, run, schema
+from resnet_fused.bench import chart, images, loader, profile, run, schema, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant
-from resnet_fused.dispatch.table import Choice
-from resnet_fused.evaluate.run import Settings, evaluate
 from resnet_fused.measure import memory, models, network, roof
 from resnet_fused.measure.activation_memory import saved_bytes
 from resnet_fused.measure.cases import Case, Unavailable
 from resnet_fused.measure.progress import Silent
-from resnet_fused.ops.operands import Operands
-from resnet_fused.tuning import checks
-from resnet_fused.tuning.problems import jobs
 
 CPU = torch.device("cpu")
 BENCH = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu", "--rounds", "1", "--no-images"]
@@ -155,6 +150,10 @@ def other_shape(model, example, case):
     return lambda x: model(x)[:, :7]
 
 
+def wrong(model, example, case):
+    return lambda x: model(x) * 1.01
+
+
 @pytest.mark.parametrize(
     ("prepare", "status", "reason"),
     [
@@ -163,6 +162,7 @@ def other_shape(model, example, case):
         (imports, "failed", "ModuleNotFoundError: No module named 'not_there'"),
         (later, "failed", "RuntimeError: out of memory"),
         (other_shape, "failed", "error of logits inf"),
+        (wrong, "failed", "error of logits 1"),
     ],
 )
 def test_a_contestant_fails_alone(prepare, status, reason, monkeypatch):
@@ -172,7 +172,9 @@ def test_a_contestant_fails_alone(prepare, status, reason, monkeypatch):
     assert rows.pop(name).status == status
     assert all(result.status == "ok" for result in rows.values())
     (row,) = (result for result in report.cases[0].results if result.contestant == name)
-    assert row.reason.startswith(reason) and row.timing is None
+    assert row.reason.startswith(reason) and "\n" not in row.reason and row.timing is None
+    assert report.cases[0].images_per_s(row) is None and name not in report.geometric_means("infer")
+    assert row.reason in rendered(table.render, report)
 
 
 def test_the_baseline_may_fail_and_the_others_stand(monkeypatch, capsys):
@@ -333,37 +335,6 @@ def test_what_was_measured_is_on_the_disk_before_the_next_case_begins(monkeypatc
 # before any work
 
 
-BAD = {
-    "backend": (["--backend", "triton"], "--backend triton: not here"),
-    "seed": (["--seed", str(2**80)], "--seed 12"),
-    "chart needs a package": (["--chart", "c.png"], "--chart needs matplotlib"),
-    "loader needs a package": (["--mode", "train", "--loader"], "--loader needs PIL"),
-    "json": (["--json", "/proc/nowhere/x.json"], "--json /proc/nowhere/x.json: cannot write"),
-    "chart": (["--chart", "."], "--chart .: this is a folder"),
-    "model": (["--model", "resnet51"], "unknown model 'resnet51'; did you mean"),
-    "contestant": (["--contestants", "frozen,quick"], "unknown contestant 'quick'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("kind", ["race", "profile", "check"])
-def test_what_cannot_be_done_is_said_before_anything_is_built(name, kind, monkeypatch, capsys):
-    arguments, hint = BAD[name]
-    if "--loader" in arguments and kind != "race":
-        return
-    monkeypatch.setattr(models, "create", lambda *_: pytest.fail("built"))
-    monkeypatch.setattr(ops, "unavailable", lambda backend, device: "not here")
-    if "needs" in hint:
-        package = hint.split()[-1]
-        real = importlib.util.find_spec
-        hidden = lambda name, *rest: None if name == package else real(name, *rest)  # noqa: E731
-        monkeypatch.setattr("importlib.util.find_spec", hidden)
-    extra = [] if kind == "race" else [f"--{kind}"]
-    assert cli.main([*BENCH, *extra, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert hint in captured.err and len(captured.err.splitlines()) == 1 and captured.out == ""
-
-
 def test_an_image_too_small_for_the_network_is_refused_before_it_is_built(monkeypatch, capsys):
     def unpadded(name):
         return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 7), torch.nn.Conv2d(4, 4, 7))
@@ -391,56 +362,7 @@ def test_a_model_that_does_not_run_on_shapes_is_not_judged_by_them(monkeypatch):
     network.check_size("resnet18", 8)
 
 
-# memory
-
-
-V2 = ("0::/outer/inner", "", "memory.max", "memory.current", "inactive_file", "max")
-V1 = ("4:memory:/outer/inner", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file", 2**63)
-
-
-@pytest.mark.parametrize("version", [V1, V2], ids=["v1", "v2"])
-def test_what_a_control_group_leaves(version, monkeypatch, tmp_path):
-    line, controller, limit_file, usage_file, cache, unlimited = version
-    monkeypatch.undo()
-    assert 0 < memory.available() < 2**50
-    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:  50 kB\n")
-    (tmp_path / "cgroup").write_text(f"12:cpu:/x\n{line}\n")
-    files = {"/proc/meminfo": tmp_path / "meminfo", "/proc/self/cgroup": tmp_path / "cgroup"}
-    group = tmp_path / "fs" / controller
-    (group / "outer" / "inner").mkdir(parents=True)
-    monkeypatch.setattr(memory, "GROUPS", tmp_path / "fs")
-    real = memory._lines
-    monkeypatch.setattr(memory, "_lines", lambda path: real(files.get(str(path), path)))
-    assert memory.available() == 50 * 1024
-    for name, limit, used in (("outer", 30000, 20000), ("outer/inner", unlimited, 5)):
-        (group / name / limit_file).write_text(f"{limit}\n")
-        (group / name / usage_file).write_text(f"{used}\n")
-        (group / name / "memory.stat").write_text(f"anon 5\n{cache} 4000\n")
-    assert memory.available() == 30000 - 20000 + 4000
-    with pytest.raises(MemoryError, match="needs about 1.0 GB of main memory, 0.0 GB are left"):
-        memory.require(GB)
-    memory.require(14000)
-    (tmp_path / "meminfo").unlink()
-    assert memory.available() is None
-    memory.require(10**18)
-
-
 # verify and tune
-
-
-def test_a_check_that_does_not_fit_is_its_reason(monkeypatch):
-    (job, *_) = jobs(network.tiny_network(), ["infer"], 2, torch.float32, 80, False)
-    choice = Choice("reference")
-    assert checks.check(job, job.problem.op, choice, CPU) is None
-    monkeypatch.setattr(memory, "available", lambda: 1000)
-    assert "MemoryError: needs about" in checks.check(job, job.problem.op, choice, CPU)
-
-    def full(self, *shape):
-        raise MemoryError
-
-    monkeypatch.setattr(memory, "available", lambda: None)
-    monkeypatch.setattr(Operands, "activation", full)
-    assert checks.check(job, job.problem.op, choice, CPU) == "MemoryError"
 
 
 @pytest.mark.parametrize("command", ["tune", "verify"])
@@ -448,76 +370,3 @@ def test_missing_packages_are_one_line(command, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
     assert cli.main([command, "--rehearse"]) == 2
     assert f"{command} needs rich" in capsys.readouterr().err
-
-
-# evaluate
-
-
-class _Pictures:
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        from PIL import Image
-
-        return Image.new("RGB", (40, 40)), index % 3
-
-
-class _Fails(torch.nn.Module):
-    def __init__(self, after):
-        super().__init__()
-        self.model, self.after, self.calls = small_resnet(classes=3).cpu().eval(), after, 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls > self.after:
-            raise RuntimeError("out of memory\nin a layer")
-        return self.model(x)
-
-
-def evaluated(*networks, protocols=("single", "ten-crop"), **settings):
-    named = [(f"net{index}", one) for index, one in enumerate(networks)]
-    how = Settings(shorter_side=32, crop=32, batch=2, **settings)
-    return evaluate(named, _Pictures(), protocols, how)
-
-
-def test_a_model_that_fails_in_an_evaluation_leaves_the_others_theirs():
-    good = small_resnet(classes=3).cpu().eval()
-    rows = {(row.model, row.protocol): row for row in evaluated(good, _Fails(3)).rows}
-    assert rows["net1", "single"].problem is None and rows["net1", "ten-crop"].problem == "out of memory in a layer"
-    assert rows["ensemble of 2", "single"].errors and not rows["ensemble of 2", "ten-crop"].errors
-    assert rows["ensemble of 2", "ten-crop"].problem == "net1: out of memory in a layer"
-    assert all(rows["net0", protocol].errors[1].total == 4 for protocol in ("single", "ten-crop"))
-    few = small_resnet(classes=2).cpu().eval()
-    rows = {row.model: row for row in evaluated(good, few, protocols=["single"]).rows}
-    assert rows["net0"].errors and "net1 has 2 classes" in rows["net1"].problem
-    with pytest.raises(ValueError, match="out of memory in a layer"):
-        evaluated(_Fails(0), _Fails(0))
-
-
-def test_the_window_of_one_model_is_not_the_others():
-    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.Flatten())  # has no pool to make dense
-    rows = {r.model: r for r in evaluated(small_resnet(classes=3).cpu().eval(), plain, protocols=["multi-scale"]).rows}
-    assert rows["net0"].errors and rows["net1"].problem
-
-
-def test_ctrl_c_in_an_evaluation_shows_what_is_done():
-    class Stops(_Fails):
-        def forward(self, x):
-            if x.shape[0] > 2:
-                raise KeyboardInterrupt
-            return self.model(x)
-
-    found = evaluated(Stops(0))
-    assert found.interrupted and [row.protocol for row in found.rows] == ["single"]
-    with pytest.raises(KeyboardInterrupt):
-        evaluated(Stops(0), protocols=["ten-crop"])
-
-
-def test_pictures_that_would_not_fit_are_refused_before_anything_is_evaluated():
-    from resnet_fused.cli import evaluate as command
-
-    settings = Settings(shorter_side=100_000, crop=32, batch=2)
-    with pytest.raises(ValueError, match="--shorter-side 100000.*one batch needs about 120.0 GB"):
-        command._check_memory(settings, ("single",))
-    command._check_memory(Settings(), ("single", "ten-crop", "multi-scale"))

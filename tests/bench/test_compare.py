@@ -6,8 +6,7 @@ import time
 
 import pytest
 import torch
-from recorded import BASELINE, case, report, result, usual
-from rich.console import Console
+from recorded import BASELINE, case, rendered, report, result, usual
 
 from resnet_fused import cli
 from resnet_fused._command import UsageError
@@ -26,10 +25,8 @@ def written(tmp_path):
     return write
 
 
-def rendered(comparison):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))
-    compare.render(comparison, ("a.json", "b.json"), console)
-    return console.export_text()
+def shown(comparison):
+    return rendered(compare.render, comparison, ("a.json", "b.json"), width=160)
 
 
 # schema
@@ -171,14 +168,16 @@ def test_two_results_side_by_side():
     assert [ratio.p50 for ratio in fused.relative] == pytest.approx([1.25, 1.25], rel=0.02)
     assert found.only == ("only in the second: resnet18, infer, batch 1, fp32",)
     assert ("torch", usual().provenance["torch"], "9.9") in found.provenance and found.same_device
-    text = rendered(found)
+    text = shown(found)
     for word in ("2.00x", "failed", "differs: torch", "-> 9.9", "only in the second", "commit", "1.25x"):
         assert word in text, word
 
 
 def test_other_devices_are_said():
     found = compare.compare(usual(), usual(gpu={"name": "NVIDIA H100"}))
-    assert not found.same_device and "different devices" in rendered(found)
+    assert not found.same_device and "different devices" in rendered(
+        compare.render, found, ("a.json", "b.json"), width=160
+    )
 
 
 def test_nothing_in_common():

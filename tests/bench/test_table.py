@@ -4,17 +4,10 @@ import re
 
 import recorded
 from PIL import Image
-from recorded import BASELINE
-from rich.console import Console
+from recorded import BASELINE, rendered
 
 from resnet_fused.bench import chart, table
 from resnet_fused.bench.correctness import Errors
-
-
-def _rendered(report):
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))
-    table.render(report, console)
-    return console.export_text()
 
 
 def _columns(text):
@@ -31,7 +24,7 @@ def test_the_table_fits_a_screen_and_nothing_in_it_is_empty():
     )
     infer = recorded.case(recorded.result(BASELINE, 1.0, 2.0), missing, batch=256)
     train = recorded.case(*many, mode="train", batch=1024, dtype="bf16")
-    text = _rendered(recorded.report(infer, train))
+    text = rendered(table.render, recorded.report(infer, train))
     tables = [line for line in text.splitlines() if line.startswith(("contestant", "infer", "train", BASELINE, "comp"))]
     assert len(tables) == 7 and max(map(len, text.splitlines())) <= 120 and "\u2026" not in text
     short, full = _columns(text)
@@ -44,7 +37,7 @@ def test_the_table_fits_a_screen_and_nothing_in_it_is_empty():
 def test_who_is_missing_in_one_case_alone_keeps_a_row():
     missing = recorded.result("compile", status="unavailable", reason="no kernel", errors=None)
     cases = recorded.case(recorded.result(BASELINE, 1.0), missing), recorded.case(recorded.result("compile", 1.0))
-    text = _rendered(recorded.report(*cases))
+    text = rendered(table.render, recorded.report(*cases))
     assert "unavailable compile: no kernel (infer, batch 4, fp32)" in text and "cannot run here" not in text
 
 

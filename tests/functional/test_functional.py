@@ -370,16 +370,6 @@ def test_gradients_of_a_convolution_have_the_layouts_of_its_operands(backend, we
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_empty_batch(backend):
-    x = torch.randn(0, 3, 4, 4, requires_grad=True)
-    with use_backend(backend):
-        y = functional.conv_bn_act(x, torch.randn(5, 3, 3, 3), torch.zeros(5), torch.ones(5))
-    assert y.shape == (0, 5, 2, 2)
-    y.sum().backward()
-    assert x.grad.shape == x.shape
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_compile_without_graph_breaks(backend):
     x, weight = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 3, 3, requires_grad=True)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.distributed as dist
 import torch.nn.functional as F
-from agreement import assert_same
+from agreement import (
+    assert_freezes,
+    assert_hook_sees_the_same,
+    assert_one_graph,
+    assert_same,
+    assert_same_under_autocast,
+    through_pickle,
+)
 from conv_with_norm import (
     Backbone,
     Bottleneck,
@@ -62,18 +67,8 @@ def test_residual_blocks_of_them_are_blocks_and_agree(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_freeze_folds_them(norm):
-    model, x = settled(Backbone(norm)).eval(), picture()
-    frozen = freeze(model, x)
-    assert [row.op for row in frozen.plan.layers] == ["conv_fprop"] * 13
-    with torch.no_grad():
-        for name, expected in model(x).items():
-            torch.testing.assert_close(frozen(x)[name], expected, rtol=1e-10, atol=1e-10)
-
-
-def test_a_frozen_copy_keeps_no_weights_that_it_does_not_run():
-    model = settled(Backbone()).eval()
-    frozen = freeze(model, picture())
-    assert list(frozen.network.parameters()) == []
+    frozen = assert_freezes(settled(Backbone(norm)), picture(), ["conv_fprop"] * 13)
+    assert list(frozen.network.parameters()) == []  # it keeps no weights that it does not run
 
 
 def test_on_another_backend():
@@ -99,11 +94,8 @@ def test_alone_in_a_forward_that_is_not_understood_they_are_units():
     levels = [picture(8, 6), picture(8, 3)]
     assert_same(OfList(plain), OfList(fused), levels)
     model, inputs = plain.eval(), picture(8, 6)
-    lateral, last = (freeze(m, x) for m, x in ((model.lateral[0], inputs), (model.last, picture(4, 6))))
-    assert [row.op for row in lateral.plan.layers] == ["conv_fprop"]
-    assert [row.op for row in last.plan.layers] == ["-"]
-    with torch.no_grad():
-        torch.testing.assert_close(lateral(inputs), model.lateral[0](inputs), rtol=1e-10, atol=1e-10)
+    assert_freezes(model.lateral[0], inputs, ["conv_fprop"])
+    assert_freezes(model.last, picture(4, 6), ["-"])
 
 
 OWN = {
@@ -120,11 +112,7 @@ def test_what_else_such_a_convolution_does_is_kept(name):
     fused = fuse(copy.deepcopy(plain))
     assert report(fused).fused == [("", units)]
     assert_same(plain, fused, picture(4, 6))
-    frozen = freeze(plain.eval(), picture(4, 6))
-    assert [row.op for row in frozen.plan.layers] == ["conv_fprop"]
-    with torch.no_grad():
-        x = picture(4, 6)
-        torch.testing.assert_close(frozen(x), plain(x), rtol=1e-10, atol=1e-10)
+    assert_freezes(plain, picture(4, 6), ["conv_fprop"])
 
 
 class ThroughSuper(Conv2d):
@@ -197,14 +185,7 @@ def test_others_are_left_alone_with_the_reason(make):
 
 def test_who_watches_the_convolution_sees_the_norms_result():
     plain = settled(Bottleneck(nn.BatchNorm2d))
-    fused = fuse(copy.deepcopy(plain))
-    x = picture(4, 6)
-    seen = []
-    for model in (plain, fused):
-        model.conv2.register_forward_hook(lambda m, args, out: seen.append(out.clone()))
-        model(x)
-    torch.testing.assert_close(seen[1], seen[0], rtol=1e-12, atol=1e-12)
-    assert_same(plain, fused, x)
+    assert_hook_sees_the_same(plain, fuse(copy.deepcopy(plain)), "conv2", picture(4, 6))
 
 
 def replace_norm(model):
@@ -271,16 +252,11 @@ def test_a_norm_that_asks_for_the_processes_is_looked_at_again_when_there_are_mo
 
 @pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(training):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     plain = settled(Bottleneck(nn.BatchNorm2d)).train(training)
-    fused = fuse(copy.deepcopy(plain))
-    x = picture(4, 6)
-    torch.testing.assert_close(torch.compile(fused, backend=counter, fullgraph=True)(x), plain(x), rtol=1e-9, atol=1e-9)
-    assert counter.frame_count == 1
+    assert_one_graph(plain, fuse(copy.deepcopy(plain)), picture(4, 6))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: fuse(pickle.loads(pickle.dumps(m)))])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: fuse(through_pickle(m))])
 def test_copies(duplicate):
     plain = settled(nn.Sequential(Bottleneck(nn.BatchNorm2d), Conv2d(8, 4, 1, norm=nn.BatchNorm2d(4))))
     twin = duplicate(fuse(copy.deepcopy(plain)))
@@ -292,12 +268,7 @@ def test_copies(duplicate):
 @pytest.mark.parametrize("training", [True, False])
 def test_the_dtype_under_autocast_is_that_of_the_plain_model(norm, training):
     plain = Bottleneck(norm).train(training)
-    fused = fuse(copy.deepcopy(plain))
-    x = torch.randn(2, 4, 6, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, actual = plain(x), fused(x)
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
+    assert_same_under_autocast(plain, fuse(copy.deepcopy(plain)), torch.randn(2, 4, 6, 6))
 
 
 NEIGHBOURS = [

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
-import pickle
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import small_net
 import torch
-import torch._dynamo.testing
-from agreement import assert_same
+from agreement import assert_one_graph, assert_same, through_pickle, through_torch_save
 from small_net import ALL_FUSED, Bottleneck, Net, picture
 from tiers import larger
 from torch import nn
@@ -27,17 +23,6 @@ from resnet_fused import use_backend
 from resnet_fused.fusion import BlockPlan, SequencePlan, fuse, plan_of, report, swap, unfuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def through_pickle(model, protocol):
-    return pickle.loads(pickle.dumps(model, protocol))
-
-
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 PICKLES = [*(functools.partial(through_pickle, protocol=k) for k in range(6)), through_torch_save]
@@ -95,30 +80,14 @@ def test_a_copy_is_independent(plain, fused):
     assert isinstance(plan_of(shallow), SequencePlan) and isinstance(plan_of(fused.layer[1]), BlockPlan)
 
 
-def test_state_dict_goes_both_ways(plain, fused):
-    file = io.BytesIO()
-    torch.save(fused.state_dict(), file)
-    file.seek(0)
-    Net().load_state_dict(torch.load(file, weights_only=True))
-    fused.load_state_dict(OrderedDict(plain.state_dict()), assign=True)
-    x = picture()
-    torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
-
-
 # --- compilers and threads --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(plain, training):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     fused = fuse(plain).train(training)
-    reference = unfuse(copy.deepcopy(fused))
-    compiled = torch.compile(fused, backend=counter, fullgraph=True)
-    x = picture()
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)
-    assert counter.frame_count == 1
+    reference, x = unfuse(copy.deepcopy(fused)), picture()
+    compiled = assert_one_graph(reference, fused, x)
     for model in (fused, reference):
         model.layer[0].downsample[1] = nn.BatchNorm2d(16, eps=0.5).double().train(training)
     torch.testing.assert_close(compiled(x), reference(x), rtol=1e-9, atol=1e-9)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
-import pickle
 import weakref
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
-from agreement import assert_same
+from agreement import assert_freezes, assert_one_graph, assert_same, through_pickle, through_torch_save
 from small_net import Bottleneck, Net, picture
 from tiers import larger
 from torch import fx, nn
@@ -114,14 +111,7 @@ def test_a_replaced_child_is_recognised_anew(plain):
     assert_same(plain, fused, picture())
 
 
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
+COPIES = [copy.deepcopy, copy.copy, through_pickle, through_torch_save]
 
 
 @pytest.mark.parametrize("duplicate", COPIES, ids=["deepcopy", "copy", "pickle", "torch.save"])
@@ -139,24 +129,15 @@ def test_copies_are_fused(plain, duplicate, ran):
 
 @pytest.mark.parametrize("training", [True, larger(False)])
 def test_compiles_in_one_graph(plain, training):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     fused = fuse(copy.deepcopy(plain)).train(training)
-    plain.train(training)
     x = picture()
-    compiled = torch.compile(fused, backend=counter, fullgraph=True)
-    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-9)
-    assert counter.frame_count == 1
+    assert_one_graph(plain.train(training), fused, x)
     inside = nn.Sequential(fused)
     assert_same(nn.Sequential(plain), copy.deepcopy(inside), x, steps=1)
 
 
 def test_freeze_folds_it(plain):
-    x = picture()
-    frozen = freeze(plain.eval(), x)
-    assert [row.op for row in frozen.plan.layers] == ["conv_fprop"] * 8
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(x), plain(x), rtol=1e-10, atol=1e-10)
+    frozen = assert_freezes(plain, picture(), ["conv_fprop"] * 8)
     assert {name for name, _ in frozen.network.named_parameters()} == {"fc.weight", "fc.bias"}
 
 
@@ -198,12 +179,7 @@ def test_a_feature_extractor_of_other_graphs():
 
 
 def test_a_frozen_feature_extractor():
-    model, x = extractor(Net().double()).eval(), picture()
-    frozen = freeze(model, x)
-    assert [row.op for row in frozen.plan.layers] == ["conv_fprop"] * 8
-    with torch.no_grad():
-        for name, expected in model(x).items():
-            torch.testing.assert_close(frozen(x)[name], expected, rtol=1e-10, atol=1e-10)
+    assert_freezes(extractor(Net().double()), picture(), ["conv_fprop"] * 8)
 
 
 class Concatenates(nn.Module):

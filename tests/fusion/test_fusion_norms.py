@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
-from agreement import assert_hook_sees_the_same, assert_same
+from agreement import (
+    assert_freezes,
+    assert_hook_sees_the_same,
+    assert_one_graph,
+    assert_same,
+    assert_same_under_autocast,
+    through_pickle,
+    through_torch_save,
+)
 from torch import nn
 
-from resnet_fused import freeze, use_backend
+from resnet_fused import use_backend
 from resnet_fused.fusion import BlockPlan, fuse, plan_of, report, swap, unfuse
 from resnet_fused.fusion.norms import NormForm, norm_form
 from resnet_fused.nn.norms import RecognisedNorm
@@ -184,23 +189,14 @@ def test_blocks_with_any_norm_are_blocks_and_agree(name, backend):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_they_are_folded_by_freeze(name):
     torch.manual_seed(0)
-    model, x = BLOCKS[name]().double().eval(), picture()
-    frozen = freeze(model, x)
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-10, atol=1e-10)
-    assert [row.op for row in frozen.plan.layers] == ["conv_fprop"] * 2
+    assert_freezes(BLOCKS[name]().double(), picture(), ["conv_fprop"] * 2)
 
 
 @pytest.mark.parametrize("name", ["torchvision frozen", "timm", "timm frozen"])
 @pytest.mark.parametrize("training", [True, False])
 def test_results_under_autocast_have_the_dtype_of_the_plain_model(name, training):
     plain = BLOCKS[name]().train(training)
-    fused = fuse(copy.deepcopy(plain))
-    x = picture(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, actual = plain(x), fused(x)
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    assert_same_under_autocast(plain, fuse(copy.deepcopy(plain)), picture(torch.float32))
 
 
 def test_a_frozen_norm_of_another_dtype_takes_the_plain_path():
@@ -221,10 +217,7 @@ def test_another_activation_inside_follows_the_unit(activation):
     assert report(fused).fused == [("", "0-1")] and report(fused).skipped == []
     x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     assert_same(model, fused, x)
-    frozen = freeze(model.eval(), x)
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-10, atol=1e-10)
-    assert [row.op for row in frozen.plan.layers] == ["conv_fprop"]
+    assert_freezes(model, x, ["conv_fprop"])
 
 
 def test_dropout_inside_follows_the_unit():
@@ -284,13 +277,6 @@ def test_hooks_around_and_inside_a_recognised_norm_fire(path):
     assert_hook_sees_the_same(plain, fuse(copy.deepcopy(plain)), path, picture())
 
 
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 class TimmBlock(Block):
     """One that a pickle can name."""
 
@@ -298,7 +284,7 @@ class TimmBlock(Block):
         super().__init__(BatchNormAct2d, act=False, last=without_act)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
 def test_copies_and_pickles_are_recognised(duplicate):
     plain = TimmBlock().double()
     twin = duplicate(fuse(copy.deepcopy(plain)))
@@ -310,28 +296,8 @@ def test_copies_and_pickles_are_recognised(duplicate):
 @pytest.mark.parametrize("name", ["timm", "torchvision frozen", "subclass"])
 @pytest.mark.parametrize("training", [True, False])
 def test_they_compile_in_one_graph(name, training):
-    torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     plain = BLOCKS[name]().double().train(training)
-    fused = fuse(copy.deepcopy(plain))
-    x = picture()
-    compiled = torch.compile(fused, backend=counter, fullgraph=True)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-9)
-    assert counter.frame_count == 1
-
-
-def test_an_average_of_weights_follows_the_fused_model():
-    plain = BLOCKS["timm"]().double()
-    fused = fuse(copy.deepcopy(plain))
-    averages = []
-    for model in (plain, fused):
-        average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-        with torch.no_grad():
-            model.conv1.weight.mul_(1.5)
-        average.update_parameters(model)
-        averages.append(average)
-    assert_same(*averages, picture())
+    assert_one_graph(plain, fuse(copy.deepcopy(plain)), picture())
 
 
 def test_conversion_to_sync_batch_norm_keeps_the_activation_that_timm_keeps():

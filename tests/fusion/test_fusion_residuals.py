@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import assert_hook_sees_the_same, assert_same
+from agreement import assert_freezes, assert_hook_sees_the_same, assert_same
 from torch import nn
 
 from resnet_fused import freeze, models, use_backend
@@ -67,12 +67,9 @@ def test_a_pool_before_the_projection_belongs_to_the_block(name, backend):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_the_pool_is_kept_by_freeze(name, backend):
     pool, projection = POOLS[name]
-    model, x = PooledShortcut(pool(), projection).double().eval(), picture()
     with use_backend(backend):
-        frozen = freeze(model, x)
+        frozen = assert_freezes(PooledShortcut(pool(), projection).double(), picture())
     assert {row.op for row in frozen.plan.layers} <= {"conv_fprop", "conv_join"}
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 def test_a_pool_that_is_watched_is_called_as_in_the_plain_model():
@@ -254,10 +251,7 @@ def test_sums_of_units_on_the_fused_kernels(make):
 @pytest.mark.parametrize("make", [Linear, Gated, IntoTheOther, TwoChains])
 def test_freeze_folds_the_sum_with_the_convolution(make):
     torch.manual_seed(0)
-    model, x = make().double().eval(), picture()
-    frozen = freeze(model, x)
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(x), model(x), rtol=1e-10, atol=1e-10)
+    frozen = assert_freezes(make().double(), picture())
     folded = [row.fused for row in frozen.plan.layers if row.op == "conv_fprop"]
     assert len(folded) == 2 and sum("residual" in what for what in folded) == (make in (Linear, TwoChains))
 
@@ -296,9 +290,7 @@ def test_a_deep_stem_is_one_plan():
         with use_backend(backend):
             assert_same(copy.deepcopy(plain), fused, x)
         fused.load_state_dict(plain.state_dict())
-    frozen = freeze(plain.eval(), x)
-    with torch.no_grad():
-        torch.testing.assert_close(frozen(x), plain(x), rtol=1e-10, atol=1e-10)
+    frozen = assert_freezes(plain, x)
     assert not any(isinstance(module, nn.Conv2d) for module in frozen.modules())  # no weight is kept twice
 
 

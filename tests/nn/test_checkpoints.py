@@ -48,6 +48,7 @@ def test_strict_load_goes_both_ways(name):
     unchanged = {k: v.clone() for k, v in state.items()}
     assert not plain.load_state_dict(_saved(fused.state_dict(), weights_only=True), strict=True).missing_keys
     assert all(torch.equal(v, unchanged[k]) for k, v in plain.state_dict().items())
+    assert not fused.load_state_dict(OrderedDict(unchanged), assign=True).missing_keys
     broken = OrderedDict(list(state.items())[1:] + [("stranger", torch.zeros(1))])
     wrong = OrderedDict((k, v[:1] if v.dim() == 4 else v) for k, v in state.items())
     for bad in (broken, wrong):

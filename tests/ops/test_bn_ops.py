@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from contract import assert_no_worse
 from op_cases import (
+    BACKENDS,
     DEVICE,
     EPS,
     NHWC,
@@ -29,7 +30,9 @@ from op_cases import (
 )
 from tiers import larger
 
+from resnet_fused import ops
 from resnet_fused.ops import arithmetic
+from resnet_fused.ops.operands import Operands
 
 
 @backends
@@ -324,3 +327,17 @@ def test_bitwise_reproducible(backend, dtype, layout):
             )
     for name in runs[0]:
         assert all(torch.equal(runs[0][name], run[name]) for run in runs[1:]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@dtypes
+@layouts
+@pytest.mark.parametrize("size", [(2, 16, 5, 6), larger((3, 7, 3, 5)), larger((2, 1, 4, 4))])
+def test_the_gradients_of_two_batch_norms_in_one_pass_are_those_of_a_pass_for_each(size, layout, dtype, backend):
+    a = ops.OPS["bn_backward_apply_join"].case(Operands(torch.device(DEVICE), dtype, nhwc=layout is NHWC), size)
+    branch = (a.dy, a.x, a.mask, a.scale, a.scale, a.mean, a.invstd, a.sum_dz, a.sum_dz_xhat)
+    vectors = (a.shortcut_scale, a.shortcut_scale, a.shortcut_mean, a.shortcut_invstd)
+    projection = (a.dy, a.shortcut, a.mask, *vectors, a.sum_dz, a.sum_dz_shortcut)
+    together = OPS.bn_backward_apply_join(*a, backend=backend)
+    for got, args in zip(together, (branch, projection), strict=True):
+        assert torch.equal(got, OPS.bn_backward_apply(*args, a.count, True, False, backend=backend)[0])

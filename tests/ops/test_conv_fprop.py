@@ -1,4 +1,4 @@
-"""The Triton forward convolution and its epilogue against plain PyTorch and float64."""
+"""What the matrix of test_conv.py does not see of the forward convolutions: their epilogues, and rows of statistics."""
 
 from __future__ import annotations
 
@@ -6,241 +6,168 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from contract import assert_no_worse
 
 pytest.importorskip("triton")
 
-from conv_cases import (
-    ARCHITECTURES,
-    DEVICE,
-    NHWC,
-    SHAPES,
-    affine,
-    every_dtype,
-    every_shape,
-    exact_fp32,  # noqa: F401
-    filters,
-    geometry,
-    image,
-    output,
-    placed,
-    problem,
-    runs_kernels,
-)
+from conv_cases import FEW, NHWC, SHAPES, SMALL, check, every_dtype, launch, problem, runs_kernels, sample
+from op_cases import DEVICE, pixels, reference
 
-from resnet_fused.contract import in_double
-from resnet_fused.dispatch.conv import ConvConfig, conv_fprop_configurations, conv_fprop_heuristic, tf32_allowed
-from resnet_fused.kernels import conv_fprop, refuse
+from resnet_fused.kernels.merge_statistics import merge_statistics
+from resnet_fused.ops import OPS
 
-pytestmark = [runs_kernels, pytest.mark.usefixtures("exact_fp32")]
-
-# (scale, shift, residual, activation)
-EPILOGUES = {
-    "plain": (False, False, False, None),
-    "relu": (False, False, False, "relu"),
-    "scale shift relu": (True, True, False, "relu"),
-    "shift residual": (False, True, True, None),
-    "scale shift residual relu": (True, True, True, "relu"),
-    "scale shift residual silu": (True, True, True, "silu"),
-    "shift hardswish": (False, True, False, "hardswish"),
-}
-
-
-def _tensors(shape, dtype):
-    return image(shape, dtype), filters(shape, dtype), output(shape, dtype), *affine(shape.k)
-
-
-def _arguments(shape, x, weight, scale=None, shift=None, residual=None, act=None):
-    return (x, weight, scale, shift, residual, *geometry(shape), act)
-
-
-def _plain(x, weight, scale, shift, residual, stride, padding, dilation, groups, act):
-    """What a user writes: every op in the dtype of x."""
-    y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    if scale is not None:
-        y = y * scale.to(x.dtype).view(1, -1, 1, 1)
-    if shift is not None:
-        y = y + shift.to(x.dtype).view(1, -1, 1, 1)
-    if residual is not None:
-        y = y + residual
-    return y if act is None else getattr(F, act)(y)
-
-
-def _check(arguments, **options):
-    assert refuse("conv_fprop", *arguments) is None
-    x, y = arguments[0], conv_fprop(*arguments, **options)
-    assert y.is_contiguous(memory_format=NHWC) or x.shape[1] == 1
-    assert_no_worse(y, _plain, arguments, "y", addends=arguments[1][:1].numel())
-    return y
-
-
-@every_dtype
-@every_shape
-def test_every_shape(name, dtype):
-    shape = SHAPES[name]
-    x, weight, residual, scale, shift = _tensors(shape, dtype)
-    _check(_arguments(shape, x, weight, scale, shift, residual, act="relu"))
-
-
-@every_dtype
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_every_epilogue(epilogue, dtype):
-    shape = SHAPES["3x3 stride 2, odd image"]
-    x, weight, residual, scale, shift = _tensors(shape, dtype)
-    use_scale, use_shift, use_residual, act = EPILOGUES[epilogue]
-    vectors = (scale if use_scale else None, shift if use_shift else None)
-    _check(_arguments(shape, x, weight, *vectors, residual if use_residual else None, act))
+pytestmark = runs_kernels
 
 
 @every_dtype
 def test_scale_and_shift_of_the_datas_dtype(dtype):
-    shape = SHAPES["1x1"]
-    x, weight, _, scale, shift = _tensors(shape, dtype)
-    _check(_arguments(shape, x, weight, scale.to(dtype), shift.to(dtype), act="relu"))
-
-
-def _tiles():
-    seen = {}
-    for dtype in (torch.float32, torch.float16):
-        for config in conv_fprop_configurations(dtype, 90):
-            seen.setdefault((config.block_m, config.block_n, config.block_k, config.flat), config)
-    return list(seen.values())
-
-
-@pytest.mark.parametrize("config", _tiles(), ids=lambda c: f"{c.block_m}x{c.block_n}x{c.block_k}{' flat' * c.flat}")
-def test_every_tile(config: ConvConfig):
-    """The result does not depend on the tile, also where the reduction is not a multiple of it."""
-    channels = 7 if config.flat else config.block_k + 8
-    shape = problem(1, channels, 7, 6, 20, 3, 3, padding=(1, 1))
-    x, weight, residual, scale, shift = _tensors(shape, torch.float16)
-    _check(_arguments(shape, x, weight, scale, shift, residual, act="relu"), config=config)
+    args = sample("conv_fprop", SHAPES["1x1"], dtype, scaled=True)
+    check("conv_fprop", args._replace(scale=args.scale.to(dtype), shift=args.shift.to(dtype)))
 
 
 def test_a_weight_of_any_strides_and_an_offset_view_of_the_image():
-    shape = SHAPES["3x3"]
-    x, weight, *_ = _tensors(shape, torch.float16)
-    longer = torch.cat([x[:1], x]).contiguous(memory_format=NHWC)[1:]
-    expected = conv_fprop(*_arguments(shape, x, weight))
-    for other in (weight.contiguous(), weight.transpose(2, 3).contiguous().transpose(2, 3)):
-        assert torch.equal(conv_fprop(*_arguments(shape, longer, other)), expected)
+    args = sample("conv_fprop", SHAPES["3x3"], torch.float16)
+    expected = launch("conv_fprop", args)
+    longer = torch.cat([args.x[:1], args.x]).contiguous(memory_format=NHWC)[1:]
+    for other in (args.weight.contiguous(), args.weight.transpose(2, 3).contiguous().transpose(2, 3)):
+        assert torch.equal(launch("conv_fprop", args._replace(x=longer, weight=other)), expected)
 
 
 def test_the_residual_may_be_the_input():
-    shape = replace(SHAPES["3x3"], k=32)
-    x, weight, _, scale, shift = _tensors(shape, torch.bfloat16)
-    before = x.clone()
-    _check(_arguments(shape, x, weight, scale, shift, residual=x, act="relu"))
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("act", [None, "relu", "silu", "hardswish"])
-@pytest.mark.parametrize("name", ["3x3", "1x1 stride 2, odd image", "7x7 stem", "4 groups of 8"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(value, name, act):
-    """Neither padding, masked channels, other groups, nor an activation adds or swallows one."""
-    shape = SHAPES[name]
-    x, weight, residual, *_ = _tensors(shape, torch.float32)
-    x[0, shape.c - 1, 0, 0] = value
-    residual[0, 0, -1, -1] = value
-    y = conv_fprop(*_arguments(shape, x, weight, residual=residual, act=act))
-    truth = _plain(*in_double(_arguments(shape, x, weight, residual=residual, act=act)))
-    assert torch.equal(y.isnan(), truth.isnan())
-    assert torch.equal(y.isinf(), truth.isinf())
-    reached = int((~truth.isfinite()).sum())
-    assert reached < truth.numel()
-    assert reached > 0 or (act == "relu" and value == -float("inf"))  # the one that ReLU makes zero
+    args = sample("conv_fprop", replace(SHAPES["3x3"], k=32), torch.bfloat16, scaled=True)
+    before = args.x.clone()
+    check("conv_fprop", args._replace(residual=args.x))
+    assert torch.equal(args.x, before)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_an_fp16_result_that_overflows_is_inf_and_one_that_does_not_is_not():
     """The accumulator is fp32: only the rounded result can overflow."""
-    shape = problem(1, 64, 2, 2, 16, 1, 1)
-    x = torch.full((1, 64, 2, 2), 500.0, device=DEVICE, dtype=torch.float16).contiguous(memory_format=NHWC)
-    weight = torch.full((16, 64, 1, 1), 4.0, device=DEVICE, dtype=torch.float16)  # 128,000 before the scale
-    scale = torch.full((16,), 0.5, device=DEVICE)
-    assert torch.equal(
-        conv_fprop(*_arguments(shape, x, weight, scale)), torch.full((1, 16, 2, 2), 64000.0, device=DEVICE).half()
-    )
-    assert conv_fprop(*_arguments(shape, x, weight)).isposinf().all()
+    args = sample("conv_fprop", problem(1, 64, 2, 2, 16, 1, 1), torch.float16, scaled=True, act=None)
+    args.x.fill_(500.0)
+    args.weight.fill_(4.0)  # 128,000 before the scale
+    args.scale.fill_(0.5)
+    args.shift.zero_()
+    assert (launch("conv_fprop", args) == 64000.0).all()
+    assert launch("conv_fprop", args._replace(scale=None)).isposinf().all()
 
 
-def test_relu_of_zero_is_zero_and_the_result_repeats_bit_for_bit():
-    shape = SHAPES["3x3"]
-    x, weight, *_ = _tensors(shape, torch.float16)
-    arguments = _arguments(shape, torch.zeros_like(x), weight, act="relu")
-    assert torch.equal(conv_fprop(*arguments), torch.zeros(2, 24, 4, 5, dtype=torch.float16, device=DEVICE))
-    arguments = _arguments(shape, x, weight, act="relu")
-    assert torch.equal(conv_fprop(*arguments), conv_fprop(*arguments))
+@pytest.mark.parametrize("op", ["conv_fprop", "conv_fprop_stats"])
+def test_relu_of_zero_is_zero(op):
+    args = sample(op, SHAPES["3x3"], torch.float16, **({} if op == "conv_fprop" else {"prologue": True, "rows": 2}))
+    vectors = ("shift",) if op == "conv_fprop" else ("x_shift",)
+    zero = args._replace(x=torch.zeros_like(args.x), **{name: -getattr(args, name).abs() for name in vectors})
+    results = launch(op, zero)
+    assert not any(t.any() for t in ([results] if op == "conv_fprop" else results[:3]))
 
 
 def test_a_one_channel_image_gives_nhwc_whatever_its_strides_say():
     """With C = 1 the image is NCHW and NHWC at once."""
-    shape = SHAPES["one input channel"]
-    x, weight, *_ = _tensors(shape, torch.float32)
-    for one_x in (x.contiguous(), torch.empty_like(x, memory_format=NHWC).copy_(x)):
-        for one_weight in (weight.contiguous(), weight):
-            arguments = _arguments(shape, one_x, one_weight)
-            y = conv_fprop(*arguments)
-            assert y.is_contiguous(memory_format=NHWC)
-            torch.testing.assert_close(y, _plain(*arguments))
+    args = sample("conv_fprop", SHAPES["one input channel"])
+    for x in (args.x.contiguous(), torch.empty_like(args.x, memory_format=NHWC).copy_(args.x)):
+        for weight in (args.weight.contiguous(), args.weight):
+            check("conv_fprop", args._replace(x=x, weight=weight))
 
 
-X = torch.zeros(2, 8, 5, 5).contiguous(memory_format=NHWC)
-W = torch.zeros(6, 8, 3, 3)
+# The statistics
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"x": X.double()}, "float64"),
-        ({"x": X[0]}, "4-D"),
-        ({"x": X.contiguous()}, "NHWC"),
-        ({"x": X[:, :, ::2]}, "dense"),
-        ({"weight": W.half()}, "float16"),
-        ({"weight": W[0]}, "3-D"),
-        ({"weight": torch.zeros(6, 5, 3, 3)}, "do not fit 8 input channels"),
-        ({"groups": 4}, "groups=4"),
-        ({"weight": torch.zeros(6, 8, 16, 3)}, "15x15"),
-        ({"weight": torch.zeros(6, 8, 7, 3)}, "larger than the padded image"),
-        ({"residual": torch.zeros(2, 6, 5, 5).contiguous(memory_format=NHWC)}, "residual"),
-        ({"residual": torch.zeros(2, 6, 3, 3)}, "residual"),
-        ({"scale": torch.zeros(5)}, "scale"),
-        ({"shift": torch.zeros(12)[::2]}, "shift"),
-        ({"act": "gelu"}, "no activation 'gelu'; choose one of relu, silu, hardswish"),
-    ],
-)
-def test_refusals_name_the_value(changes, message):
-    arguments = {"x": X, "weight": W, "scale": None, "shift": None, "residual": None}
-    arguments |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "act": None}
-    on_device = {k: placed(v) for k, v in (arguments | changes).items()}
-    assert message in refuse("conv_fprop", *on_device.values())
+def _moments(values, row):
+    var, mean = torch.var_mean(values, 0, correction=0)
+    return {f"mean of row {row}": mean, f"m2 of row {row}": var * len(values)}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype, tf32", [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
-@pytest.mark.parametrize("prologue", [False, True])
-def test_the_heuristic_returns_only_listed_configurations(prologue, dtype, tf32, arch):
-    """What the compile gate compiles is what can be launched."""
-    listed = conv_fprop_configurations(dtype, arch, tf32, prologue=prologue)
-    problems = [*SHAPES.values()]
-    problems += [
-        problem(n, c, size, size, k, r, r, padding=(r // 2, r // 2))
-        for n in (1, 32, 256)
-        for c, size, k in ((3, 224, 64), (64, 56, 64), (64, 56, 256), (128, 28, 128), (512, 7, 2048), (2048, 7, 512))
-        for r in (1, 3)
-    ]
-    for each in problems:
-        assert conv_fprop_heuristic(each, dtype, arch, tf32, prologue=prologue) in listed
+def _check_rows(y, mean, m2, count, rows):
+    """The rows describe consecutive parts of the pixels of y."""
+    values = pixels(y)
+    assert mean.shape == m2.shape == (rows, y.shape[1]) and count.shape == (rows,)
+    assert (mean.dtype, m2.dtype, count.dtype) == (torch.float64, torch.float32, torch.float32)
+    assert int(count.sum()) == len(values)
+    for row, part in enumerate(values.split([int(n) for n in count])):
+        if len(part) == 0:
+            assert not mean[row].any() and not m2[row].any()
+            continue
+        single = part.detach().float()
+        terms = {f"mean of row {row}": single.double().abs().mean(0)}
+        results = {f"mean of row {row}": mean[row].float(), f"m2 of row {row}": m2[row]}
+        assert_no_worse(results, lambda v, row=row: _moments(v, row), (single,), terms=terms, addends=len(part))
 
 
-def test_the_heuristic_fills_the_gpu_before_it_widens_the_tile():
-    wide = conv_fprop_heuristic(problem(256, 64, 56, 56, 256, 1, 1), torch.float16, 90)
-    small = conv_fprop_heuristic(problem(1, 512, 7, 7, 512, 3, 3, padding=(1, 1)), torch.float16, 90)
-    assert wide.block_m * wide.block_n > small.block_m * small.block_n
+@every_dtype
+@pytest.mark.parametrize("name", FEW)
+def test_rows_describe_consecutive_parts(name, dtype):
+    _check_rows(*launch("conv_fprop_stats", sample("conv_fprop_stats", SHAPES[name], dtype, prologue=True, rows=3)), 3)
 
 
-def test_tf32_follows_pytorchs_switch():
-    for precision, allowed in (("tf32", True), ("ieee", False)):
-        torch.backends.cudnn.conv.fp32_precision = precision
-        assert tf32_allowed() is allowed
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 8, 9, 20])
+def test_any_number_of_rows(rows):
+    """Fewer rows than tiles (8 of 32 pixels), as many, and more."""
+    args = sample("conv_fprop_stats", problem(3, 16, 9, 9, 12, 1, 1), torch.bfloat16, rows=rows)
+    _check_rows(*check("conv_fprop_stats", args, config=SMALL), rows)
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+@every_dtype
+def test_statistics_where_the_mean_is_large_beside_the_deviations(dtype, rows):
+    """|mean| is some hundred times the deviation, and fp32 sums of squares would leave three digits of the variance."""
+    args = sample("conv_fprop_stats", problem(2, 16, 12, 11, 24, 1, 1), dtype, rows=rows)
+    spread = 3.0 if dtype == torch.float32 else 20.0  # 16 bits hold no smaller one beside 1,000
+    args.x.copy_(1000 + spread * torch.randn_like(args.x, dtype=torch.float32))
+    args.weight.zero_()
+    args.weight[torch.arange(24), torch.arange(24) % 16] = 1.0
+    y, mean, m2, count = launch("conv_fprop_stats", args, config=SMALL)
+    assert torch.equal(y[:, :16], args.x)
+    _, _, merged, invstd = reference.bn_finalize(mean, m2, count, None, None, None, None, 0.1, 0.0)
+    exact = pixels(y).double().var(0, correction=0)
+    torch.testing.assert_close(invstd.double() ** -2, exact, rtol=5e-7, atol=0)
+    torch.testing.assert_close(merged.double(), pixels(y).double().mean(0), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_another_formulation_answers_in_the_same_rows(rows):
+    """A configuration names its formulation; its boxes of pixels are another partition than the tiles."""
+    shape = problem(2, 16, 9, 9, 24, 3, 3, padding=(1, 1))
+    args = sample("conv_fprop_stats", shape, torch.float16, rows=rows)
+    config = replace(SMALL, kernel="tma_conv")
+    y, mean, m2, count = check("conv_fprop_stats", args, config=config)
+    plain = OPS["conv_fprop"].args(args.x, args.weight, None, None, None, *shape.geometry, act=None)
+    assert torch.equal(y, launch("conv_fprop", plain, config=config)) and mean.shape == (rows, 24)
+    _check_rows(y, *merge_statistics(mean, m2, count, 1), 1)
+    with pytest.raises(ValueError, match="tma_conv.*no prologue"):
+        launch("conv_fprop_stats", sample("conv_fprop_stats", shape, torch.float16, prologue=True), config=config)
+
+
+def test_merging_keeps_the_variance_between_the_tiles():
+    """All of the variance is between the tiles, and the means are large."""
+    mean = 5000 + torch.randn(37, 6, device=DEVICE, dtype=torch.float64)
+    m2, count = torch.zeros_like(mean, dtype=torch.float32), torch.arange(1.0, 38.0, device=DEVICE)
+    got = merge_statistics(mean, m2, count, 4)
+    assert got[2].tolist() == [float(part.sum()) for part in count.split(10)]
+    for row, (part, n) in enumerate(zip(mean.split(10), count.double().split(10), strict=True)):
+        average = (part * n[:, None]).sum(0) / n.sum()
+        torch.testing.assert_close(got[0][row], average, rtol=1e-10, atol=0)
+        exact = ((part - average).square() * n[:, None]).sum(0)
+        torch.testing.assert_close(got[1][row].double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("tile", [0, 2])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_an_infinite_mean_stays_one_whichever_tile_it_is_of(value, tile):
+    """As in `var_mean` of the pixels: the mean keeps it, the deviations from it are none, no other channel knows."""
+    mean, m2, count = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3), torch.full((4,), 5.0)
+    mean[tile, 1] = value
+    got, deviations, _ = merge_statistics(mean.to(DEVICE), m2.to(DEVICE), count.to(DEVICE), 1)
+    torch.testing.assert_close(got.cpu(), mean.mean(0, keepdim=True), equal_nan=True)
+    assert deviations[0].isnan().tolist() == [False, True, False]
+
+
+def test_the_prologue_is_what_bn_apply_would_have_written():
+    """Bit for bit the convolution of the stored activation, which also shows where the padding is zero."""
+    shape = SHAPES["3x3 stride 2, odd image"]
+    args = sample("conv_fprop_stats", shape, torch.float16, prologue=True)
+    args.x_shift.abs_().add_(1)  # relu(0 * scale + shift) is far from zero
+    norm = OPS["bn_apply"].args(args.x, args.x_scale, args.x_shift, None, None, None, True, False)
+    a = launch("bn_apply", norm).y
+    plain = OPS["conv_fprop"].args(a, args.weight, None, None, None, *shape.geometry, act=None)
+    assert torch.equal(launch("conv_fprop_stats", args).y, launch("conv_fprop", plain))

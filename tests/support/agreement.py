@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 
+from resnet_fused import freeze
 from resnet_fused.fusion import swap
 
 
@@ -50,6 +54,47 @@ def assert_same(plain: nn.Module, fused: nn.Module, *inputs: Any, tolerance: flo
             tolerance,
             "output in evaluation",
         )
+
+
+def assert_freezes(model: nn.Module, x: Tensor, ops: list[str] | None = None) -> nn.Module:
+    """The frozen model computes in float64 what the model does in evaluation, by these ops; returns it."""
+    model.eval()
+    frozen = freeze(model, x)
+    with torch.no_grad():
+        for expected, actual in zip(tensors(model(x)), tensors(frozen(x)), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    assert ops is None or [row.op for row in frozen.plan.layers] == ops
+    return frozen
+
+
+def assert_one_graph(plain: nn.Module, fused: nn.Module, x: Tensor) -> nn.Module:
+    """Compiled, the fused model is one graph that runs more than once and agrees; returns it."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(fused, backend=counter, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), plain(x), rtol=1e-9, atol=1e-9)
+    assert counter.frame_count == 1
+    return compiled
+
+
+def assert_same_under_autocast(plain: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Results in bf16 where those of the plain model are, and as large."""
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, actual = plain(x), fused(x)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def through_pickle(model: nn.Module, protocol: int = pickle.DEFAULT_PROTOCOL) -> nn.Module:
+    return pickle.loads(pickle.dumps(model, protocol))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def assert_same_words(plain: nn.Module, ours: nn.Module, wrong: Tensor) -> None:

@@ -1,32 +1,24 @@
-"""What the tests of the Triton convolutions share: problems, tensors, and the sums' contract."""
+"""What the tests of the Triton convolutions share: problems, sample arguments of an op's record, and its judge."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from contract import assert_no_worse
-from op_cases import pixels
+from op_cases import DEVICE, DTYPES, NHWC
 from torch import Tensor
 
-from resnet_fused import ops
-from resnet_fused.contract import in_double
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused import kernels, ops
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.ops import comparison
+from resnet_fused.ops.operands import Operands
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NHWC = torch.channels_last
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SMALL = ConvConfig(32, 16, 16, 4, 2)  # many tiles of a small image
 
 runs_kernels = pytest.mark.skipif(not ops.available("triton", DEVICE), reason=f"{ops.unavailable('triton', DEVICE)}")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-
-
-@pytest.fixture
-def exact_fp32():
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    yield
-    torch.backends.cudnn.conv.fp32_precision = before
 
 
 def problem(n, c, h, w, k, r, s, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1) -> ConvShape:
@@ -59,8 +51,7 @@ SHAPES = {
     "depthwise": problem(1, 6, 5, 5, 12, 3, 3, padding=(1, 1), groups=6),
     "empty batch": problem(0, 16, 5, 5, 16, 3, 3, padding=(1, 1)),
 }
-every_shape = pytest.mark.parametrize("name", SHAPES)
-# For a test of which another covers every shape: a pointwise and a spatial filter, edges, strides, groups, nothing.
+# For an op that is two others: a pointwise and a spatial filter, edges, strides, groups, nothing.
 FEW = (
     *("1x1 stride 2, odd image", "3x3 stride 2, odd image", "3x3 dilation 2", "channels divide no tile"),
     *("1x1 image under 3x3, stride 2", "rows that no tap reaches", "2 groups of 20", "empty batch"),
@@ -70,58 +61,38 @@ a_few_shapes = pytest.mark.parametrize(
 )
 
 
-def activation(n: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(n, channels, height, width).to(DEVICE, dtype).contiguous(memory_format=NHWC)
+def sample(op: str, shape: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """Sample arguments of an op's record, every third of its scales negative."""
+    args = ops.OPS[op].case(Operands(torch.device(DEVICE), dtype), shape, **options)
+    for name, value in args._asdict().items():
+        if "scale" in name and value is not None:
+            value[::3] *= -1
+    return args
 
 
-def image(shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    return activation(shape.n, shape.c, shape.h, shape.w, dtype)
+def launch(op: str, args: Any, **config: Any) -> Any:
+    """What the Triton launcher of an op gives, as its record's results."""
+    assert kernels.refuse(op, *args) is None
+    return ops.OPS[op].results(getattr(kernels, op)(*args, **config))
 
 
-def output(shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    return activation(shape.n, shape.k, shape.p, shape.q, dtype)
+def check(op: str, args: Any, **config: Any) -> Any:
+    """The results of the Triton launcher, within the contract and in NHWC order."""
+    record, actual = ops.OPS[op], launch(op, args, **config)
+    plain, truth = record.reference(args), record.reference(comparison.double(args))
+    assert [reason for one in record.compare(args, actual, plain, truth) if (reason := one.breach())] == []
+    for ours, right in zip(tensors(actual), tensors(plain), strict=True):
+        assert ours.dtype == right.dtype and ours.shape == right.shape
+        assert ours.dim() != 4 or ours.is_contiguous(memory_format=NHWC)
+    return actual
 
 
-def batch_norm_behind(shape: ConvShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dy_x and dy_coefficients: the prologue of a gradient whose convolution a batch norm follows."""
-    return output(shape, dtype), torch.randn(3, shape.k, device=DEVICE)
-
-
-def filters(shape: ConvShape, dtype: torch.dtype) -> Tensor:
-    """A weight under which the magnitudes stay."""
-    fan_in = max(1, shape.c // shape.groups * shape.r * shape.s)
-    weight = torch.randn(shape.k, shape.c // shape.groups, shape.r, shape.s) / fan_in**0.5
-    return weight.to(DEVICE, dtype).contiguous(memory_format=NHWC)
-
-
-def affine(channels: int) -> tuple[Tensor, Tensor]:
-    """Scale, some of it negative, and shift."""
-    scale, shift = torch.rand(channels) + 0.5, torch.randn(channels)
-    scale[::3] *= -1
-    return scale.to(DEVICE), shift.to(DEVICE)
-
-
-def geometry(shape: ConvShape) -> tuple[list[int], list[int], list[int], int]:
-    return list(shape.stride), list(shape.padding), list(shape.dilation), shape.groups
-
-
-def assert_sums(found, dz, factors):
-    """The sums over all pixels: of dz, and of dz * (z - mean) * invstd for each of `factors`, by channel."""
-
-    def addends(dz, factors):
-        dz = pixels(dz).to(torch.promote_types(dz.dtype, torch.float32))
-        products = (dz * ((pixels(z).to(dz.dtype) - mean) * invstd) for z, mean, invstd in factors.values())
-        return dict(zip(found, (dz, *products), strict=True))
-
-    def sums(dz, factors):
-        return {name: v.sum(0) for name, v in addends(dz, factors).items()}
-
-    terms = {name: v.abs().sum(0) for name, v in addends(*in_double((dz, factors))).items()}
-    assert_no_worse(found, sums, (dz, factors), terms=terms)
+def tensors(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def placed(value):
     """A tensor on DEVICE with the strides it has, which `Tensor.to` gives up where they leave gaps."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.device.type == DEVICE:
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE).copy_(value)

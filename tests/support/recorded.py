@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from resnet_fused.bench.correctness import Errors
 from resnet_fused.bench.results import CaseReport, Report, Result
@@ -40,3 +42,10 @@ def usual(factor: float = 1.0, **facts: Any) -> Report:
     base, fused = [10 * factor, 10.2 * factor, 9.9 * factor], [8 * factor, 8.1 * factor, 7.9 * factor]
     both = (result(BASELINE, *base), result("fused", *fused))
     return report(case(*both), case(*both, result("broken"), mode="train"), **facts)
+
+
+def rendered(render, *args, width=120):
+    """What a function prints to the console that is its last argument."""
+    console = Console(width=width, record=True, file=io.StringIO())
+    render(*args, console)
+    return console.export_text()

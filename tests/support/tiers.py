@@ -1,8 +1,8 @@
 """How much of the suite runs: `--tier=check`, `test` or `all`, each a sample of the next. No list is kept by hand.
 
 `all` runs every case of every test. `test` keeps of each parametrised test a few cases in which every value of every
-parameter occurs, and every backend with every dtype; it leaves out what is marked `larger`: the same facts on larger
-samples. `check` keeps, of the tests of CHECK alone, cases with every backend and every dtype.
+parameter occurs, and every op and backend with every dtype; it leaves out what is marked `larger`: the same facts on
+larger samples. `check` keeps, of the tests of CHECK alone, cases with every op, every backend and every dtype.
 """
 
 from __future__ import annotations
@@ -13,20 +13,10 @@ from collections.abc import Hashable, Sequence
 import pytest
 
 TIERS = ("check", "test", "all")
-# One test of each op, a block, a network fused, a network frozen, what they refuse, the judge and the installation.
+# The records of all ops, a block, a network fused, a network frozen, what they refuse, the judge and the installation.
 CHECK = (
-    "ops/test_bn_backward_finalize.py::test_coefficients",
     "ops/test_bn_ops.py::test_training_matches_plain_pytorch",
-    "ops/test_conv_backward.py::test_every_prologue",
-    "ops/test_conv_chain.py::test_every_chain",
-    "ops/test_conv_dgrad.py::test_every_prologue_and_epilogue",
-    "ops/test_conv_dgrad_join.py::test_every_prologue_and_epilogue",
-    "ops/test_conv_fprop.py::test_every_epilogue",
-    "ops/test_conv_fprop_stats.py::test_every_shape",
-    "ops/test_conv_join.py::test_every_join",
-    "ops/test_conv_wgrad.py::test_every_shape",
-    "ops/test_ops.py::test_add_act",
-    "ops/test_ops.py::test_reduce_rows",
+    "ops/test_records.py::test_a_variant_is_within_the_contract",
     "ops/test_stem_ops.py::test_stem_matches_plain_pytorch",
     "functional/test_block.py::test_a_training_step",
     "ops/test_contract.py",
@@ -34,7 +24,7 @@ CHECK = (
     "fusion/test_fusion.py",
     "nn/test_nn.py",
 )
-SHARED = ("backend", "dtype")  # the parameters whose values meet everywhere
+SHARED = ("op", "backend", "dtype")  # the parameters whose values meet everywhere
 
 Value = tuple[str, type, Hashable]  # one value of one parameter
 

@@ -1,5 +1,6 @@
 """The command line: a whole tiny bench, and bad input that ends in one line and exit code 2."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from tiers import larger
 import resnet_fused
 from resnet_fused import cli
 from resnet_fused.bench.contestants import CONTESTANTS
+from resnet_fused.measure import models
 
 TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu", "--rounds", "2"]
 
@@ -74,24 +76,40 @@ BAD = {
     "json is a folder": (["--json", "."], "folder"),
     "json nowhere": (["--json", "/proc/nowhere/x.json"], "/proc"),
     "option": (["--speed", "max"], "--speed"),
+    "seed": (["--seed", str(2**80)], "an integer of 64 bits"),
+    "chart is a folder": (["--chart", "."], "--chart .: this is a folder"),
+    "chart needs a package": (["--chart", "c.png"], "--chart needs matplotlib"),
+    "loader needs a package": (["--mode", "train", "--loader", "absent"], "--loader needs PIL"),
 }
+CASES = [
+    pytest.param(*bad, kind, marks=[pytest.mark.larger] * bool(kind), id=" ".join([name, *kind]))
+    for name, bad in BAD.items()
+    for kind in ((), ("--profile",), ("--check",))
+    if not kind or name != "folder"  # of pictures, which the race alone reads
+]
 
 
-@pytest.mark.parametrize(("arguments", "hint"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("arguments", "hint", "kind"), CASES)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, kind, tmp_path, capsys, monkeypatch):
+    """Before anything is built or written."""
     if arguments == ["--model", "timm:resnet51"]:
         pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "create", lambda *_: pytest.fail("built"))
+    if "needs" in hint:
+        package, real = hint.split()[-1], importlib.util.find_spec
+        hidden = lambda name, *rest: None if name == package else real(name, *rest)  # noqa: E731
+        monkeypatch.setattr("importlib.util.find_spec", hidden)
     files = [] if "--json" in arguments else ["--json", "out/b.json", "--chart", "out/b.png"]
     try:
-        code = cli.main([*TINY, *files, *arguments])
+        code = cli.main([*TINY, *kind, *files, *arguments])
     except SystemExit as stop:  # argparse's own errors
         code = stop.code
     captured = capsys.readouterr()
     assert code == 2
     lines = [line for line in captured.err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("resnet-fused") and "error: " in lines[0], captured.err
-    assert hint in lines[0] and arguments[1].removeprefix("timm:") in lines[0]
+    assert hint in lines[0] and ("needs" in hint or arguments[1].removeprefix("timm:") in lines[0])
     assert captured.out == "" and list(tmp_path.iterdir()) == []
 
 

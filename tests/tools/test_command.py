@@ -69,11 +69,23 @@ def test_a_choice_that_is_none_names_the_choices_or_those_close_to_it(value, cou
         _command.choose(value, (f"resnet{i}" for i in range(count)), "model")
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1,8", "1.5", "many", ""])
-def test_one_integer_is_one(text):
-    assert _command.positive_integer("8", "--batch") == 8
+def test_a_list_of_choices_keeps_its_order_and_each_once():
+    assert _command.choose_many("bf16, fp32,bf16", ("fp32", "bf16", "fp16"), "dtype") == ("bf16", "fp32")
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1,x", "1.5", "many", "", ","])
+def test_one_integer_is_one_and_a_list_holds_nothing_else(text):
+    assert _command.positive_integer("8", "--batch") == 8 and _command.positive_integers("1,8", "--batch") == (1, 8)
     with pytest.raises(_command.UsageError, match=f"--batch '{text}' is not an integer > 0"):
         _command.positive_integer(text, "--batch")
+    with pytest.raises(_command.UsageError):
+        _command.positive_integers(text, "--batch")
+
+
+@pytest.mark.parametrize("text", ["tpu", "cuda:x", "cpu:0", "cuda:", "cuda:99"])
+def test_devices_that_are_not_here(text):
+    with pytest.raises(_command.UsageError, match=text):
+        _command.resolve_device(text)
 
 
 def test_an_error_of_another_library_is_one_line_and_never_nothing():
@@ -84,10 +96,11 @@ def test_an_error_of_another_library_is_one_line_and_never_nothing():
 
 
 def test_importing_is_silent_and_the_package_runs_as_a_module(tmp_path):
-    """No triton, no compiler, no GPU context, nothing printed: only torch is imported."""
+    """No triton, no compiler, nothing printed: only torch is imported."""
     root = Path(_command.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    code = "import resnet_fused, sys; sys.exit('triton' in sys.modules or 'torch._dynamo' in sys.modules)"
+    heavy = {"torch._dynamo", "triton", "torchvision", "rich", "matplotlib"}
+    code = f"import resnet_fused, sys; sys.exit(bool({heavy} & set(sys.modules)))"
     for arguments in (["-c", code], ["-m", "resnet_fused", "info"]):
         done = subprocess.run(
             [sys.executable, "-W", "error", *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True

@@ -8,11 +8,13 @@ from conv_cases import problem
 from op_cases import reference
 
 from resnet_fused import ops
-from resnet_fused.dispatch.table import Problem
+from resnet_fused.dispatch.table import Choice, Problem
+from resnet_fused.measure import memory, network
 from resnet_fused.ops import arithmetic
 from resnet_fused.ops.operands import Operands
+from resnet_fused.tuning import checks
 from resnet_fused.tuning.checks import comparisons
-from resnet_fused.tuning.problems import Job, arguments
+from resnet_fused.tuning.problems import Job, arguments, jobs
 from resnet_fused.tuning.verify import verify
 
 CPU = torch.device("cpu")
@@ -70,3 +72,18 @@ def test_verify_finds_the_same_side_by_side():
     )
     assert alone.passed and len(alone.checks) > 5
     assert together.checks == alone.checks
+
+
+def test_a_check_that_does_not_fit_is_its_reason(monkeypatch):
+    (job, *_) = jobs(network.tiny_network(), ["infer"], 2, torch.float32, 80, False)
+    choice = Choice("reference")
+    assert checks.check(job, job.problem.op, choice, CPU) is None
+    monkeypatch.setattr(memory, "available", lambda: 1000)
+    assert "MemoryError: needs about" in checks.check(job, job.problem.op, choice, CPU)
+
+    def full(self, *shape):
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "available", lambda: None)
+    monkeypatch.setattr(Operands, "activation", full)
+    assert checks.check(job, job.problem.op, choice, CPU) == "MemoryError"

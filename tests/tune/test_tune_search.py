@@ -3,121 +3,29 @@
 import dataclasses
 import json
 import multiprocessing
-import os
-import random
-import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 import tune_doubles
 from tiers import larger
+from tune_doubles import ARCH, CPU, DTYPE
 
 from resnet_fused._command import UsageError
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.choice import ATEN, BLOCK
 from resnet_fused.dispatch.table import Choice
-from resnet_fused.measure.network import networks
-from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.workers import WorkerCrashed
 from resnet_fused.tuning import candidates as listing
 from resnet_fused.tuning import search as tune_search
 from resnet_fused.tuning.device_worker import ProcessWorker
-from resnet_fused.tuning.precompile import Precompiler
-from resnet_fused.tuning.problems import blocks, check_images, jobs, parts
+from resnet_fused.tuning.problems import check_images, parts
 from resnet_fused.tuning.report import predict, summarise
-from resnet_fused.tuning.search import SAME, Search
 from resnet_fused.tuning.work import Roofs, work
 
-CPU, GPU, ARCH, DTYPE, N = torch.device("cpu"), "NVIDIA H100 80GB HBM3", 90, torch.bfloat16, 256
-FACTS = dict.fromkeys(SAME, "1")
-CHECK_S, PREPARE_S, RACE_S = 0.05, 0.02, 0.2  # what they take here
-
-
-class Clock:
-    """Time passes when the bench says so."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        return self.now
-
-
-class Bench:
-    """Answers with made-up times, the same for the same candidate."""
-
-    def __init__(self, clock, path, wrong=(), seed=0, slow=1.0):
-        self.clock, self.path, self.wrong, self.seed, self.slow = clock, path, set(wrong), seed, slow
-        self.checked, self.raced, self.prepared = Counter(), [], {}
-
-    def start(self):
-        pass
-
-    def check(self, job, choice, table, first):
-        self.clock.now += CHECK_S
-        self.checked[(job.problem, choice)] += 1
-        if sum(self.checked.values()) % 200 == 150:  # whenever anybody looks, it is a table
-            tables.from_json(json.loads(self.path.read_text()))
-        if (job.problem.op, str(choice)) in self.wrong or (job.problem.op, choice.backend) in self.wrong:
-            return {job.problem.op: "y errs by 1"}
-        return {job.problem.op: None}
-
-    def roofs(self, dtype):
-        return Roofs(1e12, 1e14)
-
-    def prepare(self, job, choice, table):
-        self.clock.now += PREPARE_S
-        self.prepared[choice] = job.problem
-        return None
-
-    def race(self, budget_s):
-        self.clock.now += min(budget_s, RACE_S)
-        self.raced.append((next(iter(self.prepared.values())), list(self.prepared)))
-        times = {str(choice): self.time(problem, choice) for choice, problem in self.prepared.items()}
-        self.prepared = {}
-        return times
-
-    def time(self, problem, choice):
-        chance = random.Random(f"{self.seed} {problem} {choice}")
-        return (0.5 + chance.random()) * (1.0 if choice == ATEN else self.slow)
-
-    def close(self):
-        pass
-
-
-@pytest.fixture(scope="module")
-def resnet50():
-    """The network, its problems and its blocks."""
-    (network,) = networks(["resnet50"], 224)
-    found = jobs(network, ("infer", "train"), N, DTYPE, ARCH, False, alternatives=True)
-    found = [
-        job for job in found if job.problem.shape not in [(N, 64, 112, 112)] or job.problem.op == "bn_act_max_pool"
-    ]
-    return network, found, blocks(network, N, DTYPE, False)
-
-
-@pytest.fixture
-def search(resnet50, tmp_path, monkeypatch):
-    """Makes a search over ResNet-50, on a GPU that is only a name."""
-    monkeypatch.setattr(listing, "backends", lambda device: ["triton", "cuda"])
-    clock = Clock()
-    monkeypatch.setattr(tune_search, "time", clock)
-    network, found, whole = resnet50
-    path = tmp_path / "t.json"
-
-    def make(again=False, bench=None, **options):
-        bench = bench or Bench(clock, path, **options)
-        made = Search(CPU, ARCH, GPU, FACTS, path, again, False, bench, Precompiler(ARCH, 0), Silent())
-        return made, bench
-
-    make.clock, make.path, make.network, make.jobs, make.blocks = clock, path, network, found, whole
-    return make
+N = 256
 
 
 def test_first_what_runs_without_a_table_then_blocks_then_the_rest_then_blocks_again(search):
@@ -346,70 +254,6 @@ def test_questions_are_answered_within_their_limits(tmp_path, monkeypatch):
     bench.close()
 
 
-# ---- compilation -----------------------------------------------------------------------------------------------------
-
-COMPILES = """
-import dataclasses, os, torch
-from pathlib import Path
-from dry_device import dry_device
-from resnet_fused.tuning import precompile as compile_ahead
-from resnet_fused.tuning import calls
-from resnet_fused.tuning import candidates as listing
-from resnet_fused.measure.network import networks
-from resnet_fused.tuning.problems import Operands, check_images, jobs
-from resnet_fused.dispatch.table import Choice
-
-listing.backends = lambda device: ["triton"]
-cpu, (network,) = torch.device("cpu"), networks(["resnet18"], 64)
-found = jobs(network, ("infer", "train"), 16, torch.bfloat16, 90, False, alternatives=True)
-def pick(op, kernel):
-    every = ((job, choice) for job in found if job.problem.op == op for choice in listing.candidates(job, cpu, 90))
-    return next(one for one in every if one[1].config and one[1].config.kernel == kernel)
-picked = [pick("conv_fprop", "wgmma_conv"), pick("conv_wgrad", "pointer"), pick("conv_dgrad", "pointer")]
-cache = Path(os.environ["TRITON_CACHE_DIR"])
-def binaries():
-    return {path.parent.name for path in cache.rglob("*.cubin")}
-
-compile_ahead.as_if_on(90)
-for job, choice in picked:
-    assert compile_ahead.compile_candidate(job, choice, 90) is None
-job, choice = picked[2]
-sizes = dict(block_m=256, block_n=256, block_k=128, num_stages=6, num_warps=8)
-huge = Choice("triton", dataclasses.replace(choice.config, **sizes))
-odd = Choice("triton", dataclasses.replace(choice.config, block_m=48))
-assert "shared memory" in compile_ahead.compile_candidate(job, huge, 90)
-assert "does not compile" in compile_ahead.compile_candidate(job, odd, 90)
-
-before = binaries()
-with dry_device(90) as driver:
-    for job, choice in picked:
-        for problem in (job.problem, job.problem.with_batch(check_images(job.problem, 4, choice, 90))):
-            one = dataclasses.replace(job, problem=problem)
-            operands = calls.operands_of(one, Operands(cpu, torch.bfloat16, guarded=False))
-            calls.make_benchmark_fn(one, choice, operands)()
-    assert driver.dry_launches() >= 6, driver.dry_launches()
-assert len(before) > 3 and binaries() == before, binaries() - before
-print("all right")
-"""
-
-
-@pytest.mark.larger
-@pytest.mark.skipif(shutil.which("gcc") is None, reason="the stand-in for the driver is built with gcc")
-def test_what_is_compiled_ahead_is_what_a_launch_finds(tmp_path):
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[2]
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment = {
-        **inherited,
-        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(root / "tests" / "support"), str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILES], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.stdout.strip().endswith("all right"), done.stdout + done.stderr
-
-
 def test_few_images_launch_the_kernel_of_many(search):
     for job in search.jobs:
         images, shape = check_images(job.problem, 4, Choice("aten"), ARCH), job.problem.shape
@@ -431,31 +275,6 @@ def test_a_persistent_kernel_is_checked_where_its_ring_of_buffers_wraps(search):
                 assert tiles >= 3 * 132 or images == N, (job.problem, choice)
                 seen.add((config.kernel, images == N))
     assert len(seen) >= 4, seen
-
-
-def test_compiling_ahead_dedupes_waits_and_gives_up(monkeypatch):
-    from concurrent.futures import Future
-
-    class Pool:
-        submitted = []
-
-        def submit(self, function, *arguments):
-            self.submitted.append((arguments, Future()))
-            return self.submitted[-1][1]
-
-    ahead = Precompiler(ARCH, 0)
-    ahead._pool = Pool()
-    (network,) = networks(["resnet50"], 224)
-    some = [job for job in jobs(network, ("train",), N, DTYPE, ARCH, False) if job.problem.op == "conv_wgrad"][3]
-    config = listing.configurations(some.problem, ARCH)[0]
-    one, more = Choice("triton", config), Choice("triton", dataclasses.replace(config, splits=config.splits * 2))
-    for choice in (one, more, ATEN, Choice("cuda")):
-        ahead.submit(some, choice)
-    assert len(Pool.submitted) == 1  # the number of splits is no other kernel
-    assert not ahead.ready(some, [one]) and ahead.ready(some, [ATEN]) and ahead.failure(some, one) is None
-    ahead.wait(some, [one], 0.01)
-    Pool.submitted[0][1].set_result("does not compile: too large")
-    assert ahead.ready(some, [one, more]) and "too large" in ahead.failure(some, more)
 
 
 def test_a_candidate_that_does_not_compile_is_not_checked(search, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resnet_fused.dispatch import Problem
+from resnet_fused.dispatch import Problem, formulation
 from resnet_fused.dispatch.conv import (
     MAX_REGISTERS,
     ConvConfig,
@@ -20,6 +20,8 @@ from resnet_fused.dispatch.conv import (
 from resnet_fused.ops.activations import ACTIVATIONS
 from resnet_fused.tuning.candidates import configurations
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
+
+STATISTICS, DGRAD, _ = formulation.OPS
 
 
 def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
@@ -48,7 +50,7 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
     yield "tf32 depthwise ones", Expect(matrix=True), _depthwise
     # One image of one pixel, one unit of channels: arguments that triton turns into constants.
     one: tuple[tuple[str, dict[str, Any]], ...]
-    one = (("conv_fprop_stats", {"rows": 1}), ("conv_dgrad", {"epilogue": "batch norm"}))
+    one = ((STATISTICS, {"rows": 1}), (DGRAD, {"epilogue": "batch norm"}))
     for name, options in one:
         args = sample(name, torch.bfloat16, ConvShape(1, 8, 1, 1, 8, 3, 3, padding=(1, 1)), prologue=True, **options)
         yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(op, name, *args)
@@ -73,16 +75,16 @@ def candidate_cases(arch: int, quick: bool) -> Iterator[Case]:
     for filter_size, channels in ((3, 64), (3, 256), (1, 256)):
         for prologue in (False, True):
             flags = ("prologue",) if prologue else ()
-            for name in ("conv_fprop", "conv_fprop_stats", "conv_dgrad")[prologue:]:
+            for name in ("conv_fprop", STATISTICS, DGRAD)[prologue:]:
                 shape = _shape(256, channels, 256, filter_size, 1)
-                if name == "conv_dgrad":
+                if name == DGRAD:
                     shape = _shape(256, 256, channels, filter_size, 1)
                 for config in configurations(Problem(name, shape, dtype, False, flags), arch):
                     if config.kernel != "pointer":  # of which `experimental_cases` has all
                         continue
                     if name == "conv_fprop":
                         yield _conv(dtype, False, config, channels, filter_size, 1, "relu")
-                    elif name == "conv_fprop_stats":
+                    elif name == STATISTICS:
                         yield _statistics(dtype, False, config, prologue, channels, filter_size, 1)
                     else:
                         for epilogue in ("batch norm, activation", "join"):
@@ -149,7 +151,7 @@ def _statistics(
     """A convolution of [batch, channels, 56, 56] to 256 channels, with a row of statistics for every tile."""
     shape = _shape(batch, channels, 256, filter_size, stride)
     tiles = -(-batch * shape.p * shape.q // config.block_m)
-    args = (*sample("conv_fprop_stats", dtype, shape, prologue=prologue, rows=tiles), config)
+    args = (*sample(STATISTICS, dtype, shape, prologue=prologue, rows=tiles), config)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
@@ -157,7 +159,7 @@ def _statistics(
         wide_stores=True,
         index64=math.prod(shape.output) > 2**31,
     )
-    return _case("conv_fprop_stats", args, expect, dtype, tf32, config, channels, filter_size, stride, prologue, "")
+    return _case(STATISTICS, args, expect, dtype, tf32, config, channels, filter_size, stride, prologue, "")
 
 
 def _dgrad(
@@ -172,7 +174,7 @@ def _dgrad(
     batch: int = 64,
 ) -> Case:
     """The gradient of [batch, 256, 56, 56] from `outputs` channels."""
-    shape, name = _shape(batch, 256, outputs, filter_size, stride), "conv_dgrad"
+    shape, name = _shape(batch, 256, outputs, filter_size, stride), DGRAD
     options: dict[str, Any] = {"epilogue": epilogue}
     if "join" in epilogue:
         name, options = "conv_dgrad_join", {"epilogue": "masked residual", "projection": "projection" in epilogue}

@@ -12,7 +12,7 @@ from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.measure.network import networks
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.launches import configured_for
-from resnet_fused.tuning.problems import FAMILIES, Job, also, arguments, jobs
+from resnet_fused.tuning.problems import Job, also, arguments, family, jobs
 from tools.compile_gate.expect import TYPES, Case, Expect, op
 
 BATCHES = (1, 32, 256)
@@ -46,7 +46,7 @@ def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
         return
     assert not isinstance(problem.shape, BlockShape)
     label = f"{TYPES[dtype]} {'x'.join(map(str, problem.shape))}"
-    for name in (*FAMILIES[problem.op], *also(job)):
+    for name in (*family(problem), *also(job)):
         yield label, Expect(), functools.partial(_launch, arch, name, arguments(job, make, name))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import dispatch, ops
-from resnet_fused.dispatch import Fusion
+from resnet_fused.dispatch import Fusion, formulation
 from resnet_fused.dispatch.conv import ConvShape, training_refusal, uses_tf32
 from resnet_fused.dispatch.device import arch
 from resnet_fused.functional.common import (
@@ -282,4 +282,4 @@ def _conv_backends(
         return "aten", "aten", "aten"
     if forced is not None:
         return forced, forced, forced
-    return tuple(dispatch.default_backend(op, device.type) for op in ("conv_fprop_stats", "conv_dgrad", "conv_wgrad"))  # type: ignore[return-value]
+    return tuple(dispatch.default_backend(op, device.type) for op in formulation.OPS)  # type: ignore[return-value]
