@@ -1,4 +1,4 @@
-"""Packaging beyond pyproject.toml: compiles csrc/ as RESNET_FUSED_BUILD=auto|cuda|none|host says (csrc/build.py)."""
+"""Packaging beyond pyproject.toml: compiles csrc/ as RESNET_FUSED_BUILD says (csrc/build.py)."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def files(kind: str) -> list[str]:
     return [f"_C_{kind}.json"] if kind == "none" else [f"_C_{kind}.json", f"_C_{kind}.so"]
 
 
-def choose() -> build.Target:  # type: ignore[name-defined]
+def choose() -> list[build.Target]:  # type: ignore[name-defined]
     try:
-        return build.choose()
+        return build.choose_all()
     except build.Unusable as problem:
         raise SystemExit(f"resnet_fused: {problem}") from None
 
@@ -45,13 +45,16 @@ class BuildLibrary(build_ext):
     """
 
     def run(self) -> None:
-        target = choose()
         inplace = self.inplace or self.editable_mode
         package = (ROOT if inplace else Path(self.build_lib)) / "resnet_fused"
         package.mkdir(parents=True, exist_ok=True)
-        print("\n".join(filter(None, (str(target), target.advice))), file=sys.stderr, flush=True)
         for left in () if inplace else package.glob("_C_*"):
             left.unlink()
+        for target in choose():
+            self.build_one(target, package)
+
+    def build_one(self, target: build.Target, package: Path) -> None:  # type: ignore[name-defined]
+        print("\n".join(filter(None, (str(target), target.advice))), file=sys.stderr, flush=True)
         record, *library = files(target.kind)
         for name in library:
             work = ROOT / "build" / f"resnet_fused-{target.kind}"
@@ -66,7 +69,7 @@ class BuildLibrary(build_ext):
         (package / record).write_text(target.describe())
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "resnet_fused" / name) for name in files(choose().kind)]
+        return [str(Path(self.build_lib) / "resnet_fused" / name) for target in choose() for name in files(target.kind)]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -77,7 +80,7 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         _, _, platform = super().get_tag()
-        return "py3", "none", "any" if choose().kind == "none" else platform
+        return "py3", "none", "any" if choose()[0].kind == "none" else platform
 
 
 class BinaryDistribution(Distribution):

@@ -6,10 +6,12 @@ links against the unstable ABI, wants a GPU or an architecture list, and compile
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -22,10 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent
-KINDS = ("auto", "cuda", "none", "host")
+KINDS = ("auto", "cuda", "cpu", "none", "host")
 DEFAULT_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-# The stable ABI of torch 2.10: one binary for every torch from there on.
-COMMON_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000")
+# The stable ABI of torch 2.11: one binary for every torch from there on.
+COMMON_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+# Of the kernels for CPUs: the instructions that a file may use. What this CPU has is asked for when it runs.
+AVX512_FLAGS = tuple(f"-m{name}" for name in "avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16 prfchw".split())
+AMX_FLAGS = (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
+INSTRUCTIONS = {"avx512": AVX512_FLAGS, "max_pool": AVX512_FLAGS, "quantise": AVX512_FLAGS, "amx": AMX_FLAGS}
+# GCC's own headers of these instructions warn of the registers that they leave undefined on purpose.
+CPU_FLAGS = ("-O3", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 HOST_FLAGS = (
     "-DRESNET_FUSED_HOST",
     "-O2",
@@ -66,7 +74,7 @@ class Toolkit:
 
 @dataclass(frozen=True)
 class Target:
-    """What to build, and why: `kind` is "cuda", "host" or "none"."""
+    """What to build, and why: `kind` is "cuda", "cpu", "host" or "none"."""
 
     kind: str
     reason: str
@@ -79,7 +87,7 @@ class Target:
     @property
     def advice(self) -> str:
         """How long it takes, and how not to wait; empty where nothing is compiled."""
-        if self.kind == "none":
+        if self.kind in ("none", "cpu"):
             return ""
         cores = os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0))
         if self.kind == "host":
@@ -227,6 +235,8 @@ def choose() -> Target:
         raise Unusable(f"RESNET_FUSED_BUILD={asked!r} is unknown; choose one of {', '.join(KINDS)}")
     if asked == "none":
         return Target("none", "RESNET_FUSED_BUILD=none: Triton and PyTorch only")
+    if asked == "cpu":
+        return choose_cpu()
     if asked == "host":
         find_torch()
         find_tools()
@@ -237,10 +247,38 @@ def choose() -> Target:
     except Unusable as problem:
         if asked == "cuda":
             raise Unusable(f"a CUDA build was asked for, but {problem}") from None
-        return Target("none", f"{problem}; Triton and PyTorch only")
+        try:
+            return dataclasses.replace(choose_cpu(), reason=f"{problem}; the kernels for CPUs, and Triton")
+        except Unusable as no_cpu:
+            return Target("none", f"{problem}; {no_cpu}; Triton and PyTorch only")
     architectures = choose_architectures(toolkit)
     where = f"nvcc {toolkit.version} in {toolkit.home} for {', '.join(architectures)}"
     return Target("cuda", where, toolkit, architectures)
+
+
+def choose_cpu() -> Target:
+    """The library of kernels for this CPU's tensors. Raises Unusable where it cannot be compiled."""
+    machine = f"{sys.platform} {platform.machine()}"
+    if machine != "linux x86_64":
+        raise Unusable(f"the kernels for CPUs are written for linux x86_64, this is {machine}")
+    find_torch()
+    compiler, _ = find_tools()
+    command = [compiler, *AMX_FLAGS, "-x", "c++", "-E", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        raise Unusable(f"{compiler} does not know AVX-512 and AMX: GCC 12 or newer does")
+    return Target("cpu", "convolutions of frozen networks, for CPUs with AVX-512")
+
+
+def choose_all() -> list[Target]:
+    """What is asked for, and beside it the kernels for CPUs wherever anything is compiled and they can be."""
+    target = choose()
+    if target.kind in ("none", "cpu"):
+        return [target]
+    try:
+        return [target, choose_cpu()]
+    except Unusable as problem:
+        print(f"resnet_fused: {problem}", file=sys.stderr)
+        return [target]
 
 
 def _commands(target: Target, extra_flags: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
@@ -249,6 +287,8 @@ def _commands(target: Target, extra_flags: Sequence[str]) -> tuple[list[str], li
     include = ["-isystem", f"{torch.root / 'include'}", *extra_flags, "-MMD", "-MF", "$out.d"]
     cxx = [compiler, *COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", *include]
     link = ["-shared", f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-pthread", *extra_flags]
+    if target.kind == "cpu":
+        return [], [*cxx, *CPU_FLAGS], [*link, "-Wl,--no-undefined"]
     if target.kind == "host":
         cxx += HOST_FLAGS
         return [*cxx, "-x", "c++"], cxx, link
@@ -276,12 +316,19 @@ def _ninja_file(target: Target, library: Path, sources: Sequence[Path], extra_fl
     objects = {source: _object(source) for source in sources}
     lines = [
         f"rule cu\n  command = {command([*cu, '-c', '$in', '-o', '$out'])}\n{depends}",
-        f"rule cpp\n  command = {command([*cxx, '-c', '$in', '-o', '$out'])}\n{depends}",
+        f"rule cpp\n  command = {command([*cxx, '-c', '$in', '-o', '$out'])} $instructions\n{depends}",
         f"rule link\n  command = {command([compiler, '$in', *link, '-o', '$out'])}\n  description = $out",
-        *(f"build {path(Path(name))}: {source.suffix[1:]} {path(source)}" for source, name in objects.items()),
+        *(
+            f"build {path(Path(name))}: {source.suffix[1:]} {path(source)}\n  instructions = {_instructions(source)}"
+            for source, name in objects.items()
+        ),
         f"build {path(library)}: link {' '.join(path(Path(name)) for name in objects.values())}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _instructions(source: Path) -> str:
+    return " ".join(INSTRUCTIONS.get(source.stem, ())) if source.parent.name == "cpu" else ""
 
 
 def _object(source: Path) -> str:
@@ -296,7 +343,7 @@ def _compile_anew(
     def compile_one(source: Path) -> str:
         made = str(work / _object(source))
         words = [word.replace("$out", made) for word in (cu if source.suffix == ".cu" else cxx)]
-        subprocess.run([*words, "-c", str(source), "-o", made], check=True)
+        subprocess.run([*words, *_instructions(source).split(), "-c", str(source), "-o", made], check=True)
         return made
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -312,6 +359,8 @@ def compile_library(
     Raises subprocess.CalledProcessError when a compiler fails; what it said has been printed.
     """
     sources = [*sorted(csrc.glob("*.cu")), csrc / "ops.cpp"]
+    if target.kind == "cpu":
+        sources = sorted((csrc / "cpu").glob("*.cpp"))
     if target.kind == "host":
         sources += sorted((csrc / "host").glob("*.cpp"))
     work.mkdir(parents=True, exist_ok=True)

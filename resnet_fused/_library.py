@@ -1,6 +1,7 @@
 """The compiled kernels of csrc/: which were built, for what, and the one place that loads them.
 
-A library for CUDA tensors and one that executes the same kernels on CPU tensors, for tests, may stand side by side.
+A library for CUDA tensors, one that executes the same kernels on CPU tensors, for tests, and one with the convolutions
+of frozen networks on a CPU may stand side by side.
 """
 
 from __future__ import annotations
@@ -33,6 +34,16 @@ def load(device_type: str) -> str | None:
         if not others:
             return f"the compiled kernels are {status()}"
         return f"the compiled kernels ({status()}) run on {others} tensors; these are on {device_type}"
+    return _load(kind)
+
+
+@functools.cache
+def load_cpu() -> str | None:
+    """Load the convolutions of frozen networks on a CPU. Returns why that is not possible, in one line, or None."""
+    return _load("cpu") if _record("cpu") is not None else f"the kernels for CPUs are not built: {status()}"
+
+
+def _load(kind: str) -> str | None:
     try:
         torch.ops.load_library(str(_PACKAGE / f"_C_{kind}.so"))
     except OSError as problem:
@@ -47,8 +58,9 @@ def operators(op: str) -> dict[str, Callable[..., Any]]:
 
 
 def status() -> str:
-    """What is built, in one line: "cuda sm_80, ...", "host ...", both, or "not built: why"."""
-    return "; ".join(_describe(kind) for kind in _KINDS.values() if _record(kind) is not None) or _describe("none")
+    """What is built, in one line: "cuda sm_80, ...", "host ...", "cpu ...", or "not built: why"."""
+    built = (_describe(kind) for kind in (*_KINDS.values(), "cpu") if _record(kind) is not None)
+    return "; ".join(built) or _describe("none")
 
 
 def _describe(kind: str) -> str:
@@ -59,5 +71,7 @@ def _describe(kind: str) -> str:
     assert record is not None
     if kind == "host":
         return f"host, the CUDA kernels on CPU tensors (torch {record['torch']})"
+    if kind == "cpu":
+        return f"cpu, convolutions of frozen networks (torch {record['torch']})"
     names = ", ".join(f"sm_{name}" for name in record["architectures"])
     return f"cuda {names} (nvcc {record['nvcc']}, torch {record['torch']})"

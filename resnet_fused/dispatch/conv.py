@@ -16,6 +16,8 @@ MIN_CHANNELS_PER_TAP = 32
 MAX_WGRAD_PIXELS = 2**31 - 2**20
 # A pixel's mask of taps keeps filter rows in bits 0-14 and filter columns in bits 16-30 of an int32.
 MAX_FILTER = 15
+# As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
+MAX_REGISTERS = 255
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -117,6 +119,7 @@ class ConvConfig:
     flat: bool = False  # fprop, wgrad: the tiles of the (r, s, c) dimension run over all of it, not tap by tap
     splits: int = 1  # wgrad: into how many ranges the pixels are split, summed in a fixed order
     kernel: str = "pointer"  # which formulation: "pointer", or one of `kernels/experimental.py`
+    max_registers: int = MAX_REGISTERS  # a thread, of "pointer" but for wgrad and the chain
 
 
 def conv_refusal(shape: ConvShape) -> str | None:
@@ -180,13 +183,13 @@ def cdiv(a: int, b: int) -> int:
 Tile = tuple[int, int, int]  # block_m, block_n, num_warps
 
 
-def _tiles(dtype: torch.dtype, arch: int, tf32: bool, prologue: bool = False) -> list[Tile]:
+def _tiles(dtype: torch.dtype, arch: int, tf32: bool, prologue: bool = False, flat: bool = False) -> list[Tile]:
     """From the most efficient to the one that makes the most programs. A prologue holds a tile of activations in
-    registers too: more warps to share them.
+    registers too, a flat reduction the places of all its taps: more warps to share them.
     """
     if dtype == torch.float32 and not tf32:
         # No tensor cores, hence smaller tiles. 64x64 on 4 warps is left out: ptxas spills to reach another occupancy.
-        return [(64 if prologue else 128, 64, 8), (64, 32, 4), (32, 32, 4)]
+        return [(64 if prologue or flat else 128, 64, 8), (64, 32, 4), (32, 32, 4)]
     # of a larger tile the epilogue spills for sm_100 (Triton 3.8), and the products are serialised for sm_90 (3.6)
     if dtype == torch.float32 and arch in (90, 100):
         return [(128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
@@ -239,18 +242,21 @@ def conv_fprop_heuristic(
         prologue: x is a raw convolution output behind an affine map and ReLU.
         statistics: of the output, in the epilogue.
     """
-    tile = _choose(
-        _tiles(dtype, arch, tf32, prologue), shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch
-    )
-    return _fprop(tile, shape.c // shape.groups, dtype, arch, tf32)
+    channels = shape.c // shape.groups
+    tiles = _tiles(dtype, arch, tf32, prologue, channels < MIN_CHANNELS_PER_TAP)
+    tile = _choose(tiles, shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch)
+    return _fprop(tile, channels, dtype, arch, tf32)
 
 
 def conv_fprop_configurations(
     dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False, statistics: bool = False
 ) -> list[ConvConfig]:
     """Every configuration that `conv_fprop_heuristic` can return."""
-    tiles = _tiles(dtype, arch, tf32, prologue)
-    found = [_fprop(tile, channels, dtype, arch, tf32) for tile in tiles for channels in (3, 32, 64)]
+    found = [
+        _fprop(tile, channels, dtype, arch, tf32)
+        for channels in (3, 32, 64)
+        for tile in _tiles(dtype, arch, tf32, prologue, channels < MIN_CHANNELS_PER_TAP)
+    ]
     return list(dict.fromkeys(found))
 
 
@@ -289,8 +295,9 @@ def conv_candidates(
     op: str, shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False
 ) -> list[ConvConfig]:
     """Configurations of `conv_fprop`, `conv_fprop_stats` and `conv_dgrad` that no heuristic returns and `tune` tries:
-    larger and narrower tiles of 16-bit data where there is the shared memory for them, and where one tap has few
-    channels tiles over (r, s, c) together. None of these spills on sm_90 (Triton 3.6 and 3.9).
+    larger and narrower tiles of 16-bit data where there is the shared memory for them, with statistics the largest of
+    which two fit onto a multiprocessor, and where one tap has few channels tiles over (r, s, c) together. The compile
+    gate has them all.
     """
     channels, outputs, taps = shape.c // shape.groups, shape.k // shape.groups, shape.r * shape.s
     if op == "conv_dgrad":
@@ -299,10 +306,15 @@ def conv_candidates(
         return []
     tiles = [(256, 64, 8), (64, 128, 4), (64, 256, 8)]
     if op != "conv_dgrad":  # whose epilogue needs the registers
-        tiles += [(128, 128, 4), (128, 256, 8), (256, 128, 8)]
+        tiles += [(256, 128, 8)]
+    if op == "conv_fprop_stats":  # without a residual
+        tiles += [(128, 128, 4), (128, 256, 8)]
     narrow = [tile for tile in tiles if tile[1] <= next_power_of_2(outputs)]
     found = [_configure(tile, channels, dtype, arch, tf32) for tile in narrow]
     found += [replace(config, num_stages=config.num_stages - 1) for config in found[:2] if config.num_stages > 2]
+    if op == "conv_fprop_stats" and arch != 80 and outputs >= 128:  # where it would spill
+        wide = _configure((128, 128, 8), channels, dtype, arch, tf32)
+        found.append(replace(wide, num_stages=2, max_registers=128))
     if op != "conv_dgrad" and taps > 1 and MIN_CHANNELS_PER_TAP <= channels <= 64:
         found += [
             _configure(tile, channels, dtype, arch, tf32, flat=True) for tile in _tiles(dtype, arch, tf32, prologue)[:2]

@@ -22,7 +22,7 @@ import torch
 
 from resnet_fused import _records
 from resnet_fused._records import Misfit
-from resnet_fused.dispatch.conv import BlockShape, ConvConfig, ConvShape
+from resnet_fused.dispatch.conv import MAX_REGISTERS, BlockShape, ConvConfig, ConvShape
 
 SHIPPED = Path(__file__).resolve().parent / "tables"
 Backend = Literal["aten", "triton", "cuda", "cudnn", "reference"]
@@ -108,6 +108,7 @@ class Choice:
             return self.backend
         c = self.config
         more = " flat" * c.flat + (f" splits={c.splits}" if c.splits > 1 else "")
+        more += f" registers={c.max_registers}" if c.max_registers < MAX_REGISTERS else ""
         return f"{self.backend} {c.kernel} {c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}{more}"
 
 

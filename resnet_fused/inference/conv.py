@@ -30,7 +30,7 @@ from resnet_fused.inference.plan import PlannedConv
 from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.nn.sums import PLUS, Sum
-from resnet_fused.ops import conv_fprop, cudnn_graphs, onednn
+from resnet_fused.ops import conv_fprop, cpu, cudnn_graphs, onednn
 from resnet_fused.ops.activations import activate
 from resnet_fused.ops.arithmetic import fold
 
@@ -196,6 +196,7 @@ class FrozenConv(Constants):
         self.dtype, self.autocast = source.example.x.dtype, source.example.autocast
         self.device_type = conv.weight.device.type
         self.filter, self.biased = conv.kernel_size, conv.bias is not None
+        self.like = torch.empty(conv.weight.shape, dtype=self.dtype, device="meta")  # the weight, however it is packed
         self.geometry = (list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
         self.nchw = conv.weight.is_contiguous()  # and not channels_last alone, which the result would take on
         self.add, example = source.add or PLUS, source.example
@@ -229,7 +230,7 @@ class FrozenConv(Constants):
 
     def result_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of the convolution's result for an input of `shape`; empty where there is no batch."""
-        return conv_shape(shape, self.weight, self.geometry) or ()  # type: ignore[arg-type]
+        return conv_shape(shape, self.like, self.geometry) or ()  # type: ignore[arg-type]
 
     def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
         """The unit, with or without its activation, of an input of the rank and dtype that it was frozen for;
@@ -246,7 +247,7 @@ class FrozenConv(Constants):
 
     def _explain(self, x: Tensor) -> None:
         """Raise what is wrong with an input, in the words of PyTorch's convolution and batch norm where they mind."""
-        weight = self._dense_weight()
+        weight = torch.empty_like(self.like, device=self.device_type)
         bias = weight.new_zeros(weight.shape[0]) if self.biased else None
         y = F.conv2d(x, weight, bias, *self.geometry)
         nn.BatchNorm2d._check_input_dim(self, y)  # type: ignore[arg-type]
@@ -254,10 +255,6 @@ class FrozenConv(Constants):
         if given != frozen:
             text = "{}-D {} input on {}"
             raise RuntimeError(f"{self.layer} was frozen for a {text.format(*frozen)}, got a {text.format(*given)}")
-
-    def _dense_weight(self) -> Tensor:
-        """A weight for PyTorch's convolution, of the shape and the dtype of this one's."""
-        return self.weight.to_dense() if self.weight.is_mkldnn else self.weight
 
     def check_autocast(self) -> None:
         """Raise if autocast is not what it was when the example ran."""
@@ -279,12 +276,13 @@ class FrozenConv(Constants):
 
 
 class FoldedConv(FrozenConv):
-    """Batch norm folded into the weight and the bias, for native PyTorch: prepacked for oneDNN on a CPU; on a GPU cuDNN
-    adds the bias and the residual and applies ReLU where that was tried and found right.
+    """Batch norm folded into the weight and the bias: on a CPU prepacked for our convolution or for oneDNN's; on a GPU
+    cuDNN adds the bias and the residual and applies ReLU where that was tried and found right.
 
     On the backend `"cudnn"` it does so by a graph of its own, and where there is none native PyTorch runs.
 
     Attributes:
+        packed: `"cpu"` or `"onednn"`, whose convolution the weight is prepacked for; None for native PyTorch.
         keeps_order: the result has the memory order of PyTorch's; a prepacked weight makes it NHWC otherwise.
     """
 
@@ -295,12 +293,17 @@ class FoldedConv(FrozenConv):
         super().__init__(source, backend)
         scale, shift = source.affine()
         weight = fold(source.conv.weight, scale, self.dtype)
-        self.packed = onednn.runs(weight, weight)
-        if self.packed:
+        self.packed = self._packing(weight)
+        if self.packed == "cpu":
+            weight, shift = cpu.pack(weight), cpu.pack_channels(shift)
+            self.planned = replace(self.planned, backend="cpu")
+        elif self.packed == "onednn":
             shift = shift.to(onednn.bias_dtype(weight.dtype, source.add is not None))
             weight = onednn.pack(weight, *self.geometry, source.example.x.shape)
+        else:
+            shift = shift.to(weight.dtype)
         self.constant("weight", weight)
-        self.constant("bias", shift if self.packed else shift.to(weight.dtype))
+        self.constant("bias", shift)
         self._tried: dict[Any, str | None] = {}  # why cuDNN's fused convolution is not to run on these operands
         example = source.example
         reason = None
@@ -315,6 +318,11 @@ class FoldedConv(FrozenConv):
         if reason is not None:
             self.planned = replace(self.planned, backend="aten")
 
+    def _packing(self, weight: Tensor) -> str | None:
+        if cpu.takes(weight, *self.geometry, self.act):
+            return "cpu"
+        return "onednn" if onednn.runs(weight, weight) else None
+
     def _cudnn_refusal(self, x: Tensor, residual: Tensor | None, act: str | None) -> str | None:
         key = (x.shape, x.stride(), None if residual is None else residual.stride(), uses_tf32(x.dtype), act)
         if key not in self._tried:
@@ -325,12 +333,16 @@ class FoldedConv(FrozenConv):
         return self._tried[key]
 
     def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
-        if not self.packed:
+        if self.packed is None:
             if cudnn.runs(self.backend, x, act) and self._cudnn_refusal(x, residual, act) is None:
                 return cudnn.conv(self.backend, x, self.weight, self.bias, residual, self.geometry, act)  # type: ignore[arg-type]
             return conv_fprop.native(
                 conv_fprop.Args(x, self.weight, None, self.bias, residual, *self.geometry, act=act)
             )
+        if self.packed == "cpu":
+            shape = (self.like.shape[0], self.filter, *self.geometry[:2])
+            y = cpu.conv(x, self.weight, self.bias, residual, *shape, act, overwrite_residual)
+            return in_format(y, x, self.nchw) if self.keeps_order else y
         fused = None if keep_nan.get() else act
         y = onednn.conv(x, self.weight, self.bias, residual, *self.geometry, fused, overwrite_residual)
         if fused is not act:
@@ -338,7 +350,7 @@ class FoldedConv(FrozenConv):
         return in_format(y, x, self.nchw) if self.keeps_order else y
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {'prepacked for oneDNN' if self.packed else 'folded'}"
+        return f"{super().extra_repr()}, {f'prepacked for {self.packed}' if self.packed else 'folded'}"
 
 
 class EpilogueConv(FrozenConv):

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.ao.quantization.fx._decomposed  # noqa: F401  registers quantized_decomposed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.utils._pytree import tree_map_only
 
 from resnet_fused.inference.conv import FrozenConv, Source
-from resnet_fused.ops import onednn
+from resnet_fused.ops import cpu, onednn
 from resnet_fused.ops.arithmetic import fold
 from resnet_fused.ops.onednn import Grid
 
@@ -62,6 +62,8 @@ class Quantised(Tensor):
 
 def quantise(x: Tensor, grid: Grid) -> Tensor:
     """`x` as uint8 in NHWC order."""
+    if cpu.quantises(x):
+        return cpu.quantise(x, grid)
     return onednn.quantise(x.contiguous(memory_format=torch.channels_last), grid)
 
 
@@ -74,12 +76,16 @@ class Grids(NamedTuple):
 
 
 class Int8Conv(FrozenConv):
-    """In int8 on oneDNN: batch norm folded; residual, activation and the rounding to 8 bits in the epilogue.
+    """In int8: batch norm folded; residual, activation and the rounding to 8 bits in the epilogue.
 
     The weight is symmetric, with a scale for each output channel. A float input or residual is rounded to 8 bits first.
+
+    Attributes:
+        ours: our convolution runs it, not oneDNN's.
     """
 
     weight_scale: Tensor
+    epilogue_scale: Tensor
     bias: Tensor
 
     def __init__(self, source: Source, grids: Grids, keeps_order: bool) -> None:
@@ -91,31 +97,54 @@ class Int8Conv(FrozenConv):
         observer(weight)
         scales, zeros = observer.calculate_qparams()
         weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
-        self.dense_shape = weight.shape
-        self.constant("weight", onednn.int8_pack(weight, scales, grids.x, *self.geometry, source.example.x.shape))
+        self.ours, bias = cpu.takes(weight, *self.geometry, self.act), shift.to(torch.float32)
+        how = {"backend": "cpu", "op": "int8_conv"} if self.ours else {"op": "qconv2d_pointwise"}
+        if self.ours:
+            packed = cpu.pack(weight)
+            epilogue, bias = cpu.int8_epilogue(weight, scales, bias, grids.x)
+            self.constant("epilogue_scale", epilogue)
+        else:
+            packed = onednn.int8_pack(weight, scales, grids.x, *self.geometry, source.example.x.shape)
+        self.constant("weight", packed)
         self.constant("weight_scale", scales)
-        self.constant("bias", shift.to(torch.float32))
-        fused = f"{self.planned.fused}, requantisation"
-        self.planned = dataclasses.replace(self.planned, op="qconv2d_pointwise", fused=fused)
+        self.constant("bias", bias)
+        self.planned = dataclasses.replace(self.planned, **how, fused=f"{self.planned.fused}, requantisation")  # type: ignore[arg-type]
 
     def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
         if x.numel() == 0 or not x.is_cpu:
             self._explain(x)  # oneDNN's op itself minds neither
         x, x_grid = _on_grid(x, self.grids.x)
-        args = (x, x_grid, self.weight, self.weight_scale, self.bias)
         if self.adds and residual is None:  # it is to be added apart, to what was not calibrated
-            return onednn.int8_conv(*args, None, None, *self.geometry, act, self.dtype)
+            return self._conv(x, x_grid, None, None, act, None, False)
         added, added_grid = None, None
         if residual is not None:
             assert self.grids.residual is not None
-            given, (added, added_grid) = residual, _on_grid(residual, self.grids.residual)
-            if isinstance(given, Quantised) and not overwrite_residual:
-                added = added.clone()
-        y = onednn.int8_conv(*args, added, added_grid, *self.geometry, act, self.grids.y)
+            overwrite_residual |= not isinstance(residual, Quantised)  # then its 8 bits are ours
+            added, added_grid = _on_grid(residual, self.grids.residual)
+        y = self._conv(x, x_grid, added, added_grid, act, self.grids.y, overwrite_residual)
         return Quantised(y, self.grids.y, self.dtype, self.keeps_order)
 
-    def _dense_weight(self) -> Tensor:
-        return torch.empty(self.dense_shape, dtype=self.dtype)
+    def _conv(
+        self,
+        x: Tensor,
+        x_grid: Grid,
+        residual: Tensor | None,
+        residual_grid: Grid | None,
+        act: str | None,
+        y_grid: Grid | None,
+        overwrite_residual: bool,
+    ) -> Tensor:
+        """The result on `y_grid`, or without one in the float dtype."""
+        stride, padding, *_ = self.geometry
+        if self.ours:
+            args = (x, x_grid, self.weight, self.epilogue_scale, self.bias, residual, residual_grid)
+            shape = (self.like.shape[0], self.filter, stride, padding)
+            y = cpu.int8_conv(*args, *shape, act, y_grid, overwrite_residual)  # type: ignore[arg-type]
+            return y if y_grid is not None else y.to(self.dtype)
+        if residual is not None and not overwrite_residual:
+            residual = residual.clone()
+        args = (x, x_grid, self.weight, self.weight_scale, self.bias, residual, residual_grid)
+        return onednn.int8_conv(*args, *self.geometry, act, y_grid or self.dtype)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8"
@@ -123,18 +152,3 @@ class Int8Conv(FrozenConv):
 
 def _on_grid(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     return (x.eight(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
-
-
-def _pair(value: Any) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
-class Int8MaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` that leaves a tensor in 8 bits: the largest stays the largest."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Quantised):
-            return super().forward(x)
-        geometry = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
-        y = torch.ops.quantized.max_pool2d(x.eight(), *geometry, self.ceil_mode)
-        return Quantised(y, x.grid, x.dtype, x.nchw)

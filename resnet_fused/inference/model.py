@@ -27,7 +27,7 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
 
     The network is planned once, as a whole, for the backend of the surrounding `use_backend`, else the plan's default
     for this device. Every fused convolution takes its batch norm, residual and ReLU with it: on native
-    PyTorch's convolutions folded and, on a CPU, prepacked for oneDNN; on our kernels as an fp32 epilogue. On our
+    PyTorch's convolutions folded and, on a CPU, prepacked; on our kernels as an fp32 epilogue. On our
     kernels the tail of a bottleneck also becomes one op where that backend runs it: `conv_join` with the projection of
     the shortcut, else `conv_chain` with the first convolution of the next block. A convolution that a forced backend
     cannot run takes native PyTorch. `print(frozen.plan)` shows it all. On a GPU the network is captured in a CUDA graph
@@ -145,7 +145,9 @@ class Frozen(nn.Module):
         self.plan = plan
         self._setting = setting
         self._graphs = Graphs(network)
-        self._loses_nan = any(isinstance(module, FoldedConv) and module.packed for module in network.modules())
+        self._loses_nan = any(
+            isinstance(module, FoldedConv) and module.packed == "onednn" for module in network.modules()
+        )
         self._warned = False
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -17,6 +17,7 @@ from resnet_fused.fusion.swap import Binding, current, is_fused, swap_in
 from resnet_fused.inference.block import FrozenBlock, FrozenSequence, FrozenStage
 from resnet_fused.inference.conv import EpilogueConv, Example, FrozenConv, Source, freeze_conv
 from resnet_fused.inference.plan import FreezePlan, PlannedConv
+from resnet_fused.inference.pool import freeze_pools
 from resnet_fused.inference.tail import Join
 from resnet_fused.nn import call
 from resnet_fused.nn.eligibility import untouched
@@ -78,6 +79,7 @@ def freeze_network(
     freezer = _Freezer(names, seen, reasons)
     network = freezer.replace(network)
     freezer.plan_tails(network)
+    freeze_pools(network)
     planned: dict[str, PlannedConv] = {}
     for module in network.modules():
         if isinstance(module, FrozenConv):

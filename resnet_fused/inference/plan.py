@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from resnet_fused._rows import grouped, table
 LAYER_BY_LAYER = "aten runs layer by layer"
 MEANING = {
     "qconv2d_pointwise": "oneDNN's convolution in 8 bits",
+    "int8_conv": "our convolution in 8 bits",
     "conv_chain": "a bottleneck's 3x3 convolution and the 1x1 convolutions behind it in one kernel",
     "conv_join": "a block's last convolution and its shortcut's projection in one kernel",
 }
@@ -23,7 +25,8 @@ class PlannedConv:
     Attributes:
         layer: its name in the model.
         backend: of the op that runs it; `"-"` where it is left to the model's own code.
-        op: `"conv_fprop"`, `"conv_chain"`, `"conv_join"`, `"qconv2d_pointwise"` (oneDNN's, in int8), or `"-"`.
+        op: `"conv_fprop"`, `"conv_chain"`, `"conv_join"`, `"int8_conv"`, `"qconv2d_pointwise"` (oneDNN's, in
+            int8), or `"-"`.
         fused: what the op computes beside it.
         reason: why the op does not run on the backend asked for, or does not compute more; empty if nothing was in
             the way.
@@ -54,7 +57,8 @@ class FreezePlan:
             for (op, backend), n in counts.items()
         )
         how = how.replace(" on aten", " on aten (native PyTorch kernels, layer by layer)", 1)
-        lines = [f"{len(self.layers)} convolutions: {how}"]
+        how = how.replace(" on cpu", " on cpu (our kernels for AVX-512)", 1)
+        lines = textwrap.wrap(f"{len(self.layers)} convolutions: {how}", 120, subsequent_indent="  ")
         lines += [f"{op}: {text}" for op, text in MEANING.items() if any(row.op == op for row in self.layers)]
         worst = sorted((row for row in self.layers if row.error is not None), key=lambda row: -(row.error or 0.0))[:3]
         if worst:

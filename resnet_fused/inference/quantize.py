@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_map_only
 
 from resnet_fused import dispatch
 from resnet_fused.inference.conv import FoldedConv, FrozenConv, Source
-from resnet_fused.inference.int8 import Grids, Int8Conv, Int8MaxPool2d, Quantised
+from resnet_fused.inference.int8 import Grids, Int8Conv, Quantised
 from resnet_fused.inference.plan import FreezePlan, PlannedConv
-from resnet_fused.nn.eligibility import untouched
 from resnet_fused.ops import onednn
 from resnet_fused.ops.onednn import Grid
 
@@ -54,7 +53,7 @@ def check(quantize: Any, example: Tensor) -> Int8:
     if example.device.type != "cpu":
         raise RuntimeError(f"freeze: quantize runs on a CPU only, and example_input is on {example.device}")
     if dispatch.forced_backend() not in (None, "aten"):
-        raise RuntimeError(f"freeze: quantize runs on oneDNN, not on the forced backend {dispatch.forced_backend()!r}")
+        raise RuntimeError(f"freeze: quantize does not run on the forced backend {dispatch.forced_backend()!r}")
     if problem := onednn.int8_refusal():
         raise RuntimeError(f"freeze: quantize cannot run here: {problem}")
     return chosen
@@ -81,8 +80,6 @@ def quantised(
                 convs[module.layer] = module
             else:
                 reasons[module.layer] = str(reason)
-        elif type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
-            module.__class__ = Int8MaxPool2d
     ranges = _Ranges(convs.values())
     first = ranges.observe(network, chosen.calibration, example)
     made: dict[str, Int8Conv] = {}
@@ -124,7 +121,7 @@ def _kept(keep: Sequence[str], plan: FreezePlan) -> dict[str, str]:
 
 def _float_only(conv: FrozenConv, source: Source) -> str | None:
     """Why a convolution cannot be in int8, or None."""
-    if not (isinstance(conv, FoldedConv) and conv.packed):
+    if not (isinstance(conv, FoldedConv) and conv.packed is not None):
         return conv.planned.reason or f"int8 takes float32 and bfloat16 networks, not {conv.dtype}"
     if source.add is not None and not conv.adds:
         return conv.planned.reason

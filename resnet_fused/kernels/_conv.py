@@ -8,7 +8,6 @@ import triton.language as tl
 
 from resnet_fused.dispatch.conv import uses_tf32 as uses_tf32  # for the kernels' files
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._launch import MAX_REGISTERS as MAX_REGISTERS  # for the kernels' files
 from resnet_fused.kernels._tile import affine, round_to, to_fp32
 
 
@@ -37,18 +36,48 @@ def taps_inside(h0, w0, H, W, step_h, step_w, R: tl.constexpr, S: tl.constexpr, 
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr):
+    """acc + a @ b. The accumulator is fp32, or the bits of it in int32 where an operand is computed in registers: its
+    product cannot run on into the next step anyhow, and one left running would make ptxas wait for every wgmma (C7515).
+    """
+    total = acc.to(tl.float32, bitcast=True)
+    total = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), total, input_precision=PRECISION)
+    return total.to(acc.dtype, bitcast=True)
+
+
+@triton.jit
+def finished(acc):
+    """The sums in fp32. Zero is added, for where a select or a conversion is the first to read an accumulator, ptxas
+    waits for every wgmma (C7514).
+    """
+    return acc.to(tl.float32, bitcast=True) + 0.0
+
+
+@triton.jit
+def reciprocal(divisor):
+    """What `divide` multiplies by, so that a loop need not divide, for which a GPU has no unit; of 0 that of 1."""
+    return (0x80000000 // tl.maximum(divisor, 1).to(tl.uint32) + 1).to(tl.uint64)
+
+
+@triton.jit
+def divide(n, by):
+    """n // divisor, given its reciprocal, where n * divisor < 2^31 (Granlund and Montgomery 1994)."""
+    return (tl.cast(n, tl.uint64) * by >> 31).to(tl.int32)
+
+
+@triton.jit
 def relu_affine(x, scale, shift):
     """The prologue of fprop and wgrad: relu(x * scale + shift) in fp32; a NaN stays."""
     return tl.maximum(affine(x, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def activation_tile(x, scale, shift, exists, valid, PADDED: tl.constexpr):
+def activation_tile(x, scale, shift, exists, valid, PADDED: tl.constexpr, AXIS: tl.constexpr = 0):
     """The tile round(relu(x * scale + shift)): zero in the padding, and past the last channel, where scale and shift
-    are.
+    are. Pixels lie along AXIS.
     """
-    channel_scale = to_fp32(tl.load(scale, mask=exists, other=0.0))[None, :]
-    channel_shift = to_fp32(tl.load(shift, mask=exists, other=0.0))[None, :]
+    channel_scale = tl.expand_dims(to_fp32(tl.load(scale, mask=exists, other=0.0)), AXIS)
+    channel_shift = tl.expand_dims(to_fp32(tl.load(shift, mask=exists, other=0.0)), AXIS)
     value = relu_affine(x, channel_scale, channel_shift)
     if PADDED:  # without padding no mask on the tile, which on sm_90 would cost it a way through shared memory
         value = tl.where(valid, value, 0.0)

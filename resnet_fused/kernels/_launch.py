@@ -17,8 +17,6 @@ from resnet_fused.kernels._replay import watching
 
 # Read once: the jit decorator chose between the compiler and the interpreter at the same moment.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-# As many as there are: without being told, ptxas spills a few to let one more block onto the multiprocessor.
-MAX_REGISTERS = 255
 
 
 def refuse_device(device: torch.device) -> str | None:

@@ -44,14 +44,14 @@ def to_fp32(value):
 
 
 @triton.jit
-def sum_lanes(value):
-    """The sum over dimension 0. The GPU adds in a tree; numpy, under the interpreter, one after the other, which fp64
+def sum_lanes(value, AXIS: tl.constexpr = 0):
+    """The sum over a dimension. The GPU adds in a tree; numpy, under the interpreter, one after the other, which fp64
     makes up for.
     """
     if _INTERPRETED:
-        return tl.sum(value.to(tl.float64), axis=0).to(tl.float32)
+        return tl.sum(value.to(tl.float64), axis=AXIS).to(tl.float32)
     else:
-        return tl.sum(value, axis=0)
+        return tl.sum(value, axis=AXIS)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import chain_flags, chain_tile
 from resnet_fused.dispatch.device import arch
-from resnet_fused.kernels._conv import dot_dtype, taps_inside
+from resnet_fused.kernels._conv import add_product, dot_dtype, taps_inside
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 
@@ -97,10 +97,9 @@ def _conv_chain_kernel(
         inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
 
     acc = tl.zeros((BLOCK_M, INNER), tl.float32)
-    tiles_c = tl.cdiv(C, BLOCK_K)
-    for i in range(R * S * tiles_c):
-        tap = i // tiles_c
-        c = (i - tap * tiles_c) * BLOCK_K + k
+    for i in range(R * S * tl.cdiv(C, BLOCK_K)):  # taps innermost: only constants are divided by
+        tap = i % (R * S)
+        c = i // (R * S) * BLOCK_K + k
         r = tap // S
         s = tap - r * S
         x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])
@@ -119,13 +118,13 @@ def _conv_chain_kernel(
             right = tl.load(w_tile)
         else:
             right = tl.load(w_tile, mask=(c < C)[:, None] & (inner < C2)[None, :], other=0.0)
-        acc = tl.dot(left.to(DOT_DTYPE), right.to(DOT_DTYPE), acc)
+        acc = add_product(acc, left, right, "ieee", DOT_DTYPE)
     acc = relu(_normalised(acc, scale2, shift2, inner, inner < C2))
     if not EVEN_INNER:  # zero times an infinite pixel is none
         acc = tl.where((inner < C2)[None, :], acc, 0.0)
     a = round_to(acc, x.dtype.element_ty).to(DOT_DTYPE)
 
-    # Bits between two rounds: a product that only the next round's product reads would be left running, and on sm_90
+    # As bits: a product that only the next round reads would be left running, and on sm_90
     # ptxas, which cannot set the other accumulator to zero meanwhile, would wait for every wgmma of the kernel.
     following_bits = tl.zeros((BLOCK_M, NEXT), tl.int32)
     head = tl.arange(0, NEXT)
@@ -150,9 +149,7 @@ def _conv_chain_kernel(
         if weight1 is not None:
             w_tile = weight1 + ((head * K)[None, :] + n[:, None])
             right = tl.load(w_tile, mask=(head < C1)[None, :] & n_exists[:, None], other=0.0)
-            following_acc = following_bits.to(tl.float32, bitcast=True)
-            following_acc = tl.dot(rounded.to(DOT_DTYPE), right.to(DOT_DTYPE), following_acc)
-            following_bits = following_acc.to(tl.int32, bitcast=True)
+            following_bits = add_product(following_bits, rounded, right, "ieee", DOT_DTYPE)
     if weight1 is not None:
         value = relu(_normalised(following_bits.to(tl.float32, bitcast=True), scale1, shift1, head, head < C1))
         place = m[:, None] * C1 + head[None, :]

@@ -13,9 +13,12 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
-    MAX_REGISTERS,
+    add_product,
     bn_gradient,
+    divide,
     dot_dtype,
+    finished,
+    reciprocal,
     taps_inside,
     uses_tf32,
 )
@@ -120,12 +123,15 @@ def _conv_dgrad_kernel(
     if MASKED:
         inside = taps_inside(p0, q0, P, Q, -dilation_h, -dilation_w, R, S, BLOCK_M)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    tiles_k = tl.cdiv(group_outputs, BLOCK_K)
-    for step in range(tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0) * tiles_k):
-        tap = step // tiles_k
-        k = (step - tap * tiles_k) * BLOCK_K + lane
-        t = tap // taps_w
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if dy_x is None else tl.int32)
+    # Taps innermost: at stride 1 their number is a constant, and at any the loop divides by a reciprocal.
+    taps = tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0)
+    per_tap, per_row = reciprocal(taps), reciprocal(taps_w)
+    for step in range(taps * tl.cdiv(group_outputs, BLOCK_K)):
+        tile_k = divide(step, per_tap)
+        tap = step - tile_k * taps
+        k = tile_k * BLOCK_K + lane
+        t = divide(tap, per_row)
         u = tap - t * taps_w
         offset = dy_row[:, None] + (k - (t * dilation_h * Q + u * dilation_w) * K)[None, :]
         exists = k < group_outputs
@@ -159,8 +165,9 @@ def _conv_dgrad_kernel(
             b = tl.load(w_tile)
         else:
             b = tl.load(w_tile, mask=exists[:, None], other=0.0)
-        acc = tl.dot(g.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
+        acc = add_product(acc, g, b, PRECISION, DOT_DTYPE)
 
+    acc = finished(acc) if mask is None else acc.to(tl.float32, bitcast=True)
     channel = group * group_inputs + n
     stored = n < group_inputs
     pixel = (image * H + h * stride_h + i) * W + w * stride_w + j
@@ -323,6 +330,6 @@ def run(
         SUM_ROWS=min(config.block_m, SUM_TILE * config.num_warps // config.block_n),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.max_registers,
     )
     return dx, *partials

@@ -13,9 +13,10 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic
 from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
-    MAX_REGISTERS,
     activation_tile,
+    add_product,
     dot_dtype,
+    finished,
     taps_inside,
     uses_tf32,
 )
@@ -60,6 +61,7 @@ def _conv_fprop_kernel(
     S: tl.constexpr,
     PADDED: tl.constexpr,  # a tap can fall outside the image
     EVEN_K: tl.constexpr,  # the reduction's tiles divide it
+    PIXEL_AXIS: tl.constexpr,  # 0: the product is [pixels, channels], 1: [channels, pixels]
     ACT: tl.constexpr,  # a function of the fp32 tile
     PRECISION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
@@ -97,69 +99,83 @@ def _conv_fprop_kernel(
     w_column = (group * group_outputs + tl.minimum(n, group_outputs - 1)) * (R * S * group_inputs)
     if PADDED:
         inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
+        inside = tl.expand_dims(inside, 1 - PIXEL_AXIS)
+    # What is per pixel lies along PIXEL_AXIS, what is per channel or per step of the reduction along the other one.
+    x_row = tl.expand_dims(x_row, 1 - PIXEL_AXIS)
+    w_column = tl.expand_dims(w_column, PIXEL_AXIS)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_type: tl.constexpr = tl.float32 if x_scale is None else tl.int32
+    acc = tl.zeros((BLOCK_M, BLOCK_N) if PIXEL_AXIS == 0 else (BLOCK_N, BLOCK_M), acc_type)
     if FLAT_INPUTS > 0:
         for k0 in range(0, R * S * FLAT_INPUTS, BLOCK_K):
             rsc = k0 + k
             tap = rsc // FLAT_INPUTS
             r = tap // S
             s = tap - r * S
-            x_tile = x + (
-                x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + (rsc - tap * FLAT_INPUTS))[None, :]
-            )
+            offset = (r * dilation_h * W + s * dilation_w) * C + (rsc - tap * FLAT_INPUTS)
             within = rsc < R * S * FLAT_INPUTS
+            valid = tl.expand_dims(within, PIXEL_AXIS)
             if PADDED:
                 wanted = tl.where(within, (1 << r) | (1 << (s + 16)), 1 << 15)  # bit 15 is never set
-                valid = (inside[:, None] & wanted[None, :]) == wanted[None, :]
-            else:
-                valid = within[None, :]
-            a = tl.load(x_tile, mask=valid, other=0.0)
+                wanted = tl.expand_dims(wanted, PIXEL_AXIS)
+                valid = (inside & wanted) == wanted
+            a = tl.load(x + (x_row + tl.expand_dims(offset, PIXEL_AXIS)), mask=valid, other=0.0)
             if x_scale is not None:
                 c = group * FLAT_INPUTS + rsc - tap * FLAT_INPUTS
-                a = activation_tile(a, x_scale + c, x_shift + c, within, valid, PADDED)
-            b = tl.load(weight + (w_column[None, :] + rsc[:, None]), mask=within[:, None], other=0.0)
-            acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
+                a = activation_tile(a, x_scale + c, x_shift + c, within, valid, PADDED, PIXEL_AXIS)
+            within = tl.expand_dims(within, 1 - PIXEL_AXIS)
+            b = tl.load(weight + (w_column + tl.expand_dims(rsc, 1 - PIXEL_AXIS)), mask=within, other=0.0)
+            if PIXEL_AXIS == 0:
+                acc = add_product(acc, a, b, PRECISION, DOT_DTYPE)
+            else:
+                acc = add_product(acc, b, a, PRECISION, DOT_DTYPE)
     else:
-        tiles_c = tl.cdiv(group_inputs, BLOCK_K)
-        for i in range(R * S * tiles_c):
-            tap = i // tiles_c
-            c = (i - tap * tiles_c) * BLOCK_K + k
+        # Taps innermost: only constants are divided by, and neighbouring taps read the same pixels.
+        for i in range(R * S * tl.cdiv(group_inputs, BLOCK_K)):
+            tap = i % (R * S)
+            c = i // (R * S) * BLOCK_K + k
             r = tap // S
             s = tap - r * S
-            x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])
-            w_tile = weight + (w_column[None, :] + (tap * group_inputs + c)[:, None])
-            valid = (c < group_inputs)[None, :]
+            offset = (r * dilation_h * W + s * dilation_w) * C + c
+            x_tile = x + (x_row + tl.expand_dims(offset, PIXEL_AXIS))
+            w_tile = weight + (w_column + tl.expand_dims(tap * group_inputs + c, 1 - PIXEL_AXIS))
+            valid = tl.expand_dims(c < group_inputs, PIXEL_AXIS)
             if PADDED:
                 wanted = (1 << r) | (1 << (s + 16))
-                inside_tap = ((inside & wanted) == wanted)[:, None]
+                inside_tap = (inside & wanted) == wanted
                 valid = inside_tap if EVEN_K else inside_tap & valid
             if PADDED or not EVEN_K:
                 a = tl.load(x_tile, mask=valid, other=0.0)
             else:
                 a = tl.load(x_tile)
             if x_scale is not None:
-                first = group * group_inputs
-                a = activation_tile(a, x_scale + (first + c), x_shift + (first + c), c < group_inputs, valid, PADDED)
+                first = group * group_inputs + c
+                a = activation_tile(a, x_scale + first, x_shift + first, c < group_inputs, valid, PADDED, PIXEL_AXIS)
             if EVEN_K:
                 b = tl.load(w_tile)
             else:
-                b = tl.load(w_tile, mask=(c < group_inputs)[:, None], other=0.0)
-            acc = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), acc, input_precision=PRECISION)
+                b = tl.load(w_tile, mask=tl.expand_dims(c < group_inputs, 1 - PIXEL_AXIS), other=0.0)
+            if PIXEL_AXIS == 0:
+                acc = add_product(acc, a, b, PRECISION, DOT_DTYPE)
+            else:
+                acc = add_product(acc, b, a, PRECISION, DOT_DTYPE)
 
     channel = group * group_outputs + n
     stored = n < group_outputs
     if shift is not None:
-        bias = to_fp32(tl.load(shift + channel, mask=stored, other=0.0))[None, :]
-    else:
-        bias = tl.zeros((1, BLOCK_N), tl.float32)
+        bias = tl.expand_dims(to_fp32(tl.load(shift + channel, mask=stored, other=0.0)), PIXEL_AXIS)
     if scale is not None:
-        factor = to_fp32(tl.load(scale + channel, mask=stored, other=0.0))[None, :]
-        acc = tl.fma(acc, tl.broadcast_to(factor, BLOCK_M, BLOCK_N), tl.broadcast_to(bias, BLOCK_M, BLOCK_N))
+        factor = tl.expand_dims(to_fp32(tl.load(scale + channel, mask=stored, other=0.0)), PIXEL_AXIS)
+        if shift is None:
+            bias = tl.zeros_like(factor)
+        acc = acc.to(tl.float32, bitcast=True)
+        acc = tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(bias, acc.shape))
+    elif shift is not None:
+        acc = acc.to(tl.float32, bitcast=True) + bias
     else:
-        acc = acc + bias
-    out = m[:, None] * K + channel[None, :]
-    out_mask = (m < M)[:, None] & stored[None, :]
+        acc = finished(acc)
+    out = tl.expand_dims(m * K, 1 - PIXEL_AXIS) + tl.expand_dims(channel, PIXEL_AXIS)
+    out_mask = tl.expand_dims(m < M, 1 - PIXEL_AXIS) & tl.expand_dims(stored, PIXEL_AXIS)
     if residual is not None:
         acc = acc + to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
     acc = ACT(acc)
@@ -169,7 +185,8 @@ def _conv_fprop_kernel(
     if mean is not None:
         row = pid_m.to(INDEX)
         pixels = tl.minimum(M - row * BLOCK_M, BLOCK_M)
-        store_tile_statistics(rounded, m < M, pixels, mean, m2, count, row, K, channel, stored, pid_n == 0)
+        sums = (mean, m2, count, row, K, channel, stored, pid_n == 0)
+        store_tile_statistics(rounded, m < M, pixels, *sums, PIXEL_AXIS)
 
 
 def conv_fprop(
@@ -336,6 +353,8 @@ def _launch(
         S=shape.s,
         PADDED=shape.padding != (0, 0),
         EVEN_K=reduction % config.block_k == 0,
+        # Statistics are sums over pixels: along the second axis they need no other warp. wgmma takes 64 rows.
+        PIXEL_AXIS=1 if statistics[0] is not None and config.block_n >= 64 else 0,
         ACT=ACTIVATIONS[act],
         PRECISION="tf32" if uses_tf32(x.dtype) else "ieee",
         DOT_DTYPE=dot_dtype(x.dtype),
@@ -345,5 +364,5 @@ def _launch(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.max_registers,
     )

@@ -10,7 +10,7 @@ from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import join_flags
 from resnet_fused.dispatch.device import arch
-from resnet_fused.kernels._conv import MAX_REGISTERS, dot_dtype, uses_tf32
+from resnet_fused.kernels._conv import dot_dtype, uses_tf32
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import channel_unit, relu, round_to, to_fp32
 
@@ -166,6 +166,6 @@ def conv_join(
         BLOCK_K=config.block_k,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=config.max_registers,
     )
     return y

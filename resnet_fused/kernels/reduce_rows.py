@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.kernels._launch import MAX_REGISTERS, index_type, launch
+from resnet_fused.dispatch.conv import MAX_REGISTERS
+from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused import _library
 from resnet_fused.ops.registry import OPS, Op
 
 _COUNTER = "torch.utils.flop_counter"
@@ -41,12 +42,22 @@ def register_formulas(counter: ModuleType) -> None:
     def onednn_int8(*args: Any, out_val: Tensor, **_: Any) -> int:
         return int(conv(args[0].shape, args[3].shape, out_val.shape))  # (x, scale, zero point, weight, ...)
 
+    def cpu(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor, **_: Any) -> int:
+        channels, filter = args[3:5]  # (scale, bias, residual, channels, filter, ...)
+        return int(conv(x.shape, (channels, x.shape[1], *filter), out_val.shape))
+
+    def cpu_add(residual: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
+        channels, filter = args[2:4]  # (scale, bias, channels, filter, ...)
+        return int(conv(x.shape, (channels, x.shape[1], *filter), residual.shape))
+
     formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):
         if hasattr(torch.ops.mkldnn, name):
             formulas[getattr(torch.ops.mkldnn, name)] = onednn
     if hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         formulas[torch.ops.onednn.qconv2d_pointwise] = onednn_int8
+    if _library.load_cpu() is None:
+        formulas |= {torch.ops.resnet_fused_cpu.conv: cpu, torch.ops.resnet_fused_cpu.conv_add_: cpu_add}
     for op, formula in formulas.items():
         if op not in counter.flop_registry:
             counter.register_flop_formula(op, get_raw=True)(formula)

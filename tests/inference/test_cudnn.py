@@ -12,6 +12,7 @@ from torch import nn
 from resnet_fused import freeze
 from resnet_fused.inference import cudnn
 from resnet_fused.models import cifar_resnet
+from resnet_fused.ops import cpu
 
 
 def right(x, weight, z, alpha, bias, *geometry):
@@ -63,6 +64,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
     monkeypatch.setattr(cudnn, "runs", lambda backend, x, act: backend == "aten" and act == "relu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cpu, "takes", lambda *args: False)
     with torch.backends.mkldnn.flags(enabled=False):
         yield made
 

@@ -22,7 +22,7 @@ from resnet_fused.inference import conv, cudnn, tail
 from resnet_fused.measure.cases import DTYPES, Case, Unavailable
 from resnet_fused.measure.network import networks
 from resnet_fused.models import cifar_resnet
-from resnet_fused.ops import cudnn_graphs
+from resnet_fused.ops import cpu, cudnn_graphs
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.cudnn_graphs import FastestPlan, NoEngine
 from resnet_fused.tuning.candidates import candidates
@@ -38,6 +38,7 @@ def library(monkeypatch):
     monkeypatch.setattr(cudnn_graphs, "library", lambda device: double)
     monkeypatch.setattr(cudnn, "runs", lambda backend, x, act: backend == "cudnn" and act in cudnn_graphs.ACTS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(cpu, "takes", lambda *args: False)
     with torch.backends.mkldnn.flags(enabled=False):
         yield double
 

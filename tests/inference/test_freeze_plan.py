@@ -20,6 +20,7 @@ from resnet_fused.inference import EpilogueConv, FoldedConv, FreezePlan, FrozenB
 from resnet_fused.inference.conv import Example, Kernel, Source
 from resnet_fused.inference.plan import LAYER_BY_LAYER
 from resnet_fused.nn import BasicBlock, Bottleneck
+from resnet_fused.ops import cpu
 
 NHWC = torch.channels_last
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -322,6 +323,7 @@ def test_scales_stay_in_fp32_where_the_op_takes_them():
 def test_each_convolution_asks_the_plan_and_the_tail_may_run_elsewhere(monkeypatch, ops_run):
     """A chain is chosen as such: its convolutions need not be fastest on its backend one by one."""
     monkeypatch.setattr(dispatch, "default_backend", lambda op, device: "reference" if op == "conv_chain" else "aten")
+    monkeypatch.setattr(cpu, "takes", lambda *args: False)
     model, x = _bottlenecks(), torch.randn(2, 16, 6, 6)
     frozen = _check(model, x, "auto")
     rows = [(row.backend, row.op) for row in frozen.plan.layers]

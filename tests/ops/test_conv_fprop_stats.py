@@ -29,7 +29,7 @@ from conv_cases import (
 )
 
 from resnet_fused.contract import in_double
-from resnet_fused.dispatch.conv import ConvConfig, conv_fprop_configurations
+from resnet_fused.dispatch.conv import ConvConfig, conv_candidates, conv_fprop_configurations
 from resnet_fused.kernels import conv_fprop, conv_fprop_stats, refuse
 from resnet_fused.kernels.merge_statistics import merge_statistics
 
@@ -233,3 +233,17 @@ def test_refusals_name_the_value(changes, message):
     arguments |= {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "rows": 4}
     on_device = {k: placed(v) for k, v in (arguments | changes).items()}
     assert message in refuse("conv_fprop_stats", *on_device.values())
+
+
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("prologue", [False, True])
+def test_tune_tries_a_tile_of_which_two_fit_onto_a_multiprocessor(prologue, arch):
+    """65,536 registers, 227 KB of shared memory, a KB of it reserved for each program."""
+    wide = problem(256, 256, 28, 28, 512, 1, 1)
+    found = conv_candidates("conv_fprop_stats", wide, torch.bfloat16, arch, prologue=prologue)
+    pairs = [config for config in found if config.max_registers < 255]
+    assert [(config.block_m, config.block_n) for config in pairs] == [(128, 128)]
+    for config in pairs:
+        operands = 2 * config.num_stages * (config.block_m + config.block_n) * config.block_k
+        assert 2 * (operands + 1024) <= 227 * 1024
+        assert 2 * 32 * config.num_warps * config.max_registers <= 65536

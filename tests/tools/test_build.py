@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -62,10 +63,34 @@ needs_cuda_torch = pytest.mark.skipif(torch.version.cuda is None, reason="torch 
 MAJOR = (torch.version.cuda or "0").split(".")[0]
 
 
+_spec = importlib.util.spec_from_file_location("resnet_fused_build", ROOT / "csrc" / "build.py")
+assert _spec is not None and _spec.loader is not None
+build = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = build
+_spec.loader.exec_module(build)
+
+try:
+    WITHOUT_CUDA = build.choose_cpu().kind  # what `auto` falls back to on this machine
+except build.Unusable:
+    WITHOUT_CUDA = "none"
+BESIDE = {f"_C_cpu.{kind}" for kind in ("so", "json")} if WITHOUT_CUDA == "cpu" else set()
+
+
 def test_an_unknown_kind_is_one_clear_error():
     code, text = choose(RESNET_FUSED_BUILD="gpu")
     assert code == 1
-    assert text == "RESNET_FUSED_BUILD='gpu' is unknown; choose one of auto, cuda, none, host"
+    assert text == "RESNET_FUSED_BUILD='gpu' is unknown; choose one of auto, cuda, cpu, none, host"
+
+
+def test_a_compiler_or_a_machine_without_avx512_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    with pytest.raises(build.Unusable, match="linux x86_64, this is .* aarch64"):
+        build.choose_cpu()
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    monkeypatch.setattr(build, "find_tools", lambda: ("false", None))
+    with pytest.raises(build.Unusable, match="false does not know AVX-512 and AMX"):
+        build.choose_cpu()
 
 
 @pytest.mark.parametrize("kind", ["none", "host"])
@@ -108,9 +133,8 @@ def test_a_toolkit_that_cannot_be_used_is_named(tmp_path, version, header, reaso
     home = toolkit(tmp_path / "cuda", version, header)
     only = f"build._candidates = lambda: [build.Path({str(home)!r})]; print(build.choose())"
     code, text = choose(only)
-    assert (
-        code == 0 and text.startswith("resnet_fused: building kind 'none': ") and str(home) in text and reason in text
-    )
+    assert code == 0 and str(home) in text and reason in text
+    assert text.startswith(f"resnet_fused: building kind {WITHOUT_CUDA!r}: ")
     for request in ({"RESNET_FUSED_BUILD": "cuda"}, {"FORCE_CUDA": "1"}):
         code, text = choose(only, **request)
         assert code == 1 and text.startswith("a CUDA build was asked for, but ") and reason in text and "\n" not in text
@@ -276,13 +300,13 @@ def test_building_for_tests_leaves_the_library_for_a_gpu(checkout):
         setup(checkout, kind, "build_ext", "--inplace")
     package = checkout / "resnet_fused"
     found = {path.name: path.read_text() for path in package.glob("_C_*")}
-    assert found.keys() == {"_C_cuda.so", "_C_cuda.json", "_C_host.so", "_C_host.json", "_C_none.json"}
+    assert found.keys() == {"_C_cuda.so", "_C_cuda.json", "_C_host.so", "_C_host.json", "_C_none.json"} | BESIDE
     assert found["_C_cuda.so"] == found["_C_cuda.json"] == "of a GPU" and found["_C_host.so"] == "host"
     assert json.loads(found["_C_host.json"])["kind"] == "host"
 
 
 def test_a_wheel_has_the_library_it_was_built_with_and_no_other(checkout):
-    for kind, expected in (("host", {"_C_host.so", "_C_host.json"}), ("none", {"_C_none.json"})):
+    for kind, expected in (("host", {"_C_host.so", "_C_host.json"} | BESIDE), ("none", {"_C_none.json"})):
         setup(checkout, kind, "bdist_wheel", "--dist-dir", kind)
         (wheel,) = (checkout / kind).glob("*.whl")
         assert ("none-any" in wheel.name) == (kind == "none")
@@ -319,6 +343,10 @@ def test_status_says_what_was_built_and_why_not(package):
     assert _library.status().endswith("torch 2.11.0); host, the CUDA kernels on CPU tensors (torch 2.11.0)")
     assert str(_library.load("cpu")).startswith("the compiled kernels (host, ")
     assert str(_library.load("mps")).endswith("run on cuda, cpu tensors; these are on mps")
+    assert str(_library.load_cpu.__wrapped__()).startswith("the kernels for CPUs are not built: cuda sm_80")
+    package("cpu")
+    assert _library.status().endswith("; cpu, convolutions of frozen networks (torch 2.11.0)")
+    assert "cannot be loaded" in str(_library.load_cpu.__wrapped__())
 
 
 def test_each_library_takes_the_tensors_of_its_device(package, monkeypatch):

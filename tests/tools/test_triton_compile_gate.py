@@ -139,6 +139,25 @@ def test_issue_over_mma_counts_the_innermost_loop_with_matrix_instructions():
     assert machine_code._issue_per_mma(wgmma, "", 90, 8, False) == pytest.approx((3 * 2) / (2 * 2 * 2**18 / 4096))
 
 
+DIVIDES = """
+        /*0018*/                   I2F.U32.RP R4, UR8 ;
+        /*001c*/                   MUFU.RCP R4, R4 ;
+"""
+
+
+def test_divisions_are_counted_in_the_main_loop_alone():
+    first, product = SASS.index("        /*0000*/"), SASS.index("        /*0010*/")
+    for place, expected in ((first, 0), (product, 2)):
+        loop = machine_code.main_loop(SASS[:place] + DIVIDES.lstrip("\n") + SASS[place:])
+        assert machine_code.divisions(loop) == expected
+
+
+def test_what_is_behind_the_main_loop():
+    behind = machine_code.behind_loop(SASS, machine_code.main_loop(SASS))
+    assert [line.split()[1] for line in behind] == ["STG.E.128", "@P1", "EXIT"]
+    assert machine_code.behind_loop(SASS, []) == []
+
+
 def test_the_shape_of_tcgen05_comes_from_its_instruction_descriptor():
     ptx = """
     mov.b32 %r7, 136315024;

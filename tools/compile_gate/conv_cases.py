@@ -9,8 +9,16 @@ from typing import Any
 
 import torch
 
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_dgrad_configurations, conv_fprop_configurations
+from resnet_fused.dispatch import Problem
+from resnet_fused.dispatch.conv import (
+    MAX_REGISTERS,
+    ConvConfig,
+    ConvShape,
+    conv_dgrad_configurations,
+    conv_fprop_configurations,
+)
 from resnet_fused.ops.activations import ACTIVATIONS
+from resnet_fused.tuning.candidates import configurations
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
 
 
@@ -46,6 +54,39 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
         yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(op, name, *args)
     merge = functools.partial(_merge, 6272, 256, 256)
     yield "6272 tiles to 256", Expect(wide_loads=True), merge
+
+
+def candidate_cases(arch: int, quick: bool) -> Iterator[Case]:
+    """All that `tune` can choose for a large problem, in bf16; quickly, of sm_90, whose products ptxas may serialise,
+    the narrowest tiles with the most to do around a product, and the tile of which two fit onto a multiprocessor.
+    """
+    dtype = torch.bfloat16
+    if quick:
+        if arch == 90:
+            narrow, small = ConvConfig(64, 16, 64, 4, 4), ConvConfig(64, 64, 64, 4, 4)
+            pair = ConvConfig(128, 128, 64, 8, 2, max_registers=128)
+            yield _dgrad(dtype, False, narrow, False, "batch norm", 128, 3, 1)
+            yield from (_dgrad(dtype, False, config, True, "batch norm", 128, 1, 1) for config in (narrow, small))
+            yield from (_statistics(dtype, False, config, True, 128, 1, 1) for config in (narrow, small, pair))
+            yield _statistics(dtype, False, pair, False, 128, 3, 1)
+        return
+    for filter_size, channels in ((3, 64), (3, 256), (1, 256)):
+        for prologue in (False, True):
+            flags = ("prologue",) if prologue else ()
+            for name in ("conv_fprop", "conv_fprop_stats", "conv_dgrad")[prologue:]:
+                shape = _shape(256, channels, 256, filter_size, 1)
+                if name == "conv_dgrad":
+                    shape = _shape(256, 256, channels, filter_size, 1)
+                for config in configurations(Problem(name, shape, dtype, False, flags), arch):
+                    if config.kernel != "pointer":  # of which `experimental_cases` has all
+                        continue
+                    if name == "conv_fprop":
+                        yield _conv(dtype, False, config, channels, filter_size, 1, "relu")
+                    elif name == "conv_fprop_stats":
+                        yield _statistics(dtype, False, config, prologue, channels, filter_size, 1)
+                    else:
+                        for epilogue in ("batch norm, activation", "join"):
+                            yield _dgrad(dtype, False, config, prologue, epilogue, channels, filter_size, 1)
 
 
 def _merge(tiles: int, channels: int, rows: int) -> object:
@@ -163,6 +204,7 @@ def _case(
     epilogue: str,
 ) -> Case:
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    tile += f" r{config.max_registers}" if config.max_registers < MAX_REGISTERS else ""
     what = f"{'tf32' if tf32 else TYPES[dtype]} {tile} c{channels} {filter_size}x{filter_size}/{stride}"
     what += " prologue" * prologue + f" {epilogue}" * bool(epilogue) + " wide" * expect.index64
 

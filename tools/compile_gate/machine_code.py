@@ -30,9 +30,12 @@ class MachineCode:
     stores: int = 0
     wide_stores: int = 0
     index64: bool = False  # some pointer is offset by 64 bits
+    instructions: int = 0  # of the whole kernel
     loop: int = 0  # instructions of the main loop
     loop_flop: float = 0.0  # that a program's warps do with its matrix instructions, once through
-    instructions: int = 0  # of the whole kernel
+    divisions: int = 0  # of the loop's instructions those of integer divisions: to floating point and 1 / x
+    behind: int = 0  # instructions behind it
+    shuffles: int = 0  # of them SHFL
     issue_per_mma: float | None = None
 
 
@@ -53,6 +56,7 @@ def read(asm: Any, arch: int, num_warps: int) -> MachineCode:
     kinds = {"wgmma": r"wgmma\.mma_async", "tcgen05": r"tcgen05\.mma", "mma.sync": r"mma\.sync"}
     specialized = "ttg.warp_specialize" in ttgir
     loop = main_loop(sass)
+    behind = behind_loop(sass, loop)
     return MachineCode(
         registers=int(found[1]),
         spills=count(r"\b(?:STL|LDL)\b") + int(found[2]) // 4,
@@ -68,6 +72,9 @@ def read(asm: Any, arch: int, num_warps: int) -> MachineCode:
         loop=len(loop),
         loop_flop=_loop_flop(loop, ptx, num_warps),
         instructions=count(r"(?m)^\s*/\*[0-9a-f]+\*/.*;"),
+        divisions=divisions(loop),
+        behind=len(behind),
+        shuffles=sum("SHFL" in line for line in behind),
         issue_per_mma=_issue_per_mma(loop, ptx, arch, num_warps, specialized),
     )
 
@@ -97,6 +104,17 @@ _MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b\S*")
 def main_loop(sass: str) -> list[str]:
     """The shortest loop with matrix instructions."""
     return min((body for body in loops(sass) if any(map(_MATRIX.search, body))), key=len, default=[])
+
+
+def divisions(loop: list[str]) -> int:
+    """The instructions of which an integer division is made: conversions to floating point, reciprocals."""
+    return sum(bool(re.search(r"\b(?:I2F|MUFU)\b", line)) for line in loop)
+
+
+def behind_loop(sass: str, loop: list[str]) -> list[str]:
+    """The instructions behind a loop; none where there is no loop."""
+    instructions = [line for line in sass.splitlines() if ";" in line]
+    return instructions[instructions.index(loop[-1]) + 1 :] if loop else []
 
 
 def _issue_per_mma(loop: list[str], ptx: str, arch: int, num_warps: int, specialized: bool) -> float | None:

@@ -4,10 +4,10 @@
 
 The launchers run on meta tensors and are recorded instead of launched, so what is compiled is what would be launched.
 Checked: it compiles, fits the architecture's shared memory, does not spill, uses the matrix instruction (and the
-asynchronous copies that feed it) of the architecture without waiting for each, specialises its warps where it should,
-and moves activations 128 bits at a time where their layout allows. Reported beside it: the instructions of the main
-loop, and issue/MMA, their issue cycles over the cycles its matrix instructions take at peak; below 1 the loop is not
-bound by issuing instructions. Exit code 1 on any violation.
+asynchronous copies that feed it) of the architecture without waiting for each, divides no integers in the main loop,
+specialises its warps where it should, and moves activations 128 bits at a time where their layout allows. Reported
+beside it: the instructions of the main loop and behind it, and issue/MMA, the loop's issue cycles over the cycles its
+matrix instructions take at peak; below 1 the loop is not bound by issuing instructions. Exit code 1 on any violation.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from resnet_fused.tuning.launches import SHARED_MEMORY_KB, recording
 from tools.compile_gate.bn_cases import batch_norm_cases
-from tools.compile_gate.conv_cases import conv_cases
+from tools.compile_gate.conv_cases import candidate_cases, conv_cases
 from tools.compile_gate.expect import TYPES, Expect
 from tools.compile_gate.experimental_cases import experimental_cases
 from tools.compile_gate.machine_code import MachineCode, read
@@ -117,7 +117,7 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str, model: str | No
     """Every distinct launch of every case, for every architecture; with a model only what the plan launches for it."""
     found: dict[Any, Job] = {}
     for arch in architectures:
-        families = (conv_cases, wgrad_cases, chain_cases, batch_norm_cases, experimental_cases)
+        families = (conv_cases, candidate_cases, wgrad_cases, chain_cases, batch_norm_cases, experimental_cases)
         every = itertools.chain(*(family(arch, quick) for family in families))
         for label, expect, run in every if model is None else network_cases(model, arch):
             with recording() as launches:
@@ -195,6 +195,7 @@ def compile_job(job: Job) -> Report:
         ),
         (not expect.matrix and code.matrix != "-", f"{code.matrix} where exact fp32 was asked for"),
         ("wgmma.mma_async instructions are serialized" in log.getvalue(), "serialised wgmma"),
+        (code.divisions > 0, f"divides in its main loop ({code.divisions})"),
         (expect.copies and code.copies == 0, "no asynchronous copies"),
         (expect.tma and code.tma == 0, "no copies by the tensor memory accelerator"),
         (expect.specialized and not code.specialized, "warps not specialised"),
@@ -219,6 +220,8 @@ def row(report: Report) -> dict[str, Any]:
         "shared": report.shared,
         "matrix": code.matrix,
         "loop": code.loop,
+        "behind": code.behind,
+        "shuffles": code.shuffles,
         "issue/MMA": code.issue_per_mma and round(code.issue_per_mma, 2),
         "cp.async": code.copies,
         "tma": code.tma,

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
-from resnet_fused.dispatch.conv_chain import conv_chain_configurations, conv_join_configurations
-from resnet_fused.dispatch.conv_wgrad import conv_wgrad_configurations
+from resnet_fused.dispatch.conv_chain import conv_chain_candidates, conv_chain_configurations, conv_join_configurations
+from resnet_fused.dispatch.conv_wgrad import conv_wgrad_candidates, conv_wgrad_configurations
 from tools.compile_gate.expect import TYPES, Case, Expect, op, sample, tf32_switch, vector
 
 _PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
@@ -40,6 +40,10 @@ def wgrad_cases(arch: int, quick: bool) -> Iterator[Case]:
                 yield case(config, aligned, size=56, pointwise=True)
         if dtype == torch.bfloat16 and aligned:
             yield case(configs[0], aligned, size=56, batch=4096)
+            for channels in (32, 256):  # those of 32 are flat
+                shape = ConvShape(256, channels, 57, 57, 256, 3, 3, padding=(1, 1))
+                for config in conv_wgrad_candidates(shape, dtype, arch):
+                    yield case(config, aligned, size=57)
     if not quick or arch == 80:
         yield from _wgrad_ones()
         yield "channels 256", Expect(), lambda: op("bn_backward_finalize", *(vector(256),) * 5, 2.0)
@@ -51,7 +55,7 @@ def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
     widths += ((128, 512, 128), (128, 512, None), (24, 104, 40), (120, 504, 120))
     for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
         for inner, outputs, following in widths[:1] if quick or dtype == torch.float16 else widths:
-            for config in conv_chain_configurations(inner, following, dtype, arch)[: 1 if quick else None]:
+            for config in conv_chain_candidates(inner, following, dtype, arch)[: 1 if quick else None]:
                 yield _chain(dtype, config, inner, outputs, following)
         if not quick:
             yield _chain(dtype, conv_chain_configurations(64, 64, dtype, arch)[0], 64, 256, 64, batch=4096)

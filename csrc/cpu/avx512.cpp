@@ -1,0 +1,128 @@
+// The micro-kernel on vector units: a word of x of each of up to 14 pixels, broadcast, by the words of 32 columns.
+#include <array>
+#include <utility>
+
+#include "epilogue.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+struct Float32 {
+  using In = float;
+  using Sum = __m512;
+  static constexpr int64_t kSplit = 256;  // a sum is split into sums of about this many products: its error grows less
+  static Sum dot(Sum sum, __m512i x, __m512i w) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
+  }
+};
+
+struct Bfloat16 {
+  using In = BFloat16;
+  using Sum = __m512;
+  static constexpr int64_t kSplit = 0;  // the result is rounded to 8 bits
+  static Sum dot(Sum sum, __m512i x, __m512i w) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
+  }
+};
+
+struct Int8 {
+  using In = uint8_t;
+  using Sum = __m512i;
+  static constexpr int64_t kSplit = 0;  // exact
+  static Sum dot(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
+};
+
+// 28 vectors of sums, two of weights and one of x fill the registers.
+template <class Product, class Out>
+struct Vectors {
+  static constexpr int kRun = 7;
+  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out);
+
+  void operator()(const Tile& tile, int length, int runs, bool narrow) const {
+    kTable[((length - 1) * 2 + runs - 1) * 2 + narrow](tile);
+  }
+
+ private:
+  using Function = void (*)(const Tile&);
+
+  template <int kRuns, int kLength, int kVectors, class Sum>
+  [[gnu::always_inline]] static void add(Sum (&to)[kRuns][kLength][kVectors], Sum (&values)[kRuns][kLength][kVectors]) {
+#pragma GCC unroll 2
+    for (int run = 0; run < kRuns; run++)
+#pragma GCC unroll 7
+      for (int i = 0; i < kLength; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; j++) to[run][i][j] += values[run][i][j];
+  }
+
+  template <int kLength, int kRuns, int kVectors>
+  static void multiply(const Tile& tile) {
+#pragma GCC unroll 2
+    for (int run = 0; run < kRuns; run++) fetch_results<Out>(tile, run, kLength);
+
+    typename Product::Sum sums[kRuns][kLength][kVectors] = {};
+    [[maybe_unused]] typename Product::Sum totals[kRuns][kLength][kVectors] = {};
+    const Conv& conv = tile.conv;
+    const int64_t words = conv.s * conv.c * kInBytes / kWord, pitch = tile.pitch;
+    const int64_t step = Product::kSplit == 0 ? words : std::min(words, Product::kSplit);
+    const int64_t half_block = conv.r * words * kColumns / 2;
+    const auto* w = static_cast<const int32_t*>(conv.weight) + tile.block * 2 * half_block;
+    const auto* ahead = w + tile.half_blocks_ahead * half_block;
+    const auto* next_x = tile.next_x ? tile.next_x : reinterpret_cast<const char*>(w);
+    int64_t summed = 0;
+    for (int64_t r = 0; r < conv.r; r++) {
+      const char *x0 = tile.runs[0].x + r * tile.row_pitch, *x1 = tile.runs[1].x + r * tile.row_pitch;
+      for (int64_t begin = 0; begin < words; begin += step) {
+        const int64_t end = std::min(begin + step, words);
+        if constexpr (Product::kSplit != 0) {
+          if (summed + end - begin > Product::kSplit) {
+            add<kRuns, kLength, kVectors>(totals, sums);
+            std::memset(sums, 0, sizeof(sums));
+            summed = 0;
+          }
+          summed += end - begin;
+        }
+        for (int64_t k = begin; k < end; k++) {
+          _mm_prefetch(ahead, _MM_HINT_T1);
+          _mm_prefetch(next_x, _MM_HINT_T1);
+          __m512i columns[kVectors];
+#pragma GCC unroll 2
+          for (int j = 0; j < kVectors; j++) columns[j] = _mm512_loadu_si512(w + 16 * j);
+#pragma GCC unroll 2
+          for (int run = 0; run < kRuns; run++)
+#pragma GCC unroll 7
+            for (int i = 0; i < kLength; i++) {
+              const char* from = (run == 0 ? x0 : x1) + i * pitch;
+              const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(from));
+#pragma GCC unroll 2
+              for (int j = 0; j < kVectors; j++) sums[run][i][j] = Product::dot(sums[run][i][j], x, columns[j]);
+            }
+          x0 += kWord;
+          x1 += kWord;
+          w += kColumns;
+          ahead += kColumns / 2;
+          next_x += 64;
+        }
+      }
+    }
+    if constexpr (Product::kSplit != 0) add<kRuns, kLength, kVectors>(sums, totals);
+#pragma GCC unroll 2
+    for (int run = 0; run < kRuns; run++) finish<Out>(conv, tile.runs[run].pixel, tile.block, sums[run]);
+  }
+
+  template <size_t... kIndex>
+  static constexpr std::array<Function, sizeof...(kIndex)> table(std::index_sequence<kIndex...>) {
+    return {multiply<kIndex / 4 + 1, kIndex / 2 % 2 + 1, 2 - kIndex % 2>...};
+  }
+  static constexpr auto kTable = table(std::make_index_sequence<kRun * 4>());
+};
+
+}  // namespace
+
+namespace avx512 {
+const Kernel float32 = kernel_of<Vectors<Float32, float>>;
+const Kernel bfloat16 = kernel_of<Vectors<Bfloat16, BFloat16>>;
+const Kernel int8 = kernel_of<Vectors<Int8, uint8_t>>;
+const Kernel int8_to_float32 = kernel_of<Vectors<Int8, float>>;
+}  // namespace avx512
+}  // namespace resnet_fused::cpu

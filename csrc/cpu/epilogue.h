@@ -1,0 +1,84 @@
+// The epilogue, act(scale * sum + bias + residual), of sixteen channels at a time, for the element types of y.
+#pragma once
+
+#include <immintrin.h>
+
+#include "panels.h"
+
+namespace resnet_fused::cpu {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline __m512 load(const float* p, Grid) { return _mm512_loadu_ps(p); }
+inline void store(float* p, __m512 v, Grid) { _mm512_storeu_ps(p, v); }
+
+inline __m512 load(const BFloat16* p, Grid) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store(BFloat16* p, __m512 v, Grid) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
+
+inline __m512 load(const uint8_t* p, Grid grid) {
+  const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i above = _mm512_sub_epi32(q, _mm512_set1_epi32(grid.zero_point));
+  return _mm512_mul_ps(_mm512_cvtepi32_ps(above), _mm512_set1_ps(grid.scale));
+}
+inline void store(uint8_t* p, __m512 v, Grid grid) {
+  const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(1 / grid.scale)));
+  const __m512i q = _mm512_max_epi32(_mm512_add_epi32(steps, _mm512_set1_epi32(grid.zero_point)), __m512i{});
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(q));
+}
+
+inline __m512 as_float(__m512 sum) { return sum; }
+inline __m512 as_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
+
+// Asks for what the epilogue of these pixels will read and write, to be called before the sums.
+template <class Out>
+inline void fetch_results(const Tile& tile, int run, int pixels) {
+  const Conv& c = tile.conv;
+  const int64_t pitch = c.k * sizeof(Out), at = tile.runs[run].pixel * pitch + tile.block * kColumns * sizeof(Out);
+  for (int i = 0; i < pixels; i++)
+    for (size_t line = 0; line < kColumns * sizeof(Out); line += 64) {
+      __builtin_prefetch(static_cast<char*>(c.y) + at + i * pitch + line, 1, 3);
+      if (c.residual) __builtin_prefetch(static_cast<const char*>(c.residual) + at + i * pitch + line, 0, 3);
+    }
+}
+
+// Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from the block's first on.
+template <class Out, int kPixels, int kVectors, class Sum>
+[[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t block, Sum (&sums)[kPixels][kVectors]) {
+  __m512 v[kPixels][kVectors];
+  const int64_t column = block * kColumns, at = pixel * c.k + column;
+#pragma GCC unroll 2
+  for (int j = 0; j < kVectors; j++) {
+    const __m512 bias = _mm512_loadu_ps(c.bias + column + 16 * j);
+    const __m512 scale = c.scale ? _mm512_loadu_ps(c.scale + column + 16 * j) : _mm512_set1_ps(1);
+#pragma GCC unroll 7
+    for (int i = 0; i < kPixels; i++) v[i][j] = _mm512_fmadd_ps(as_float(sums[i][j]), scale, bias);
+  }
+  if (c.residual) {
+    const Out* residual = static_cast<const Out*>(c.residual) + at;
+#pragma GCC unroll 7
+    for (int i = 0; i < kPixels; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; j++)
+        v[i][j] = _mm512_add_ps(v[i][j], load(residual + i * c.k + 16 * j, c.residual_grid));
+  }
+  if (c.relu) {
+#pragma GCC unroll 7
+    for (int i = 0; i < kPixels; i++)
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; j++) v[i][j] = _mm512_max_ps(__m512{}, v[i][j]);  // in this order a NaN stays
+  }
+  Out* y = static_cast<Out*>(c.y) + at;
+#pragma GCC unroll 7
+  for (int i = 0; i < kPixels; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j++) store(y + i * c.k + 16 * j, v[i][j], c.y_grid);
+}
+
+}  // namespace resnet_fused::cpu

@@ -1,0 +1,257 @@
+// The operators: what they take, and the choice of a kernel by element type and instruction set.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "conv.h"
+#include "max_pool.h"
+#include "memory.h"
+#include "quantise.h"
+
+namespace resnet_fused::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+// Linux gives a process AMX's registers when it asks.
+bool asks_for_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBfloat16 | kTiles | kInt8;
+  return (edx & kAll) == kAll && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+struct Instructions {
+  bool float32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  bool bfloat16 = float32 && __builtin_cpu_supports("avx512bf16");
+  bool int8 = float32 && __builtin_cpu_supports("avx512vnni");
+  bool amx = bfloat16 && int8 && asks_for_tiles();
+};
+
+const Instructions& instructions() {
+  static const Instructions found;
+  return found;
+}
+
+// Which of float32, bfloat16, int8 and amx this CPU has the instructions for.
+std::string supported() {
+  const Instructions& found = instructions();
+  std::string names;
+  if (found.float32) names += "float32 ";
+  if (found.bfloat16) names += "bfloat16 ";
+  if (found.int8) names += "int8 ";
+  if (found.amx) names += "amx ";
+  return names;
+}
+
+const Kernel* find_kernel(ScalarType x, ScalarType y, int64_t row_bytes, bool amx) {
+  const Instructions& found = instructions();
+  const bool tiles = amx && found.amx && row_bytes % 64 == 0;
+  if (x == ScalarType::Float && y == x && found.float32) return &avx512::float32;
+  if (x == ScalarType::BFloat16 && y == x && found.bfloat16) return tiles ? &amx::bfloat16 : &avx512::bfloat16;
+  if (x == ScalarType::Byte && y == x && found.int8) return tiles ? &amx::int8 : &avx512::int8;
+  if (x == ScalarType::Byte && y == ScalarType::Float && found.int8)
+    return tiles ? &amx::int8_to_float32 : &avx512::int8_to_float32;
+  return nullptr;
+}
+
+bool is_nhwc(const Tensor& t) {
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+int bytes_of(ScalarType t) { return t == ScalarType::Byte ? 1 : t == ScalarType::BFloat16 ? 2 : 4; }
+
+void check_image(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4 && is_nhwc(t), name, " must be 4-D and dense in NHWC order");
+}
+
+void check_channels(const char* name, const Tensor& t, int64_t blocks) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == blocks * kColumns && t.scalar_type() == ScalarType::Float &&
+                      t.is_contiguous(),
+                  "conv: ", name, " must be a contiguous float32 vector of ", blocks * kColumns, " values");
+}
+
+Tensor empty_nhwc(const Sizes& sizes, ScalarType dtype) {
+  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * bytes_of(dtype);
+  const Sizes strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(take(std::max<int64_t>(bytes, 1)), sizes, strides, cpu, dtype, give_back);
+}
+
+struct Arguments {
+  const Tensor &x, &weight;
+  const OptionalTensor& scale;
+  const Tensor& bias;
+  const OptionalTensor& residual;
+  int64_t channels;
+  const Sizes &filter, &stride, &padding;
+  bool relu;
+  int64_t x_zero_point;
+  double residual_scale;
+  int64_t residual_zero_point;
+  double y_scale;
+  int64_t y_zero_point;
+};
+
+// `y` is what is overwritten, or null for a new tensor.
+Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
+  check_image("x", a.x);
+  STD_TORCH_CHECK(a.filter.size() == 2 && a.stride.size() == 2 && a.padding.size() == 2,
+                  "conv: filter, stride and padding must have two values each");
+  Conv c{.n = a.x.size(0), .h = a.x.size(2), .w = a.x.size(3), .c = a.x.size(1), .k = a.channels};
+  c.r = a.filter[0], c.s = a.filter[1];
+  c.stride_h = a.stride[0], c.stride_w = a.stride[1], c.pad_h = a.padding[0], c.pad_w = a.padding[1];
+  STD_TORCH_CHECK(c.r > 0 && c.s > 0 && c.stride_h > 0 && c.stride_w > 0 && c.pad_h >= 0 && c.pad_w >= 0 && c.k > 0 &&
+                      c.k % 16 == 0 && c.h + 2 * c.pad_h >= c.r && c.w + 2 * c.pad_w >= c.s && c.c > 0,
+                  "conv: the filter must fit into the padded image, and the output channels be a multiple of 16");
+  c.oh = (c.h + 2 * c.pad_h - c.r) / c.stride_h + 1;
+  c.ow = (c.w + 2 * c.pad_w - c.s) / c.stride_w + 1;
+
+  const int64_t pixel_bytes = c.c * bytes_of(a.x.scalar_type()), row_bytes = c.s * pixel_bytes;
+  const Kernel* kernel = find_kernel(a.x.scalar_type(), y_dtype, row_bytes, amx);
+  STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ",
+                  torch::headeronly::toString(a.x.scalar_type()), " to ", torch::headeronly::toString(y_dtype));
+  STD_TORCH_CHECK(pixel_bytes % kWord == 0, "conv: the channels of a pixel of x must fill words of 4 bytes");
+  const int64_t blocks = (c.k + kColumns - 1) / kColumns;
+  const Tensor& w = a.weight;
+  STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == c.r &&
+                      w.size(2) == row_bytes / kWord && w.size(3) == kColumns &&
+                      w.size(4) * bytes_of(a.x.scalar_type()) == kWord &&
+                      w.scalar_type() == (a.x.scalar_type() == ScalarType::Byte ? ScalarType::Char : a.x.scalar_type()),
+                  "conv: weight is not packed for this x and filter");
+  check_channels("bias", a.bias, blocks);
+  if (a.scale) check_channels("scale", *a.scale, blocks);
+
+  const Sizes sizes = {c.n, c.k, c.oh, c.ow};
+  const Tensor result = y ? *y : empty_nhwc(sizes, y_dtype);
+  for (const Tensor* t : {y, a.residual ? &*a.residual : nullptr}) {
+    if (t == nullptr) continue;
+    check_image("residual", *t);
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), t->sizes().begin()) && t->scalar_type() == y_dtype,
+                    "conv: residual must have the shape and the dtype of the result");
+  }
+  c.x = a.x.const_data_ptr();
+  c.weight = w.const_data_ptr();
+  c.scale = a.scale ? static_cast<const float*>(a.scale->const_data_ptr()) : nullptr;
+  c.bias = static_cast<const float*>(a.bias.const_data_ptr());
+  c.y = result.mutable_data_ptr();
+  c.residual = y ? c.y : a.residual ? a.residual->const_data_ptr() : nullptr;
+  c.relu = a.relu;
+  c.x_grid = {1, static_cast<int32_t>(a.x_zero_point)};
+  c.residual_grid = {static_cast<float>(a.residual_scale), static_cast<int32_t>(a.residual_zero_point)};
+  c.y_grid = {static_cast<float>(a.y_scale), static_cast<int32_t>(a.y_zero_point)};
+  if (c.n > 0) {
+    torch::stable::parallel_for(0, kernel->units(c), 1,
+                                [&](int64_t begin, int64_t end) { kernel->run(c, begin, end); });
+  }
+  return result;
+}
+
+Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const Tensor& bias,
+            const OptionalTensor& residual, int64_t channels, const Sizes& filter, const Sizes& stride,
+            const Sizes& padding, bool relu, int64_t x_zero_point, double residual_scale, int64_t residual_zero_point,
+            double y_scale, int64_t y_zero_point, bool to_float32, bool amx) {
+  const Arguments a{x,      weight,  scale, bias,         residual,       channels,            filter,
+                    stride, padding, relu,  x_zero_point, residual_scale, residual_zero_point, y_scale,
+                    y_zero_point};
+  return run(a, to_float32 ? ScalarType::Float : x.scalar_type(), amx, nullptr);
+}
+
+void conv_add_(Tensor residual, const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const Tensor& bias,
+               int64_t channels, const Sizes& filter, const Sizes& stride, const Sizes& padding, bool relu,
+               int64_t x_zero_point, double residual_scale, int64_t residual_zero_point, double y_scale,
+               int64_t y_zero_point, bool amx) {
+  const Arguments a{x,      weight,  scale, bias,         std::nullopt,   channels,            filter,
+                    stride, padding, relu,  x_zero_point, residual_scale, residual_zero_point, y_scale,
+                    y_zero_point};
+  run(a, residual.scalar_type(), amx, &residual);
+}
+
+Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const Sizes& padding) {
+  check_image("x", x);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(filter.size() == 2 && stride.size() == 2 && padding.size() == 2,
+                  "max_pool: filter, stride and padding must have two values each");
+  MaxPool p{.n = x.size(0), .h = x.size(2), .w = x.size(3), .c = x.size(1), .r = filter[0], .s = filter[1]};
+  p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1];
+  STD_TORCH_CHECK(p.r > 0 && p.s > 0 && p.stride_h > 0 && p.stride_w > 0 && p.pad_h >= 0 && p.pad_w >= 0 &&
+                      2 * p.pad_h <= p.r && 2 * p.pad_w <= p.s && p.h + 2 * p.pad_h >= p.r &&
+                      p.w + 2 * p.pad_w >= p.s && p.c > 0 && p.c % 16 == 0,
+                  "max_pool: the filter must fit into the padded image, padding be at most half of it, and the "
+                  "channels be a multiple of 16");
+  STD_TORCH_CHECK(instructions().bfloat16 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                                              dtype == ScalarType::Byte),
+                  "max_pool: no kernel on this CPU takes ", torch::headeronly::toString(dtype));
+  p.oh = (p.h + 2 * p.pad_h - p.r) / p.stride_h + 1;
+  p.ow = (p.w + 2 * p.pad_w - p.s) / p.stride_w + 1;
+  const Tensor y = empty_nhwc({p.n, p.c, p.oh, p.ow}, dtype);
+  p.x = x.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  torch::stable::parallel_for(0, p.n * p.oh, 1, [&](int64_t begin, int64_t end) {
+    avx512::max_pool(p, bytes_of(dtype), begin, end);
+  });
+  return y;
+}
+
+Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
+  check_image("x", x);
+  STD_TORCH_CHECK(instructions().int8 && instructions().bfloat16 && x.scalar_type() == ScalarType::Float,
+                  "quantise: no kernel on this CPU takes ", torch::headeronly::toString(x.scalar_type()));
+  const Tensor q = empty_nhwc({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Byte);
+  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+  const auto* from = static_cast<const float*>(x.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(q.mutable_data_ptr());
+  constexpr int64_t kGrain = 16384;
+  torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    avx512::quantise(from, grid, to, begin, end);
+  });
+  return q;
+}
+
+}  // namespace
+}  // namespace resnet_fused::cpu
+
+STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
+  m.def("supported() -> str");
+  m.def(
+      "conv(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int channels, int[] filter, "
+      "int[] stride, int[] padding, bool relu, int x_zero_point=0, float residual_scale=1.0, "
+      "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool to_float32=False, bool amx=True) "
+      "-> Tensor");
+  m.def(
+      "conv_add_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? scale, Tensor bias, int channels, int[] filter, "
+      "int[] stride, int[] padding, bool relu, int x_zero_point=0, float residual_scale=1.0, "
+      "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
+  m.def("quantise(Tensor x, float scale, int zero_point) -> Tensor");
+  m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
+  m.impl("conv", TORCH_BOX(&resnet_fused::cpu::conv));
+  m.impl("conv_add_", TORCH_BOX(&resnet_fused::cpu::conv_add_));
+  m.impl("quantise", TORCH_BOX(&resnet_fused::cpu::quantise));
+  m.impl("max_pool", TORCH_BOX(&resnet_fused::cpu::max_pool));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CompositeExplicitAutograd, m) {
+  m.impl("supported", TORCH_BOX(&resnet_fused::cpu::supported));
+}

@@ -1,0 +1,156 @@
+// How a convolution is split: into panels of output pixels that fit in a core's cache with what they read, each panel
+// into runs of neighbouring pixels, and each run by blocks of 32 output channels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "conv.h"
+
+namespace resnet_fused::cpu {
+
+// Neighbouring pixels of an output row: what the first one reads in the filter's first row, and its number.
+struct Run {
+  const char* x;
+  int64_t pixel;
+};
+
+// What a micro-kernel computes in one call: 1 or 2 runs of one length by one block of columns.
+struct Tile {
+  const Conv& conv;
+  Run runs[2];
+  int64_t block;
+  int64_t pitch;      // bytes of x from one output pixel to the next
+  int64_t row_pitch;  // bytes of x from one row of the filter to the next
+  const char* next_x;  // what the next tile reads, to be fetched; null if that is in the cache
+  int64_t half_blocks_ahead;  // from this tile's weights to those to be fetched; 0 if none are
+};
+
+// A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y; and
+// operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
+template <class Micro>
+class Panels {
+ public:
+  explicit Panels(const Conv& conv) : conv_(conv) {
+    Conv& c = conv_;
+    padded_ = c.pad_h != 0 || c.pad_w != 0;
+    if (c.r == 1 && c.s == 1 && !padded_ && c.stride_h == 1 && c.stride_w == 1) {  // all pixels are one row
+      c.w = c.ow = c.n * c.h * c.w;
+      c.n = c.h = c.oh = 1;
+    }
+    pixel_bytes_ = c.c * Micro::kInBytes;
+    row_pitch_ = (c.w + 2 * c.pad_w) * pixel_bytes_;
+    blocks_ = (c.k + kColumns - 1) / kColumns;
+    // Small weights stay in the cache, and small panels then write whole pixels; but each panel copies its padding.
+    const bool small = c.r * c.s * c.k * pixel_bytes_ <= kCacheBytes && !padded_;
+    const int64_t bytes = c.stride_h * c.stride_w * pixel_bytes_ + c.k * Micro::kOutBytes;
+    const int64_t pixels = std::max<int64_t>((small ? kCacheBytes / 8 : kCacheBytes) / bytes, 4 * Micro::kRun);
+    const int64_t rows = c.n * c.oh;
+    columns_ = c.ow < 2 * pixels ? c.ow : pixels / (2 * Micro::kRun) * (2 * Micro::kRun);
+    rows_ = columns_ < c.ow ? 1 : std::max<int64_t>(pixels / c.ow, 1);
+    rows_ = ceil_div(rows, ceil_div(rows, rows_));  // panels of even size
+    across_ = ceil_div(c.ow, columns_);
+    panels_ = ceil_div(rows, rows_) * across_;
+  }
+
+  int64_t units() const { return panels_ * blocks_; }
+
+  void run(int64_t begin, int64_t end) {
+    Micro micro;
+    while (begin < end) {
+      const int64_t first = begin % blocks_, last = std::min(blocks_, first + end - begin);
+      find_runs(begin / blocks_);
+      for (int64_t block = first; block < last; block++) multiply(micro, block, block == first);
+      begin += last - first;
+    }
+  }
+
+ private:
+  static constexpr int64_t kCacheBytes = 512 * 1024;
+
+  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+  void multiply(Micro& micro, int64_t block, bool fresh) {
+    const bool narrow = conv_.k - block * kColumns <= kColumns / 2;
+    const int64_t pitch = conv_.stride_w * pixel_bytes_;
+    int64_t ahead = 2;  // the first tile fetches one half of the next block of weights, the second the other
+    if (block + 1 == blocks_) ahead = 0;
+    for (int kind = 0; kind < 2; kind++) {
+      const auto& runs = runs_[kind];
+      for (size_t i = 0; i < runs.size(); i += 2) {
+        const int count = i + 1 < runs.size() ? 2 : 1;
+        const Run& last = runs[i + count - 1];
+        const char* next_x = fresh && !padded_ ? last.x + lengths_[kind] * pitch : nullptr;
+        micro(Tile{conv_, {runs[i], last}, block, pitch, row_pitch_, next_x, ahead}, lengths_[kind], count, narrow);
+        ahead = ahead == 2 ? 3 : 0;
+      }
+    }
+  }
+
+  // A row is split evenly, into runs of two lengths: a short run costs as many loads of weights as a long one.
+  void find_runs(int64_t panel) {
+    const Conv& c = conv_;
+    const int64_t row0 = panel / across_ * rows_, row1 = std::min(row0 + rows_, c.n * c.oh);
+    const int64_t column0 = panel % across_ * columns_, width = std::min(columns_, c.ow - column0);
+    const int64_t count = ceil_div(width, Micro::kRun), longer = width % count;
+    lengths_[1] = static_cast<int>(width / count);
+    lengths_[0] = lengths_[1] + 1;
+    runs_[0].clear();
+    runs_[1].clear();
+    if (padded_) copy_padded(row0, row1);
+    int64_t copied = 0;  // rows of the copy before the one at hand
+    for (int64_t row = row0; row < row1; row++) {
+      const int64_t image = row / c.oh, oy = row % c.oh;
+      if (row != row0) copied += oy == 0 ? c.r : c.stride_h;
+      const char* x = padded_ ? copy_ + copied * row_pitch_
+                              : static_cast<const char*>(c.x) + (image * c.h + oy * c.stride_h) * row_pitch_;
+      int64_t ox = column0;
+      for (int64_t i = 0; i < count; i++) {
+        const int kind = i < longer ? 0 : 1;
+        runs_[kind].push_back({x + ox * c.stride_w * pixel_bytes_, row * c.ow + ox});
+        ox += lengths_[kind];
+      }
+    }
+  }
+
+  // The rows that output rows [row0, row1) read, with their padding; those that two of an image share, once.
+  void copy_padded(int64_t row0, int64_t row1) {
+    const Conv& c = conv_;
+    thread_local std::vector<char> memory;  // kept: its pages are there the next time
+    const size_t most = ((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_ + 64;
+    if (memory.size() < most) memory.resize(most);
+    char* to = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+    copy_ = to;
+    const int fill = Micro::kInBytes == 1 ? c.x_grid.zero_point : 0;
+    const int64_t side = c.pad_w * pixel_bytes_, middle = c.w * pixel_bytes_;
+    int64_t next = 0;  // the first row of the image that has not been copied
+    for (int64_t row = row0; row < row1; row++) {
+      const int64_t image = row / c.oh, oy = row % c.oh, top = oy * c.stride_h - c.pad_h;
+      if (row == row0 || oy == 0) next = top;
+      for (; next < top + c.r; next++, to += row_pitch_) {
+        if (next < 0 || next >= c.h) {
+          std::memset(to, fill, row_pitch_);
+          continue;
+        }
+        std::memset(to, fill, side);
+        std::memcpy(to + side, static_cast<const char*>(c.x) + (image * c.h + next) * middle, middle);
+        std::memset(to + side + middle, fill, side);
+      }
+    }
+  }
+
+  Conv conv_;
+  bool padded_;
+  int64_t pixel_bytes_, row_pitch_, blocks_, rows_, columns_, across_, panels_;
+  const char* copy_ = nullptr;
+  int lengths_[2];
+  std::vector<Run> runs_[2];
+};
+
+template <class Micro>
+constexpr Kernel kernel_of{[](const Conv& conv) { return Panels<Micro>(conv).units(); },
+                           [](const Conv& conv, int64_t begin, int64_t end) { Panels<Micro>(conv).run(begin, end); }};
+
+}  // namespace resnet_fused::cpu

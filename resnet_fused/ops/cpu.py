@@ -1,0 +1,201 @@
+"""Our convolution for frozen networks on a CPU with AVX-512 (csrc/cpu): fp32, bf16 and int8, on AMX where it is.
+
+Its sums run over the filter's rows, columns and channels in this order, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from resnet_fused import _library, dispatch
+from resnet_fused._compiling import constant
+from resnet_fused.ops.onednn import Grid
+
+COLUMNS = 32  # output channels of a block of packed weights; the others of csrc/cpu/conv.h follow from it
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+_POOLED = dict.fromkeys((torch.float32, torch.bfloat16, torch.uint8), "bfloat16")  # what the kernel is compiled for
+
+
+@constant
+@functools.cache
+def _supported() -> frozenset[str]:
+    """What this CPU and this build can multiply; nothing where PyTorch is told to do without AVX-512 as well."""
+    if _library.load_cpu() is not None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return frozenset()
+    _register()
+    return frozenset(torch.ops.resnet_fused_cpu.supported().split())
+
+
+def _register() -> None:
+    """What torch.compile and FakeTensorMode need to know of the ops."""
+
+    def conv(x: Tensor, weight: Tensor, scale: object, bias: object, residual: object, channels: int, *rest: object,
+             to_float32: bool = False, **named: object) -> Tensor:  # fmt: skip
+        filter, stride, padding = rest[:3]
+        size = [(x.shape[2 + i] + 2 * padding[i] - filter[i]) // stride[i] + 1 for i in (0, 1)]  # type: ignore[index]
+        dtype = torch.float32 if to_float32 else x.dtype
+        return x.new_empty((x.shape[0], channels, *size), dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+        return _nhwc(F.max_pool2d(x, list(filter), list(stride), list(padding)))
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused_cpu::conv", "Meta"):
+        torch.library.register_fake("resnet_fused_cpu::conv", conv)
+        torch.library.register_fake("resnet_fused_cpu::conv_add_", lambda *_args, **_named: None)
+        torch.library.register_fake("resnet_fused_cpu::max_pool", max_pool)
+        torch.library.register_fake(
+            "resnet_fused_cpu::quantise", lambda x, *grid: torch.empty_like(x, dtype=torch.uint8)
+        )
+
+
+def takes(
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str | None,
+) -> bool:
+    """Whether our convolution runs one with this weight, [K, C/groups, R, S]; under a forced backend it runs none.
+
+    An int8 weight is multiplied with uint8 activations.
+    """
+    if weight.device.type != "cpu" or dispatch.forced_backend() is not None:
+        return False
+    if _NAMES.get(weight.dtype) not in _supported() or groups != 1 or tuple(dilation) != (1, 1):
+        return False
+    channels, per_group = weight.shape[:2]
+    return act in (None, "relu") and channels % 16 == 0 and per_group * weight.dtype.itemsize % 4 == 0
+
+
+def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
+    """Whether our max pooling takes these operands, which are in NHWC order alone; under a forced backend, none."""
+    if x.device.type != "cpu" or x.dim() != 4 or dispatch.forced_backend() is not None:
+        return False
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return False  # PyTorch's result would be in another order
+    fits = all(2 * pad <= size <= n + 2 * pad for n, size, pad in zip(x.shape[2:], filter, padding, strict=True))
+    return fits and x.shape[1] % 16 == 0 and _POOLED.get(x.dtype) in _supported()
+
+
+def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """`F.max_pool2d` in NHWC order without indices, which PyTorch makes on a CPU even where nobody asks for them.
+
+    Args:
+        x: float32, bfloat16 or uint8, in NHWC order.
+    """
+    result: Tensor = torch.ops.resnet_fused_cpu.max_pool(x, filter, stride, padding)
+    return result
+
+
+def quantises(x: Tensor) -> bool:
+    """Whether `quantise` takes it."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and {"int8", "bfloat16"} <= _supported()
+
+
+def quantise(x: Tensor, grid: Grid) -> Tensor:
+    """The nearest points of the grid, uint8 in NHWC order; what lies beyond its ends becomes them.
+
+    Args:
+        x: float32, finite; in any other order than NHWC it is copied.
+    """
+    result: Tensor = torch.ops.resnet_fused_cpu.quantise(_nhwc(x), *grid)
+    return result
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros up to 32."""
+    K, C, R, S = weight.shape
+    g, missing = 4 // weight.dtype.itemsize, -K % COLUMNS
+    rows = F.pad(weight.permute(0, 2, 3, 1).reshape(K, R, S * C), (0, 0, 0, 0, 0, missing))
+    return rows.reshape(-1, COLUMNS, R, S * C // g, g).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def pack_channels(values: Tensor) -> Tensor:
+    """A value for each output channel, fp32, with zeros up to a whole block."""
+    return F.pad(values.float(), (0, -len(values) % COLUMNS))
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    channels: int,
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str | None,
+    overwrite_residual: bool = False,
+    amx: bool = True,
+) -> Tensor:
+    """act(conv(x, weight) + bias + residual) with sums and epilogue in fp32; a NaN stays a NaN.
+
+    Args:
+        x: of the weight's dtype; in any other order than NHWC it is copied.
+        weight: of `pack`; `bias` of `pack_channels`.
+        residual: of the result's shape and dtype; overwritten with `overwrite_residual` if it is in NHWC order.
+        channels: K, of the result.
+        amx: whether AMX may be used where there is some.
+    """
+    x, ops = _nhwc(x), torch.ops.resnet_fused_cpu
+    if residual is not None:
+        residual = _nhwc(residual)
+        if overwrite_residual:
+            ops.conv_add_(residual, x, weight, None, bias, channels, filter, stride, padding, act == "relu", amx=amx)
+            return residual
+    return ops.conv(x, weight, None, bias, residual, channels, filter, stride, padding, act == "relu", amx=amx)
+
+
+def int8_conv(
+    x: Tensor,
+    x_grid: Grid,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_grid: Grid | None,
+    channels: int,
+    filter: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    act: str | None,
+    result: Grid | None,
+    overwrite_residual: bool = False,
+    amx: bool = True,
+) -> Tensor:
+    """act(scale * conv(x - x_grid.zero_point, weight) + bias + residual): int32 sums, an fp32 epilogue, one rounding.
+
+    Args:
+        x: uint8, NHWC, on `x_grid`.
+        weight: int8, of `pack`.
+        scale, bias: of `int8_epilogue`.
+        residual: uint8, NHWC, on `residual_grid`; or None.
+        result: the grid of a uint8 result, or None for a float32 one, which no residual is added to.
+    """
+    ops, none = torch.ops.resnet_fused_cpu, Grid(1.0, 0)
+    grids = (x_grid.zero_point, *(residual_grid or none), *(result or none))
+    geometry = (channels, filter, stride, padding, act == "relu", *grids)
+    if residual is not None and overwrite_residual:
+        ops.conv_add_(residual, x, weight, scale, bias, *geometry, amx=amx)
+        return residual
+    return ops.conv(x, weight, scale, bias, residual, *geometry, to_float32=result is None, amx=amx)
+
+
+def int8_epilogue(weight: Tensor, weight_scale: Tensor, bias: Tensor, x_grid: Grid) -> tuple[Tensor, Tensor]:
+    """(scale, bias) of `int8_conv` for an int8 weight [K, C, R, S] on a symmetric grid for each output channel.
+
+    The bias takes up what the zero point of x adds to each sum; padding is zero points, too.
+    """
+    scale = x_grid.scale * weight_scale
+    sums = weight.sum(dim=(1, 2, 3), dtype=torch.float64)
+    return pack_channels(scale), pack_channels(bias.double() - scale.double() * x_grid.zero_point * sums)
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,247 @@
+"""Our convolution on a CPU: exact data against float64 for every element type, shape of filter and instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from resnet_fused import use_backend
+from resnet_fused.ops import cpu
+from resnet_fused.ops.onednn import Grid
+
+SUPPORTED = cpu._supported()
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no AVX-512, or the kernels for CPUs are not built")
+
+DTYPES = [
+    pytest.param(dtype, marks=pytest.mark.skipif(name not in SUPPORTED, reason=f"this CPU has no {name}"), id=name)
+    for dtype, name in cpu._NAMES.items()
+]
+AMX = [False, pytest.param(True, marks=pytest.mark.skipif("amx" not in SUPPORTED, reason="this CPU has no AMX"))]
+
+# (N, C, H, W, K, filter, stride, padding): rows of every length around a run's, panels of one row and of many,
+# images that end within a panel, blocks of 16 columns alone and after others.
+SHAPES = [
+    (1, 64, 1, 1, 16, (1, 1), (1, 1), (0, 0)),
+    (3, 64, 5, 3, 32, (1, 1), (1, 1), (0, 0)),
+    (2, 128, 9, 7, 48, (1, 1), (2, 2), (0, 0)),
+    (1, 64, 40, 40, 64, (1, 1), (1, 1), (0, 0)),
+    (2, 64, 7, 7, 64, (3, 3), (1, 1), (1, 1)),
+    (3, 64, 8, 17, 80, (3, 3), (2, 2), (1, 1)),
+    (1, 64, 3, 33, 16, (3, 3), (1, 1), (1, 1)),
+    (2, 64, 2, 2, 16, (3, 3), (1, 2), (1, 1)),
+    (1, 64, 56, 56, 32, (3, 3), (1, 1), (1, 1)),
+    (2, 4, 21, 18, 64, (7, 7), (2, 2), (3, 3)),
+    (2, 64, 6, 6, 16, (1, 3), (1, 1), (0, 1)),
+    (2, 64, 6, 5, 16, (5, 1), (3, 1), (4, 0)),
+    (1, 64, 4, 4, 16, (1, 1), (3, 3), (1, 1)),
+    (2, 64, 6, 6, 16, (2, 2), (1, 1), (0, 0)),
+    (5, 20, 7, 5, 48, (3, 3), (1, 1), (1, 1)),
+]
+
+
+def _integers(shape, low, high, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(low, high + 1, shape, generator=generator).to(dtype)
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def _operands(shape):
+    """Small integers: every sum is exact in fp32, and right values are equal bit by bit."""
+    N, C, H, W, K, filter, stride, padding = shape
+    x, weight, bias = _integers((N, C, H, W), -3, 3, 0), _integers((K, C, *filter), -2, 2, 1), _integers((K,), -9, 9, 2)
+    y = F.conv2d(x, weight, bias, stride, padding)
+    return x, weight, bias, _integers(y.shape, -50, 50, 3), y
+
+
+@pytest.mark.parametrize("amx", AMX)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float_results_are_those_of_float64(shape, dtype, amx):
+    x, weight, bias, residual, y = _operands(shape)
+    K, filter, stride, padding = shape[4:]
+    packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias))
+    assert cpu.takes(weight.to(dtype), stride, padding, (1, 1), 1, "relu")
+    for added, act in [(None, None), (None, "relu"), (residual, "relu"), (residual, None)]:
+        truth = y if added is None else y + added
+        truth = (truth.relu() if act else truth).to(dtype)
+        given = None if added is None else added.to(dtype)
+        args = (K, filter, stride, padding, act)
+        ours = cpu.conv(x.to(dtype), *packed, given, *args, amx=amx)
+        assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(ours, truth)
+        assert torch.equal(cpu.conv(x.to(dtype).contiguous(), *packed, given, *args, amx=amx), truth)
+        if given is not None:
+            assert torch.equal(given, added.to(dtype))
+            over = cpu.conv(x.to(dtype), *packed, given, *args, overwrite_residual=True, amx=amx)
+            assert over is given and torch.equal(over, truth)
+
+
+@pytest.mark.parametrize("amx", AMX)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.skipif("int8" not in SUPPORTED, reason="this CPU has no VNNI")
+def test_int8_results_are_those_of_float64(shape, amx):
+    N, C, H, W, K, filter, stride, padding = shape
+    x, weight = _integers((N, C, H, W), 0, 255, 0, torch.uint8), _integers((K, C, *filter), -128, 127, 1, torch.int8)
+    x_grid, y_grid, residual_grid = (
+        Grid(0.5, 3),
+        Grid(64.0, 5),
+        Grid(32.0, 9),
+    )  # powers of two: nothing is rounded twice
+    scale, bias = torch.full((K,), 0.25), _integers((K,), -900, 900, 2, torch.float32)
+    values = (x.double() - x_grid.zero_point) * x_grid.scale
+    y = F.conv2d(values, weight.double() * 0.25, bias.double(), stride, padding)
+    residual = _integers(y.shape, 0, 255, 3, torch.uint8)
+    packed = (cpu.pack(weight), *cpu.int8_epilogue(weight, scale, bias, x_grid))
+    args = (K, filter, stride, padding)
+    plain = cpu.int8_conv(x, x_grid, *packed, None, None, *args, None, None, amx=amx)
+    assert plain.dtype == torch.float32
+    torch.testing.assert_close(plain.double(), y, rtol=1e-6, atol=1e-3 * float(y.abs().max()) * 1e-3)
+    for added, act in [(None, "relu"), (residual, "relu"), (residual, None)]:
+        truth = y if added is None else y + (added.double() - residual_grid.zero_point) * residual_grid.scale
+        truth = (truth.relu() if act else truth) / y_grid.scale + y_grid.zero_point
+        call = (*args, act, y_grid)
+        ours = cpu.int8_conv(x, x_grid, *packed, added, residual_grid, *call, amx=amx)
+        assert ours.dtype == torch.uint8 and ours.is_contiguous(memory_format=torch.channels_last)
+        assert float((ours.double() - truth.clamp(0, 255)).abs().max()) <= 0.5 + 1e-3
+        if added is not None:
+            again = added.clone()
+            over = cpu.int8_conv(x, x_grid, *packed, again, residual_grid, *call, overwrite_residual=True, amx=amx)
+            assert over is again and torch.equal(over, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_nan_and_an_infinity_stay_what_they_are(dtype):
+    x, weight, bias, residual, _ = _operands((2, 64, 7, 7, 32, (3, 3), (1, 1), (1, 1)))
+    x[0, 5, 3, 3], x[1, 6, 0, 0], residual[1, 7, 6, 6] = torch.nan, torch.inf, torch.nan
+    truth = (F.conv2d(x, weight, bias, 1, 1) + residual).relu().to(dtype)
+    packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias), residual.to(dtype))
+    ours = cpu.conv(x.to(dtype), *packed, 32, (3, 3), (1, 1), (1, 1), "relu")
+    torch.testing.assert_close(ours, truth, rtol=0, atol=0, equal_nan=True)
+
+
+def test_random_fp32_data_is_as_exact_as_native_pytorch():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 256, 9, 9, generator=generator), torch.randn(64, 256, 3, 3, generator=generator)
+    truth = F.conv2d(x.double(), weight.double(), None, 1, 1)
+    ours = cpu.conv(x, cpu.pack(weight), torch.zeros(64), None, 64, (3, 3), (1, 1), (1, 1), None)
+    error, plain = ((y - truth).abs().max() for y in (ours, F.conv2d(x, weight, None, 1, 1)))
+    assert error <= 2 * plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    x, weight = torch.randn(3, 64, 15, 13).to(dtype), torch.randn(80, 64, 3, 3).to(dtype)
+    packed, before = (cpu.pack(weight), torch.zeros(96), None), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(cpu.conv(x, *packed, 80, (3, 3), (1, 1), (1, 1), "relu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_results_keep_their_memory_for_as_long_as_they_live():
+    x, weight = torch.ones(4, 16, 64, 64), torch.ones(16, 16, 1, 1)
+    packed = cpu.pack(weight)
+
+    def run(k):
+        return cpu.conv(x, packed, torch.full((32,), float(k)), None, 16, (1, 1), (1, 1), (0, 0), None)
+
+    kept = [run(k) for k in range(6)]
+    views = [y[:, :1] for y in kept[:3]]
+    addresses = {y.data_ptr() for y in kept}
+    assert len(addresses) == 6 and all(bool((y == 16 + k).all()) for k, y in enumerate(kept))
+    del kept
+    later = [run(100) for _ in range(6)]
+    assert all(bool((view == 16 + k).all()) for k, view in enumerate(views))  # a view keeps it
+    assert len({y.data_ptr() for y in later} & addresses) == 3  # and what nobody holds is used again
+
+
+POOLS = [
+    ((1, 16, 1, 1), 3, 2, 1),
+    ((2, 64, 9, 12), 3, 2, 1),
+    ((2, 16, 8, 7), 2, 2, 0),
+    ((1, 32, 11, 6), (3, 5), 1, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("shape, filter, stride, padding", POOLS)
+@pytest.mark.skipif("bfloat16" not in SUPPORTED, reason="this CPU has no AVX512-BF16")
+def test_max_pooling_is_that_of_pytorch(shape, filter, stride, padding, dtype):
+    x = _integers(shape, 0 if dtype == torch.uint8 else -200, 255, 0, torch.float32)
+    if dtype != torch.uint8:
+        x[0, 3, 0, 0], x[0, 4] = torch.nan, -torch.inf
+    x, (filter, stride, padding) = x.to(dtype), (_pair(value) for value in (filter, stride, padding))
+    assert cpu.pools(x, filter, padding) != (x.shape[2:] == (1, 1))
+    truth = F.max_pool2d(x.float(), filter, stride, padding)
+    ours = cpu.max_pool(x, filter, stride, padding)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ours.float(), truth, rtol=0, atol=0, equal_nan=True)
+    assert not cpu.pools(x.contiguous(), filter, padding)
+    with use_backend("aten"):
+        assert not cpu.pools(x, filter, padding)
+    assert not cpu.pools(x[:, :8], filter, padding) and not cpu.pools(x.double(), filter, padding)
+    assert not cpu.pools(x, (40, 40), (1, 1))
+    with pytest.raises(RuntimeError, match="must fit"):
+        cpu.max_pool(x, (2, 2), (1, 1), (2, 2))
+
+
+@pytest.mark.skipif(not {"int8", "bfloat16"} <= SUPPORTED, reason="this CPU has no VNNI or no AVX512-BF16")
+def test_quantise_rounds_to_the_nearest_point_of_the_grid():
+    grid = Grid(0.25, 30)
+    x = torch.linspace(-12.0, 70.0, 3 * 5 * 7 * 9).reshape(1, 15, 7, 9)
+    x[0, 0, 0, :3] = torch.tensor([0.125, 0.375, -0.125])  # a half goes to the even step
+    assert cpu.quantises(x) and not cpu.quantises(x.double()) and not cpu.quantises(x[0])
+    truth = ((x.double() / grid.scale).round() + grid.zero_point).clamp(0, 255).to(torch.uint8)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        q = cpu.quantise(given, grid)
+        assert q.is_contiguous(memory_format=torch.channels_last) and torch.equal(q, truth)
+
+
+def _pair(value):
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def test_an_empty_batch_has_an_empty_result():
+    packed, geometry = (cpu.pack(torch.ones(16, 16, 3, 3)), torch.zeros(32), None), ((3, 3), (2, 2), (1, 1))
+    y = cpu.conv(torch.empty(0, 16, 5, 5), *packed, 16, *geometry, "relu")
+    assert y.shape == (0, 16, 3, 3)
+
+
+def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
+    x, weight, bias, residual, _ = (t.float() for t in _operands((2, 16, 6, 7, 32, (3, 3), (2, 2), (1, 1))))
+    packed, geometry = cpu.pack(weight), (32, [3, 3], [2, 2], [1, 1], True)
+    checks = ("test_schema", "test_faketensor")
+    ops = torch.ops.resnet_fused_cpu
+    torch.library.opcheck(ops.conv.default, (x, packed, None, bias, residual, *geometry), test_utils=checks)
+    nhwc = x.contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(ops.quantise.default, (nhwc, 0.5, 3), test_utils=checks)
+    torch.library.opcheck(ops.max_pool.default, (x, [3, 3], [2, 2], [1, 1]), test_utils=checks)
+    torch.library.opcheck(ops.conv_add_.default, (residual, x, packed, None, bias, *geometry), test_utils=checks)
+
+
+def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
+    ones, geometry = torch.ones(32, 16, 3, 3), ((1, 1), (1, 1), (1, 1), 1)
+    assert cpu.takes(ones, *geometry, None) and cpu.takes(ones, *geometry, "relu")
+    assert not cpu.takes(ones, *geometry, "silu") and not cpu.takes(ones[:8], *geometry, None)
+    assert not cpu.takes(ones, (1, 1), (1, 1), (2, 2), 1, None) and not cpu.takes(ones, *geometry[:3], 2, None)
+    assert not cpu.takes(ones.double(), *geometry, None) and not cpu.takes(ones.to("meta"), *geometry, None)
+    with use_backend("aten"):
+        assert not cpu.takes(ones, *geometry, None)
+    x, packed, bias = torch.ones(1, 16, 5, 5), cpu.pack(ones), torch.zeros(32)
+    args = (None, 32, (3, 3), (1, 1), (1, 1), None)
+    for wrong, message in [
+        ((x[:, :8], packed, bias, *args), "not packed"),
+        ((x, packed, bias[:16], *args), "bias"),
+        ((x[0], packed, bias, *args), "4-D|rank"),
+        ((x, packed, bias, x, *args[1:]), "residual"),
+        ((x, packed, bias, None, 24, *args[2:]), "multiple of 16"),
+        ((x, packed, bias, None, 32, (3, 3), (1, 1), (-1, 1), None), "fit"),
+        ((x.double(), packed, bias, *args), "no kernel"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            cpu.conv(*wrong)
