@@ -214,8 +214,10 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     device = resolve_device(arguments.device)
     models.check(_model(arguments))
     check_backend(arguments.backend, device)
-    on_gpu = device.type == "cuda"
-    entrants = tuple(name for name, one in contestants.CONTESTANTS.items() if one.by_default and one.graphed >= on_gpu)
+    graphs = device.type == "cuda"  # elsewhere every loop is a plain one
+    entrants = tuple(
+        name for name, one in contestants.CONTESTANTS.items() if one.by_default and (one.graphed or graphs)
+    )
     if arguments.contestants:
         entrants = choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
     size = positive_integer(arguments.image_size, "--image-size")

@@ -41,6 +41,14 @@ def test_a_first_run_on_a_gpu_tunes_and_races_a_gpus_cases(gpu):
     assert options("--contestants", "compile-max-autotune").contestants == ("compile-max-autotune",)
 
 
+def test_a_plain_loop_races_on_a_gpu_only(gpu, monkeypatch):
+    loops = {"eager-plain-loop", "fused-plain-loop"}
+    assert loops <= set(options().contestants)
+    monkeypatch.undo()
+    on_cpu = set(options("--device", "cpu").contestants)
+    assert "fused" in on_cpu and not loops & on_cpu
+
+
 def test_what_was_asked_for_is_not_tuned_for_unless_that_was_asked_for_too(gpu):
     assert options("--batch", "8").tune_s is options("--backend", "triton").tune_s is None
     assert options("--batch", "8", "--tune").tune_s == 180.0

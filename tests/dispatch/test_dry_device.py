@@ -47,7 +47,7 @@ def _dry(arch, what):
 def test_every_kernel_of_a_network_launches(arch):
     found = _dry(arch, "step")
     assert set(found["kernels"]) >= OF_A_NETWORK
-    assert found["launches"] > 80 and not found["refused"]
+    assert found["launches"] > 70 and not found["refused"]
 
 
 def test_every_formulation_on_tensor_maps_launches():
