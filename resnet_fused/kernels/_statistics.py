@@ -15,17 +15,14 @@ def store_tile_statistics(
     """Row `row` of the statistics of a tile: of its `pixels` that are `inside` the mean, in fp64, and the sum of
     squared deviations from it; the number of pixels where `first`.
 
-    Of the deviations d from a pivot, so that it stays exact where |mean| >> std: mean = pivot + sum(d) / n, m2 =
-    sum(d * d) - sum(d)^2 / n. The pivot is the channel's first pixel; where that is a hundred standard deviations away,
-    m2 errs by 1e-5, less than 16-bit values do. Of fp32 values it is the mean of all, those outside among them.
+    One pass over the deviations d from a pivot, so that it stays exact where |mean| >> std: mean = pivot + sum(d) / n,
+    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the first pixels: where it is one alone, and an outlier,
+    little is left of m2.
     """
     value = to_fp32(rounded)
-    width: tl.constexpr = value.shape[PIXEL_AXIS]
-    if rounded.dtype == tl.float32:
-        pivot = sum_lanes(value, PIXEL_AXIS) * (1.0 / width)
-    else:
-        lane = tl.expand_dims(tl.arange(0, width), 1 - PIXEL_AXIS)
-        pivot = tl.sum(tl.where(lane == 0, value, 0.0), axis=PIXEL_AXIS)
+    some = inside & (tl.arange(0, value.shape[PIXEL_AXIS]) < 8)
+    pivot = tl.sum(tl.where(tl.expand_dims(some, 1 - PIXEL_AXIS), value, 0.0), axis=PIXEL_AXIS)
+    pivot *= 1.0 / tl.sum(some.to(tl.float32), axis=0)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     deviation = value - tl.expand_dims(pivot, PIXEL_AXIS)
     deviation = tl.where(tl.expand_dims(inside, 1 - PIXEL_AXIS), deviation, 0.0)

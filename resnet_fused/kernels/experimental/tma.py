@@ -123,7 +123,6 @@ def _tma_conv_kernel(
     tiles_n = tl.cdiv(K, BLOCK_N)
     tiles_q = tl.cdiv(Q, BOX_Q)
     tiles_p = tl.cdiv(P, BOX_P)
-    tiles_c = C // BLOCK_K
     tiles = tl.cdiv(N, BOX_N) * tiles_p * tiles_q * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=SPECIALIZE, warp_specialize=SPECIALIZE):
         box = tile // tiles_n
@@ -132,9 +131,9 @@ def _tma_conv_kernel(
         p0 = (box // tiles_q % tiles_p) * BOX_P
         n0 = (box // tiles_q // tiles_p) * BOX_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for i in tl.range(R * S * tiles_c, num_stages=STAGES):
-            tap = i // tiles_c
-            c = (i - tap * tiles_c) * BLOCK_K
+        for i in tl.range(R * S * (C // BLOCK_K), num_stages=STAGES):
+            tap = i % (R * S)  # taps innermost: only constants are divided by
+            c = i // (R * S) * BLOCK_K
             h = tap // S * dilation_h - pad_h
             w = tap % S * dilation_w - pad_w
             if STRIDE2:  # an arithmetic shift rounds down, also where h is negative
