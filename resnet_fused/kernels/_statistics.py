@@ -28,8 +28,8 @@ def store_tile_statistics(
     squared deviations from it; the number of pixels where `first`.
 
     One pass over the deviations d from a pivot, so that it stays exact where |mean| >> std: mean = pivot + sum(d) / n,
-    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the FIRST pixels, of which those inside come first; where it
-    is one alone, and an outlier, little is left of m2.
+    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the FIRST pixels, of which those inside come first;
+    where it is one alone, and an outlier, little is left of m2.
     """
     value = to_fp32(rounded)
     some = inside & (tl.arange(0, value.shape[PIXEL_AXIS]) < FIRST)
