@@ -10,19 +10,31 @@ from resnet_fused.kernels._tile import sum_lanes, to_fp32
 
 @triton.jit
 def store_tile_statistics(
-    rounded, inside, pixels, mean, m2, count, row, K, channel, exists, first, PIXEL_AXIS: tl.constexpr = 0
+    rounded,
+    inside,
+    pixels,
+    mean,
+    m2,
+    count,
+    row,
+    K,
+    channel,
+    exists,
+    first,
+    PIXEL_AXIS: tl.constexpr = 0,
+    FIRST: tl.constexpr = 8,
 ):
     """Row `row` of the statistics of a tile: of its `pixels` that are `inside` the mean, in fp64, and the sum of
     squared deviations from it; the number of pixels where `first`.
 
     One pass over the deviations d from a pivot, so that it stays exact where |mean| >> std: mean = pivot + sum(d) / n,
-    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the first pixels: where it is one alone, and an outlier,
-    little is left of m2.
+    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the FIRST pixels, of which those inside come first;
+    where it is one alone, and an outlier, little is left of m2.
     """
     value = to_fp32(rounded)
-    some = inside & (tl.arange(0, value.shape[PIXEL_AXIS]) < 8)
+    some = inside & (tl.arange(0, value.shape[PIXEL_AXIS]) < FIRST)
     pivot = tl.sum(tl.where(tl.expand_dims(some, 1 - PIXEL_AXIS), value, 0.0), axis=PIXEL_AXIS)
-    pivot *= 1.0 / tl.sum(some.to(tl.float32), axis=0)
+    pivot *= 1.0 / tl.minimum(pixels, FIRST).to(tl.float32)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     deviation = value - tl.expand_dims(pivot, PIXEL_AXIS)
     deviation = tl.where(tl.expand_dims(inside, 1 - PIXEL_AXIS), deviation, 0.0)

@@ -154,7 +154,7 @@ def _tma_conv_kernel(
             inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
             pixels = tl.minimum(N - n0, BOX_N) * tl.minimum(P - p0, BOX_P) * tl.minimum(Q - q0, BOX_Q)
             k = k0 + tl.arange(0, BLOCK_N)
-            store_tile_statistics(rounded, inside, pixels, mean, m2, count, box, K, k, k < K, k0 == 0)
+            store_tile_statistics(rounded, inside, pixels, mean, m2, count, box, K, k, k < K, k0 == 0, FIRST=1)
 
 
 def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
