@@ -31,7 +31,7 @@ template <class Product, class Out>
 class Tiles {
  public:
   static constexpr int kRun = 16;
-  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out);
+  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = 64;
 
   ~Tiles() {
     if (length_ != 0) _tile_release();
@@ -95,10 +95,10 @@ class Tiles {
           if constexpr (kHalves == 2) RESNET_FUSED_MULTIPLY(3, 5, 7);
         }
         if (tile.half_blocks_ahead != 0) fetch<16>(ahead);
-        if (tile.next_x) fetch<2 * kRun>(next_x);
+        for (int line = 0; tile.next_x && line < tile.next_step; line += 64) _mm_prefetch(next_x + line, _MM_HINT_T1);
         w += kStep;
         ahead += kStep / 2;
-        next_x += 64 * 2 * kRun;
+        next_x += tile.next_step;
       }
     }
     constexpr int64_t kRow = sizeof(sums_[0]);

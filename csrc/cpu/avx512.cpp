@@ -10,7 +10,7 @@ namespace {
 struct Float32 {
   using In = float;
   using Sum = __m512;
-  static constexpr int64_t kSplit = 256;  // a sum is split into sums of about this many products: its error grows less
+  static constexpr int64_t kSplit = 512;  // a sum is split into sums of about this many products: its error grows less
   static Sum dot(Sum sum, __m512i x, __m512i w) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
   }
@@ -36,7 +36,7 @@ struct Int8 {
 template <class Product, class Out>
 struct Vectors {
   static constexpr int kRun = 7;
-  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out);
+  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
     kTable[((length - 1) * 2 + runs - 1) * 2 + narrow](tile);
@@ -101,7 +101,7 @@ struct Vectors {
           x1 += kWord;
           w += kColumns;
           ahead += kColumns / 2;
-          next_x += 64;
+          next_x += tile.next_step;
         }
       }
     }

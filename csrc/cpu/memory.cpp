@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -36,6 +37,7 @@ void* take(size_t bytes) {
   void* memory;
   auto found = p.kept.lower_bound(bytes);
   if (found != p.kept.end() && found->first <= 2 * bytes) {
+    found = std::prev(p.kept.upper_bound(found->first));  // the last one given back: it is the likeliest in the cache
     bytes = found->first;
     memory = found->second;
     p.kept.erase(found);

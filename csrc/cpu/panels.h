@@ -24,11 +24,13 @@ struct Tile {
   int64_t block;
   int64_t pitch;      // bytes of x from one output pixel to the next
   int64_t row_pitch;  // bytes of x from one row of the filter to the next
-  const char* next_x;  // what the next tile reads, to be fetched; null if that is in the cache
+  const char* next_x;  // what is to be fetched of x: what the next tile reads, or what a later panel does; or null
+  int64_t next_step;   // bytes of it that go with one word of each pixel, or with one AMX tile of them
   int64_t half_blocks_ahead;  // from this tile's weights to those to be fetched; 0 if none are
 };
 
-// A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y; and
+// A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
+// kStepBytes, of each pixel that a step of its loop takes; and
 // operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
 template <class Micro>
 class Panels {
@@ -44,9 +46,13 @@ class Panels {
     row_pitch_ = (c.w + 2 * c.pad_w) * pixel_bytes_;
     blocks_ = (c.k + kColumns - 1) / kColumns;
     // Small weights stay in the cache, and small panels then write whole pixels; but each panel copies its padding.
-    const bool small = c.r * c.s * c.k * pixel_bytes_ <= kCacheBytes && !padded_;
+    // Weights that do not stay are read once a panel, which is large then.
+    const int64_t weights = c.r * c.s * c.k * pixel_bytes_;
+    const int64_t budget = weights > 4 * kCacheBytes ? 2 * kCacheBytes
+                           : weights <= kCacheBytes && !padded_ ? kCacheBytes / 8
+                                                                : kCacheBytes;
     const int64_t bytes = c.stride_h * c.stride_w * pixel_bytes_ + c.k * Micro::kOutBytes;
-    const int64_t pixels = std::max<int64_t>((small ? kCacheBytes / 8 : kCacheBytes) / bytes, 4 * Micro::kRun);
+    const int64_t pixels = std::max<int64_t>(budget / bytes, 4 * Micro::kRun);
     const int64_t rows = c.n * c.oh;
     columns_ = c.ow < 2 * pixels ? c.ow : pixels / (2 * Micro::kRun) * (2 * Micro::kRun);
     rows_ = columns_ < c.ow ? 1 : std::max<int64_t>(pixels / c.ow, 1);
@@ -77,14 +83,19 @@ class Panels {
     const int64_t pitch = conv_.stride_w * pixel_bytes_;
     int64_t ahead = 2;  // the first tile fetches one half of the next block of weights, the second the other
     if (block + 1 == blocks_) ahead = 0;
+    const int64_t steps = ceil_div(conv_.r * conv_.s * pixel_bytes_, Micro::kStepBytes);
+    const int64_t step = ceil_div(2 * Micro::kRun * pitch * conv_.stride_h, steps);
+    int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
       for (size_t i = 0; i < runs.size(); i += 2) {
         const int count = i + 1 < runs.size() ? 2 : 1;
         const Run& last = runs[i + count - 1];
-        const char* next_x = fresh && !padded_ ? last.x + lengths_[kind] * pitch : nullptr;
-        micro(Tile{conv_, {runs[i], last}, block, pitch, row_pitch_, next_x, ahead}, lengths_[kind], count, narrow);
+        const char* next_x = nullptr;
+        if (fresh) next_x = padded_ ? next_panel_ + tiles * step * steps : last.x + lengths_[kind] * pitch;
+        micro(Tile{conv_, {runs[i], last}, block, pitch, row_pitch_, next_x, step, ahead}, lengths_[kind], count, narrow);
         ahead = ahead == 2 ? 3 : 0;
+        tiles++;
       }
     }
   }
@@ -121,6 +132,7 @@ class Panels {
     thread_local std::vector<char> memory;  // kept: its pages are there the next time
     const size_t most = ((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_ + 64;
     if (memory.size() < most) memory.resize(most);
+    next_panel_ = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * pixel_bytes_;
     char* to = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
     copy_ = to;
     const int fill = Micro::kInBytes == 1 ? c.x_grid.zero_point : 0;
@@ -144,7 +156,7 @@ class Panels {
   Conv conv_;
   bool padded_;
   int64_t pixel_bytes_, row_pitch_, blocks_, rows_, columns_, across_, panels_;
-  const char* copy_ = nullptr;
+  const char *copy_ = nullptr, *next_panel_ = nullptr;
   int lengths_[2];
   std::vector<Run> runs_[2];
 };
