@@ -85,7 +85,7 @@ class Int8Conv(FrozenConv):
     """
 
     weight_scale: Tensor
-    epilogue_scale: Tensor
+    weight_sums: Tensor
     bias: Tensor
 
     def __init__(self, source: Source, grids: Grids, keeps_order: bool) -> None:
@@ -99,10 +99,10 @@ class Int8Conv(FrozenConv):
         weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
         self.ours, bias = cpu.takes(weight, *self.geometry, self.act), shift.to(torch.float32)
         how = {"backend": "cpu", "op": "int8_conv"} if self.ours else {"op": "qconv2d_pointwise"}
+        self._epilogues: dict[Grid, tuple[Tensor, Tensor]] = {}  # by the input's grid, which a pool may hand on
         if self.ours:
             packed = cpu.pack(weight)
-            epilogue, bias = cpu.int8_epilogue(weight, scales, bias, grids.x)
-            self.constant("epilogue_scale", epilogue)
+            self.constant("weight_sums", weight.sum(dim=(1, 2, 3), dtype=torch.float64))
         else:
             packed = onednn.int8_pack(weight, scales, grids.x, *self.geometry, source.example.x.shape)
         self.constant("weight", packed)
@@ -137,7 +137,9 @@ class Int8Conv(FrozenConv):
         """The result on `y_grid`, or without one in the float dtype."""
         stride, padding, *_ = self.geometry
         if self.ours:
-            args = (x, x_grid, self.weight, self.epilogue_scale, self.bias, residual, residual_grid)
+            if x_grid not in self._epilogues:
+                self._epilogues[x_grid] = cpu.int8_epilogue(self.weight_sums, self.weight_scale, self.bias, x_grid)
+            args = (x, x_grid, self.weight, *self._epilogues[x_grid], residual, residual_grid)
             shape = (self.like.shape[0], self.filter, stride, padding)
             y = cpu.int8_conv(*args, *shape, act, y_grid, overwrite_residual)  # type: ignore[arg-type]
             return y if y_grid is not None else y.to(self.dtype)

@@ -187,13 +187,15 @@ def int8_conv(
     return ops.conv(x, weight, scale, bias, residual, *geometry, to_float32=result is None, amx=amx)
 
 
-def int8_epilogue(weight: Tensor, weight_scale: Tensor, bias: Tensor, x_grid: Grid) -> tuple[Tensor, Tensor]:
-    """(scale, bias) of `int8_conv` for an int8 weight [K, C, R, S] on a symmetric grid for each output channel.
+def int8_epilogue(sums: Tensor, weight_scale: Tensor, bias: Tensor, x_grid: Grid) -> tuple[Tensor, Tensor]:
+    """(scale, bias) of `int8_conv` for an int8 weight on a symmetric grid for each output channel.
 
     The bias takes up what the zero point of x adds to each sum; padding is zero points, too.
+
+    Args:
+        sums: of each output channel's weights, float64.
     """
     scale = x_grid.scale * weight_scale
-    sums = weight.sum(dim=(1, 2, 3), dtype=torch.float64)
     return pack_channels(scale), pack_channels(bias.double() - scale.double() * x_grid.zero_point * sums)
 
 

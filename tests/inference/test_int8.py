@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -35,7 +36,16 @@ def _grouped():
     return nn.Sequential(Bottleneck(16, 8, 2, projection, groups=4, base_width=64), Bottleneck(32, 8))
 
 
-NETWORKS = {"resnet": (small_resnet, 3), "bottleneck": (Net, 3), "grouped": (_grouped, 16)}
+def _pooled():
+    """A pool hands on the grid of the convolution before it, where calibration found another for the one behind."""
+    names = ("conv1", "bn1", "relu1", "pool", "conv2", "bn2", "relu2", "conv3", "bn3", "relu3")
+    layers = (nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+    layers += (nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    layers += (nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+    return nn.Sequential(OrderedDict(zip(names, layers, strict=True)))
+
+
+NETWORKS = {"resnet": (small_resnet, 3), "bottleneck": (Net, 3), "grouped": (_grouped, 16), "pooled": (_pooled, 3)}
 
 
 def _pair(name, dtype=torch.float32, **options):

@@ -92,7 +92,7 @@ def test_int8_results_are_those_of_float64(shape, amx):
     values = (x.double() - x_grid.zero_point) * x_grid.scale
     y = F.conv2d(values, weight.double() * 0.25, bias.double(), stride, padding)
     residual = _integers(y.shape, 0, 255, 3, torch.uint8)
-    packed = (cpu.pack(weight), *cpu.int8_epilogue(weight, scale, bias, x_grid))
+    packed = (cpu.pack(weight), *cpu.int8_epilogue(weight.double().sum((1, 2, 3)), scale, bias, x_grid))
     args = (K, filter, stride, padding)
     plain = cpu.int8_conv(x, x_grid, *packed, None, None, *args, None, None, amx=amx)
     assert plain.dtype == torch.float32
