@@ -32,6 +32,7 @@ class Tiles {
  public:
   static constexpr int kRun = 16;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = 64;
+  static constexpr int64_t kPartWords = int64_t{1} << 32;  // sums do not leave their tiles
 
   ~Tiles() {
     if (length_ != 0) _tile_release();
@@ -69,7 +70,8 @@ class Tiles {
   template <int kRuns, int kHalves>
   void multiply(const Tile& tile) {
     const Conv& conv = tile.conv;
-    for (int run = 0; run < kRuns; run++) fetch_results<Out>(tile, run, length_);
+    for (int run = 0; run < kRuns; run++)
+      for (int i = 0; i < length_; i++) fetch_result<Out>(tile, run, i);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -77,7 +79,7 @@ class Tiles {
     constexpr int64_t kStep = 16 * kColumns * kWord;  // bytes of weights that 64 bytes of x meet
     const int64_t steps = conv.s * conv.c * kInBytes / 64;
     const auto* w = static_cast<const char*>(conv.weight) + tile.block * conv.r * steps * kStep;
-    const auto* ahead = w + tile.half_blocks_ahead * conv.r * steps * (kStep / 2);
+    const auto* ahead = w + tile.halves_ahead * conv.r * steps * (kStep / 2);
     const auto* next_x = tile.next_x;
     for (int64_t r = 0; r < conv.r; r++) {
       const char *x0 = tile.runs[0].x + r * tile.row_pitch, *x1 = tile.runs[1].x + r * tile.row_pitch;
@@ -94,7 +96,7 @@ class Tiles {
           RESNET_FUSED_MULTIPLY(2, 5, 6);
           if constexpr (kHalves == 2) RESNET_FUSED_MULTIPLY(3, 5, 7);
         }
-        if (tile.half_blocks_ahead != 0) fetch<16>(ahead);
+        if (tile.halves_ahead != 0) fetch<16>(ahead);
         for (int line = 0; tile.next_x && line < tile.next_step; line += 64) _mm_prefetch(next_x + line, _MM_HINT_T1);
         w += kStep;
         ahead += kStep / 2;

@@ -10,7 +10,7 @@ namespace {
 struct Float32 {
   using In = float;
   using Sum = __m512;
-  static constexpr int64_t kSplit = 512;  // a sum is split into sums of about this many products: its error grows less
+  static Sum add(Sum sum, const Sum* other) { return _mm512_add_ps(sum, _mm512_loadu_ps(other)); }
   static Sum dot(Sum sum, __m512i x, __m512i w) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
   }
@@ -19,7 +19,7 @@ struct Float32 {
 struct Bfloat16 {
   using In = BFloat16;
   using Sum = __m512;
-  static constexpr int64_t kSplit = 0;  // the result is rounded to 8 bits
+  static Sum add(Sum sum, const Sum* other) { return _mm512_add_ps(sum, _mm512_loadu_ps(other)); }
   static Sum dot(Sum sum, __m512i x, __m512i w) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(w));
   }
@@ -28,7 +28,7 @@ struct Bfloat16 {
 struct Int8 {
   using In = uint8_t;
   using Sum = __m512i;
-  static constexpr int64_t kSplit = 0;  // exact
+  static Sum add(Sum sum, const Sum* other) { return _mm512_add_epi32(sum, _mm512_loadu_si512(other)); }
   static Sum dot(Sum sum, __m512i x, __m512i w) { return _mm512_dpbusd_epi32(sum, x, w); }
 };
 
@@ -37,6 +37,7 @@ template <class Product, class Out>
 struct Vectors {
   static constexpr int kRun = 7;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
+  static constexpr int64_t kPartWords = 256;  // by 32 columns they take 32 KB
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
     kTable[((length - 1) * 2 + runs - 1) * 2 + narrow](tile);
@@ -45,43 +46,27 @@ struct Vectors {
  private:
   using Function = void (*)(const Tile&);
 
-  template <int kRuns, int kLength, int kVectors, class Sum>
-  [[gnu::always_inline]] static void add(Sum (&to)[kRuns][kLength][kVectors], Sum (&values)[kRuns][kLength][kVectors]) {
-#pragma GCC unroll 2
-    for (int run = 0; run < kRuns; run++)
-#pragma GCC unroll 7
-      for (int i = 0; i < kLength; i++)
-#pragma GCC unroll 2
-        for (int j = 0; j < kVectors; j++) to[run][i][j] += values[run][i][j];
-  }
-
   template <int kLength, int kRuns, int kVectors>
   static void multiply(const Tile& tile) {
-#pragma GCC unroll 2
-    for (int run = 0; run < kRuns; run++) fetch_results<Out>(tile, run, kLength);
-
     typename Product::Sum sums[kRuns][kLength][kVectors] = {};
-    [[maybe_unused]] typename Product::Sum totals[kRuns][kLength][kVectors] = {};
     const Conv& conv = tile.conv;
-    const int64_t words = conv.s * conv.c * kInBytes / kWord, pitch = tile.pitch;
-    const int64_t step = Product::kSplit == 0 ? words : std::min(words, Product::kSplit);
-    const int64_t half_block = conv.r * words * kColumns / 2;
-    const auto* w = static_cast<const int32_t*>(conv.weight) + tile.block * 2 * half_block;
-    const auto* ahead = w + tile.half_blocks_ahead * half_block;
+    const Part& part = tile.part;
+    const int64_t words = conv.s * conv.c * kInBytes / kWord, length = part.k1 - part.k0, pitch = tile.pitch;
+    const auto* w = static_cast<const int32_t*>(conv.weight) +
+                    ((tile.block * conv.r + part.r0) * words + part.k0) * kColumns;
+    const auto* ahead = w + tile.halves_ahead * (part.r1 - part.r0) * length * (kColumns / 2);
     const auto* next_x = tile.next_x ? tile.next_x : reinterpret_cast<const char*>(w);
-    int64_t summed = 0;
-    for (int64_t r = 0; r < conv.r; r++) {
-      const char *x0 = tile.runs[0].x + r * tile.row_pitch, *x1 = tile.runs[1].x + r * tile.row_pitch;
-      for (int64_t begin = 0; begin < words; begin += step) {
-        const int64_t end = std::min(begin + step, words);
-        if constexpr (Product::kSplit != 0) {
-          if (summed + end - begin > Product::kSplit) {
-            add<kRuns, kLength, kVectors>(totals, sums);
-            std::memset(sums, 0, sizeof(sums));
-            summed = 0;
-          }
-          summed += end - begin;
-        }
+    // Between steps some of the results' lines are asked for: all at once would hold up the weights.
+    constexpr int kPixels = kRuns * kLength;
+    const int64_t step = std::min<int64_t>(length, 32), all_steps = (part.r1 - part.r0) * ((length + step - 1) / step);
+    int64_t steps = 0, fetched = part.last ? 0 : kPixels;
+    for (int64_t r = part.r0; r < part.r1; r++) {
+      const char* x0 = tile.runs[0].x + r * tile.row_pitch + part.k0 * kWord;
+      const char* x1 = tile.runs[1].x + r * tile.row_pitch + part.k0 * kWord;
+      for (int64_t begin = 0; begin < length; begin += step) {
+        const int64_t end = std::min(begin + step, length);
+        for (steps++; fetched * all_steps < steps * kPixels; fetched++)
+          fetch_result<Out>(tile, static_cast<int>(fetched / kLength), static_cast<int>(fetched % kLength));
         for (int64_t k = begin; k < end; k++) {
           _mm_prefetch(ahead, _MM_HINT_T1);
           _mm_prefetch(next_x, _MM_HINT_T1);
@@ -105,9 +90,19 @@ struct Vectors {
         }
       }
     }
-    if constexpr (Product::kSplit != 0) add<kRuns, kLength, kVectors>(sums, totals);
+    auto* before = reinterpret_cast<typename Product::Sum*>(tile.sums);
 #pragma GCC unroll 2
-    for (int run = 0; run < kRuns; run++) finish<Out>(conv, tile.runs[run].pixel, tile.block, sums[run]);
+    for (int run = 0; run < kRuns; run++) {
+#pragma GCC unroll 7
+      for (int i = 0; i < kLength; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; j++) {
+          auto* at = before + (run * kLength + i) * kVectors + j;
+          if (!part.first) sums[run][i][j] = Product::add(sums[run][i][j], at);
+          if (!part.last) _mm512_storeu_si512(at, reinterpret_cast<__m512i>(sums[run][i][j]));
+        }
+      if (part.last) finish<Out>(conv, tile.runs[run].pixel, tile.block, sums[run]);
+    }
   }
 
   template <size_t... kIndex>

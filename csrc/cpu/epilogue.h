@@ -36,16 +36,15 @@ inline void store(uint8_t* p, __m512 v, Grid grid) {
 inline __m512 as_float(__m512 sum) { return sum; }
 inline __m512 as_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
 
-// Asks for what the epilogue of these pixels will read and write, to be called before the sums.
+// Asks for what the epilogue of a pixel will read and write, while the sums are formed.
 template <class Out>
-inline void fetch_results(const Tile& tile, int run, int pixels) {
+inline void fetch_result(const Tile& tile, int run, int pixel) {
   const Conv& c = tile.conv;
-  const int64_t pitch = c.k * sizeof(Out), at = tile.runs[run].pixel * pitch + tile.block * kColumns * sizeof(Out);
-  for (int i = 0; i < pixels; i++)
-    for (size_t line = 0; line < kColumns * sizeof(Out); line += 64) {
-      __builtin_prefetch(static_cast<char*>(c.y) + at + i * pitch + line, 1, 3);
-      if (c.residual) __builtin_prefetch(static_cast<const char*>(c.residual) + at + i * pitch + line, 0, 3);
-    }
+  const int64_t at = ((tile.runs[run].pixel + pixel) * c.k + tile.block * kColumns) * sizeof(Out);
+  for (size_t line = 0; line < kColumns * sizeof(Out); line += 64) {
+    __builtin_prefetch(static_cast<char*>(c.y) + at + line, 1, 3);
+    if (c.residual) __builtin_prefetch(static_cast<const char*>(c.residual) + at + line, 0, 3);
+  }
 }
 
 // Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from the block's first on.

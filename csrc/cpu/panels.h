@@ -17,20 +17,28 @@ struct Run {
   int64_t pixel;
 };
 
+// A part of a sum's products: rows [r0, r1) of the filter, of each the words [k0, k1).
+struct Part {
+  int64_t r0, r1, k0, k1;
+  bool first, last;
+};
+
 // What a micro-kernel computes in one call: 1 or 2 runs of one length by one block of columns.
 struct Tile {
   const Conv& conv;
   Run runs[2];
   int64_t block;
+  Part part;
+  float* sums;  // of the parts before, where the tile's are kept until the last
   int64_t pitch;      // bytes of x from one output pixel to the next
   int64_t row_pitch;  // bytes of x from one row of the filter to the next
   const char* next_x;  // what is to be fetched of x: what the next tile reads, or what a later panel does; or null
   int64_t next_step;   // bytes of it that go with one word of each pixel, or with one AMX tile of them
-  int64_t half_blocks_ahead;  // from this tile's weights to those to be fetched; 0 if none are
+  int64_t halves_ahead;  // from this part's weights to those to be fetched, in halves of its length; 0 if none are
 };
 
 // A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
-// kStepBytes, of each pixel that a step of its loop takes; and
+// kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most of a pixel whose weights stay in L1; and
 // operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
 template <class Micro>
 class Panels {
@@ -43,6 +51,10 @@ class Panels {
       c.n = c.h = c.oh = 1;
     }
     pixel_bytes_ = c.c * Micro::kInBytes;
+    pitch_ = c.stride_w * pixel_bytes_;
+    // Pixels a page apart lie in one set of L1, which has not the ways for those of a tile: copied, they do not.
+    apart_ = c.s == 1 && c.r == 1 && !padded_ && pitch_ % kPage == 0;
+    if (apart_) pitch_ = pixel_bytes_ + kLine;
     row_pitch_ = (c.w + 2 * c.pad_w) * pixel_bytes_;
     blocks_ = (c.k + kColumns - 1) / kColumns;
     // Small weights stay in the cache, and small panels then write whole pixels; but each panel copies its padding.
@@ -74,28 +86,41 @@ class Panels {
   }
 
  private:
-  static constexpr int64_t kCacheBytes = 512 * 1024;
+  static constexpr int64_t kCacheBytes = 512 * 1024, kPage = 4096, kLine = 64;
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+  // By parts of the sums whose weights stay in L1 while all tiles of the panel meet them.
   void multiply(Micro& micro, int64_t block, bool fresh) {
+    const int64_t words = conv_.s * pixel_bytes_ / kWord, most = Micro::kPartWords;
+    const int64_t rows = std::clamp<int64_t>(most / words, 1, conv_.r);
+    const int64_t length = ceil_div(words, ceil_div(words, rows * most));
+    for (int64_t r = 0; r < conv_.r; r += rows)
+      for (int64_t k = 0; k < words; k += length) {
+        const Part part{r, std::min(r + rows, conv_.r), k, std::min(k + length, words), r + k == 0,
+                        r + rows >= conv_.r && k + length >= words};
+        multiply(micro, block, part, fresh && part.first);
+      }
+  }
+
+  void multiply(Micro& micro, int64_t block, const Part& part, bool fresh) {
     const bool narrow = conv_.k - block * kColumns <= kColumns / 2;
-    const int64_t pitch = conv_.stride_w * pixel_bytes_;
-    int64_t ahead = 2;  // the first tile fetches one half of the next block of weights, the second the other
-    if (block + 1 == blocks_) ahead = 0;
-    const int64_t steps = ceil_div(conv_.r * conv_.s * pixel_bytes_, Micro::kStepBytes);
+    const int64_t pitch = pitch_;
+    const int64_t steps = (part.r1 - part.r0) * ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
     const int64_t step = ceil_div(2 * Micro::kRun * pitch * conv_.stride_h, steps);
     int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
-      for (size_t i = 0; i < runs.size(); i += 2) {
+      for (size_t i = 0; i < runs.size(); i += 2, tiles++) {
         const int count = i + 1 < runs.size() ? 2 : 1;
         const Run& last = runs[i + count - 1];
         const char* next_x = nullptr;
-        if (fresh) next_x = padded_ ? next_panel_ + tiles * step * steps : last.x + lengths_[kind] * pitch;
-        micro(Tile{conv_, {runs[i], last}, block, pitch, row_pitch_, next_x, step, ahead}, lengths_[kind], count, narrow);
-        ahead = ahead == 2 ? 3 : 0;
-        tiles++;
+        if (fresh) next_x = padded_ || apart_ ? next_panel_ + tiles * step * steps : last.x + lengths_[kind] * pitch;
+        // the first tile fetches one half of the weights of the next part, the second the other
+        const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
+        float* sums = sums_.data() + tiles * 2 * Micro::kRun * kColumns;
+        micro(Tile{conv_, {runs[i], last}, block, part, sums, pitch, row_pitch_, next_x, step, ahead}, lengths_[kind],
+              count, narrow);
       }
     }
   }
@@ -110,7 +135,9 @@ class Panels {
     lengths_[0] = lengths_[1] + 1;
     runs_[0].clear();
     runs_[1].clear();
+    sums_.resize((row1 - row0) * (count + 1) * Micro::kRun * kColumns);
     if (padded_) copy_padded(row0, row1);
+    char* to = apart_ ? scratch((row1 - row0) * width * pitch_) : nullptr;
     int64_t copied = 0;  // rows of the copy before the one at hand
     for (int64_t row = row0; row < row1; row++) {
       const int64_t image = row / c.oh, oy = row % c.oh;
@@ -120,20 +147,21 @@ class Panels {
       int64_t ox = column0;
       for (int64_t i = 0; i < count; i++) {
         const int kind = i < longer ? 0 : 1;
-        runs_[kind].push_back({x + ox * c.stride_w * pixel_bytes_, row * c.ow + ox});
+        const char* from = x + ox * c.stride_w * pixel_bytes_;
+        runs_[kind].push_back({apart_ ? to : from, row * c.ow + ox});
+        for (int pixel = 0; apart_ && pixel < lengths_[kind]; pixel++, to += pitch_)
+          std::memcpy(to, from + pixel * c.stride_w * pixel_bytes_, pixel_bytes_);
+        next_panel_ = from + lengths_[kind] * c.stride_w * pixel_bytes_;
         ox += lengths_[kind];
       }
     }
+    if (padded_) next_panel_ = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * pixel_bytes_;
   }
 
   // The rows that output rows [row0, row1) read, with their padding; those that two of an image share, once.
   void copy_padded(int64_t row0, int64_t row1) {
     const Conv& c = conv_;
-    thread_local std::vector<char> memory;  // kept: its pages are there the next time
-    const size_t most = ((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_ + 64;
-    if (memory.size() < most) memory.resize(most);
-    next_panel_ = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * pixel_bytes_;
-    char* to = memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & 63);
+    char* to = scratch(((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_);
     copy_ = to;
     const int fill = Micro::kInBytes == 1 ? c.x_grid.zero_point : 0;
     const int64_t side = c.pad_w * pixel_bytes_, middle = c.w * pixel_bytes_;
@@ -153,12 +181,19 @@ class Panels {
     }
   }
 
+  static char* scratch(size_t bytes) {
+    thread_local std::vector<char> memory;  // kept: its pages are there the next time
+    if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
+    return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & (kLine - 1));
+  }
+
   Conv conv_;
-  bool padded_;
-  int64_t pixel_bytes_, row_pitch_, blocks_, rows_, columns_, across_, panels_;
+  bool padded_, apart_;
+  int64_t pixel_bytes_, pitch_, row_pitch_, blocks_, rows_, columns_, across_, panels_;
   const char *copy_ = nullptr, *next_panel_ = nullptr;
   int lengths_[2];
   std::vector<Run> runs_[2];
+  std::vector<float> sums_;
 };
 
 template <class Micro>

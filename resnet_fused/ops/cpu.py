@@ -55,6 +55,7 @@ def _register() -> None:
 
 def takes(
     weight: Tensor,
+    images: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -63,13 +64,17 @@ def takes(
 ) -> bool:
     """Whether our convolution runs one with this weight, [K, C/groups, R, S]; under a forced backend it runs none.
 
-    An int8 weight is multiplied with uint8 activations.
+    Args:
+        weight: an int8 one is multiplied with uint8 activations.
+        images: in a batch.
     """
     if weight.device.type != "cpu" or dispatch.forced_backend() is not None:
         return False
     if _NAMES.get(weight.dtype) not in _supported() or groups != 1 or tuple(dilation) != (1, 1):
         return False
     channels, per_group = weight.shape[:2]
+    if weight.dtype == torch.float32 and images > 1:
+        return False  # of inputs that are not in the caches oneDNN's kernel makes more: 5 % at batch 8
     return act in (None, "relu") and channels % 16 == 0 and per_group * weight.dtype.itemsize % 4 == 0
 
 

@@ -61,7 +61,7 @@ def test_float_results_are_those_of_float64(shape, dtype, amx):
     x, weight, bias, residual, y = _operands(shape)
     K, filter, stride, padding = shape[4:]
     packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias))
-    assert cpu.takes(weight.to(dtype), stride, padding, (1, 1), 1, "relu")
+    assert cpu.takes(weight.to(dtype), 1, stride, padding, (1, 1), 1, "relu")
     for added, act in [(None, None), (None, "relu"), (residual, "relu"), (residual, None)]:
         truth = y if added is None else y + added
         truth = (truth.relu() if act else truth).to(dtype)
@@ -225,14 +225,16 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
 
 
 def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
-    ones, geometry = torch.ones(32, 16, 3, 3), ((1, 1), (1, 1), (1, 1), 1)
+    ones, geometry = torch.ones(32, 16, 1, 1), ((1, 1), (1, 1), (1, 1), 1)
+    assert not cpu.takes(ones, 2, *geometry, None)  # fp32: oneDNN is faster
+    geometry = (1, *geometry)
     assert cpu.takes(ones, *geometry, None) and cpu.takes(ones, *geometry, "relu")
     assert not cpu.takes(ones, *geometry, "silu") and not cpu.takes(ones[:8], *geometry, None)
-    assert not cpu.takes(ones, (1, 1), (1, 1), (2, 2), 1, None) and not cpu.takes(ones, *geometry[:3], 2, None)
+    assert not cpu.takes(ones, 1, (1, 1), (1, 1), (2, 2), 1, None) and not cpu.takes(ones, *geometry[:4], 2, None)
     assert not cpu.takes(ones.double(), *geometry, None) and not cpu.takes(ones.to("meta"), *geometry, None)
     with use_backend("aten"):
         assert not cpu.takes(ones, *geometry, None)
-    x, packed, bias = torch.ones(1, 16, 5, 5), cpu.pack(ones), torch.zeros(32)
+    x, packed, bias = torch.ones(1, 16, 5, 5), cpu.pack(torch.ones(32, 16, 3, 3)), torch.zeros(32)
     args = (None, 32, (3, 3), (1, 1), (1, 1), None)
     for wrong, message in [
         ((x[:, :8], packed, bias, *args), "not packed"),
