@@ -47,3 +47,31 @@ def store_tile_statistics(
     tl.store(mean + place, pivot.to(tl.float64) + total * inverse, mask=exists)
     tl.store(m2 + place, (squares - total * total * inverse).to(tl.float32), mask=exists)
     tl.store(count + row, n, mask=first)
+
+
+@triton.jit
+def store_statistics_in_two_steps(rounded, inside, pixels, mean, m2, count, row, K, channel, exists, first):
+    """`store_tile_statistics` of pixels by channels: the mean, then the deviations from it, which holds fewer values at
+    a time: on sm_100 the one pass spills behind accumulators of tensor memory.
+
+    fp32 holds the sum of a tile of fp16 or bf16 values of one magnitude without rounding, so that fp64 has their mean.
+    It does not hold that of fp32 values: there the deviations say what the mean lacks.
+    """
+    n = pixels.to(tl.float32)
+    place = row * K + channel
+    value = tl.where(inside[:, None], to_fp32(rounded), 0.0)
+    inverse = (1.0 / n).to(tl.float64)
+    inverse = inverse * (2.0 - n.to(tl.float64) * inverse)  # Newton's step, for a division in fp64
+    exact = sum_lanes(value).to(tl.float64) * inverse
+    tile_mean = exact.to(tl.float32)
+    if rounded.dtype != tl.float32:
+        tl.store(mean + place, exact, mask=exists)
+    deviation = tl.where(inside[:, None], value - tile_mean[None, :], 0.0)
+    squares = sum_lanes(deviation * deviation)
+    if rounded.dtype == tl.float32:
+        rest = sum_lanes(deviation) / n
+        rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)  # an infinite mean leaves none
+        tl.store(mean + place, tile_mean.to(tl.float64) + rest.to(tl.float64), mask=exists)
+        squares = tl.fma(-rest * n, rest, squares)
+    tl.store(m2 + place, squares, mask=exists)
+    tl.store(count + row, n, mask=first)

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.experimental import View, tiling
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._statistics import store_tile_statistics
+from resnet_fused.kernels._statistics import store_statistics_in_two_steps
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
 from resnet_fused.kernels.experimental._grid import launch
 
@@ -77,7 +77,9 @@ def _tma_gemm_kernel(
             inside = m0 + tl.arange(0, BLOCK_M) < M
             pixels = tl.minimum(M - m0, BLOCK_M)
             n = n0 + tl.arange(0, BLOCK_N)
-            store_tile_statistics(rounded, inside, pixels, mean, m2, count, tile // tiles_n, K, n, n < K, n0 == 0)
+            store_statistics_in_two_steps(
+                rounded, inside, pixels, mean, m2, count, tile // tiles_n, K, n, n < K, n0 == 0
+            )
 
 
 @triton.jit
@@ -154,7 +156,7 @@ def _tma_conv_kernel(
             inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
             pixels = tl.minimum(N - n0, BOX_N) * tl.minimum(P - p0, BOX_P) * tl.minimum(Q - q0, BOX_Q)
             k = k0 + tl.arange(0, BLOCK_N)
-            store_tile_statistics(rounded, inside, pixels, mean, m2, count, box, K, k, k < K, k0 == 0, FIRST=1)
+            store_statistics_in_two_steps(rounded, inside, pixels, mean, m2, count, box, K, k, k < K, k0 == 0)
 
 
 def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
