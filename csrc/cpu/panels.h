@@ -105,9 +105,8 @@ class Panels {
 
   void multiply(Micro& micro, int64_t block, const Part& part, bool fresh) {
     const bool narrow = conv_.k - block * kColumns <= kColumns / 2;
-    const int64_t pitch = pitch_;
     const int64_t steps = (part.r1 - part.r0) * ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
-    const int64_t step = ceil_div(2 * Micro::kRun * pitch * conv_.stride_h, steps);
+    const int64_t step = ceil_div(2 * Micro::kRun * pitch_ * conv_.stride_h, steps);
     int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
@@ -115,11 +114,11 @@ class Panels {
         const int count = i + 1 < runs.size() ? 2 : 1;
         const Run& last = runs[i + count - 1];
         const char* next_x = nullptr;
-        if (fresh) next_x = padded_ || apart_ ? next_panel_ + tiles * step * steps : last.x + lengths_[kind] * pitch;
+        if (fresh) next_x = padded_ || apart_ ? next_panel_ + tiles * step * steps : last.x + lengths_[kind] * pitch_;
         // the first tile fetches one half of the weights of the next part, the second the other
         const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
-        float* sums = sums_.data() + tiles * 2 * Micro::kRun * kColumns;
-        micro(Tile{conv_, {runs[i], last}, block, part, sums, pitch, row_pitch_, next_x, step, ahead}, lengths_[kind],
+        float* sums = sums_ + tiles * 2 * Micro::kRun * kColumns;
+        micro(Tile{conv_, {runs[i], last}, block, part, sums, pitch_, row_pitch_, next_x, step, ahead}, lengths_[kind],
               count, narrow);
       }
     }
@@ -135,9 +134,9 @@ class Panels {
     lengths_[0] = lengths_[1] + 1;
     runs_[0].clear();
     runs_[1].clear();
-    sums_.resize((row1 - row0) * (count + 1) * Micro::kRun * kColumns);
+    sums_ = reinterpret_cast<float*>(scratch<1>((row1 - row0) * (count + 1) * Micro::kRun * kColumns * sizeof(float)));
     if (padded_) copy_padded(row0, row1);
-    char* to = apart_ ? scratch((row1 - row0) * width * pitch_) : nullptr;
+    char* to = apart_ ? scratch<0>((row1 - row0) * width * pitch_) : nullptr;
     int64_t copied = 0;  // rows of the copy before the one at hand
     for (int64_t row = row0; row < row1; row++) {
       const int64_t image = row / c.oh, oy = row % c.oh;
@@ -161,7 +160,7 @@ class Panels {
   // The rows that output rows [row0, row1) read, with their padding; those that two of an image share, once.
   void copy_padded(int64_t row0, int64_t row1) {
     const Conv& c = conv_;
-    char* to = scratch(((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_);
+    char* to = scratch<0>(((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_);
     copy_ = to;
     const int fill = Micro::kInBytes == 1 ? c.x_grid.zero_point : 0;
     const int64_t side = c.pad_w * pixel_bytes_, middle = c.w * pixel_bytes_;
@@ -181,6 +180,8 @@ class Panels {
     }
   }
 
+  // A thread's memory, of two: 0 for copies of pixels, 1 for sums.
+  template <int kWhich>
   static char* scratch(size_t bytes) {
     thread_local std::vector<char> memory;  // kept: its pages are there the next time
     if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
@@ -193,7 +194,7 @@ class Panels {
   const char *copy_ = nullptr, *next_panel_ = nullptr;
   int lengths_[2];
   std::vector<Run> runs_[2];
-  std::vector<float> sums_;
+  float* sums_ = nullptr;
 };
 
 template <class Micro>
