@@ -167,7 +167,7 @@ def steps() -> list[Step]:
         _pytest("gpu tests", {"-m": "gpu"}, 70, marked, NONE, "tests/integration/test_training_machinery.py"),
         Step("verify", (*CLI, "verify"), {**verify, "--dtype": "bf16,fp16,fp32"}, right, 120, 30, little),
         _sanitized("memcheck", "(3x35x5x7 and bfloat16 or every_epilogue) and not reference", (*memory, *products), 60),
-        _bench("baselines train", {**train, "--contestants": RIVALS}, 120, 90, BASELINES),
+        _bench("baselines train", {**train, "--contestants": f"{RIVALS},eager-plain-loop"}, 120, 90, BASELINES),
         _bench("baselines infer", {**infer, "--contestants": RIVALS}, 150, 90, BASELINES),
         Step(
             "tune",
@@ -189,7 +189,7 @@ def steps() -> list[Step]:
             {"--model": "-", "--rehearse": None},
             uses_plan=True,
         ),
-        _ours("train", {**train, "--contestants": "compile,fused"}, 130, 60, {"--contestants": "fused"}),
+        _ours("train", {**train, "--contestants": "compile,fused,fused-plain-loop"}, 130, 60, {"--contestants": "fused"}),
         _ours("infer", {**infer, "--contestants": "compile,fused,frozen"}, 150, 60, {"--contestants": "fused,frozen"}),
         dataclasses.replace(
             _ours("profile", {**both, "--profile": None, "--chart": "{work}/profile.png"}, 60, 30),

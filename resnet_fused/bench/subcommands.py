@@ -34,7 +34,8 @@ def compare_files(paths: Sequence[Path], out: Console) -> int:
 
 
 def check(options: Options, folder: Path, run: Callable[[Options], Report], out: Console) -> int:
-    """Run the cases of this device's last recorded result again; 1 where we lost beyond the spread, or had no time.
+    """Run the cases of this device's last recorded result again; 1 where we lost beyond the spread, or had no time,
+    2 where there is none.
 
     Args:
         options: the request; its model, cases and contestants are replaced by the recorded ones.
@@ -54,7 +55,7 @@ def check(options: Options, folder: Path, run: Callable[[Options], Report], out:
             soft_wrap=True,
             highlight=False,
         )
-        return 0
+        return 2
     path, then = found
     names = {result.contestant for case in then.cases for result in case.results}
     ours = tuple(name for name in (BASELINE, *compare.OURS) if name in names)

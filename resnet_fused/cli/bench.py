@@ -94,7 +94,8 @@ def register(commands: Any) -> None:
         help=f"add the result to a folder of results (default: {RESULTS})",
     )
     only("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing: two result files side by side")
-    check = "measure the cases of this device's last recorded result again; exit code 1 where fused or frozen lost"
+    check = "measure the cases of this device's last recorded result again; exit code 1 where fused or frozen lost, 2 "
+    check += "where there is none"
     only("--check", type=Path, nargs="?", const=RESULTS, metavar="DIR", help=check)
     only(
         "--rehearse",

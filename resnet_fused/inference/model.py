@@ -223,6 +223,14 @@ class Frozen(nn.Module):
                 self._refuse(f"converted from {dtype} on {device} to {result.dtype} on {result.device}")
         return self
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own code was left with; a warning says that it is not the model."""
+        warnings.warn(
+            "the state_dict of a frozen model holds only what was not frozen: save that of the model it was made from",
+            stacklevel=2,
+        )
+        return super().state_dict(*args, **kwargs)
+
     def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("given other weights")
 

@@ -7,18 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused import dispatch
 from resnet_fused.inference.int8 import Quantised
 from resnet_fused.nn.eligibility import untouched
 from resnet_fused.ops import cpu
 
 
 class FrozenMaxPool2d(nn.MaxPool2d):
-    """`nn.MaxPool2d` on our kernel where it takes the operands, leaving a tensor in 8 bits: the largest stays so."""
+    """`nn.MaxPool2d` on our kernel where it takes the operands, leaving a tensor in 8 bits: the largest stays so.
+
+    Attributes:
+        ours: no backend was forced when the model was frozen.
+    """
+
+    ours = True
 
     def forward(self, x: Tensor) -> Tensor:
         filter, stride, padding, dilation = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
         given, quantised = (x.eight() if isinstance(x, Quantised) else x), isinstance(x, Quantised)
-        if self.ceil_mode or dilation != [1, 1] or not cpu.pools(given, filter, padding):
+        if self.ceil_mode or dilation != [1, 1] or not (self.ours and cpu.pools(given, filter, padding)):
             if not quantised:
                 return super().forward(x)
             y = torch.ops.quantized.max_pool2d(given, filter, stride, padding, dilation, self.ceil_mode)
@@ -32,6 +39,7 @@ def freeze_pools(network: nn.Module) -> None:
     for module in network.modules():
         if type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
             module.__class__ = FrozenMaxPool2d
+            module.ours = dispatch.forced_backend() is None  # type: ignore[assignment]
 
 
 def _pair(value: Any) -> list[int]:

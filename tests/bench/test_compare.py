@@ -224,7 +224,7 @@ def test_bench_records_compares_and_checks(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check = ["bench", "--check", "kept", "--device", "cpu", "--rounds", "3"]
     measured(usual())
-    assert cli.main(check) == 0 and not asked
+    assert cli.main(check) == 2 and not asked
     assert "no recorded result for" in (text := capsys.readouterr().out) and "--record" in text
     assert cli.main([*TINY, "--record", "kept"]) == 0
     (path,) = (tmp_path / "kept").glob("*/*.json")

@@ -141,8 +141,10 @@ def test_a_conversion_to_what_it_is_leaves_it(pair, x):
         assert same is frozen and torch.equal(frozen(x), expected)
 
 
-def test_other_weights_are_refused(pair):
+def test_other_weights_are_refused_and_its_own_are_not_to_be_saved(pair):
     model, frozen = pair
+    with pytest.warns(UserWarning, match="holds only what was not frozen: save that of the model it was made from"):
+        frozen.state_dict()
     with pytest.raises(RuntimeError, match="cannot be given other weights"):
         frozen.load_state_dict(model.state_dict(), strict=False)
 

@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be(x):
         freeze(_model().double(), x.double(), quantize=[x.double()])
     with pytest.raises(RuntimeError, match="no convolution can run in int8: none was frozen"):
         freeze(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), x, quantize=[x])
-    with use_backend("reference"), pytest.raises(RuntimeError, match="not on the forced backend 'reference'"):
+    with use_backend("reference"), pytest.raises(RuntimeError, match="not run on the forced backend 'reference'"):
         freeze(_model(), x, quantize=[x])
 
 
