@@ -29,7 +29,7 @@ from resnet_fused.kernels import conv_wgrad
 from resnet_fused.kernels.reduce_rows import reduce_alike, reduce_rows
 from resnet_fused.measure.network import tiny_network
 from resnet_fused.ops import OPS, arithmetic, comparison
-from resnet_fused.ops.backends import implementation
+from resnet_fused.ops.backends import implementation, implements
 from resnet_fused.tuning import checks
 from resnet_fused.tuning.problems import jobs
 
@@ -194,7 +194,12 @@ def _by(backend):
     """An op by a backend: (its name, arguments, options of the launcher) to its results as a tuple."""
     if backend == "triton":
         return lambda op, args, **config: launch(op, args, **config)
-    return lambda op, args, **config: OPS[op].results(implementation(backend, op)(*args))
+
+    def run(op, args, **config):
+        """What native PyTorch has no op for, it runs as the reference does."""
+        return OPS[op].results(implementation(backend if implements(backend, op) else "reference", op)(*args))
+
+    return run
 
 
 def _part(op, args, **changes):
