@@ -189,7 +189,9 @@ def steps() -> list[Step]:
             {"--model": "-", "--rehearse": None},
             uses_plan=True,
         ),
-        _ours("train", {**train, "--contestants": "compile,fused,fused-plain-loop"}, 130, 60, {"--contestants": "fused"}),
+        _ours(
+            "train", {**train, "--contestants": "compile,fused,fused-plain-loop"}, 130, 60, {"--contestants": "fused"}
+        ),
         _ours("infer", {**infer, "--contestants": "compile,fused,frozen"}, 150, 60, {"--contestants": "fused,frozen"}),
         dataclasses.replace(
             _ours("profile", {**both, "--profile": None, "--chart": "{work}/profile.png"}, 60, 30),
