@@ -22,15 +22,15 @@ def store_tile_statistics(
     exists,
     first,
     PIXEL_AXIS: tl.constexpr = 0,
-    FIRST: tl.constexpr = 8,
 ):
     """Row `row` of the statistics of a tile: of its `pixels` that are `inside` the mean, in fp64, and the sum of
     squared deviations from it; the number of pixels where `first`.
 
     One pass over the deviations d from a pivot, so that it stays exact where |mean| >> std: mean = pivot + sum(d) / n,
-    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the FIRST pixels, of which those inside come first;
-    where it is one alone, and an outlier, little is left of m2.
+    m2 = sum(d * d) - sum(d)^2 / n. The pivot is the mean of the first eight pixels, of which those inside come first:
+    of one alone, and an outlier, little would be left of m2.
     """
+    FIRST: tl.constexpr = 8
     value = to_fp32(rounded)
     some = inside & (tl.arange(0, value.shape[PIXEL_AXIS]) < FIRST)
     pivot = tl.sum(tl.where(tl.expand_dims(some, 1 - PIXEL_AXIS), value, 0.0), axis=PIXEL_AXIS)
