@@ -11,6 +11,7 @@ import importlib.metadata
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -185,25 +186,19 @@ def choose(problem: Problem, arch: int) -> Choice:
 
 
 @functools.lru_cache(maxsize=8192)
-def conv_config(
-    op: str, shape: ConvShape, dtype: torch.dtype, arch: int, tf32: bool = False, flags: tuple[str, ...] = ()
-) -> ConvConfig:
+def conv_config(problem: Problem, arch: int) -> ConvConfig:
     """The launch configuration of a Triton convolution: the fastest that was measured, else the heuristic's.
 
     Args:
-        op: one of `CONVOLUTIONS`.
-        shape: the problem, as of the forward.
-        dtype: of the activations.
+        problem: of one of `CONVOLUTIONS`, with the op's variants in use as flags: `"prologue"`; of wgrad
+            `"dy_prologue"`, `"x_prologue"`; of the chain and the join those of `conv_chain.chain_flags`,
+            `conv_chain.join_flags`.
         arch: compute capability times ten.
-        tf32: whether fp32 operands may be rounded to TF32.
-        flags: the op's variants in use, sorted: `"prologue"`; of wgrad `"dy_prologue"`, `"x_prologue"`; of the chain
-            and the join those of `conv_chain.chain_flags`, `conv_chain.join_flags`.
     """
-    problem = Problem(op, shape, dtype, tf32, flags)
     table, _ = tables.select_table(_known(), _name(arch), arch)
     found = measured(problem, table, "triton")
     if found is None:  # a launcher may say less of what its op does than the table distinguishes
-        variants = (Problem(op, shape, dtype, tf32, tuple(sorted((*flags, more)))) for more in _UNSEEN)
+        variants = (replace(problem, flags=tuple(sorted((*problem.flags, more)))) for more in _UNSEEN)
         found = next(filter(None, (measured(variant, table, "triton") for variant in variants)), None)
     if table is not None and found is not None and found.config is not None:
         # Another Triton may lack an experimental formulation, or compile it into something else.
@@ -211,7 +206,7 @@ def conv_config(
             return found.config
     config = heuristic(problem, arch)
     if config is None:
-        raise ValueError(f"{op} takes no launch configuration; choose one of {', '.join(CONVOLUTIONS)}")
+        raise ValueError(f"{problem.op} takes no launch configuration; choose one of {', '.join(CONVOLUTIONS)}")
     return config
 
 

@@ -143,7 +143,7 @@ class Kernel:
         if reason is None and self.backend == "triton":
             from resnet_fused import kernels
 
-            reason = kernels.refuse(self.op, *args)
+            reason = kernels.refuse(self.op, args)
         return reason
 
     def takes(self, args: Any, *activations: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""What the convolution kernels share: taps inside the image, prologues, precision, the problem."""
+"""What the convolution kernels share: the taps that fall inside an image, tiles, products, and the choice of dtypes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from resnet_fused.dispatch.conv import uses_tf32 as uses_tf32  # for the kernels' files
 from resnet_fused.kernels._launch import INTERPRETED
-from resnet_fused.kernels._tile import affine, round_to, to_fp32
+from resnet_fused.kernels._tile import to_fp32
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -20,37 +20,97 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
 
 
+def accumulator(prologue: bool) -> tl.dtype:
+    """The dtype in which sums run: fp32, or the bits of it in int32 behind a prologue. Its product cannot run on into
+    the next step anyhow, and one left running would make ptxas wait for every wgmma (C7515).
+    """
+    return tl.int32 if prologue else tl.float32
+
+
 @triton.jit
-def taps_inside(h0, w0, H, W, step_h, step_w, R: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr):
+def taps_inside(
+    h0, w0, H, W, step_h, step_w, R: tl.constexpr, S: tl.constexpr, BLOCK_M: tl.constexpr, PADDED: tl.constexpr
+):
     """Per pixel, which taps fall inside the image: filter row r (at h0 + r * step_h) in bit r, filter column s in bit
-    16 + s.
+    16 + s. Where not PADDED nobody asks.
     """
     inside = tl.zeros((BLOCK_M,), tl.int32)
-    for r in tl.static_range(R):
-        h = h0 + r * step_h
-        inside |= ((h >= 0) & (h < H)).to(tl.int32) << r
-    for s in tl.static_range(S):
-        w = w0 + s * step_w
-        inside |= ((w >= 0) & (w < W)).to(tl.int32) << (16 + s)
+    if PADDED:
+        for r in tl.static_range(R):
+            h = h0 + r * step_h
+            inside |= ((h >= 0) & (h < H)).to(tl.int32) << r
+        for s in tl.static_range(S):
+            w = w0 + s * step_w
+            inside |= ((w >= 0) & (w < W)).to(tl.int32) << (16 + s)
     return inside
 
 
 @triton.jit
-def add_product(acc, a, b, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr):
-    """acc + a @ b. The accumulator is fp32, or the bits of it in int32 where an operand is computed in registers: its
-    product cannot run on into the next step anyhow, and one left running would make ptxas wait for every wgmma (C7515).
+def reduction_step(step, lane, channels, S: tl.constexpr, TAPS: tl.constexpr, FLAT: tl.constexpr):
+    """Step `step` of the sum over (r, s, c): the tap, the channels in it, the place in a row of the weight, and which
+    channels exist. FLAT > 0 is the number of channels of a reduction that runs over all taps together: then the taps
+    are a vector. Else a step has one tap, and taps are innermost: only constants are divided by, and neighbouring taps
+    read the same pixels.
     """
-    total = acc.to(tl.float32, bitcast=True)
-    total = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), total, input_precision=PRECISION)
-    return total.to(acc.dtype, bitcast=True)
+    BLOCK_K: tl.constexpr = lane.shape[0]
+    if FLAT > 0:
+        place = step * BLOCK_K + lane
+        tap = place // FLAT
+        r = tap // S
+        return r, tap - r * S, place - tap * FLAT, place, place < TAPS * FLAT
+    else:
+        tap = step % TAPS
+        c = step // TAPS * BLOCK_K + lane
+        r = tap // S
+        return r, tap - r * S, c, tap * channels + c, c < channels
 
 
 @triton.jit
-def finished(acc):
-    """The sums in fp32. Zero is added, for where a select or a conversion is the first to read an accumulator, ptxas
-    waits for every wgmma (C7514).
+def sees_tap(inside, r, s, exists, PADDED: tl.constexpr, EVEN: tl.constexpr, FLAT: tl.constexpr, AXIS: tl.constexpr):
+    """Which elements of a tile exist, whose pixels lie along AXIS: those of channels that do, inside the image."""
+    valid = tl.expand_dims(exists, AXIS)
+    if PADDED:
+        wanted = (1 << r) | (1 << (s + 16))
+        if FLAT:
+            wanted = tl.expand_dims(tl.where(exists, wanted, 1 << 15), AXIS)  # a bit that is never set
+            valid = (inside & wanted) == wanted
+        else:
+            inside_tap = (inside & wanted) == wanted
+            valid = inside_tap if EVEN else inside_tap & valid
+    return valid
+
+
+@triton.jit
+def load_tile(pointer, place, valid, MASKED: tl.constexpr):
+    """The tile at `place`, zero where it is not valid; not MASKED, all of it is. Zero of no tensor."""
+    if pointer is None:
+        return 0.0
+    elif MASKED:
+        return tl.load(pointer + place, mask=valid, other=0.0)
+    else:
+        return tl.load(pointer + place)
+
+
+@triton.jit
+def load_vector(pointer, place, exists, AXIS: tl.constexpr):
+    """A value of each channel in fp32, zero where there is none, as a tile whose pixels lie along AXIS. Zero of no
+    tensor.
     """
-    return acc.to(tl.float32, bitcast=True) + 0.0
+    if pointer is None:
+        return 0.0
+    else:
+        return tl.expand_dims(to_fp32(tl.load(pointer + place, mask=exists, other=0.0)), AXIS)
+
+
+@triton.jit
+def add_product(acc, a, b, AXIS: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr):
+    """acc + a @ b, or transposed acc + b @ a where the rows of a lie along AXIS 1. acc is an `accumulator`."""
+    total = acc.to(tl.float32, bitcast=True)
+    if AXIS == 0:
+        total = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), total, input_precision=PRECISION)
+    else:
+        total = tl.dot(b.to(DOT_DTYPE), a.to(DOT_DTYPE), total, input_precision=PRECISION)
+    return total.to(acc.dtype, bitcast=True)
 
 
 @triton.jit
@@ -63,28 +123,3 @@ def reciprocal(divisor):
 def divide(n, by):
     """n // divisor, given its reciprocal, where n * divisor < 2^31 (Granlund and Montgomery 1994)."""
     return (tl.cast(n, tl.uint64) * by >> 31).to(tl.int32)
-
-
-@triton.jit
-def relu_affine(x, scale, shift):
-    """The prologue of fprop and wgrad: relu(x * scale + shift) in fp32; a NaN stays."""
-    return tl.maximum(affine(x, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def activation_tile(x, scale, shift, exists, valid, PADDED: tl.constexpr, AXIS: tl.constexpr = 0):
-    """The tile round(relu(x * scale + shift)): zero in the padding, and past the last channel, where scale and shift
-    are. Pixels lie along AXIS.
-    """
-    channel_scale = tl.expand_dims(to_fp32(tl.load(scale, mask=exists, other=0.0)), AXIS)
-    channel_shift = tl.expand_dims(to_fp32(tl.load(shift, mask=exists, other=0.0)), AXIS)
-    value = relu_affine(x, channel_scale, channel_shift)
-    if PADDED:  # without padding no mask on the tile, which on sm_90 would cost it a way through shared memory
-        value = tl.where(valid, value, 0.0)
-    return round_to(value, x.dtype)
-
-
-@triton.jit
-def bn_gradient(dy, x, a, b, c):
-    """The prologue of dgrad and wgrad: a batch norm's backward a * dy + b * x + c, in fp32."""
-    return tl.fma(to_fp32(dy), a, affine(x, b, c))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from resnet_fused.kernels._conv import relu_affine
 from resnet_fused.kernels._tile import passes_bit, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels.prologues import relu_affine
 
 SUM_TILE = 512  # elements of a step of `written_sums` for each warp: 16 a thread, so that they fit beside three sums
 

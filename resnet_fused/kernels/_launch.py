@@ -78,10 +78,3 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
                 kernel[(grid,)](*args, **options)
             else:
                 watch.launch(kernel, grid, args, options)
-
-
-def never_replay() -> None:
-    """The launcher that runs depends on more than what describes its arguments: it must run again next time."""
-    watch = watching()
-    if watch is not None:
-        watch.give_up()

@@ -206,13 +206,13 @@ class _Watch(TorchDispatchMode):
 _watching = threading.local()
 
 
-def watch(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Replay | None]:
-    """The launcher's results for these arguments, and its run, to be replayed with others of the same description."""
+def watch(run: Callable[[], Any], args: tuple[Any, ...]) -> tuple[Any, Replay | None]:
+    """The results of a launcher's run on `args`, and that run, to be replayed with others of the same description."""
     device = next(a.device for a in args if isinstance(a, Tensor))
     _watching.by = watched = _Watch(args)
     try:
         with watched:
-            returned = launcher(*args)
+            returned = run()
     finally:
         _watching.by = None
     return returned, watched.replay(returned, device)
@@ -221,3 +221,10 @@ def watch(launcher: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, Rep
 def watching() -> _Watch | None:
     """Who watches the launcher that runs, if anybody does."""
     return getattr(_watching, "by", None)
+
+
+def never_replay() -> None:
+    """The launcher that runs depends on more than what describes its arguments: it must run again next time."""
+    watch = watching()
+    if watch is not None:
+        watch.give_up()

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import TILE, relu, round_to, to_fp32
+from resnet_fused.ops import add_act as forward
+from resnet_fused.ops import add_act_backward as backward
 
 
 @triton.jit
@@ -38,29 +40,28 @@ def _block(numel: int, largest: int = TILE) -> int:
     return min(largest, triton.next_power_of_2(max(numel, 1)))
 
 
-def add_act(x: Tensor, other: Tensor, relu: bool) -> Tensor:
-    """y = act(x + other), rounded once. x and other: [N, C, H, W] of one dtype and dense memory order, and so is y."""
-    y, numel = torch.empty_like(x), x.numel()
+def add_act(a: forward.Args) -> Tensor:
+    """Launch `ops.add_act`."""
+    y, numel = torch.empty_like(a.x), a.x.numel()
     block = _block(numel)
     launch(
         _add_act_kernel,
         triton.cdiv(numel, block),
-        x,
-        other,
+        a.x,
+        a.other,
         y,
         numel,
-        ACTIVATE=relu,
+        ACTIVATE=a.relu,
         INDEX=index_type(numel),
         BLOCK=block,
     )
     return y
 
 
-def add_act_backward(dy: Tensor, y: Tensor) -> Tensor:
-    """dz = dy where not (y <= 0), else 0 (a NaN in dy is dropped there): the gradient of both summands. dy and y as in
-    `add_act`.
-    """
-    dz, numel = torch.empty_like(y), y.numel()
+def add_act_backward(a: backward.Args) -> Tensor:
+    """Launch `ops.add_act_backward`."""
+    dz, numel = torch.empty_like(a.y), a.y.numel()
     block = _block(numel, TILE // 2)  # a whole tile's selections spill with Triton 3.6
-    launch(_add_act_backward_kernel, triton.cdiv(numel, block), dy, y, dz, numel, INDEX=index_type(numel), BLOCK=block)
+    grid = triton.cdiv(numel, block)
+    launch(_add_act_backward_kernel, grid, a.dy, a.y, dz, numel, INDEX=index_type(numel), BLOCK=block)
     return dz

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import affine, is_nan, reduction_of, relu, round_to, to_fp32
 from resnet_fused.ops.arithmetic import is_nhwc
+from resnet_fused.ops.bn_act_max_pool import Args, Out, pooled_size
 
 # Elements of a tile by "is NHWC". In NCHW order neighbours in a thread share no address, and more than this many spill.
 TILE = {True: 2048, False: 512}
@@ -76,37 +76,24 @@ def _bn_act_max_pool_kernel(
     tl.store(index + out, winner.to(tl.uint8), mask=exists)
 
 
-def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """3x3, stride 2, padding 1 max pool of round(relu(x * scale + shift)), and each winner's place in its window.
-
-    Args:
-        x: [N, C, H, W], dense in NCHW or NHWC order.
-        scale: [C] fp32, contiguous.
-        shift: [C] fp32, contiguous.
-
-    Returns:
-        y: [N, C, (H - 1) // 2 + 1, (W - 1) // 2 + 1], in the dtype and memory order of x.
-        index: uint8, like y: 3 * r + s of the winner; the first of equals, the last NaN.
-    """
-    n, c, h, w = x.shape
-    p, q = (h - 1) // 2 + 1, (w - 1) // 2 + 1
+def bn_act_max_pool(a: Args) -> Out:
+    """Launch `ops.bn_act_max_pool`."""
+    x, size = a.x, pooled_size(a.x)
     order = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    y = torch.empty((n, c, p, q), dtype=x.dtype, device=x.device, memory_format=order)
-    index = torch.empty((n, c, p, q), dtype=torch.uint8, device=x.device, memory_format=order)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=order)
+    index = torch.empty(size, dtype=torch.uint8, device=x.device, memory_format=order)
     view = reduction_of(y, 1, TILE[is_nhwc(x)])
     launch(
         _bn_act_max_pool_kernel,
-        triton.cdiv(view.pixels, view.block_pixels) * triton.cdiv(c, view.block_channels),
+        triton.cdiv(view.pixels, view.block_pixels) * triton.cdiv(view.channels, view.block_channels),
         x,
-        scale,
-        shift,
+        a.scale,
+        a.shift,
         y,
         index,
-        h,
-        w,
-        p,
-        q,
-        c // view.unit,
+        *x.shape[2:],
+        *size[2:],
+        view.channels // view.unit,
         view.pixels,
         UNIT=view.unit,
         NHWC=is_nhwc(x),
@@ -114,4 +101,4 @@ def bn_act_max_pool(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Te
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
-    return y, index
+    return Out(y, index)

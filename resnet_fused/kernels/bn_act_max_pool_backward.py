@@ -22,6 +22,8 @@ from resnet_fused.kernels._tile import (
     to_fp32,
 )
 from resnet_fused.kernels.reduce_rows import reduce_alike
+from resnet_fused.ops import bn_act_max_pool_backward_apply as second
+from resnet_fused.ops import bn_act_max_pool_backward_reduce as first
 from resnet_fused.ops.arithmetic import is_nhwc
 
 # Elements of a tile by "is NHWC": with four windows to look into, more than this many spill.
@@ -161,106 +163,60 @@ def _bn_act_max_pool_backward_apply_kernel(
     tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)
 
 
-def bn_act_max_pool_backward_reduce(
-    dy: Tensor, index: Tensor, x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, invstd: Tensor, rows: int
-) -> tuple[Tensor, Tensor]:
-    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = the pooled gradient at the winners that the ReLU
-    passed, else 0.
-
-    Args:
-        dy: [N, C, P, Q], the gradient of the pooled output, in the memory order of x.
-        index: uint8 [N, C, P, Q], from `bn_act_max_pool`.
-        x: [N, C, H, W], the batch norm's input.
-        scale: [C] fp32; so are shift, mean and invstd.
-        shift: see scale.
-        mean: see scale.
-        invstd: see scale.
-        rows: partial sums per channel, added in a fixed order.
-
-    Returns:
-        sum_dy, sum_dy_xhat: [C], fp32.
-    """
-    view = reduction_of(x, rows, TILE[is_nhwc(x)])
-    partials = partials_like(x, rows)
+def bn_act_max_pool_backward_reduce(a: first.Args) -> first.Out:
+    """Launch `ops.bn_act_max_pool_backward_reduce`."""
+    view = reduction_of(a.x, a.rows, TILE[is_nhwc(a.x)])
+    partials = partials_like(a.x, a.rows)
     launch(
         _bn_act_max_pool_backward_reduce_kernel,
         view.grid,
-        dy,
-        index,
-        x,
-        scale,
-        shift,
-        mean,
-        invstd,
+        a.dy,
+        a.index,
+        a.x,
+        a.scale,
+        a.shift,
+        a.mean,
+        a.invstd,
         *partials,
-        *x.shape[2:],
-        *dy.shape[2:],
+        *a.x.shape[2:],
+        *a.dy.shape[2:],
         view.channels // view.unit,
         view.pixels,
         view.span,
         UNIT=view.unit,
         NHWC=view.nhwc,
-        INDEX=index_type(x.numel(), partials[0].numel()),
+        INDEX=index_type(a.x.numel(), partials[0].numel()),
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
-    first, second = reduce_alike(*partials)
-    return first, second
+    return first.Out(*reduce_alike(*partials))
 
 
-def bn_act_max_pool_backward_apply(
-    dy: Tensor,
-    index: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_dy: Tensor | None,
-    sum_dy_xhat: Tensor | None,
-    count: float,
-) -> Tensor:
-    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz as in
-    `bn_act_max_pool_backward_reduce`.
-
-    Args:
-        dy: as there; so are index, x, scale, shift, mean and invstd.
-        index: see dy.
-        x: see dy.
-        scale: see dy.
-        shift: see dy.
-        mean: see dy.
-        invstd: see dy.
-        sum_dy: [C] fp32, or None (with sum_dy_xhat) where the statistics were constants: dx = scale * dz.
-        sum_dy_xhat: see sum_dy.
-        count: pixels behind the sums.
-
-    Returns:
-        dx: like x.
-    """
-    view = reduction_of(x, 1, TILE[is_nhwc(x)])
-    dx = torch.empty_like(x)
+def bn_act_max_pool_backward_apply(a: second.Args) -> Tensor:
+    """Launch `ops.bn_act_max_pool_backward_apply`."""
+    view = reduction_of(a.x, 1, TILE[is_nhwc(a.x)])
+    dx = torch.empty_like(a.x)
     launch(
         _bn_act_max_pool_backward_apply_kernel,
         triton.cdiv(view.pixels, view.block_pixels) * triton.cdiv(view.channels, view.block_channels),
-        dy,
-        index,
-        x,
-        scale,
-        shift,
-        mean,
-        invstd,
-        sum_dy,
-        sum_dy_xhat,
-        float(count),
+        a.dy,
+        a.index,
+        a.x,
+        a.scale,
+        a.shift,
+        a.mean,
+        a.invstd,
+        a.sum_dy,
+        a.sum_dy_xhat,
+        float(a.count),
         dx,
-        *x.shape[2:],
-        *dy.shape[2:],
+        *a.x.shape[2:],
+        *a.dy.shape[2:],
         view.channels // view.unit,
         view.pixels,
         UNIT=view.unit,
         NHWC=view.nhwc,
-        INDEX=index_type(x.numel()),
+        INDEX=index_type(a.x.numel()),
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import affine, mask_tile, octet_tile, octets_of, relu, round_to, to_fp32
+from resnet_fused.ops.bn_apply import Args, Out
 
 
 @triton.jit
@@ -54,57 +54,31 @@ def _bn_apply_kernel(
         tl.store(mask + place, bits.to(tl.uint8), mask=exists)
 
 
-def bn_apply(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    residual_shift: Tensor | None,
-    relu: bool,
-    with_mask: bool,
-) -> tuple[Tensor, Tensor]:
-    """y = act(x * scale + shift + (residual_scale * residual + residual_shift)) in fp32, rounded once; bytes: one read
-    each, one write.
-
-    Args:
-        x: [N, C, H, W], dense in NCHW or NHWC order.
-        scale: [C] fp32, contiguous; so are shift and the residual's pair.
-        shift: see scale.
-        residual: like x, or None.
-        residual_scale: None: the residual is added as it is.
-        residual_shift: None with residual_scale.
-        relu: whether act is ReLU, which keeps NaN; else the identity.
-        with_mask: whether to return the bit mask of `not (y <= 0)`.
-
-    Returns:
-        y: like x.
-        mask: uint8 [ceil(numel / 8)], bit i % 8 of byte i // 8 for element i in memory order; empty without
-            `with_mask`.
-    """
-    view = octets_of(x)
-    y = torch.empty_like(x)
-    mask = torch.empty(triton.cdiv(x.numel(), 8) if with_mask else 0, dtype=torch.uint8, device=x.device)
+def bn_apply(a: Args) -> Out:
+    """Launch `ops.bn_apply`; bytes: one read each, one write."""
+    view = octets_of(a.x)
+    y = torch.empty_like(a.x)
+    mask = torch.empty(triton.cdiv(a.x.numel(), 8) if a.with_mask else 0, dtype=torch.uint8, device=a.x.device)
     launch(
         _bn_apply_kernel,
         view.grid,
-        x,
-        scale,
-        shift,
-        residual,
-        residual_scale,
-        residual_shift,
+        a.x,
+        a.scale,
+        a.shift,
+        a.residual,
+        a.residual_scale,
+        a.residual_shift,
         y,
-        mask if with_mask else None,
+        mask if a.with_mask else None,
         view.numel,
         view.rows,
         view.octets,
         view.channels,
         view.inner,
-        ACTIVATE=relu,
+        ACTIVATE=a.relu,
         CHANNEL=view.channel,
-        INDEX=index_type(x.numel()),
+        INDEX=index_type(a.x.numel()),
         BLOCK_ROWS=view.block_rows,
         BLOCK_OCTETS=view.block_octets,
     )
-    return y, mask
+    return Out(y, mask)

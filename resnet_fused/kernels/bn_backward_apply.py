@@ -10,6 +10,8 @@ from torch import Tensor
 from resnet_fused.dispatch.conv import MAX_REGISTERS
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import input_gradient, mask_tile, octet_tile, octets_of, passes_relu, round_to, to_fp32
+from resnet_fused.ops import bn_backward_apply as one
+from resnet_fused.ops import bn_backward_apply_join as two
 
 
 @triton.jit
@@ -81,92 +83,23 @@ def _bn_backward_apply_kernel(
         tl.store(dshortcut + offset, round_to(gradient, dshortcut.dtype.element_ty), mask=valid)
 
 
-def bn_backward_apply(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_dy: Tensor | None,
-    sum_dy_xhat: Tensor | None,
-    count: float,
-    relu: bool,
-    with_dresidual: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx = scale * (dz - sum_dy / count - (x - mean) * invstd * sum_dy_xhat / count), dz = dy where the ReLU passed it,
-    else 0.
-
-    Args:
-        dy: like x.
-        x: [N, C, H, W], the batch norm's input, dense in NCHW or NHWC order; read only where it is needed.
-        mask: bits from `bn_apply`; None recomputes them from x.
-        scale: [C] fp32; so are shift, mean and invstd.
-        shift: see scale.
-        mean: see scale.
-        invstd: see scale.
-        sum_dy: [C] fp32, or None (with sum_dy_xhat) where the statistics were constants: dx = scale * dz.
-        sum_dy_xhat: see sum_dy.
-        count: pixels behind the sums.
-        relu: without it dz = dy.
-        with_dresidual: whether to return dz.
-
-    Returns:
-        dx: like x.
-        dresidual: dz, like x, or empty.
-    """
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if with_dresidual else x.new_empty(0)
-    norm = (scale, shift, mean, invstd, sum_dy, sum_dy_xhat)
-    _run(
-        dy, x, mask if relu else None, norm, count, (None,) * 5, (dx, dresidual if with_dresidual else None, None), relu
-    )
-    return dx, dresidual
+def bn_backward_apply(a: one.Args) -> one.Out:
+    """Launch `ops.bn_backward_apply`; x is read only where it is needed."""
+    dx = torch.empty_like(a.x)
+    dresidual = torch.empty_like(a.x) if a.with_dresidual else a.x.new_empty(0)
+    norm = (a.scale, a.shift, a.mean, a.invstd, a.sum_dy, a.sum_dy_xhat)
+    written = (dx, dresidual if a.with_dresidual else None, None)
+    _run(a.dy, a.x, a.mask if a.relu else None, norm, a.count, (None,) * 5, written, a.relu)
+    return one.Out(dx, dresidual)
 
 
-def bn_backward_apply_join(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor,
-    scale: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    sum_dz: Tensor,
-    sum_dz_xhat: Tensor,
-    shortcut: Tensor,
-    shortcut_scale: Tensor,
-    shortcut_mean: Tensor,
-    shortcut_invstd: Tensor,
-    sum_dz_shortcut: Tensor,
-    count: float,
-) -> tuple[Tensor, Tensor]:
-    """`bn_backward_apply` of both batch norms whose sum, rectified, ended a block, which reads dy and the mask once.
-
-    Args:
-        dy: like x; so is shortcut.
-        x: [N, C, H, W], what the branch's batch norm normalised, dense in NCHW or NHWC order.
-        mask: bits from `bn_apply`.
-        scale: [C] fp32; so are all other vectors.
-        mean: see scale.
-        invstd: see scale.
-        sum_dz: of dz = mask ? dy : 0, as `conv_dgrad_join` gives it; so are sum_dz_xhat and sum_dz_shortcut.
-        sum_dz_xhat: see sum_dz.
-        shortcut: what the projection's batch norm normalised.
-        shortcut_scale: see scale.
-        shortcut_mean: see scale.
-        shortcut_invstd: see scale.
-        sum_dz_shortcut: see sum_dz.
-        count: pixels behind the sums.
-
-    Returns:
-        dx, dshortcut: like x.
-    """
-    dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
-    norm = (scale, None, mean, invstd, sum_dz, sum_dz_xhat)
-    other = (shortcut, shortcut_scale, shortcut_mean, shortcut_invstd, sum_dz_shortcut)
-    _run(dy, x, mask, norm, count, other, (dx, None, dshortcut), True)
-    return dx, dshortcut
+def bn_backward_apply_join(a: two.Args) -> two.Out:
+    """Launch `ops.bn_backward_apply_join`, which reads dy and the mask once."""
+    dx, dshortcut = torch.empty_like(a.x), torch.empty_like(a.x)
+    norm = (a.scale, None, a.mean, a.invstd, a.sum_dz, a.sum_dz_xhat)
+    other = (a.shortcut, a.shortcut_scale, a.shortcut_mean, a.shortcut_invstd, a.sum_dz_shortcut)
+    _run(a.dy, a.x, a.mask, norm, a.count, other, (dx, None, dshortcut), True)
+    return two.Out(dx, dshortcut)
 
 
 def _run(

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import launch
+from resnet_fused.ops.bn_backward_finalize import Args
 
 _BLOCK = 128
 
@@ -39,41 +40,27 @@ def _bn_backward_finalize_kernel(
     tl.store(coefficients + 2 * C + channel, c, mask=exists)
 
 
-def bn_backward_finalize(
-    sum_dy: Tensor, sum_dy_xhat: Tensor, scale: Tensor, mean: Tensor, invstd: Tensor, count: float
-) -> Tensor:
-    """(a, b, c) with a*dy + b*x + c == scale * (dy - sum_dy/count - (x - mean)*invstd * sum_dy_xhat/count): what the
-    prologues of the gradients of a convolution apply.
+def bn_backward_finalize(a: Args) -> Tensor:
+    """Launch `ops.bn_backward_finalize`.
 
-    a = scale, b = -scale * invstd * sum_dy_xhat/count, c = -b*mean - scale * sum_dy/count.
-
-    Args:
-        sum_dy: [C] fp32, contiguous, of `bn_backward_reduce` or of the data gradient; so is sum_dy_xhat.
-        sum_dy_xhat: see sum_dy.
-        scale: [C] fp32, contiguous, of `bn_finalize`; so are mean and invstd.
-        mean: see scale.
-        invstd: see scale.
-        count: pixels that the sums run over.
-
-    Returns:
-        coefficients: [3, C] fp32.
+    a = scale, b = -scale * invstd * sum_dy_xhat/count, c = -b*mean - scale * sum_dy/count
 
     Source:
         Ioffe, Szegedy 2015, the backward of section 3, collected by dy and x.
     """
-    channels = sum_dy.shape[0]
-    coefficients = torch.empty((3, channels), dtype=torch.float32, device=sum_dy.device)
+    channels = a.sum_dy.shape[0]
+    coefficients = torch.empty((3, channels), dtype=torch.float32, device=a.sum_dy.device)
     launch(
         _bn_backward_finalize_kernel,
         triton.cdiv(channels, _BLOCK),
-        sum_dy,
-        sum_dy_xhat,
-        scale,
-        mean,
-        invstd,
+        a.sum_dy,
+        a.sum_dy_xhat,
+        a.scale,
+        a.mean,
+        a.invstd,
         coefficients,
         channels,
-        float(count),
+        float(a.count),
         BLOCK=_BLOCK,
     )
     return coefficients

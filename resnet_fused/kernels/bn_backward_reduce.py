@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import (
@@ -18,6 +17,7 @@ from resnet_fused.kernels._tile import (
     to_fp32,
 )
 from resnet_fused.kernels.reduce_rows import reduce_alike
+from resnet_fused.ops.bn_backward_reduce import Args, Out
 
 
 @triton.jit
@@ -74,57 +74,30 @@ def _bn_backward_reduce_kernel(
     tl.store(sum_dy_xhat + out, sum_lanes(total_x) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
 
 
-def bn_backward_reduce(
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    relu: bool,
-    rows: int,
-) -> tuple[Tensor, Tensor]:
-    """sum(dz) and sum(dz * (x - mean) * invstd) over pixels, dz = dy where the ReLU passed it, else 0 (a NaN there is
-    dropped).
-
-    Args:
-        dy: like x.
-        x: [N, C, H, W], the batch norm's input, dense in NCHW or NHWC order.
-        mask: bits from `bn_apply`; None recomputes them from x.
-        scale: [C] fp32; so are shift, mean and invstd.
-        shift: see scale.
-        mean: see scale.
-        invstd: see scale.
-        relu: without it dz = dy.
-        rows: partial sums per channel, added in a fixed order.
-
-    Returns:
-        sum_dy, sum_dy_xhat: [C], fp32.
-    """
-    view = reduction_of(x, rows)
-    partials = partials_like(x, rows)
+def bn_backward_reduce(a: Args) -> Out:
+    """Launch `ops.bn_backward_reduce`."""
+    view = reduction_of(a.x, a.rows)
+    partials = partials_like(a.x, a.rows)
     launch(
         _bn_backward_reduce_kernel,
         view.grid,
-        dy,
-        x,
-        mask if relu else None,
-        scale,
-        shift,
-        mean,
-        invstd,
+        a.dy,
+        a.x,
+        a.mask if a.relu else None,
+        a.scale,
+        a.shift,
+        a.mean,
+        a.invstd,
         *partials,
         view.channels // view.unit,
         view.inner,
         view.pixels,
         view.span,
-        ACTIVATE=relu,
+        ACTIVATE=a.relu,
         UNIT=view.unit,
         NHWC=view.nhwc,
-        INDEX=index_type(x.numel(), partials[0].numel()),
+        INDEX=index_type(a.x.numel(), partials[0].numel()),
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
-    first, second = reduce_alike(*partials)
-    return first, second
+    return Out(*reduce_alike(*partials))

@@ -11,6 +11,9 @@ from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import affine, channel_unit, relu, round_to, sum_lanes, to_fp32
 from resnet_fused.kernels.bn_apply import bn_apply
 from resnet_fused.kernels.reduce_rows import row_blocks
+from resnet_fused.ops import bn_apply as apply_op
+from resnet_fused.ops import bn_finalize as finalize_op
+from resnet_fused.ops import bn_finalize_apply as finalize_apply_op
 
 # A program of the pass behind it merges so many rows itself: they are about as many bytes as its tile.
 FEW_ROWS = 16
@@ -123,108 +126,28 @@ def _bn_finalize_kernel(
         tl.store(place, round_to(new, running_var.dtype.element_ty), mask=writes)
 
 
-def bn_finalize(
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """scale = weight * invstd and shift = bias - mean * scale from partial statistics, merged as in Chan, Golub,
-    LeVeque 1979.
-
-    Args:
-        mean: [rows, C] fp64, contiguous.
-        m2: [rows, C] fp32, contiguous: sums of squared deviations.
-        count: [rows] fp32, contiguous: pixels of each row; 0 marks a row to pass over.
-        weight: [C] or None for 1; fp32, fp16 or bf16, any stride. So are bias (None for 0), running_mean and
-            running_var (None: not tracked).
-        bias: see weight.
-        running_mean: see weight; mutated to (1 - momentum) * running_mean + momentum * mean.
-        running_var: see weight; mutated likewise, with the unbiased variance.
-        momentum: weight of this batch.
-        eps: added to the biased variance before the root.
-
-    Returns:
-        scale, shift, save_mean, save_invstd: [C], fp32.
-
-    Mutates:
-        running_mean, running_var.
-    """
-    return _run((mean, m2, count), (weight, bias, running_mean, running_var), momentum, eps)
+def bn_finalize(a: finalize_op.Args) -> finalize_op.Out:
+    """Launch `ops.bn_finalize`."""
+    return _run(a)
 
 
-def bn_finalize_apply(
-    x: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    count: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`bn_finalize`, and y = round(relu(x * scale + shift)): in one launch where there are few rows of statistics, so
-    that every program can merge them.
-
-    Args:
-        x: [N, C, H, W], dense in NCHW or NHWC order.
-        mean: as in `bn_finalize`; so are the others.
-        m2: see mean.
-        count: see mean.
-        weight: see mean.
-        bias: see mean.
-        running_mean: see mean.
-        running_var: see mean.
-        momentum: see mean.
-        eps: see mean.
-
-    Returns:
-        scale, shift, save_mean, save_invstd: [C], fp32.
-        y: like x.
-
-    Mutates:
-        running_mean, running_var.
-    """
-    statistics, vectors = (mean, m2, count), (weight, bias, running_mean, running_var)
-    if mean.shape[0] <= FEW_ROWS and x.is_contiguous(memory_format=torch.channels_last):
-        y = torch.empty_like(x)
-        return *_run(statistics, vectors, momentum, eps, x, y), y
-    scale, shift, save_mean, save_invstd = _run(statistics, vectors, momentum, eps)
-    y, _ = bn_apply(x, scale, shift, None, None, None, True, False)
-    return scale, shift, save_mean, save_invstd, y
+def bn_finalize_apply(a: finalize_apply_op.Args) -> finalize_apply_op.Out:
+    """Launch `ops.bn_finalize_apply`: one launch where there are few rows of statistics, which every program merges."""
+    if a.mean.shape[0] <= FEW_ROWS and a.x.is_contiguous(memory_format=torch.channels_last):
+        y = torch.empty_like(a.x)
+        return finalize_apply_op.Out(*_run(a, a.x, y), y)
+    norm = _run(a)
+    y = bn_apply(apply_op.Args(a.x, norm.scale, norm.shift, None, None, None, relu=True, with_mask=False)).y
+    return finalize_apply_op.Out(*norm, y)
 
 
 def _run(
-    statistics: tuple[Tensor, Tensor, Tensor],
-    vectors: tuple[Tensor | None, ...],
-    momentum: float,
-    eps: float,
-    x: Tensor | None = None,
-    y: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the kernel.
-
-    Args:
-        statistics: mean, m2 and count.
-        vectors: weight, bias, running_mean and running_var.
-        momentum, eps: as in `bn_finalize`.
-        x: in NHWC order, with y like it, to be written; or neither.
-
-    Returns:
-        scale, shift, save_mean, save_invstd.
-    """
-    mean = statistics[0]
-    rows, channels = mean.shape
-    scale, shift, save_mean, save_invstd = (
-        torch.empty(channels, dtype=torch.float32, device=mean.device) for _ in range(4)
-    )
+    a: finalize_op.Args | finalize_apply_op.Args, x: Tensor | None = None, y: Tensor | None = None
+) -> finalize_op.Out:
+    """Launch the kernel; x in NHWC order, with y like it, to be written; or neither."""
+    rows, channels = a.mean.shape
+    out = finalize_op.Out(*(torch.empty(channels, dtype=torch.float32, device=a.mean.device) for _ in range(4)))
+    vectors = (a.weight, a.bias, a.running_mean, a.running_var)
     pixels = 0 if x is None else x.numel() // channels
     block_rows, block_channels = row_blocks(rows, channels)
     if x is not None:
@@ -234,24 +157,23 @@ def _run(
     launch(
         _bn_finalize_kernel,
         triton.cdiv(channels, block_channels) * max(1, triton.cdiv(pixels, block_pixels)),
-        *statistics,
+        a.mean,
+        a.m2,
+        a.count,
         *vectors,
         *(0 if vector is None else vector.stride(0) for vector in vectors),
-        scale,
-        shift,
-        save_mean,
-        save_invstd,
+        *out,
         x,
         y,
         rows,
         pixels,
         channels // unit,
-        momentum,
-        eps,
+        a.momentum,
+        a.eps,
         UNIT=unit,
         INDEX=index_type(0 if x is None else x.numel()),
         BLOCK_ROWS=block_rows,
         BLOCK_CHANNELS=block_channels,
         BLOCK_PIXELS=block_pixels,
     )
-    return scale, shift, save_mean, save_invstd
+    return out

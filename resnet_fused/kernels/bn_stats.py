@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import pixel_offset, reduction_of, reduction_tile, sum_lanes, to_fp32
+from resnet_fused.ops.bn_stats import Args, Out
 
 
 @triton.jit
@@ -72,22 +72,13 @@ def _bn_stats_kernel(
     tl.store(count + row + tl.zeros((BLOCK_CHANNELS,), tl.int32), (end - first).to(tl.float32), mask=channel == 0)
 
 
-def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, sum of squared deviations from it and number of pixels, of `rows` equal consecutive ranges of ceil(M /
-    rows) pixels.
-
-    Args:
-        x: [N, C, H, W], dense in NCHW or NHWC order.
-        rows: how many ranges; the last may be short or empty (0, 0, 0).
-
-    Returns:
-        mean: [rows, C] fp64, which holds what fp32 would round away where |mean| >> std.
-        m2, count: [rows, C], [rows], fp32.
-    """
-    view = reduction_of(x, rows)
-    mean = torch.empty((rows, view.channels), dtype=torch.float64, device=x.device)
-    m2 = torch.empty((rows, view.channels), dtype=torch.float32, device=x.device)
-    count = torch.empty(rows, dtype=torch.float32, device=x.device)
+def bn_stats(a: Args) -> Out:
+    """Launch `ops.bn_stats`."""
+    x = a.x
+    view = reduction_of(x, a.rows)
+    mean = torch.empty((a.rows, view.channels), dtype=torch.float64, device=x.device)
+    m2 = torch.empty((a.rows, view.channels), dtype=torch.float32, device=x.device)
+    count = torch.empty(a.rows, dtype=torch.float32, device=x.device)
     launch(
         _bn_stats_kernel,
         view.grid,
@@ -105,4 +96,4 @@ def bn_stats(x: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         BLOCK_PIXELS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
-    return mean, m2, count
+    return Out(mean, m2, count)

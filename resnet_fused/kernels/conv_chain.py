@@ -5,26 +5,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from resnet_fused.dispatch import conv_config
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape
-from resnet_fused.dispatch.conv_chain import chain_flags, chain_tile
-from resnet_fused.dispatch.device import arch
-from resnet_fused.kernels._conv import add_product, dot_dtype, taps_inside
+from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.conv_chain import chain_tile
+from resnet_fused.kernels._conv import add_product, dot_dtype, load_tile, reduction_step, sees_tap, taps_inside
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._tile import relu, round_to, to_fp32
-
-
-@triton.jit
-def _normalised(acc, scale, shift, channel, exists):
-    """acc * scale + shift; scale may be None."""
-    offset = to_fp32(tl.load(shift + channel, mask=exists, other=0.0))[None, :]
-    if scale is not None:
-        factor = to_fp32(tl.load(scale + channel, mask=exists, other=0.0))[None, :]
-        return tl.fma(acc, tl.broadcast_to(factor, acc.shape), tl.broadcast_to(offset, acc.shape))
-    else:
-        return acc + offset
+from resnet_fused.kernels.epilogues import scale_shift
+from resnet_fused.ops.conv_chain import Args, Out, conv_shape
 
 
 @triton.jit
@@ -84,7 +72,7 @@ def _conv_chain_kernel(
     m = pid.to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixel_exists = (m < M)[:, None]
     inner = tl.arange(0, INNER)
-    k = tl.arange(0, BLOCK_K)
+    lane = tl.arange(0, BLOCK_K)
 
     # Rows past the end repeat the last one and are not stored.
     row = tl.minimum(m, M - 1)
@@ -93,33 +81,18 @@ def _conv_chain_kernel(
     h0 = (p * stride_h - pad_h).to(tl.int32)
     w0 = (q * stride_w - pad_w).to(tl.int32)
     x_row = ((row // (Q * P) * H + h0) * W + w0) * C
-    if PADDED:
-        inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M)
+    inside = taps_inside(h0, w0, H, W, dilation_h, dilation_w, R, S, BLOCK_M, PADDED)[:, None]
 
     acc = tl.zeros((BLOCK_M, INNER), tl.float32)
-    for i in range(R * S * tl.cdiv(C, BLOCK_K)):  # taps innermost: only constants are divided by
-        tap = i % (R * S)
-        c = i // (R * S) * BLOCK_K + k
-        r = tap // S
-        s = tap - r * S
-        x_tile = x + (x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :])
-        w_tile = weight2 + ((inner * (R * S * C))[None, :] + (tap * C + c)[:, None])
-        if PADDED:
-            wanted = (1 << r) | (1 << (s + 16))
-            valid = ((inside & wanted) == wanted)[:, None]
-            if not EVEN_C:
-                valid = valid & (c < C)[None, :]
-            left = tl.load(x_tile, mask=valid, other=0.0)
-        elif EVEN_C:
-            left = tl.load(x_tile)
-        else:
-            left = tl.load(x_tile, mask=(c < C)[None, :], other=0.0)
-        if EVEN_C and EVEN_INNER:
-            right = tl.load(w_tile)
-        else:
-            right = tl.load(w_tile, mask=(c < C)[:, None] & (inner < C2)[None, :], other=0.0)
-        acc = add_product(acc, left, right, "ieee", DOT_DTYPE)
-    acc = relu(_normalised(acc, scale2, shift2, inner, inner < C2))
+    for step in range(R * S * tl.cdiv(C, BLOCK_K)):
+        r, s, c, w_place, exists = reduction_step(step, lane, C, S, R * S, 0)
+        valid = sees_tap(inside, r, s, exists, PADDED, EVEN_C, False, 0)
+        x_place = x_row[:, None] + ((r * dilation_h * W + s * dilation_w) * C + c)[None, :]
+        left = load_tile(x, x_place, valid, PADDED or not EVEN_C)
+        w_place = (inner * (R * S * C))[None, :] + w_place[:, None]
+        right = load_tile(weight2, w_place, exists[:, None] & (inner < C2)[None, :], not (EVEN_C and EVEN_INNER))
+        acc = add_product(acc, left, right, 0, "ieee", DOT_DTYPE)
+    acc = relu(scale_shift(acc, scale2, shift2, inner, inner < C2))
     if not EVEN_INNER:  # zero times an infinite pixel is none
         acc = tl.where((inner < C2)[None, :], acc, 0.0)
     a = round_to(acc, x.dtype.element_ty).to(DOT_DTYPE)
@@ -131,12 +104,9 @@ def _conv_chain_kernel(
     for start in range(0, K, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n_exists = n < K
-        w_tile = weight3 + ((n * C2)[None, :] + inner[:, None])
-        if EVEN_INNER and EVEN_N:
-            right = tl.load(w_tile)
-        else:
-            right = tl.load(w_tile, mask=(inner < C2)[:, None] & n_exists[None, :], other=0.0)
-        out = _normalised(tl.dot(a, right.to(DOT_DTYPE)), scale3, shift3, n, n_exists)
+        w_place = (n * C2)[None, :] + inner[:, None]
+        right = load_tile(weight3, w_place, (inner < C2)[:, None] & n_exists[None, :], not (EVEN_INNER and EVEN_N))
+        out = scale_shift(tl.dot(a, right.to(DOT_DTYPE)), scale3, shift3, n, n_exists)
         place = m[:, None] * K + n[None, :]
         stored = pixel_exists
         if not EVEN_N:
@@ -149,63 +119,19 @@ def _conv_chain_kernel(
         if weight1 is not None:
             w_tile = weight1 + ((head * K)[None, :] + n[:, None])
             right = tl.load(w_tile, mask=(head < C1)[None, :] & n_exists[:, None], other=0.0)
-            following_bits = add_product(following_bits, rounded, right, "ieee", DOT_DTYPE)
+            following_bits = add_product(following_bits, rounded, right, 0, "ieee", DOT_DTYPE)
     if weight1 is not None:
-        value = relu(_normalised(following_bits.to(tl.float32, bitcast=True), scale1, shift1, head, head < C1))
+        value = relu(scale_shift(following_bits, scale1, shift1, head, head < C1))
         place = m[:, None] * C1 + head[None, :]
         stored = pixel_exists & (head < C1)[None, :]
         tl.store(following + place, round_to(value, following.dtype.element_ty), mask=stored)
 
 
-def conv_chain(
-    x: Tensor,
-    weight2: Tensor,
-    scale2: Tensor | None,
-    shift2: Tensor,
-    weight3: Tensor,
-    scale3: Tensor | None,
-    shift3: Tensor,
-    residual: Tensor,
-    weight1: Tensor | None,
-    scale1: Tensor | None,
-    shift1: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    config: ConvConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The tail of a bottleneck, and the head of the next one, without the activations between in memory.
-
-    a = round(relu(conv(x, weight2)*scale2 + shift2)), y = round(relu(conv1x1(a, weight3)*scale3 + shift3 + residual)),
-    next = round(relu(conv1x1(y, weight1)*scale1 + shift1)). ReLU keeps NaN.
-
-    Args:
-        x: [N, C, H, W] in NHWC order; fp16 or bf16.
-        weight2: [C2, C, R, S], the dtype of x; C2 at most 128.
-        scale2: [C2], or None for 1.
-        shift2: [C2].
-        weight3: [K, C2, 1, 1].
-        scale3: [K], or None for 1.
-        shift3: [K].
-        residual: [N, K, P, Q], like x.
-        weight1: [C1, K, 1, 1], or None: no next convolution; C1 at most 128.
-        scale1: [C1], or None for 1.
-        shift1: [C1]; with weight1.
-        stride: of weight2, (h, w); so are padding (zeros) and dilation.
-        padding: zeros around the image.
-        dilation: distance of the filter's taps.
-        config: the launch configuration; None takes the plan's.
-
-    Returns:
-        y: [N, K, P, Q] in NHWC order, in the dtype of x.
-        next: [N, C1, P, Q] likewise, or an empty tensor.
-    """
-    shape = ConvShape.of(x.shape, weight2.shape, stride, padding, dilation)
-    outputs = weight3.shape[0]
-    next_channels = None if weight1 is None else weight1.shape[0]
-    if config is None:
-        flags = chain_flags(outputs, next_channels)
-        config = conv_config("conv_chain", shape, x.dtype, arch(x.device), False, flags)
+def conv_chain(a: Args, config: ConvConfig) -> Out:
+    """Launch `ops.conv_chain`: the activations between the convolutions stay on the multiprocessor."""
+    x, shape = a.x, conv_shape(a)
+    outputs = a.weight3.shape[0]
+    next_channels = None if a.weight1 is None else a.weight1.shape[0]
     pixels = shape.n * shape.p * shape.q
     y = empty_nhwc(x, shape.n, outputs, shape.p, shape.q)
     following = None if next_channels is None else empty_nhwc(x, shape.n, next_channels, shape.p, shape.q)
@@ -213,16 +139,16 @@ def conv_chain(
         _conv_chain_kernel,
         triton.cdiv(pixels, config.block_m),
         x,
-        weight2.contiguous(memory_format=torch.channels_last),
-        scale2,
-        shift2,
-        weight3.contiguous(),
-        scale3,
-        shift3,
-        residual,
-        None if weight1 is None else weight1.contiguous(),
-        scale1,
-        shift1,
+        a.weight2.contiguous(memory_format=torch.channels_last),
+        a.scale2,
+        a.shift2,
+        a.weight3.contiguous(),
+        a.scale3,
+        a.shift3,
+        a.residual,
+        None if a.weight1 is None else a.weight1.contiguous(),
+        a.scale1,
+        a.shift1,
         y,
         following,
         pixels,
@@ -253,4 +179,4 @@ def conv_chain(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y, x.new_empty(0) if following is None else following
+    return Out(y, x.new_empty(0) if following is None else following)

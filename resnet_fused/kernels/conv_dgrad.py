@@ -9,23 +9,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.dispatch import conv_config
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
-from resnet_fused.dispatch.device import arch
 from resnet_fused.kernels._conv import (
+    accumulator,
     add_product,
-    bn_gradient,
     divide,
     dot_dtype,
-    finished,
+    load_tile,
+    load_vector,
     reciprocal,
+    sees_tap,
     taps_inside,
     uses_tf32,
 )
 from resnet_fused.kernels._dgrad import SUM_TILE, class_pixel, written_sums
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
-from resnet_fused.kernels._tile import channel_unit, passes_bit, passes_relu, round_to, to_fp32
+from resnet_fused.kernels._tile import channel_unit, round_to
+from resnet_fused.kernels.epilogues import add_residual, apply_relu_mask, no_gradient_epilogue
+from resnet_fused.kernels.prologues import bn_gradient, no_bn_gradient
 from resnet_fused.kernels.reduce_rows import reduce_alike
+from resnet_fused.ops import conv_dgrad_join
+from resnet_fused.ops.conv_dgrad import Args, Out, conv_shape
 
 
 @triton.jit
@@ -66,11 +70,14 @@ def _conv_dgrad_kernel(
     groups,
     group_input_units,  # C / groups / UNIT
     group_output_units,  # K / groups / UNIT
+    PROLOGUE: tl.constexpr,  # of `prologues`
+    EPILOGUE: tl.constexpr,  # of `epilogues`
     UNIT: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     MASKED: tl.constexpr,  # a tap can fall outside dy
     EVEN_K: tl.constexpr,  # the reduction's tiles divide K / groups
+    ACC_DTYPE: tl.constexpr,  # of `accumulator`
     PRECISION: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     INDEX: tl.constexpr,
@@ -120,10 +127,9 @@ def _conv_dgrad_kernel(
     taps_w = tl.cdiv(S - s0, stride_w)
     dy_row = ((image * P + p0) * Q + q0) * K + group * group_outputs
     w_column = n % group_inputs
-    if MASKED:
-        inside = taps_inside(p0, q0, P, Q, -dilation_h, -dilation_w, R, S, BLOCK_M)
+    inside = taps_inside(p0, q0, P, Q, -dilation_h, -dilation_w, R, S, BLOCK_M, MASKED)[:, None]
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if dy_x is None else tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC_DTYPE)
     # Taps innermost: at stride 1 their number is a constant, and at any the loop divides by a reciprocal.
     taps = tl.maximum(taps_h, 0) * tl.maximum(taps_w, 0)
     per_tap, per_row = reciprocal(taps), reciprocal(taps_w)
@@ -133,56 +139,28 @@ def _conv_dgrad_kernel(
         k = tile_k * BLOCK_K + lane
         t = divide(tap, per_row)
         u = tap - t * taps_w
-        offset = dy_row[:, None] + (k - (t * dilation_h * Q + u * dilation_w) * K)[None, :]
         exists = k < group_outputs
-        valid = exists[None, :]
-        if MASKED:
-            wanted = (1 << t) | (1 << (u + 16))
-            inside_tap = ((inside & wanted) == wanted)[:, None]
-            valid = inside_tap if EVEN_K else inside_tap & valid
-        if MASKED or not EVEN_K:
-            g = tl.load(dy + offset, mask=valid, other=0.0)
-        else:
-            g = tl.load(dy + offset)
-        if dy_x is not None:
-            if MASKED or not EVEN_K:
-                g_x = tl.load(dy_x + offset, mask=valid, other=0.0)
-            else:
-                g_x = tl.load(dy_x + offset)
-            # Past the last channel all three are zero, so that g is too.
-            column = coefficients + (group * group_outputs + k)
-            factor = tl.load(column, mask=exists, other=0.0)[None, :]
-            factor_x = tl.load(column + K, mask=exists, other=0.0)[None, :]
-            offset_x = tl.load(column + 2 * K, mask=exists, other=0.0)[None, :]
-            value = bn_gradient(g, g_x, factor, factor_x, offset_x)
-            if MASKED:
-                value = tl.where(valid, value, 0.0)
-            g = round_to(value, dy.dtype.element_ty)
+        valid = sees_tap(inside, t, u, exists, MASKED, EVEN_K, False, 0)
+        place = dy_row[:, None] + (k - (t * dilation_h * Q + u * dilation_w) * K)[None, :]
+        g = load_tile(dy, place, valid, MASKED or not EVEN_K)
+        g_x = load_tile(dy_x, place, valid, MASKED or not EVEN_K)
+        # Past the last channel all three are zero, so that g is too.
+        channel = group * group_outputs + k
+        factor = load_vector(coefficients, channel, exists, 0)
+        factor_x = load_vector(coefficients, K + channel, exists, 0)
+        offset_x = load_vector(coefficients, 2 * K + channel, exists, 0)
+        g = PROLOGUE(g, g_x, factor, factor_x, offset_x, valid, MASKED)
         filter_tap = (r0 + t * stride_h) * S + s0 + u * stride_w
-        w_row = (group * group_outputs + k) * (R * S * group_inputs) + filter_tap * group_inputs
-        w_tile = weight + (w_row[:, None] + w_column[None, :])
-        if EVEN_K:
-            b = tl.load(w_tile)
-        else:
-            b = tl.load(w_tile, mask=exists[:, None], other=0.0)
-        acc = add_product(acc, g, b, PRECISION, DOT_DTYPE)
+        w_row = channel * (R * S * group_inputs) + filter_tap * group_inputs
+        b = load_tile(weight, w_row[:, None] + w_column[None, :], exists[:, None], not EVEN_K)
+        acc = add_product(acc, g, b, 0, PRECISION, DOT_DTYPE)
 
-    acc = finished(acc) if mask is None else acc.to(tl.float32, bitcast=True)
     channel = group * group_inputs + n
     stored = n < group_inputs
     pixel = (image * H + h * stride_h + i) * W + w * stride_w + j
     out = pixel[:, None] * C + channel[None, :]
     out_mask = (m < M)[:, None] & stored[None, :]
-    if residual is not None:
-        addend = to_fp32(tl.load(residual + out, mask=out_mask, other=0.0))
-        if residual_mask is not None:
-            addend = tl.where(passes_bit(residual_mask, out, out_mask), addend, 0.0)
-        acc += addend
-    if x is not None and mask is None:
-        value = tl.load(x + out, mask=out_mask, other=0.0)
-        channel_scale = tl.load(scale + channel, mask=stored, other=0.0)[None, :]
-        channel_shift = tl.load(shift + channel, mask=stored, other=0.0)[None, :]
-        acc = tl.where(passes_relu(value, channel_scale, channel_shift) & out_mask, acc, 0.0)
+    acc = EPILOGUE(acc, residual, residual_mask, x, scale, shift, channel, stored, out, out_mask)
     tl.store(dx + out, round_to(acc, dx.dtype.element_ty), mask=out_mask)
 
     if x is not None:
@@ -199,98 +177,45 @@ def _conv_dgrad_kernel(
             tl.store(sum_dx_shortcut + partial, total_shortcut * channel_invstd, mask=stored)
 
 
-def conv_dgrad(
-    dy: Tensor,
-    weight: Tensor,
-    dy_x: Tensor | None,
-    dy_coefficients: Tensor | None,
-    residual: Tensor | None,
-    residual_mask: Tensor | None,
-    x: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor | None,
-    invstd: Tensor | None,
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    config: ConvConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = the gradient of conv(., weight) for g + residual, in fp32 and rounded once, where g = dy or the batch norm's
-    gradient round(a * dy + b * dy_x + c); with x, behind the ReLU of the batch norm that made the convolution's input,
-    and with that batch norm's two sums.
+# What the kernel reads beside dy and the weight: arguments of its ops, by their names.
+_OPERANDS = (
+    *("dy_x", "dy_coefficients", "residual", "residual_mask", "x", "scale", "shift", "mean", "invstd"),
+    *("mask", "shortcut", "shortcut_mean", "shortcut_invstd"),
+)
 
-    Args:
-        dy: [N, K, P, Q] in NHWC order; fp32, fp16 or bf16.
-        weight: [K, C/groups, R, S], any strides (NHWC order is read in place, any other copied); the dtype of dy.
-        dy_x: like dy, or None; both or neither of dy_x and dy_coefficients.
-        dy_coefficients: (a, b, c), [3, K] fp32, contiguous.
-        residual: [N, C, *size] in NHWC order, added to dx, or None.
-        residual_mask: bits from `bn_apply`: residual counts only where they are set (a select). None: everywhere.
-        x: [N, C, *size] in NHWC order, or None; excludes residual. dx passes only where not
-            (round(x * scale + shift) <= 0), which a NaN does.
-        scale: [C] fp32; so are shift, mean and invstd, all with x or none.
-        shift: see scale.
-        mean: see scale.
-        invstd: see scale.
-        size: (H, W) of the image.
-        stride: of the filter, (h, w); so are padding (zeros) and dilation, which a strided filter may not have.
-        padding: see stride.
-        dilation: see stride.
-        groups: of channels that see each other.
-        config: the launch configuration; None takes the plan's.
 
-    Returns:
-        dx: [N, C, *size] in NHWC order, in the dtype of dy.
-        sum_dx, sum_dx_xhat: with x [C] fp32, sum(dx) and sum(dx * (x - mean) * invstd) of dx as it was rounded, added
-            in a fixed order; else empty.
-    """
-    operands = (dy_x, dy_coefficients, residual, residual_mask, x, scale, shift, mean, invstd, *(None,) * 4)
-    dx, *partials = run(dy, weight, operands, size, stride, padding, dilation, groups, config)
-    if not partials:
-        return dx, dy.new_empty(0, dtype=torch.float32), dy.new_empty(0, dtype=torch.float32)
-    sum_dx, sum_dx_xhat = reduce_alike(*partials)
-    return dx, sum_dx, sum_dx_xhat
+def conv_dgrad(a: Args, config: ConvConfig) -> Out:
+    """Launch `ops.conv_dgrad`."""
+    dx, *partials = run(a, conv_shape(a), config)
+    sums = reduce_alike(*partials) if partials else (dx.new_empty(0, dtype=torch.float32) for _ in range(2))
+    return Out(dx, *sums)
 
 
 def run(
-    dy: Tensor,
-    weight: Tensor,
-    operands: tuple[Tensor | None, ...],
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    config: ConvConfig | None,
-    activation: Tensor | None = None,
+    a: Args | conv_dgrad_join.Args, shape: ConvShape, config: ConvConfig, activation: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """Launch the kernel.
 
     Args:
-        operands: the kernel's from `dy_x` to `shortcut_invstd`; the rest as in `conv_dgrad`.
+        a: the arguments of one of its ops; shape is their problem.
+        config: the launch configuration.
         activation: like x, to be written, or None.
 
     Returns:
-        dx, and with x the sums of every tile of pixels, [tiles, C] each: two, and with `shortcut` a third.
+        dx, and with x the sums of every tile of pixels, [tiles, C] each: two, and with a shortcut a third.
     """
-    dy_x, x, shortcut = operands[0], operands[4], operands[10]
-    image = (dy.shape[0], weight.shape[1] * groups, *size)
-    shape = ConvShape.of(image, weight.shape, stride, padding, dilation, groups)
-    tf32 = uses_tf32(dy.dtype)
-    if config is None:
-        flags = () if dy_x is None else ("prologue",)
-        config = conv_config("conv_dgrad", shape, dy.dtype, arch(dy.device), tf32, flags)
-    krsc = weight.contiguous(memory_format=torch.channels_last)
-    dx = empty_nhwc(dy, shape.n, shape.c, shape.h, shape.w)
+    dy, operands = a.dy, [getattr(a, name, None) for name in _OPERANDS]
+    groups, tf32 = a.groups, uses_tf32(dy.dtype)
+    krsc = a.weight.contiguous(memory_format=torch.channels_last)
+    dx = empty_nhwc(dy, *shape.image)
     classes = shape.stride[0] * shape.stride[1]
     pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
     tiles = triton.cdiv(pixels, config.block_m) * classes
     # The sums of tiles, to be added in a fixed order.
-    count = 0 if x is None else 2 if shortcut is None else 3
+    count = 0 if a.x is None else 2 if getattr(a, "shortcut", None) is None else 3
     partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(count)]
+    masks = a.x is not None and isinstance(a, Args)  # with the ReLU recomputed from x
+    epilogue = apply_relu_mask if masks else no_gradient_epilogue if a.residual is None else add_residual
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     unit = channel_unit(group_inputs, group_outputs)
     launch(
@@ -316,11 +241,14 @@ def run(
         groups,
         group_inputs // unit,
         group_outputs // unit,
+        PROLOGUE=no_bn_gradient if a.dy_x is None else bn_gradient,
+        EPILOGUE=epilogue,
         UNIT=unit,
         R=shape.r,
         S=shape.s,
         MASKED=(shape.r, shape.s) != (1, 1) or shape.padding != (0, 0),
         EVEN_K=group_outputs % config.block_k == 0,
+        ACC_DTYPE=accumulator(a.dy_x is not None),
         PRECISION="tf32" if tf32 else "ieee",
         DOT_DTYPE=dot_dtype(dy.dtype),
         INDEX=index_type(dx.numel(), dy.numel()),

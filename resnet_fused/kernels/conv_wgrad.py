@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet_fused.dispatch import conv_config
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape
-from resnet_fused.dispatch.device import arch
-from resnet_fused.kernels._conv import bn_gradient, dot_dtype, relu_affine, uses_tf32
+from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.kernels._conv import add_product, dot_dtype, load_tile, load_vector, uses_tf32
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._tile import channel_unit, round_to
-from resnet_fused.kernels.reduce_rows import reduce_rows
+from resnet_fused.kernels._tile import channel_unit
+from resnet_fused.kernels.prologues import activation, bn_gradient, no_activation, no_bn_gradient
+from resnet_fused.kernels.reduce_rows import reduce_alike
+from resnet_fused.ops.conv_wgrad import Args, conv_shape
 
 
 def _magic(divisor: int) -> tuple[int, int]:
@@ -77,6 +77,8 @@ def _conv_wgrad_kernel(
     groups,
     group_input_units,  # C / groups / UNIT
     group_output_units,  # K / groups / UNIT
+    X_PROLOGUE: tl.constexpr,  # of `prologues`; so is DY_PROLOGUE
+    DY_PROLOGUE: tl.constexpr,
     FLAT_INPUTS: tl.constexpr,  # C / groups where a tile's rows are (r, s, c), to divide by a constant; 0: c of one tap
     UNIT: tl.constexpr,
     R: tl.constexpr,
@@ -148,14 +150,11 @@ def _conv_wgrad_kernel(
     k = group * group_outputs + n
     row_exists = _below(row, rows, EVEN_C)
     k_exists = _below(n, group_outputs, EVEN_N)
-    if x_scale is not None:
-        channel = group * group_inputs + c
-        scale = tl.expand_dims(tl.load(x_scale + channel, mask=row_exists, other=0.0), 1 - X_AXIS)
-        shift = tl.expand_dims(tl.load(x_shift + channel, mask=row_exists, other=0.0), 1 - X_AXIS)
-    if dy_x is not None:
-        dy_a = tl.expand_dims(tl.load(dy_coefficients + k, mask=k_exists, other=0.0), X_AXIS)
-        dy_b = tl.expand_dims(tl.load(dy_coefficients + K + k, mask=k_exists, other=0.0), X_AXIS)
-        dy_c = tl.expand_dims(tl.load(dy_coefficients + 2 * K + k, mask=k_exists, other=0.0), X_AXIS)
+    scale = load_vector(x_scale, group * group_inputs + c, row_exists, 1 - X_AXIS)
+    shift = load_vector(x_shift, group * group_inputs + c, row_exists, 1 - X_AXIS)
+    dy_a = load_vector(dy_coefficients, k, k_exists, X_AXIS)
+    dy_b = load_vector(dy_coefficients, K + k, k_exists, X_AXIS)
+    dy_c = load_vector(dy_coefficients, 2 * K + k, k_exists, X_AXIS)
     row_exists = tl.expand_dims(row_exists, 1 - X_AXIS)
     k_exists = tl.expand_dims(k_exists, X_AXIS)
 
@@ -178,24 +177,15 @@ def _conv_wgrad_kernel(
         x_mask = tl.expand_dims(seen, X_AXIS) & row_exists
         if PADDED and FLAT_INPUTS > 0:
             x_mask &= _inside(tl.expand_dims(h, X_AXIS) + row_h, H) & _inside(tl.expand_dims(w, X_AXIS) + row_w, W)
-        a = tl.load(x + (tl.expand_dims(column, 1 - X_AXIS) + tl.expand_dims(x_pixel, X_AXIS)), mask=x_mask, other=0.0)
+        a = load_tile(x, tl.expand_dims(column, 1 - X_AXIS) + tl.expand_dims(x_pixel, X_AXIS), x_mask, True)
+        a = X_PROLOGUE(a, scale, shift, x_mask, FLAT_INPUTS > 0 and PADDED)
         g_place = tl.expand_dims(k, X_AXIS) + tl.expand_dims(m.to(INDEX) * K, 1 - X_AXIS)
         # A pixel that does not count must stay zero in one operand; a prologue makes something else of its zero.
         g_seen = tl.expand_dims(in_range if x_scale is None else seen, 1 - X_AXIS)
-        g = tl.load(dy + g_place, mask=g_seen & k_exists, other=0.0)
-        if x_scale is not None:
-            a = round_to(relu_affine(a, scale, shift), x.dtype.element_ty)
-            if FLAT_INPUTS > 0 and PADDED:
-                a = tl.where(x_mask, a, 0.0)
-        if dy_x is not None:
-            raw = tl.load(dy_x + g_place, mask=g_seen & k_exists, other=0.0)
-            g = round_to(bn_gradient(g, raw, dy_a, dy_b, dy_c), dy.dtype.element_ty)
-            if x_scale is not None and (PADDED or not EVEN_M):
-                g = tl.where(g_seen, g, 0.0)
-        if X_AXIS == 0:
-            acc = tl.dot(a.to(DOT_DTYPE), g.to(DOT_DTYPE), acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(g.to(DOT_DTYPE), a.to(DOT_DTYPE), acc, input_precision=PRECISION)
+        g = load_tile(dy, g_place, g_seen & k_exists, True)
+        g_x = load_tile(dy_x, g_place, g_seen & k_exists, True)
+        g = DY_PROLOGUE(g, g_x, dy_a, dy_b, dy_c, g_seen, x_scale is not None and (PADDED or not EVEN_M))
+        acc = add_product(acc, a, g, X_AXIS, PRECISION, DOT_DTYPE)
 
     place = (split.to(INDEX) * K + k) * weight_row
     within = row if FLAT_INPUTS > 0 else tap * group_inputs + row
@@ -203,76 +193,27 @@ def _conv_wgrad_kernel(
     tl.store(partial + offset, acc, mask=k_exists & row_exists)
 
 
-def conv_wgrad(
-    dy: Tensor,
-    x: Tensor,
-    dy_x: Tensor | None,
-    dy_coefficients: Tensor | None,
-    x_scale: Tensor | None,
-    x_shift: Tensor | None,
-    filter: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    config: ConvConfig | None = None,
-) -> Tensor:
-    """dweight[k, c, r, s] = sum over (n, p, q) of g[n, k, p, q] * a[n, c, p*stride + r*dilation - padding, ...], in
-    fp32.
+def conv_wgrad(a: Args, config: ConvConfig) -> Tensor:
+    """Launch `ops.conv_wgrad`. The pixels are split into ranges whose partial sums are added in a fixed order:
+    bit-identical run to run.
 
-    g = dy, or behind a batch norm's backward round(dy_coefficients[0]*dy + dy_coefficients[1]*dy_x +
-    dy_coefficients[2]). a = x, or the activation round(relu(x*x_scale + x_shift)), zero outside the image. The pixels
-    are split into ranges whose partial sums are added in a fixed order: bit-identical run to run. Grouped convolutions
-    run group by group: right for every group size, efficient from 16 channels a group on. A NaN or inf in x or dy
-    reaches what it reaches in PyTorch, but that with x_scale a padded pixel is skipped, not zero times dy. An infinite
-    x_shift gives NaN.
-
-    Args:
-        dy: [N, K, P, Q] in NHWC order; fp32, fp16 or bf16.
-        x: [N, C, H, W] in NHWC order, the dtype of dy.
-        dy_x: the input of the batch norm behind the convolution, like dy, or None.
-        dy_coefficients: [3, K] fp32 of `bn_backward_finalize`; with dy_x or not at all.
-        x_scale: [C] fp32 or None; so is x_shift, both or neither.
-        x_shift: see x_scale.
-        filter: (r, s).
-        stride: of the filter, (h, w); so are padding (zeros) and dilation.
-        padding: zeros around the image.
-        dilation: distance of the filter's taps.
-        groups: of channels that see each other.
-        config: the launch configuration; None takes the plan's.
-
-    Returns:
-        dweight: [K, C/groups, R, S] fp32, in KRSC memory order.
+    A NaN or inf in x or dy reaches what it reaches in PyTorch, but that with x_scale a padded pixel is skipped, not
+    zero times dy. An infinite x_shift gives NaN.
     """
-    partial = run(dy, x, dy_x, dy_coefficients, x_scale, x_shift, filter, stride, padding, dilation, groups, config)
-    return (partial[0] if partial.shape[0] == 1 else reduce_rows(partial)).permute(0, 3, 1, 2)
+    ranges = run(a, config)
+    return (ranges[0] if ranges.shape[0] == 1 else reduce_alike(ranges)[0]).permute(0, 3, 1, 2)
 
 
-def run(
-    dy: Tensor,
-    x: Tensor,
-    dy_x: Tensor | None,
-    dy_coefficients: Tensor | None,
-    x_scale: Tensor | None,
-    x_shift: Tensor | None,
-    filter: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    config: ConvConfig | None,
-) -> Tensor:
-    """Launch the kernel on the arguments of `conv_wgrad`.
+def run(a: Args, config: ConvConfig) -> Tensor:
+    """Launch the kernel.
 
     Returns:
         The sums of every range of pixels, [splits, K, R, S, C/groups] fp32.
     """
-    shape = ConvShape.of(x.shape, (dy.shape[1], x.shape[1] // groups, *filter), stride, padding, dilation, groups)
+    dy, x, groups = a.dy, a.x, a.groups
+    shape = conv_shape(a)
     tf32 = uses_tf32(x.dtype)
-    x_prologue, dy_prologue = x_scale is not None, dy_x is not None
-    if config is None:
-        flags = ("dy_prologue",) * dy_prologue + ("x_prologue",) * x_prologue
-        config = conv_config("conv_wgrad", shape, x.dtype, arch(x.device), tf32, flags)
+    x_prologue, dy_prologue = a.x_scale is not None, a.dy_x is not None
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
     unit = channel_unit(shape.c, shape.k, group_inputs, group_outputs)
     pixels = shape.n * shape.p * shape.q
@@ -286,10 +227,10 @@ def run(
         triton.cdiv(rows, config.block_m) * taps * triton.cdiv(group_outputs, config.block_n) * groups * splits,
         dy,
         x,
-        dy_x,
-        dy_coefficients,
-        x_scale,
-        x_shift,
+        a.dy_x,
+        a.dy_coefficients,
+        a.x_scale,
+        a.x_shift,
         partial,
         pixels,
         span,
@@ -307,6 +248,8 @@ def run(
         groups,
         group_inputs // unit,
         group_outputs // unit,
+        X_PROLOGUE=activation if x_prologue else no_activation,
+        DY_PROLOGUE=bn_gradient if dy_prologue else no_bn_gradient,
         FLAT_INPUTS=group_inputs if config.flat else 0,
         UNIT=unit,
         R=shape.r,

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
+from resnet_fused.ops.pack_weight import Args
 
 _BLOCK = 1024
 
@@ -43,16 +44,12 @@ def _pack_weight_kernel(
     tl.store(packed + place, tl.load(weight + offset, mask=place < numel), mask=place < numel)
 
 
-def pack_weight(weight: Tensor, flip: bool) -> Tensor:
-    """A contiguous copy [K, R, S, C]; with `flip` [C, R, S, K] and the taps turned by 180 degrees, the weight of dgrad.
-
-    Args:
-        weight: [K, C, R, S], any strides.
-        flip: see above.
-    """
+def pack_weight(a: Args) -> Tensor:
+    """Launch `ops.pack_weight`."""
+    weight = a.weight
     k, c, r, s = weight.shape
     stride_k, stride_c, stride_r, stride_s = weight.stride()
-    outer, inner, stride_outer, stride_inner = (c, k, stride_c, stride_k) if flip else (k, c, stride_k, stride_c)
+    outer, inner, stride_outer, stride_inner = (c, k, stride_c, stride_k) if a.flip else (k, c, stride_k, stride_c)
     packed = weight.new_empty((outer, r, s, inner))
     launch(
         _pack_weight_kernel,
@@ -67,7 +64,7 @@ def pack_weight(weight: Tensor, flip: bool) -> Tensor:
         r,
         s,
         inner,
-        FLIP=flip,
+        FLIP=a.flip,
         INDEX=index_type(
             weight.numel(),
             sum(abs(step) * (size - 1) for step, size in zip(weight.stride(), weight.shape, strict=True)),

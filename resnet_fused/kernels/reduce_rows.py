@@ -10,6 +10,7 @@ from torch import Tensor
 from resnet_fused.dispatch.conv import MAX_REGISTERS
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import round_to, sum_lanes, to_fp32
+from resnet_fused.ops.reduce_rows import Args
 
 
 def row_blocks(rows: int, columns: int) -> tuple[int, int]:
@@ -150,16 +151,9 @@ def _reduce(partials: tuple[Tensor, ...], dtype: torch.dtype, other: Tensor | No
     return sums if other_sum is None else (*sums, other_sum)
 
 
-def reduce_rows(partials: Tensor) -> Tensor:
-    """The sum over dimension 0, in fp32 and in one fixed order: bit-identical run to run.
-
-    Args:
-        partials: [rows, ...], fp32, fp16 or bf16.
-
-    Returns:
-        [...], in the dtype of partials.
-    """
-    return _reduce((partials.contiguous(),), partials.dtype)[0]
+def reduce_rows(a: Args) -> Tensor:
+    """Launch `ops.reduce_rows`."""
+    return reduce_alike(a.partials.contiguous())[0]
 
 
 def reduce_alike(*partials: Tensor, other: Tensor | None = None) -> tuple[Tensor, ...]:

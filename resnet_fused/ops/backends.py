@@ -129,7 +129,8 @@ def conv_refusal(
         return None
     from resnet_fused.kernels import refuse
 
-    reason: str | None = refuse("conv_fprop", x, weight, None, None, residual, *geometry, None)
+    a = OPS["conv_fprop"].args(x, weight, None, None, residual, *geometry, None)
+    reason: str | None = refuse("conv_fprop", a)
     return reason
 
 

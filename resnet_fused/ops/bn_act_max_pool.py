@@ -15,8 +15,8 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    scale: Tensor
+    x: Tensor  # [N, C, H, W]
+    scale: Tensor  # [C] fp32; so is shift
     shift: Tensor
 
 

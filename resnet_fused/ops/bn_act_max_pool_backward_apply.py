@@ -15,16 +15,16 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    index: Tensor  # type: ignore[assignment]
-    x: Tensor
-    scale: Tensor
+    dy: Tensor  # [N, C, P, Q], of the pooled output
+    index: Tensor  # type: ignore[assignment]  # uint8, like dy, of `bn_act_max_pool`
+    x: Tensor  # [N, C, H, W], what the batch norm normalised
+    scale: Tensor  # [C] fp32; so are all vectors
     shift: Tensor
     mean: Tensor
     invstd: Tensor
-    sum_dy: Tensor | None
+    sum_dy: Tensor | None  # with sum_dy_xhat, or None: the statistics were constants
     sum_dy_xhat: Tensor | None
-    count: float  # type: ignore[assignment]
+    count: float  # type: ignore[assignment]  # pixels that the sums run over
 
 
 def reference(a: Args) -> Tensor:

@@ -16,14 +16,14 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    index: Tensor  # type: ignore[assignment]
-    x: Tensor
-    scale: Tensor
+    dy: Tensor  # [N, C, P, Q], of the pooled output
+    index: Tensor  # type: ignore[assignment]  # uint8, like dy, of `bn_act_max_pool`
+    x: Tensor  # [N, C, H, W], what the batch norm normalised
+    scale: Tensor  # [C] fp32; so are all vectors
     shift: Tensor
     mean: Tensor
     invstd: Tensor
-    rows: int
+    rows: int  # partial sums of each channel
 
 
 class Out(NamedTuple):

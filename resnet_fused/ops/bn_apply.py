@@ -15,14 +15,14 @@ from resnet_fused.ops.registry import RunOp, Size, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    scale: Tensor
+    x: Tensor  # [N, C, H, W]
+    scale: Tensor  # [C] fp32; so are all vectors
     shift: Tensor
-    residual: Tensor | None
-    residual_scale: Tensor | None
-    residual_shift: Tensor | None
-    relu: bool
-    with_mask: bool
+    residual: Tensor | None  # like x, or None
+    residual_scale: Tensor | None  # None: the residual is added as it is
+    residual_shift: Tensor | None  # with residual_scale or not at all
+    relu: bool  # whether act is ReLU, which keeps NaN; else the identity
+    with_mask: bool  # whether to return the mask
 
 
 class Out(NamedTuple):

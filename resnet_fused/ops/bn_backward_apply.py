@@ -14,18 +14,18 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    x: Tensor
-    mask: Tensor | None
-    scale: Tensor
+    dy: Tensor  # like x
+    x: Tensor  # [N, C, H, W], what the batch norm normalised
+    mask: Tensor | None  # bits of `bn_apply`, or None: recomputed from x
+    scale: Tensor  # [C] fp32; so are all vectors
     shift: Tensor
     mean: Tensor
     invstd: Tensor
-    sum_dy: Tensor | None
+    sum_dy: Tensor | None  # with sum_dy_xhat, or None: the statistics were constants
     sum_dy_xhat: Tensor | None
-    count: float  # type: ignore[assignment]
-    relu: bool
-    with_dresidual: bool
+    count: float  # type: ignore[assignment]  # pixels that the sums run over
+    relu: bool  # without it dz = dy
+    with_dresidual: bool  # whether to return dz
 
 
 class Out(NamedTuple):

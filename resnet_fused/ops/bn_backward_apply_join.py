@@ -15,20 +15,20 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    x: Tensor
-    mask: Tensor
-    scale: Tensor
+    dy: Tensor  # like x
+    x: Tensor  # [N, C, H, W], what the branch's batch norm normalised
+    mask: Tensor  # bits of `bn_apply`
+    scale: Tensor  # [C] fp32; so are all vectors
     mean: Tensor
     invstd: Tensor
-    sum_dz: Tensor
+    sum_dz: Tensor  # of dz = mask ? dy : 0, as `conv_dgrad_join` gives it
     sum_dz_xhat: Tensor
-    shortcut: Tensor
+    shortcut: Tensor  # like x, what the projection's batch norm normalised
     shortcut_scale: Tensor
     shortcut_mean: Tensor
     shortcut_invstd: Tensor
     sum_dz_shortcut: Tensor
-    count: float  # type: ignore[assignment]
+    count: float  # type: ignore[assignment]  # pixels that the sums run over
 
 
 class Out(NamedTuple):

@@ -17,15 +17,15 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    x: Tensor
-    mask: Tensor | None
-    scale: Tensor
+    dy: Tensor  # like x
+    x: Tensor  # [N, C, H, W], what the batch norm normalised
+    mask: Tensor | None  # bits of `bn_apply`, or None: recomputed from x
+    scale: Tensor  # [C] fp32; so are all vectors
     shift: Tensor
     mean: Tensor
     invstd: Tensor
-    relu: bool
-    rows: int
+    relu: bool  # without it dz = dy
+    rows: int  # partial sums of each channel
 
 
 class Out(NamedTuple):

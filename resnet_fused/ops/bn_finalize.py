@@ -16,15 +16,15 @@ from resnet_fused.ops.registry import Mutated, Size, register
 
 
 class Args(NamedTuple):
-    mean: Tensor
-    m2: Tensor
-    count: Tensor  # type: ignore[assignment]
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Annotated[Tensor | None, Mutated("a")]
-    running_var: Annotated[Tensor | None, Mutated("b")]
-    momentum: float
-    eps: float
+    mean: Tensor  # [rows, C] fp64, contiguous
+    m2: Tensor  # [rows, C] fp32, contiguous: sums of squared deviations
+    count: Tensor  # type: ignore[assignment]  # [rows] fp32, contiguous: pixels of each row; 0 marks a row to pass over
+    weight: Tensor | None  # [C], any stride, or None for 1
+    bias: Tensor | None  # like weight, or None for 0
+    running_mean: Annotated[Tensor | None, Mutated("a")]  # like weight, or None
+    running_var: Annotated[Tensor | None, Mutated("b")]  # like weight, or None
+    momentum: float  # the weight of this batch
+    eps: float  # added to the biased variance
 
 
 class Out(NamedTuple):

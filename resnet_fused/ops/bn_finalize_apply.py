@@ -17,8 +17,8 @@ from resnet_fused.ops.registry import Mutated, Size, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    mean: Tensor
+    x: Tensor  # [N, C, H, W]
+    mean: Tensor  # this and what follows as in `bn_finalize`
     m2: Tensor
     count: Tensor  # type: ignore[assignment]
     weight: Tensor | None

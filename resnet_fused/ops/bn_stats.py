@@ -18,8 +18,8 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    rows: int
+    x: Tensor  # [N, C, H, W]
+    rows: int  # how many ranges of pixels
 
 
 class Out(NamedTuple):

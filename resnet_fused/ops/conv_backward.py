@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import conv_dgrad, conv_wgrad
 from resnet_fused.ops.comparison import Comparison
 from resnet_fused.ops.operands import Operands
@@ -15,7 +16,7 @@ from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
+    dy: Tensor  # this and what follows as in `conv_dgrad`
     weight: Tensor
     dy_x: Tensor | None
     dy_coefficients: Tensor | None
@@ -24,7 +25,7 @@ class Args(NamedTuple):
     shift: Tensor
     mean: Tensor
     invstd: Tensor
-    x_prologue: bool
+    x_prologue: bool  # the weight gradient normalises x; else the data gradient writes the activation for it
     stride: Pair
     padding: Pair
     dilation: Pair
@@ -46,20 +47,22 @@ def reference(a: Args) -> Out:
     return _run(a, conv_dgrad.reference, conv_wgrad.reference)
 
 
-def _dgrad(a: Args) -> conv_dgrad.Args:
+def dgrad_args(a: Args) -> conv_dgrad.Args:
     shared = {name: value for name, value in a._asdict().items() if name in conv_dgrad.Args._fields}
     return conv_dgrad.Args(**shared, residual=None, residual_mask=None, size=a.x.shape[2:])
 
 
-def _wgrad(a: Args) -> conv_wgrad.Args:
+def wgrad_args(a: Args, activation: Tensor | None = None) -> conv_wgrad.Args:
+    """Of the activation, or of x where there is none."""
     shared = {name: value for name, value in a._asdict().items() if name in conv_wgrad.Args._fields}
-    return conv_wgrad.Args(**shared, x_scale=a.scale, x_shift=a.shift, filter=a.weight.shape[2:])
+    given = conv_wgrad.Args(**shared, x_scale=a.scale, x_shift=a.shift, filter=a.weight.shape[2:])
+    return given if activation is None else given._replace(x=activation, x_scale=None, x_shift=None)
 
 
 def _run(
     a: Args, dgrad: Callable[[conv_dgrad.Args], conv_dgrad.Out], wgrad: Callable[[conv_wgrad.Args], Tensor]
 ) -> Out:
-    return Out(*dgrad(_dgrad(a)), wgrad(_wgrad(a)))
+    return Out(*dgrad(dgrad_args(a)), wgrad(wgrad_args(a)))
 
 
 def fake(a: Args) -> Out:
@@ -70,13 +73,18 @@ def native(a: Args) -> Out:
     return _run(a, conv_dgrad.native, conv_wgrad.native)
 
 
+def problems(a: Args) -> tuple[Problem, ...]:
+    wgrad = wgrad_args(a, None if a.x_prologue else a.x)
+    return *conv_dgrad.problems(dgrad_args(a)), *conv_wgrad.problems(wgrad)
+
+
 def refuse(a: Args) -> str | None:
-    return conv_dgrad.refuse(_dgrad(a)) or conv_wgrad.refuse(_wgrad(a))
+    return conv_dgrad.refuse(dgrad_args(a)) or conv_wgrad.refuse(wgrad_args(a))
 
 
 def flops(a: Args, out: Out, count: FlopCount) -> int:
-    dgrad = conv_dgrad.flops(_dgrad(a), conv_dgrad.Out(*out[:3]), count)
-    return dgrad + conv_wgrad.flops(_wgrad(a), out.dweight, count)
+    dgrad = conv_dgrad.flops(dgrad_args(a), conv_dgrad.Out(*out[:3]), count)
+    return dgrad + conv_wgrad.flops(wgrad_args(a), out.dweight, count)
 
 
 OPTIONS = {"prologue": (False, True), "x_prologue": (True, False)}
@@ -101,7 +109,7 @@ def runs_beside(op: str, options: Mapping[str, Any]) -> bool:
 def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     dgrad = (conv_dgrad.Out(*out[:3]) for out in (actual, plain, truth))
     wgrad = (out.dweight for out in (actual, plain, truth))
-    return [*conv_dgrad.compare(_dgrad(a), *dgrad), *conv_wgrad.compare(_wgrad(a), *wgrad)]
+    return [*conv_dgrad.compare(dgrad_args(a), *dgrad), *conv_wgrad.compare(wgrad_args(a), *wgrad)]
 
 
 register(__name__, triton="conv_backward")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
-from resnet_fused.dispatch.conv_chain import chain_refusal
+from resnet_fused.dispatch.conv_chain import chain_flags, chain_refusal
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.refusals import refuse_like, refuse_operands, refuse_vectors
@@ -18,18 +19,18 @@ from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    weight2: Tensor
-    scale2: Tensor | None
-    shift2: Tensor
-    weight3: Tensor
-    scale3: Tensor | None
-    shift3: Tensor
-    residual: Tensor
-    weight1: Tensor | None
-    scale1: Tensor | None
-    shift1: Tensor | None
-    stride: Pair
+    x: Tensor  # [N, C, H, W], NHWC; fp16 or bf16
+    weight2: Tensor  # [C2, C, R, S]; C2 at most 128
+    scale2: Tensor | None  # [C2], or None for 1
+    shift2: Tensor  # [C2]
+    weight3: Tensor  # [K, C2, 1, 1]
+    scale3: Tensor | None  # [K], or None for 1
+    shift3: Tensor  # [K]
+    residual: Tensor  # [N, K, P, Q], NHWC
+    weight1: Tensor | None  # [C1, K, 1, 1], C1 at most 128; or None: no next convolution
+    scale1: Tensor | None  # [C1], or None for 1
+    shift1: Tensor | None  # [C1]; with weight1
+    stride: Pair  # of weight2, (h, w); so are padding, with zeros, and dilation
     padding: Pair
     dilation: Pair
 
@@ -67,6 +68,16 @@ def native(a: Args) -> Out:
     return sequence(a, conv_fprop.native)
 
 
+def conv_shape(a: Args) -> ConvShape:
+    """Of the first convolution."""
+    return ConvShape.of(a.x.shape, a.weight2.shape, a.stride, a.padding, a.dilation)
+
+
+def problems(a: Args) -> tuple[Problem, ...]:
+    flags = chain_flags(a.weight3.shape[0], None if a.weight1 is None else a.weight1.shape[0])
+    return (Problem("conv_chain", conv_shape(a), a.x.dtype, flags=flags),)
+
+
 def refuse(a: Args) -> str | None:
     reason = refuse_operands(a.x, a.weight2) or refuse_operands(a.x, a.weight3)
     if reason is not None:
@@ -81,7 +92,7 @@ def refuse(a: Args) -> str | None:
         reason = reason or ("weight1 comes with shift1" if a.shift1 is None else None)
     elif a.scale1 is not None or a.shift1 is not None:
         reason = reason or "scale1 and shift1 come with weight1"
-    shape = ConvShape.of(a.x.shape, a.weight2.shape, a.stride, a.padding, a.dilation)
+    shape = conv_shape(a)
     return (
         reason
         or refuse_vectors(device, following or 0, scale1=a.scale1, shift1=a.shift1)

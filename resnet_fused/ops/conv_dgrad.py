@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from resnet_fused.dispatch.conv import ConvShape, dgrad_refusal
+from resnet_fused.dispatch.conv import ConvShape, dgrad_refusal, uses_tf32
 from resnet_fused.dispatch.heuristics import partial_rows
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import comparison
 from resnet_fused.ops.arithmetic import (
     bn_gradient,
@@ -39,19 +40,19 @@ from resnet_fused.ops.registry import FlopCount, Pair, RunOp, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    weight: Tensor
-    dy_x: Tensor | None
-    dy_coefficients: Tensor | None
-    residual: Tensor | None
-    residual_mask: Tensor | None
-    x: Tensor | None
-    scale: Tensor | None
+    dy: Tensor  # [N, K, P, Q], NHWC
+    weight: Tensor  # [K, C/groups, R, S], any strides; one that is not NHWC is copied
+    dy_x: Tensor | None  # like dy: what the batch norm behind the convolution normalised; or None
+    dy_coefficients: Tensor | None  # [3, K] of `bn_backward_finalize`; with dy_x
+    residual: Tensor | None  # [N, C, *size], NHWC, or None
+    residual_mask: Tensor | None  # bits of `bn_apply`, or None: all of it
+    x: Tensor | None  # [N, C, *size], NHWC: what the batch norm in front normalised; or None
+    scale: Tensor | None  # [C] fp32; so are all vectors, with x
     shift: Tensor | None
     mean: Tensor | None
     invstd: Tensor | None
-    size: Pair
-    stride: Pair
+    size: Pair  # (H, W) of the image
+    stride: Pair  # of the filter, (h, w); so are padding, with zeros, and dilation
     padding: Pair
     dilation: Pair
     groups: int
@@ -122,12 +123,21 @@ def unfused(a: Args, run: RunOp) -> Callable[[], object]:
     return call
 
 
+def conv_shape(a: Args) -> ConvShape:
+    return ConvShape.of(_image(a), a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+
+
+def problems(a: Args) -> tuple[Problem, ...]:
+    flags = () if a.dy_x is None else ("prologue",)
+    return (Problem("conv_dgrad", conv_shape(a), a.dy.dtype, uses_tf32(a.dy.dtype), flags),)
+
+
 def refuse(a: Args) -> str | None:
     image = _image(a)
     reason = refuse_operands(a.dy, a.weight) or refuse_groups(a.weight, image[1], a.groups)
     if reason is not None:
         return reason
-    shape = ConvShape.of(image, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+    shape = conv_shape(a)
     reason = dgrad_refusal(shape)
     if reason is not None:
         return reason

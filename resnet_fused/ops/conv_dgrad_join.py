@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import comparison, conv_dgrad, conv_wgrad
 from resnet_fused.ops.arithmetic import gradient_sums, select, unpack_bits, up, vector
 from resnet_fused.ops.comparison import Comparison
@@ -19,21 +20,21 @@ from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
+    dy: Tensor  # this and what follows as in `conv_dgrad`
     weight: Tensor
     dy_x: Tensor | None
     dy_coefficients: Tensor | None
     residual: Tensor | None
     residual_mask: Tensor | None
-    x: Tensor
-    mask: Tensor
-    mean: Tensor
+    x: Tensor  # [N, C, *size], NHWC: what the batch norm normalised whose sum with a shortcut, rectified, was the input
+    mask: Tensor  # bits of that ReLU, of `bn_apply`
+    mean: Tensor  # [C] fp32; so are all vectors
     invstd: Tensor
-    shortcut: Tensor | None
+    shortcut: Tensor | None  # like x: what a projection's batch norm normalised; or None
     shortcut_mean: Tensor | None
     shortcut_invstd: Tensor | None
-    activation: Tensor | None
-    size: Pair
+    activation: Tensor | None  # like x: the convolution's input; or None
+    size: Pair  # this and what follows as in `conv_dgrad`
     stride: Pair
     padding: Pair
     dilation: Pair
@@ -56,13 +57,13 @@ def reference(a: Args) -> Out:
     return _run(a, conv_dgrad.reference, conv_wgrad.reference)
 
 
-def _dgrad(a: Args) -> conv_dgrad.Args:
+def dgrad_args(a: Args) -> conv_dgrad.Args:
     """The arguments of the gradient itself, which is that of a convolution without a batch norm in front."""
     shared = {name: value for name, value in a._asdict().items() if name in conv_dgrad.Args._fields}
     return conv_dgrad.Args(**shared | dict.fromkeys(("x", "scale", "shift", "mean", "invstd")))
 
 
-def _wgrad(a: Args) -> conv_wgrad.Args | None:
+def wgrad_args(a: Args) -> conv_wgrad.Args | None:
     if a.activation is None:
         return None
     shared = {name: value for name, value in a._asdict().items() if name in conv_wgrad.Args._fields}
@@ -72,7 +73,7 @@ def _wgrad(a: Args) -> conv_wgrad.Args | None:
 def _run(
     a: Args, dgrad: Callable[[conv_dgrad.Args], conv_dgrad.Out], wgrad: Callable[[conv_wgrad.Args], Tensor]
 ) -> Out:
-    dx, given = dgrad(_dgrad(a)).dx, _wgrad(a)
+    dx, given = dgrad(dgrad_args(a)).dx, wgrad_args(a)
     dweight = vector(a.dy, 0) if given is None else wgrad(given)
     dz = select(unpack_bits(a.mask, a.x), up(dx))
     sums = gradient_sums(dz, a.x, a.mean, a.invstd)
@@ -82,7 +83,7 @@ def _run(
 
 
 def fake(a: Args) -> Out:
-    dx, given = conv_dgrad.fake(_dgrad(a)).dx, _wgrad(a)
+    dx, given = conv_dgrad.fake(dgrad_args(a)).dx, wgrad_args(a)
     dweight = vector(a.dy, 0) if given is None else conv_wgrad.fake(given)
     channels = dx.shape[1]
     shortcut = 0 if a.shortcut is None else channels
@@ -93,8 +94,13 @@ def native(a: Args) -> Out:
     return _run(a, conv_dgrad.native, conv_wgrad.native)
 
 
+def problems(a: Args) -> tuple[Problem, ...]:
+    given = wgrad_args(a)
+    return *conv_dgrad.problems(dgrad_args(a)), *(() if given is None else conv_wgrad.problems(given))
+
+
 def refuse(a: Args) -> str | None:
-    reason = conv_dgrad.refuse(_dgrad(a))
+    reason = conv_dgrad.refuse(dgrad_args(a))
     if reason is not None:
         return reason
     image = (a.dy.shape[0], a.weight.shape[1] * a.groups, *a.size)
@@ -104,12 +110,12 @@ def refuse(a: Args) -> str | None:
         or refuse_like(a.dy, image, x=a.x, shortcut=a.shortcut, activation=a.activation)
         or refuse_vectors(a.dy.device, image[1], None, mean=a.mean, invstd=a.invstd, **shortcut)
         or refuse_bits(math.prod(image), a.dy.device, mask=a.mask)
-        or ((given := _wgrad(a)) and conv_wgrad.refuse(given))
+        or ((given := wgrad_args(a)) and conv_wgrad.refuse(given))
     )
 
 
 def flops(a: Args, out: Out, count: FlopCount) -> int:
-    given = _wgrad(a)
+    given = wgrad_args(a)
     dgrad = count(a.dy.shape, a.weight.shape, out.dx.shape, transposed=True)
     return dgrad if given is None else dgrad + conv_wgrad.flops(given, out.dweight, count)
 
@@ -169,7 +175,7 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     if exact.shortcut is not None and exact.shortcut_mean is not None and exact.shortcut_invstd is not None:
         norm = (exact.shortcut, exact.shortcut_mean, exact.shortcut_invstd)
         found += comparison.gradient_sums(dz, *norm, (actual.sum_dz, actual.sum_dz_shortcut))[1:]
-    given = _wgrad(exact)
+    given = wgrad_args(exact)
     if given is not None:
         found += conv_wgrad.compare(given, actual.dweight, plain.dweight, truth.dweight)
     return found

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvShape, conv_refusal
+from resnet_fused.dispatch.conv import ConvShape, conv_refusal, uses_tf32
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import onednn
 from resnet_fused.ops.activations import ACTIVATIONS, activate
 from resnet_fused.ops.arithmetic import fold, per_channel, up
@@ -18,16 +19,16 @@ from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    scale: Tensor | None
-    shift: Tensor | None
-    residual: Tensor | None
-    stride: Pair
+    x: Tensor  # [N, C, H, W], NHWC
+    weight: Tensor  # [K, C/groups, R, S], any strides; one that is not NHWC is copied
+    scale: Tensor | None  # [K], or None for 1
+    shift: Tensor | None  # [K], or None for 0
+    residual: Tensor | None  # [N, K, P, Q], NHWC, or None
+    stride: Pair  # of the filter, (h, w); so are padding, with zeros, and dilation
     padding: Pair
     dilation: Pair
-    groups: int
-    act: str | None
+    groups: int  # run one by one: efficient from 16 channels each on
+    act: str | None  # one of `ACTIVATIONS`, or None for the identity
 
 
 def reference(a: Args) -> Tensor:
@@ -66,13 +67,21 @@ def native(a: Args) -> Tensor:
     return activate(y, a.act, inplace=True)
 
 
+def conv_shape(a: Args) -> ConvShape:
+    return ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+
+
+def problems(a: Args) -> tuple[Problem, ...]:
+    return (Problem("conv_fprop", conv_shape(a), a.x.dtype, uses_tf32(a.x.dtype)),)
+
+
 def refuse(a: Args) -> str | None:
     if a.act is not None and a.act not in ACTIVATIONS:
         return f"there is no activation {a.act!r}; choose one of {', '.join(ACTIVATIONS)}, or None"
     reason = refuse_operands(a.x, a.weight) or refuse_groups(a.weight, a.x.shape[1], a.groups)
     if reason is not None:
         return reason
-    shape = ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+    shape = conv_shape(a)
     return (
         conv_refusal(shape)
         or refuse_like(a.x, shape.output, residual=a.residual)

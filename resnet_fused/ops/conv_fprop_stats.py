@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import ConvShape, uses_tf32
 from resnet_fused.dispatch.heuristics import partial_rows
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import bn_apply, bn_stats, comparison, conv_fprop
 from resnet_fused.ops.arithmetic import activation, up
 from resnet_fused.ops.comparison import Comparison
@@ -20,15 +21,15 @@ from resnet_fused.ops.registry import FlopCount, Pair, RunOp, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    x_scale: Tensor | None
+    x: Tensor  # [N, C, H, W], NHWC
+    weight: Tensor  # as in `conv_fprop`; so are stride, padding, dilation and groups
+    x_scale: Tensor | None  # [C] fp32, or None; so is x_shift, both or neither
     x_shift: Tensor | None
     stride: Pair
     padding: Pair
     dilation: Pair
     groups: int
-    rows: int
+    rows: int  # how many rows of statistics to return
 
 
 class Out(NamedTuple):
@@ -71,6 +72,15 @@ def unfused(a: Args, run: RunOp) -> Callable[[], object]:
         return y, run("bn_stats", x=y, rows=a.rows)
 
     return call
+
+
+def conv_shape(a: Args) -> ConvShape:
+    return ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+
+
+def problems(a: Args) -> tuple[Problem, ...]:
+    flags = () if a.x_scale is None else ("prologue",)
+    return (Problem("conv_fprop_stats", conv_shape(a), a.x.dtype, uses_tf32(a.x.dtype), flags),)
 
 
 def refuse(a: Args) -> str | None:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import ConvShape, uses_tf32
+from resnet_fused.dispatch.conv_chain import join_flags
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.arithmetic import per_channel, up
 from resnet_fused.ops.operands import Operands
@@ -18,13 +20,13 @@ from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
 class Args(NamedTuple):
-    x: Tensor
-    weight: Tensor
-    shortcut: Tensor
-    shortcut_weight: Tensor
-    shift: Tensor
-    shortcut_stride: Pair
-    relu: bool
+    x: Tensor  # [N, C, P, Q], NHWC
+    weight: Tensor  # [K, C, 1, 1]
+    shortcut: Tensor  # [N, D, H, W], NHWC; P = ceil(H / stride), Q likewise
+    shortcut_weight: Tensor  # [K, D, 1, 1]
+    shift: Tensor  # [K]
+    shortcut_stride: Pair  # of its convolution, (h, w)
+    relu: bool  # whether act is ReLU, which keeps NaN; else the identity
 
 
 def reference(a: Args) -> Tensor:
@@ -54,6 +56,14 @@ def fake(a: Args) -> Tensor:
 
 def native(a: Args) -> Tensor:
     return sequence(a, conv_fprop.native)
+
+
+def problems(a: Args) -> tuple[Problem, ...]:
+    n, channels, h, w = a.x.shape
+    outputs, shortcut_channels = a.shortcut_weight.shape[:2]
+    shape = ConvShape(n, channels, h, w, outputs, 1, 1)
+    flags = join_flags(shortcut_channels, a.shortcut_stride[0])
+    return (Problem("conv_join", shape, a.x.dtype, uses_tf32(a.x.dtype), flags),)
 
 
 def refuse(a: Args) -> str | None:

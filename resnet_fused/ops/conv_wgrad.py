@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
-from resnet_fused.dispatch.conv import ConvShape, wgrad_refusal
+from resnet_fused.dispatch.conv import ConvShape, uses_tf32, wgrad_refusal
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops import bn_apply, comparison
 from resnet_fused.ops.arithmetic import activation, bn_gradient, up, vector
 from resnet_fused.ops.comparison import Comparison
@@ -19,14 +20,14 @@ from resnet_fused.ops.registry import FlopCount, Pair, RunOp, register
 
 
 class Args(NamedTuple):
-    dy: Tensor
-    x: Tensor
-    dy_x: Tensor | None
-    dy_coefficients: Tensor | None
-    x_scale: Tensor | None
+    dy: Tensor  # [N, K, P, Q], NHWC
+    x: Tensor  # [N, C, H, W], NHWC
+    dy_x: Tensor | None  # like dy: what the batch norm behind the convolution normalised; or None
+    dy_coefficients: Tensor | None  # [3, K] of `bn_backward_finalize`; with dy_x
+    x_scale: Tensor | None  # [C] fp32, or None; so is x_shift, both or neither
     x_shift: Tensor | None
-    filter: Pair
-    stride: Pair
+    filter: Pair  # (r, s)
+    stride: Pair  # of the filter, (h, w); so are padding, with zeros, and dilation
     padding: Pair
     dilation: Pair
     groups: int
@@ -68,6 +69,15 @@ def unfused(a: Args, run: RunOp) -> Callable[[], object]:
     return call
 
 
+def conv_shape(a: Args) -> ConvShape:
+    return ConvShape.of(a.x.shape, _size(a), a.stride, a.padding, a.dilation, a.groups)
+
+
+def problems(a: Args) -> tuple[Problem, ...]:
+    flags = ("dy_prologue",) * (a.dy_x is not None) + ("x_prologue",) * (a.x_scale is not None)
+    return (Problem("conv_wgrad", conv_shape(a), a.x.dtype, uses_tf32(a.x.dtype), flags),)
+
+
 def refuse(a: Args) -> str | None:
     reason = (
         refuse_nhwc(a.x)
@@ -81,7 +91,7 @@ def refuse(a: Args) -> str | None:
     inputs, outputs, device = a.x.shape[1], a.dy.shape[1], a.x.device
     if a.groups < 1 or inputs % a.groups or outputs % a.groups:
         return f"groups={a.groups} does not divide {inputs} input and {outputs} output channels"
-    shape = ConvShape.of(a.x.shape, _size(a), a.stride, a.padding, a.dilation, a.groups)
+    shape = conv_shape(a)
     return (
         wgrad_refusal(shape)
         or refuse_coefficients(a.dy_coefficients, outputs, device)

@@ -13,8 +13,8 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    weight: Tensor
-    flip: bool
+    weight: Tensor  # [K, C, R, S], any strides
+    flip: bool  # for dgrad
 
 
 def reference(a: Args) -> Tensor:

@@ -13,7 +13,7 @@ from resnet_fused.ops.registry import Size, register
 
 
 class Args(NamedTuple):
-    partials: Tensor
+    partials: Tensor  # [rows, ...]
 
 
 def reference(a: Args) -> Tensor:

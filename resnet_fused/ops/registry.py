@@ -17,6 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.table import Problem
 from resnet_fused.ops.comparison import Comparison, each
 
 Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
@@ -39,7 +40,8 @@ class Op:
 
     Attributes:
         name: of the op and of its module, its Triton launcher and its C++ function.
-        triton: the module of `kernels` that has the launcher, or None.
+        triton: the module of `kernels` that has the launcher, or None. It takes the arguments, as `args`, and a launch
+            configuration for each of `problems`.
         cuda: whether there is a CUDA kernel.
         args: the typed tuple of its arguments, in their order.
         out: the typed tuple of its results; `Tensor` where there is one.
@@ -47,6 +49,7 @@ class Op:
         native: (args) to those of native PyTorch, the backend "aten"; None where nothing of ours calls it.
         fake: (args) to results without values, of the shapes, dtypes and strides of `reference` and `native`. What
             Triton's convolutions return is NHWC.
+        problems: (args) to the convolutions that it runs, each of which has a launch configuration in the plan.
         refuse: (args) to why the Triton kernel cannot run on them, or None. (A CUDA kernel says so itself.)
         case: (operands, shape, **options) to arguments; the shape is a `ConvShape` of a convolution, else (N, C, H, W).
         options: the values that each option of `case` takes; the last is the one that asks most of a kernel.
@@ -67,6 +70,7 @@ class Op:
     reference: Callable[[Any], Any]
     native: Callable[[Any], Any] | None
     fake: Callable[[Any], Any]
+    problems: Callable[[Any], tuple[Problem, ...]]
     refuse: Callable[[Any], str | None]
     case: Callable[..., Any]
     options: Mapping[str, Sequence[Any]]
@@ -150,6 +154,7 @@ def register(module: str, *, triton: str | None = None, cuda: bool = False) -> O
         record.reference,
         getattr(record, "native", None),
         record.fake,
+        getattr(record, "problems", lambda args: ()),
         record.refuse,
         record.case,
         getattr(record, "OPTIONS", {}),

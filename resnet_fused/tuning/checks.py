@@ -63,19 +63,17 @@ def check(job: Job, op: str, choice: Choice, device: torch.device) -> str | None
 def _refusal(op: str, choice: Choice, operands: Any, shape: Any) -> str | None:
     if choice.backend != "triton":
         return None
-    reason: str | None = importlib.import_module("resnet_fused.kernels").refuse(op, *operands)
+    reason: str | None = importlib.import_module("resnet_fused.kernels").refuse(op, operands)
     if reason is None and choice.config is not None and choice.config.kernel != "pointer":
-        experimental = importlib.import_module("resnet_fused.kernels.experimental")
-        krsc = operands.weight.contiguous(memory_format=torch.channels_last)
-        reason = experimental.refuse(operands.x, krsc, getattr(operands, "residual", None), shape, choice.config)
+        reason = importlib.import_module("resnet_fused.kernels.experimental").refuse(operands, choice.config)
     return reason
 
 
 def caller(op: str, choice: Choice) -> Callable[..., Any]:
     """The function that runs an op as chosen; its arguments are the op's without `backend`."""
     if choice.backend == "triton":
-        launcher = getattr(importlib.import_module("resnet_fused.kernels"), op)
-        return launcher if choice.config is None else lambda *args: launcher(*args, config=choice.config)
+        run, record = importlib.import_module("resnet_fused.kernels").run, OPS[op]
+        return lambda *args: run(op, record.args(*args), choice.config)
     return implementation(choice.backend, op)
 
 

@@ -147,11 +147,10 @@ def _compile(job: Job, choice: Choice, arch: int) -> str | None:
     make = Operands(torch.device("meta"), problem.dtype)
     start = time.monotonic()
     try:
-        options: dict[str, Any] = {} if choice.config is None else {"config": choice.config}
         for op in (*family(problem), *also(job)):
             given = arguments(job, make, op)
             with recording() as launches, configured_for(arch):
-                getattr(kernels, op)(*given, **options)
+                kernels.run(op, given, choice.config)
             for kernel, _, launched, named in launches:
                 compiled = kernel.warmup(*launched, grid=(1,), **named)
                 shared, limit = compiled.metadata.shared, 1024 * SHARED_MEMORY_KB.get(arch, 227)

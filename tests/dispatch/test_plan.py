@@ -163,8 +163,9 @@ def test_the_default_of_an_op_is_what_takes_least_time_over_all_its_problems():
 
 def test_a_triton_launcher_takes_the_best_of_triton_even_where_pytorch_wins(cache):
     write(cache, make_table(entry(problem(), aten=0.1, slow=0.5, fast=0.4)))
-    assert conv_config("conv_fprop", SHAPE, torch.bfloat16, 90) == FAST
-    assert conv_config("conv_fprop", SHAPE, torch.float16, 90) == conv_fprop_heuristic(SHAPE, torch.float16, 90)
+    assert conv_config(problem(), 90) == FAST
+    half = dataclasses.replace(problem(), dtype=torch.float16)
+    assert conv_config(half, 90) == conv_fprop_heuristic(SHAPE, torch.float16, 90)
 
 
 @pytest.mark.parametrize("version,expected", [("as now", True), ("another", False)])
@@ -173,7 +174,7 @@ def test_an_experimental_formulation_is_taken_only_with_the_triton_that_it_was_m
     table = make_table(Entry(problem(), ((Choice("triton", boxes), 0.1), (Choice("triton", SLOW), 0.2))))
     write(cache, dataclasses.replace(table, provenance={"triton": choice._triton() if version == "as now" else "0.1"}))
     heuristic = conv_fprop_heuristic(SHAPE, torch.bfloat16, 90)
-    assert conv_config("conv_fprop", SHAPE, torch.bfloat16, 90) == (boxes if expected else heuristic)
+    assert conv_config(problem(), 90) == (boxes if expected else heuristic)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +190,12 @@ def test_an_experimental_formulation_is_taken_only_with_the_triton_that_it_was_m
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_convolution_has_a_heuristic(cache, op, flags, dtype):
-    assert isinstance(conv_config(op, SHAPE, dtype, 80, False, flags), ConvConfig)
+    assert isinstance(conv_config(Problem(op, SHAPE, dtype, False, flags), 80), ConvConfig)
 
 
 def test_an_op_without_configurations_is_refused_by_name(cache):
     with pytest.raises(ValueError, match="bn_apply.*conv_fprop_stats"):
-        conv_config("bn_apply", SHAPE, torch.float32, 80)
+        conv_config(Problem("bn_apply", SHAPE, torch.float32), 80)
 
 
 def test_a_table_survives_its_file():

@@ -48,13 +48,13 @@ def test_it_is_both(size, rows, layout, dtype, backend):
 @runs_kernels
 @pytest.mark.parametrize("rows, layout, launches", [(16, NHWC, 1), (17, NHWC, 2), (16, NCHW, 2)])
 def test_few_rows_take_one_launch(rows, layout, launches, monkeypatch):
-    from resnet_fused.kernels import _launch, bn_finalize_apply
+    from resnet_fused.kernels import _launch, run
 
     a, counted = _arguments((2, 16, 4, 4), layout, torch.float32, rows), []
     for name in ("bn_finalize", "bn_apply"):
         module = importlib.import_module(f"resnet_fused.kernels.{name}")
         monkeypatch.setattr(module, "launch", lambda *args, **kwargs: counted.append(_launch.launch(*args, **kwargs)))
-    bn_finalize_apply(*a)
+    run("bn_finalize_apply", a)
     assert len(counted) == launches
 
 

@@ -158,7 +158,7 @@ def test_offsets_are_64_bit_where_a_tensor_has_more_than_2_31_elements(batch, bi
             monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: launches.append(options))
     shape = problem(batch, 64, 56, 56, 64, 1, 1)
     args = ops.OPS[op].case(Operands(torch.device("meta"), torch.float16), shape)
-    getattr(kernels, op)(*args, config=ConvConfig(64, 64, 64, 4, 3))
+    kernels.run(op, args, ConvConfig(64, 64, 64, 4, 3))
     assert bits in {str(options["INDEX"]) for options in launches if "INDEX" in options}
 
 

@@ -19,6 +19,7 @@ from conv_cases import DEVICE
 
 pytest.importorskip("triton")
 
+from resnet_fused import kernels
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.experimental import (
     ARCHITECTURES,
@@ -32,6 +33,8 @@ from resnet_fused.dispatch.experimental import (
 from resnet_fused.kernels import experimental
 from resnet_fused.kernels._launch import INTERPRETED
 from resnet_fused.kernels.experimental import _grid
+from resnet_fused.ops import conv_fprop as plain
+from resnet_fused.ops import conv_fprop_stats as stats
 
 NHWC = torch.channels_last
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="triton was imported without TRITON_INTERPRET=1")
@@ -81,9 +84,14 @@ def _plain(shape, x, weight, scale, shift, residual, relu):
     return y.relu() if relu else y
 
 
+def _args(shape, x, weight, scale=None, shift=None, residual=None, relu=False):
+    return plain.Args(x, weight, scale, shift, residual, *shape.geometry, "relu" if relu else None)
+
+
 def _check(shape, config, x, weight, scale=None, shift=None, residual=None, relu=False):
-    assert experimental.refuse(x, weight, residual, shape, config) is None
-    y = experimental.conv_fprop(x, weight, scale, shift, residual, shape, relu, config)
+    a = _args(shape, x, weight, scale, shift, residual, relu)
+    assert experimental.refuse(a, config) is None
+    y = experimental.conv_fprop(a, config)
     operands = (shape, x, weight, scale, shift, residual, relu)
     assert y.is_contiguous(memory_format=NHWC)
     assert_no_worse(y, _plain, operands, "y", addends=weight[:1].numel())
@@ -137,7 +145,7 @@ def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(kernel, name, value,
     x, weight, residual, *_ = (t.sign() for t in _tensors(shape, torch.float16))
     x[0, shape.c - 1, 0, 0] = value
     residual[0, 0, -1, -1] = value
-    y = experimental.conv_fprop(x, weight, None, None, residual, shape, relu, _config(kernel))
+    y = experimental.conv_fprop(_args(shape, x, weight, residual=residual, relu=relu), _config(kernel))
     truth = _plain(shape, x.double(), weight.double(), None, None, residual.double(), relu)
     assert torch.equal(y.double().nan_to_num(7.0, 8.0, 9.0), truth.nan_to_num(7.0, 8.0, 9.0))
     assert not y.isfinite().all() or (relu and value == -float("inf"))
@@ -149,8 +157,8 @@ def test_nan_and_inf_reach_exactly_the_pixels_that_see_them(kernel, name, value,
 def test_statistics_are_those_of_every_box_as_it_was_rounded(kernel, name, shape, dtype):
     x, weight, *_ = _tensors(shape, dtype)
     config = _config(kernel)
-    y, *statistics = experimental.conv_fprop_stats(x, weight, shape, config)
-    assert torch.equal(y, experimental.conv_fprop(x, weight, None, None, None, shape, False, config))
+    y, *statistics = experimental.conv_fprop_stats(stats.Args(x, weight, None, None, *shape.geometry, rows=1), config)
+    assert torch.equal(y, experimental.conv_fprop(_args(shape, x, weight), config))
     assert_statistics_of_boxes(shape, config, y, *statistics)
 
 
@@ -254,6 +262,7 @@ import os, sys
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter itself needs the descriptors
 sys.modules["triton.experimental.gluon"] = None
 sys.modules["triton.tools.tensor_descriptor"] = None
+from resnet_fused import kernels
 from resnet_fused.kernels import experimental
 for kernel in experimental.KERNELS:
     print(experimental.available(kernel))
@@ -298,25 +307,22 @@ def test_refusals_name_the_value(kernel, arch, dtype, changes, message):
 def test_what_cannot_run_here_or_is_not_aligned_is_refused():
     shape = BOXES["1x1"]
     x, weight, residual, *_ = _tensors(shape, torch.float16)
-    assert "Gluon" in experimental.refuse(x, weight, None, shape, _config("wgmma_conv"))
-    assert "choose one of" in experimental.refuse(x, weight, None, shape, _config("magic"))
+    assert "Gluon" in experimental.refuse(_args(shape, x, weight), _config("wgmma_conv"))
+    assert "choose one of" in experimental.refuse(_args(shape, x, weight), _config("magic"))
     odd = torch.cat([residual.flatten()[:1], residual.permute(0, 2, 3, 1).flatten()])[1:]
     odd = odd.view(2, 5, 7, 48).permute(0, 3, 1, 2)
-    assert "residual starts at" in experimental.refuse(x, weight, odd, shape, _config("tma_conv"))
+    assert "residual starts at" in experimental.refuse(_args(shape, x, weight, residual=odd), _config("tma_conv"))
 
 
 def test_a_planned_formulation_that_these_operands_refuse_falls_back(monkeypatch):
     """A measured winner of the plan, and an x that starts off a multiple of 16 bytes: the pointer kernel runs."""
-    from resnet_fused.kernels import conv_fprop as launcher
-
-    module = sys.modules[launcher.__module__]
     config = next(c for c in configurations(90) if c.kernel == "tma_gemm")
-    monkeypatch.setattr(module, "conv_config", lambda *args: config)
+    monkeypatch.setattr(kernels, "conv_config", lambda *args: config)
     ran = []
     monkeypatch.setattr(experimental, "conv_fprop", lambda *args: ran.append("experimental"))
     storage = torch.randn(2 * 4 * 4 * 64 + 1).half().to(DEVICE)
     x = storage[1:].view(2, 4, 4, 64).permute(0, 3, 1, 2)
     weight = torch.randn(64, 64, 1, 1).half().to(DEVICE)
-    y = launcher(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, None)
+    y = kernels.run("conv_fprop", plain.Args(x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 1, None))
     torch.testing.assert_close(y.float(), F.conv2d(x.float(), weight.float()), rtol=1e-2, atol=1e-1)
     assert ran == []

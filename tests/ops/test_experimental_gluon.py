@@ -17,6 +17,7 @@ from box_statistics import assert_statistics_of_boxes
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.kernels import experimental
 from resnet_fused.kernels.experimental import _gluon, tcgen05, wgmma
+from resnet_fused.ops import conv_fprop_stats as stats
 
 KERNELS = {"wgmma_conv": (wgmma, "_wgmma_conv_kernel"), "tcgen05_conv": (tcgen05, "_tcgen05_conv_kernel")}
 SHAPES = {
@@ -94,7 +95,7 @@ def test_statistics_are_those_of_every_box(kernel, name, monkeypatch):
     weight = _integers(shape.k, shape.c, shape.r, shape.s)
     for seed in range(3):
         _simulate(monkeypatch, module, kernel_name, seed)
-        found = experimental.conv_fprop_stats(x, weight, shape, config)
+        found = experimental.conv_fprop_stats(stats.Args(x, weight, None, None, *shape.geometry, rows=1), config)
         assert torch.equal(found[0], F.conv2d(x, weight, None, shape.stride, shape.padding, shape.dilation))
         assert_statistics_of_boxes(shape, config, *found)
 

@@ -284,9 +284,9 @@ def test_a_network_whose_last_images_are_of_one_pixel(backend):
 @pytest.mark.parametrize("size", ["one pixel", "plain"])
 def test_kernels_with_tensor_descriptors_do_not_misread_either(kernel, size, monkeypatch):
     """Where the plan has them: an op's refusals come first, and what they cannot read the pointer kernel does."""
-    module = importlib.import_module("resnet_fused.kernels.conv_fprop")
+    kernels = importlib.import_module("resnet_fused.kernels")
     config = ConvConfig(16, 16, 16, 4, 2, kernel=kernel)
-    monkeypatch.setattr(module, "conv_config", lambda *problem: config)
+    monkeypatch.setattr(kernels, "conv_config", lambda *problem: config)
     (h, w) = (1, 1) if size == "one pixel" else (3, 2)
     shape = (1, 1) if kernel == "tma_gemm" else (3, 3)
     weight = torch.randn(16, 16, *shape).half().to(memory_format=NHWC)

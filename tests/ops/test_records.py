@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import inspect
+import typing
 
 import interpreter
 import pytest
@@ -12,7 +12,7 @@ from from_checkout import ROOT
 from op_cases import BACKENDS, DEVICE, dtypes
 
 from resnet_fused import _library, ops
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.ops import comparison
 from resnet_fused.ops.operands import Operands
 
@@ -78,9 +78,11 @@ def test_the_fake_kernel_and_the_schema_hold(name, backend):
 
 @pytest.mark.parametrize("name", [name for name, op in ops.OPS.items() if "triton" in op.kernels])
 def test_a_triton_launcher_takes_the_arguments_of_its_record(name):
-    kernels = importlib.import_module("resnet_fused.kernels")
-    taken = [name for name in inspect.signature(getattr(kernels, name)).parameters if name != "config"]
-    assert taken == list(ops.OPS[name].args._fields)
+    launcher, op = importlib.import_module("resnet_fused.kernels").LAUNCHERS[name], ops.OPS[name]
+    first, *configurations = typing.get_type_hints(launcher).values()
+    _, args, _ = sample(name, {}, torch.float16)
+    assert first is op.args
+    assert len(op.problems(args)) <= sum(ConvConfig in (hint, *typing.get_args(hint)) for hint in configurations)
 
 
 @pytest.mark.parametrize("name", [name for name, op in ops.OPS.items() if op.triton])

@@ -207,13 +207,13 @@ def _sample(op):
 @pytest.mark.parametrize(("op", "changes", "message"), [(op, *row) for op, rows in REFUSED.items() for row in rows])
 def test_refusals_name_the_value(op, changes, message):
     args = _sample(op)
-    assert kernels.refuse(op, *args) is None
+    assert kernels.refuse(op, args) is None
     changed = args._replace(**{name: placed(value) for name, value in changes.items()})
-    assert message in kernels.refuse(op, *changed)
+    assert message in kernels.refuse(op, changed)
 
 
 def test_another_device_and_an_unknown_op_are_named():
     x = torch.zeros(2, 4, 3, 3, device=DEVICE)
-    assert "CUDA" in kernels.refuse("bn_stats", x.to("meta"), 1)
+    assert "CUDA" in kernels.refuse("bn_stats", ops.OPS["bn_stats"].args(x.to("meta"), 1))
     with pytest.raises(ValueError, match=r"bn_forward.*bn_stats"):
-        kernels.refuse("bn_forward", x)
+        kernels.refuse("bn_forward", (x,))

@@ -34,7 +34,7 @@ def _like(shape, layout, dtype=torch.float32):
 def test_nan_and_inf_stay_in_their_channel_and_row(value, layout):
     x = _like((2, 9, 3, 3), layout)
     x[1, 4, 2, 1] = value
-    mean, m2, _ = kernels.bn_stats(x, 2)
+    mean, m2, _ = kernels.checked("bn_stats")(x, 2)
     others = torch.arange(9) != 4
     assert mean[:, others].isfinite().all() and m2[:, others].isfinite().all()
     assert mean[0].isfinite().all() and m2[0].isfinite().all()
@@ -43,10 +43,10 @@ def test_nan_and_inf_stay_in_their_channel_and_row(value, layout):
 
 def test_finalize_passes_over_empty_rows_and_takes_strided_low_precision_parameters():
     x = _like((2, 4, 3, 3), "NHWC")
-    m, m2, count = (torch.cat([torch.zeros_like(t[:1]), t]) for t in kernels.bn_stats(x, 2))
+    m, m2, count = (torch.cat([torch.zeros_like(t[:1]), t]) for t in kernels.checked("bn_stats")(x, 2))
     weight, bias, mean, var = (torch.randn(4, 2, device=DEVICE).abs().bfloat16()[:, 0] for _ in range(4))
     expected_mean, expected_var = mean.clone(), var.clone()
-    ours = kernels.bn_finalize(m, m2, count, weight, bias, mean, var, 0.3, 1e-5)
+    ours = kernels.checked("bn_finalize")(m, m2, count, weight, bias, mean, var, 0.3, 1e-5)
     theirs = reference.bn_finalize(m, m2, count, weight, bias, expected_mean, expected_var, 0.3, 1e-5)
     for a, b in zip((*ours, mean, var), (*theirs, expected_mean, expected_var), strict=True):
         assert torch.allclose(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5)
@@ -55,9 +55,11 @@ def test_finalize_passes_over_empty_rows_and_takes_strided_low_precision_paramet
 def test_partials_of_any_strides_and_no_rows_at_all():
     partials = torch.randn(700, 3, 37, device=DEVICE)
     turned = partials.transpose(0, 2)
-    assert torch.allclose(kernels.reduce_rows(partials), partials.double().sum(0).float(), rtol=1e-5, atol=1e-4)
-    assert torch.allclose(kernels.reduce_rows(turned), turned.double().sum(0).float(), rtol=1e-5, atol=1e-4)
-    assert torch.equal(kernels.reduce_rows(partials[:0]), torch.zeros(3, 37, device=DEVICE))
+    assert torch.allclose(
+        kernels.checked("reduce_rows")(partials), partials.double().sum(0).float(), rtol=1e-5, atol=1e-4
+    )
+    assert torch.allclose(kernels.checked("reduce_rows")(turned), turned.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(kernels.checked("reduce_rows")(partials[:0]), torch.zeros(3, 37, device=DEVICE))
 
 
 def test_offsets_are_64_bit_where_a_tensor_needs_it():
@@ -97,7 +99,7 @@ def _apply(dy, x, coefficients):
 @pytest.mark.parametrize("channels", [1, 64, 130])
 def test_coefficients(channels):
     vectors = _bn_vectors(channels, 1.0)
-    coefficients = kernels.bn_backward_finalize(*vectors)
+    coefficients = kernels.checked("bn_backward_finalize")(*vectors)
     assert coefficients.shape == (3, channels) and coefficients.is_contiguous()
     truth = reference.bn_backward_finalize(*[v.double() for v in vectors[:5]], vectors[5])
     torch.testing.assert_close(coefficients.double(), truth, rtol=1e-6, atol=1e-6)
@@ -112,7 +114,7 @@ def test_coefficients_apply_as_the_backward_does_where_the_mean_is_large(offset)
     x += vectors[3][:, None]
     xhat = (x.double() - mean[:, None]) * invstd[:, None]
     truth = scale[:, None] * (dy - sum_dy[:, None] / count - xhat * sum_dy_xhat[:, None] / count)
-    coefficients = kernels.bn_backward_finalize(*vectors)
+    coefficients = kernels.checked("bn_backward_finalize")(*vectors)
     error = (_apply(dy.double(), x.double(), coefficients.double()) - truth).abs()
     c = coefficients[2].double().abs()[:, None]
     assert (error <= torch.finfo(torch.float32).eps * (c + 4 * truth.abs().amax(1, keepdim=True) + 1)).all()
@@ -121,5 +123,5 @@ def test_coefficients_apply_as_the_backward_does_where_the_mean_is_large(offset)
 def test_a_nan_stays_in_its_channel():
     vectors = _bn_vectors(8, 1.0)
     vectors[1][5] = float("nan")
-    coefficients = kernels.bn_backward_finalize(*vectors)
+    coefficients = kernels.checked("bn_backward_finalize")(*vectors)
     assert coefficients[1:, 5].isnan().all() and int(coefficients.isnan().sum()) == 2

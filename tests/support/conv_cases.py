@@ -70,15 +70,15 @@ def sample(op: str, shape: Any, dtype: torch.dtype = torch.float32, **options: A
     return args
 
 
-def launch(op: str, args: Any, **config: Any) -> Any:
-    """What the Triton launcher of an op gives, as its record's results."""
-    assert kernels.refuse(op, *args) is None
-    return ops.OPS[op].results(getattr(kernels, op)(*args, **config))
+def launch(op: str, args: Any, config: ConvConfig | None = None) -> Any:
+    """What the Triton launcher of an op gives, which has no reason to refuse."""
+    assert kernels.refuse(op, args) is None
+    return kernels.run(op, args, config)
 
 
-def check(op: str, args: Any, **config: Any) -> Any:
+def check(op: str, args: Any, config: ConvConfig | None = None) -> Any:
     """The results of the Triton launcher, within the contract and in NHWC order."""
-    record, actual = ops.OPS[op], launch(op, args, **config)
+    record, actual = ops.OPS[op], launch(op, args, config)
     plain, truth = record.reference(args), record.reference(comparison.double(args))
     assert [reason for one in record.compare(args, actual, plain, truth) if (reason := one.breach())] == []
     for ours, right in zip(tensors(actual), tensors(plain), strict=True):

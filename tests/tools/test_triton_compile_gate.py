@@ -176,11 +176,12 @@ import torch
 from tools.compile_gate import triton_gate as gate
 from resnet_fused import kernels
 from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.ops.conv_fprop import Args
 def problems(arch, config):
     x = torch.empty(8, 64, 28, 28, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
     w = torch.empty(256, 64, 3, 3, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
     with gate.recording() as launches:
-        kernels.conv_fprop(x, w, None, None, None, [1, 1], [1, 1], [1, 1], 1, None, config=config)
+        kernels.run("conv_fprop", Args(x, w, None, None, None, [1, 1], [1, 1], [1, 1], 1, None), config)
     return gate.compile_job(gate.job("x", gate.Expect(), arch, *launches[0])).problems
 print("first:", problems(80, ConvConfig(256, 128, 32, 4, 2, False)))
 print("second:", problems(86, ConvConfig(128, 128, 64, 8, 5, False)))

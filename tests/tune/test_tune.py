@@ -235,9 +235,10 @@ def test_a_launcher_finds_what_was_measured_of_the_chain_and_the_join():
     }
     with plans.assuming(Table("a GPU", 90, {}, frozenset(), entries)):
         for job, flags in ((chain, chain_flags(*chain.following)), (join, join_flags(*join.following))):
-            arguments = (job.problem.op, job.problem.shape, torch.bfloat16, 90, False)
-            assert dispatch.conv_config(*arguments, flags) == other
-            assert dispatch.conv_config(*arguments, tuple(flag + "0" for flag in flags)) != other
+            asked = dispatch.Problem(job.problem.op, job.problem.shape, torch.bfloat16, flags=flags)
+            assert dispatch.conv_config(asked, 90) == other
+            another = dataclasses.replace(asked, flags=tuple(flag + "0" for flag in flags))
+            assert dispatch.conv_config(another, 90) != other
 
 
 def test_experimental_formulations_compete_where_they_can_run():

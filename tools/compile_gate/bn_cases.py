@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from resnet_fused.ops import OPS
+from resnet_fused.ops import OPS, bn_finalize, pack_weight, reduce_rows
 from resnet_fused.ops.operands import Operands
 from tools.compile_gate.conv_cases import conv_cases
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, vector
@@ -38,12 +38,16 @@ def batch_norm_cases(arch: int, quick: bool) -> Iterator[Case]:
         vectors, every = size not in ("ragged", "ones"), size == "even" and not quick
         yield from _family(Operands(META, dtype, nhwc), *sizes[size], label, vectors=vectors, every=every)
     rows = vector(256, 256)
-    finalize = (rows.double(), rows, vector(256), *(vector(256),) * 4, 0.1, 1e-5)
-    yield "rows 256", Expect(wide_loads=True), functools.partial(op, "bn_finalize", *finalize)
-    yield "rows 256", Expect(wide_loads=True), functools.partial(op, "reduce_rows", rows)
+    finalize = bn_finalize.Args(rows.double(), rows, vector(256), *(vector(256),) * 4, 0.1, 1e-5)
+    yield "rows 256", Expect(wide_loads=True), functools.partial(op, "bn_finalize", finalize)
+    yield "rows 256", Expect(wide_loads=True), functools.partial(op, "reduce_rows", reduce_rows.Args(rows))
     weight = activation((256, 256, 3, 3), torch.bfloat16, True)
     for flip in (False,) if quick else (False, True):
-        yield f"bf16 flip={flip}", Expect(wide_stores=True), functools.partial(op, "pack_weight", weight, flip)
+        yield (
+            f"bf16 flip={flip}",
+            Expect(wide_stores=True),
+            functools.partial(op, "pack_weight", pack_weight.Args(weight, flip)),
+        )
 
 
 def _family(
@@ -68,4 +72,4 @@ def _family(
             large = math.prod(block) > 2**31
             expect = Expect(wide_loads=wide, wide_stores=wide and stores, index64=large)
             what = " ".join([label, *(f"{name}={value}" for name, value in variant.items() if value != "")])
-            yield what, expect, functools.partial(op, record.name, *args)
+            yield what, expect, functools.partial(op, record.name, args)

@@ -17,6 +17,7 @@ from resnet_fused.dispatch.conv import (
     conv_dgrad_configurations,
     conv_fprop_configurations,
 )
+from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.activations import ACTIVATIONS
 from resnet_fused.tuning.candidates import configurations
 from tools.compile_gate.expect import TYPES, Case, Expect, activation, op, sample, tf32_switch, vector
@@ -53,7 +54,7 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
     one = ((STATISTICS, {"rows": 1}), (DGRAD, {"epilogue": "batch norm"}))
     for name, options in one:
         args = sample(name, torch.bfloat16, ConvShape(1, 8, 1, 1, 8, 3, 3, padding=(1, 1)), prologue=True, **options)
-        yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(op, name, *args)
+        yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(op, name, args)
     merge = functools.partial(_merge, 6272, 256, 256)
     yield "6272 tiles to 256", Expect(wide_loads=True), merge
 
@@ -151,7 +152,7 @@ def _statistics(
     """A convolution of [batch, channels, 56, 56] to 256 channels, with a row of statistics for every tile."""
     shape = _shape(batch, channels, 256, filter_size, stride)
     tiles = -(-batch * shape.p * shape.q // config.block_m)
-    args = (*sample(STATISTICS, dtype, shape, prologue=prologue, rows=tiles), config)
+    args = sample(STATISTICS, dtype, shape, prologue=prologue, rows=tiles)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
@@ -180,7 +181,7 @@ def _dgrad(
         name, options = "conv_dgrad_join", {"epilogue": "masked residual", "projection": "projection" in epilogue}
     if "activation" in epilogue:  # and the weight gradient beside it, whose loads are copies
         name, options = "conv_backward", {}
-    args = (*sample(name, dtype, shape, prologue=prologue, **options), config)
+    args = sample(name, dtype, shape, prologue=prologue, **options)
     tensor_cores = dtype != torch.float32 or tf32
     expect = Expect(
         matrix=tensor_cores,
@@ -212,7 +213,7 @@ def _case(
 
     def run() -> object:
         with tf32_switch(tf32):
-            return op(name, *args)
+            return op(name, args, config)
 
     return what, expect, run
 
@@ -220,7 +221,7 @@ def _case(
 def _depthwise() -> object:
     x, weight = activation((1, 8, 1, 1), torch.float32, True), activation((8, 1, 1, 1), torch.float32, True)
     with tf32_switch(True):
-        return op("conv_fprop", x, weight, None, None, None, [1, 1], [0, 0], [1, 1], 8, None)
+        return op("conv_fprop", conv_fprop.Args(x, weight, None, None, None, (1, 1), (0, 0), (1, 1), 8, None))
 
 
 def _conv(
@@ -251,6 +252,6 @@ def _conv(
 
     def run() -> object:
         with tf32_switch(tf32):
-            return op("conv_fprop", *args, config)
+            return op("conv_fprop", args, config)
 
     return f"{what}{f' {act}' if act else ''}{' wide' if expect.index64 else ''}", expect, run

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import ConvConfig
 from resnet_fused.ops import OPS
 from resnet_fused.ops.operands import Operands
 
@@ -62,7 +63,7 @@ def sample(name: str, dtype: torch.dtype, shape: Any, **options: Any) -> Any:
     return OPS[name].case(Operands(torch.device("meta"), dtype), shape, **options)
 
 
-def op(name: str, *args: Any) -> object:
-    from resnet_fused.kernels import LAUNCHERS
+def op(name: str, args: Any, config: ConvConfig | None = None) -> object:
+    from resnet_fused import kernels
 
-    return LAUNCHERS[name](*args)
+    return kernels.run(name, args, config)

@@ -9,6 +9,8 @@ import torch
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.experimental import DTYPES, configurations
+from resnet_fused.ops import conv_fprop as plain
+from resnet_fused.ops import conv_fprop_stats as stats
 from tools.compile_gate.expect import TYPES, Case, Expect
 
 
@@ -52,10 +54,11 @@ def _conv(config: ConvConfig, dtype: torch.dtype, shape: ConvShape, what: str, e
 
         x, weight = tensor(shape.n, shape.c, shape.h, shape.w), tensor(shape.k, shape.c, shape.r, shape.s)
         if epilogue == "statistics":
-            return experimental.conv_fprop_stats(x, weight, shape, config)
+            return experimental.conv_fprop_stats(stats.Args(x, weight, None, None, *shape.geometry, rows=1), config)
         residual = tensor(shape.n, shape.k, shape.p, shape.q) if epilogue else None
         vector = torch.empty(shape.k, device="meta") if epilogue else None
-        return experimental.conv_fprop(x, weight, vector, vector, residual, shape, bool(epilogue), config)
+        a = plain.Args(x, weight, vector, vector, residual, *shape.geometry, act="relu" if epilogue else None)
+        return experimental.conv_fprop(a, config)
 
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
     specialized = not config.kernel.startswith("tma") or config.kernel.endswith("_ws")

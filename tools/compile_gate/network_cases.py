@@ -52,4 +52,4 @@ def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
 
 def _launch(arch: int, name: str, args: tuple[object, ...]) -> object:
     with configured_for(arch):
-        return op(name, *args)
+        return op(name, args)

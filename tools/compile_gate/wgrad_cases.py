@@ -14,6 +14,7 @@ import torch
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import conv_chain_candidates, conv_chain_configurations, conv_join_configurations
 from resnet_fused.dispatch.conv_wgrad import conv_wgrad_candidates, conv_wgrad_configurations
+from resnet_fused.ops import bn_backward_finalize
 from tools.compile_gate.expect import TYPES, Case, Expect, op, sample, tf32_switch, vector
 
 _PRECISIONS = ((torch.bfloat16, False), (torch.float16, False), (torch.float32, True), (torch.float32, False))
@@ -46,7 +47,8 @@ def wgrad_cases(arch: int, quick: bool) -> Iterator[Case]:
                     yield case(config, aligned, size=57)
     if not quick or arch == 80:
         yield from _wgrad_ones()
-        yield "channels 256", Expect(), lambda: op("bn_backward_finalize", *(vector(256),) * 5, 2.0)
+        sums = bn_backward_finalize.Args(*(vector(256),) * 5, 2.0)
+        yield "channels 256", Expect(), functools.partial(op, "bn_backward_finalize", sums)
 
 
 def chain_cases(arch: int, quick: bool) -> Iterator[Case]:
@@ -104,7 +106,7 @@ def _wgrad(
 
     def run() -> object:
         with tf32_switch(tf32):
-            return op("conv_wgrad", *args, config)
+            return op("conv_wgrad", args, config)
 
     geometry = f"c{channels} {filter_size}x{filter_size}"
     prologues = "+".join(name for name, on in (("x", x_prologue), ("dy", dy_prologue)) if on)
@@ -119,7 +121,7 @@ def _wgrad_ones() -> Iterator[Case]:
         shape = ConvShape(1, channels, 1, 1, channels, filter_size, filter_size, padding=pad)
         args = sample("conv_wgrad", torch.bfloat16, shape, x_prologue=True, dy_prologue=True)
         label = f"ones c{channels} {filter_size}x{filter_size}"
-        yield label, Expect(matrix=True), functools.partial(op, "conv_wgrad", *args, ConvConfig(64, 16, 32, 4, 2, flat))
+        yield label, Expect(matrix=True), functools.partial(op, "conv_wgrad", args, ConvConfig(64, 16, 32, 4, 2, flat))
 
 
 def _chain_ones() -> Iterator[Case]:
@@ -128,7 +130,7 @@ def _chain_ones() -> Iterator[Case]:
     chain = sample("conv_chain", torch.bfloat16, shape, outputs=8, following=8)._replace(scale2=v, scale3=v, scale1=v)
     join = sample("conv_join", torch.bfloat16, ConvShape(1, 1, 1, 1, 1, 1, 1))
     for name, args in (("conv_chain", chain), ("conv_join", join)):
-        yield "ones", Expect(matrix=True), functools.partial(op, name, *args, config)
+        yield "ones", Expect(matrix=True), functools.partial(op, name, args, config)
 
 
 def _chain(
@@ -140,7 +142,7 @@ def _chain(
     wide = args.residual.numel() > 2**31
     label = _label(dtype, False, config, f"c{inner} {outputs} {following or '-'}", "wide" * wide)
     expect = Expect(matrix=True, copies=True, wide_stores=True, index64=wide)
-    return label, expect, functools.partial(op, "conv_chain", *args, config)
+    return label, expect, functools.partial(op, "conv_chain", args, config)
 
 
 def _join(dtype: torch.dtype, tf32: bool, config: ConvConfig, channels: int, shortcut_channels: int) -> Case:
@@ -150,7 +152,7 @@ def _join(dtype: torch.dtype, tf32: bool, config: ConvConfig, channels: int, sho
 
     def run() -> object:
         with tf32_switch(tf32):
-            return op("conv_join", *args, config)
+            return op("conv_join", args, config)
 
     label = _label(dtype, tf32, config, f"c{channels}+{shortcut_channels}")
     return label, Expect(matrix=tensor_cores, copies=tensor_cores, wide_stores=True), run

@@ -264,8 +264,8 @@ def _statistics_rows(problem: ConvShape, dtype: torch.dtype, capability: int, ch
     if chosen.fprop != "triton" or torch.compiler.is_compiling():
         return dispatch.partial_rows(problem.n * problem.p * problem.q, problem.k)
     flags = ("prologue",) if chosen.fusion.prologue else ()
-    config = dispatch.conv_config("conv_fprop_stats", problem, dtype, capability, uses_tf32(dtype), flags)
-    return dispatch.statistics_rows(problem, config)
+    asked = dispatch.Problem("conv_fprop_stats", problem, dtype, uses_tf32(dtype), flags)
+    return dispatch.statistics_rows(problem, dispatch.conv_config(asked, capability))
 
 
 def _conv_backends(

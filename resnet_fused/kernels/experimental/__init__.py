@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.conv import ConvConfig
 from resnet_fused.dispatch.device import arch
 from resnet_fused.dispatch.experimental import KERNELS, refuse_shape, tiling
 from resnet_fused.kernels._launch import INTERPRETED, empty_nhwc, refuse_device
+from resnet_fused.ops import conv_fprop as plain
+from resnet_fused.ops import conv_fprop_stats as stats
 
 _MODULES = {
     "tma_gemm": "tma",
@@ -35,7 +37,7 @@ def _module(kernel: str) -> Any:
 
 @functools.cache
 def available(kernel: str) -> str | None:
-    """Why this Triton cannot express `kernel` (one of `plan.experimental.KERNELS`), or None."""
+    """Why this Triton cannot express `kernel` (one of `dispatch.experimental.KERNELS`), or None."""
     if kernel not in _MODULES:
         return f"no experimental kernel {kernel!r}; choose one of {', '.join(KERNELS)}"
     try:
@@ -47,76 +49,60 @@ def available(kernel: str) -> str | None:
     return None
 
 
-def refuse(x: Tensor, krsc: Tensor, residual: Tensor | None, shape: ConvShape, config: ConvConfig) -> str | None:
-    """Why `conv_fprop` cannot run `config` on arguments that `kernels.conv_fprop` accepts, or None."""
-    reason = available(config.kernel) or refuse_device(x.device)
+Forward = plain.Args | stats.Args  # the arguments of `conv_fprop`, or of `conv_fprop_stats`
+
+
+def refuse(a: Forward, config: ConvConfig) -> str | None:
+    """Why the formulation of `config` cannot run on arguments that the op's own launcher accepts, or None."""
+    reason = available(config.kernel) or refuse_device(a.x.device)
     if reason is not None:
         return reason
     if INTERPRETED and not config.kernel.startswith("tma"):
         return f"{config.kernel} is written in Gluon, which Triton's interpreter does not run"
+    if isinstance(a, stats.Args):
+        shape, operands = stats.conv_shape(a), {"x": a.x, "weight": a.weight}
+        if a.x_scale is not None:
+            return _no_prologue(config)
+    else:
+        shape, operands = plain.conv_shape(a), {"x": a.x, "weight": a.weight}
+        if a.residual is not None:
+            operands["residual"] = a.residual
+        if a.act not in (None, "relu"):
+            return f"the formulation {config.kernel!r} has no {a.act}; choose 'pointer'"
     # The interpreter copies boxes on any machine.
-    reason = refuse_shape(shape, x.dtype, 90 if INTERPRETED else arch(x.device), config)
+    reason = refuse_shape(shape, a.x.dtype, 90 if INTERPRETED else arch(a.x.device), config)
     if reason is not None:
         return reason
-    for name, tensor in (("x", x), ("weight", krsc), ("residual", residual)):
-        if tensor is not None and tensor.data_ptr() % 16:
+    for name, tensor in operands.items():
+        if tensor.data_ptr() % 16:
             return f"TMA needs tensors that start at a multiple of 16 bytes, {name} starts at {tensor.data_ptr():#x}"
     return None
 
 
-def conv_fprop(
-    x: Tensor,
-    krsc: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    shape: ConvShape,
-    relu: bool,
-    config: ConvConfig,
-) -> Tensor:
-    """y = act(scale * conv(x, weight) + shift + residual), as `kernels.conv_fprop`, by the formulation `config.kernel`.
+def _no_prologue(config: ConvConfig) -> str:
+    return f"the formulation {config.kernel!r} has no prologue; choose 'pointer'"
 
-    Args:
-        x: [N, C, H, W] in NHWC order; fp16 or bf16.
-        krsc: the weight, [K, C, R, S] in NHWC order.
-        scale: [K], or None for 1.
-        shift: [K], or None for 0.
-        residual: [N, K, P, Q] in NHWC order, the dtype of x, or None.
-        shape: the problem.
-        relu: whether act is ReLU, which keeps NaN; else the identity.
-        config: the launch configuration; `refuse` must have returned None for it.
 
-    Returns:
-        y: [N, K, P, Q] in NHWC order, in the dtype of x.
-    """
-    y = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q)
-    nothing = (None, None, None)
-    _module(config.kernel).run(x, krsc, scale, shift, residual, y, nothing, shape, relu, config)
+def conv_fprop(a: plain.Args, config: ConvConfig) -> Tensor:
+    """Launch `ops.conv_fprop` by the formulation `config.kernel`, for which `refuse` must have returned None."""
+    shape, krsc = plain.conv_shape(a), a.weight.contiguous(memory_format=torch.channels_last)
+    y, nothing = empty_nhwc(a.x, *shape.output), (None, None, None)
+    _module(config.kernel).run(a.x, krsc, a.scale, a.shift, a.residual, y, nothing, shape, a.act == "relu", config)
     return y
 
 
-def conv_fprop_stats(
-    x: Tensor, krsc: Tensor, shape: ConvShape, config: ConvConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y = round(conv(x, weight)) and the statistics of y as it was rounded, by the formulation `config.kernel`.
-
-    Args:
-        x: [N, C, H, W] in NHWC order; fp16 or bf16.
-        krsc: the weight, [K, C, R, S] in NHWC order.
-        shape: the problem.
-        config: the launch configuration; `refuse` must have returned None for it.
-
-    Returns:
-        y: [N, K, P, Q] in NHWC order, in the dtype of x.
-        mean, m2, count: [boxes, K] fp64, [boxes, K] and [boxes] fp32: of the boxes that `plan.experimental.tiling` cuts
-            the output into (a partition of its pixels), as in `conv_fprop_stats`.
+def conv_fprop_stats(a: stats.Args, config: ConvConfig) -> stats.Out:
+    """Launch `ops.conv_fprop_stats` likewise, with a row of statistics for each of the boxes that
+    `dispatch.experimental.tiling` cuts the output into (a partition of its pixels).
     """
-    y, boxes = empty_nhwc(x, shape.n, shape.k, shape.p, shape.q), tiling(shape, config).tiles
-    dtypes = (torch.float64, torch.float32)
-    mean, m2 = (torch.empty((boxes, shape.k), dtype=dtype, device=x.device) for dtype in dtypes)
-    count = torch.empty(boxes, dtype=torch.float32, device=x.device)
+    if a.x_scale is not None:
+        raise ValueError(f"conv_fprop_stats: {_no_prologue(config)}")
+    x, shape, krsc = a.x, stats.conv_shape(a), a.weight.contiguous(memory_format=torch.channels_last)
+    y, boxes = empty_nhwc(x, *shape.output), tiling(shape, config).tiles
+    mean, m2 = (x.new_empty((boxes, shape.k), dtype=dtype) for dtype in (torch.float64, torch.float32))
+    count = x.new_empty(boxes, dtype=torch.float32)
     _module(config.kernel).run(x, krsc, None, None, None, y, (mean, m2, count), shape, False, config)
-    return y, mean, m2, count
+    return stats.Out(y, mean, m2, count)
 
 
 __all__ = ["KERNELS", "available", "conv_fprop", "conv_fprop_stats", "refuse"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resnet_fused.dispatch.conv import MULTIPROCESSORS
 from resnet_fused.dispatch.device import arch
-from resnet_fused.kernels._launch import never_replay
+from resnet_fused.kernels._replay import never_replay
 
 
 def launch(kernel: Any, x: Tensor, tiles: int, *args: Any, **options: Any) -> None:

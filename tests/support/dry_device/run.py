@@ -20,6 +20,7 @@ from dry_device import dry_device, jitted
 from resnet_fused import freeze, fuse, kernels, use_backend
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic
 from resnet_fused.dispatch.experimental import configurations, refuse_shape
+from resnet_fused.ops.conv_fprop import Args
 
 NHWC = torch.channels_last
 
@@ -80,7 +81,8 @@ def _forward(shape: ConvShape, config: ConvConfig) -> object:
     s = shape
     x, weight = (_activation(*size, device="meta") for size in ((s.n, s.c, s.h, s.w), (s.k, s.c, s.r, s.s)))
     shift = torch.empty(s.k, device="meta")
-    return kernels.conv_fprop(x, weight, None, shift, None, s.stride, s.padding, s.dilation, 1, "relu", config=config)
+    a = Args(x, weight, None, shift, None, s.stride, s.padding, s.dilation, 1, "relu")
+    return kernels.run("conv_fprop", a, config)
 
 
 def _attempt(label: str, run: Callable[[], object]) -> list[str]:
