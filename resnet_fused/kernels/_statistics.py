@@ -9,6 +9,13 @@ from resnet_fused.kernels._tile import sum_lanes, to_fp32
 
 
 @triton.jit
+def _inverse(n):
+    """1 / n in fp64: by Newton's step, since a GPU divides slowly there."""
+    inverse = (1.0 / n).to(tl.float64)
+    return inverse * (2.0 - n.to(tl.float64) * inverse)
+
+
+@triton.jit
 def store_tile_statistics(
     rounded,
     inside,
@@ -41,8 +48,7 @@ def store_tile_statistics(
     total = sum_lanes(deviation, PIXEL_AXIS).to(tl.float64)
     squares = sum_lanes(deviation * deviation, PIXEL_AXIS).to(tl.float64)
     n = pixels.to(tl.float32)
-    inverse = (1.0 / n).to(tl.float64)
-    inverse = inverse * (2.0 - n.to(tl.float64) * inverse)  # Newton's step, for a division in fp64
+    inverse = _inverse(n)
     place = row * K + channel
     tl.store(mean + place, pivot.to(tl.float64) + total * inverse, mask=exists)
     tl.store(m2 + place, (squares - total * total * inverse).to(tl.float32), mask=exists)
@@ -60,9 +66,7 @@ def store_statistics_in_two_steps(rounded, inside, pixels, mean, m2, count, row,
     n = pixels.to(tl.float32)
     place = row * K + channel
     value = tl.where(inside[:, None], to_fp32(rounded), 0.0)
-    inverse = (1.0 / n).to(tl.float64)
-    inverse = inverse * (2.0 - n.to(tl.float64) * inverse)  # Newton's step, for a division in fp64
-    exact = sum_lanes(value).to(tl.float64) * inverse
+    exact = sum_lanes(value).to(tl.float64) * _inverse(n)
     tile_mean = exact.to(tl.float32)
     if rounded.dtype != tl.float32:
         tl.store(mean + place, exact, mask=exists)

@@ -233,10 +233,13 @@ class Reduction:
 REDUCTION_TILE = 2048  # elements of a reduction's tile: 16 a thread, so that the partial sums stay in registers
 
 
-def reduction_of(x: Tensor, rows: int, tile: int = REDUCTION_TILE) -> Reduction:
-    """How to reduce a dense NCHW or NHWC tensor: tiles of `tile` elements lie along the contiguous dimension."""
+def reduction_of(x: Tensor, rows: int, tile: int = REDUCTION_TILE, nhwc: bool | None = None) -> Reduction:
+    """How to reduce a dense NCHW or NHWC tensor: tiles of `tile` elements lie along the contiguous dimension. One that
+    is both is read as `nhwc` says.
+    """
     n, c, h, w = x.shape
-    pixels, nhwc = n * h * w, is_nhwc(x)
+    pixels = n * h * w
+    nhwc = is_nhwc(x) if nhwc is None else nhwc
     span = triton.cdiv(pixels, rows)
     channels, longest = triton.next_power_of_2(max(c, 1)), triton.next_power_of_2(max(span, 1))
     if nhwc:

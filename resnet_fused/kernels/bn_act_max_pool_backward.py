@@ -14,7 +14,6 @@ from resnet_fused.kernels._tile import (
     input_gradient,
     partials_like,
     passes_relu,
-    pixel_offset,
     reduction_of,
     reduction_tile,
     round_to,
@@ -26,46 +25,81 @@ from resnet_fused.ops import bn_act_max_pool_backward_apply as second
 from resnet_fused.ops import bn_act_max_pool_backward_reduce as first
 from resnet_fused.ops.arithmetic import is_nhwc
 
-# Elements of a tile by "is NHWC": with four windows to look into, more than this many spill.
+# Elements of a tile of windows by "is NHWC"; larger ones spill.
 TILE = {True: 1024, False: 512}
 
 
 @triton.jit
-def _unpooled(
+def _windows(
     dy,
     index,
-    pixel,
+    window,
     channel,
-    valid,
-    H,
-    W,
+    exists,
     P,
     Q,
     C,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Per pixel of x, the sum of dy over the (at most four) windows that it won."""
-    image = pixel // (H * W)
-    place = pixel - image * (H * W)
-    h = place // W
-    w = place - h * W
-    gradient = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
-    for window in tl.static_range(4):
-        p = h // 2 + window // 2
-        q = w // 2 + window % 2
-        r = h - 2 * p + 1  # the pixel's place in window (p, q); -1 where an even row or column has no second window
-        s = w - 2 * q + 1
-        covered = valid & ((r >= 0) & (s >= 0) & (p < P) & (q < Q))[:, None]
-        if NHWC:
-            offset = (((image * P + p) * Q + q) * C)[:, None] + channel[None, :]
-        else:
-            offset = (image * C * (P * Q) + p * Q + q)[:, None] + (channel.to(INDEX) * (P * Q))[None, :]
-        won = tl.load(index + offset, mask=covered, other=255).to(tl.int32) == (3 * r + s).to(tl.int32)[:, None]
-        gradient += tl.where(won & covered, to_fp32(tl.load(dy + offset, mask=covered, other=0.0)), 0.0)
-    return gradient
+    """The gradients and the winners of a window (p, q) and of its neighbours (p, q + 1), (p + 1, q), (p + 1, q + 1),
+    and (image, p, q); no winner where there is no neighbour.
+
+    Of the pixels of x, (2p, 2q) is in the first of them alone, (2p, 2q + 1) in two, (2p + 1, 2q) in two, and
+    (2p + 1, 2q + 1) in all four: so every pixel's windows are read once, and not four times.
+    """
+    image = window // (P * Q)
+    place = window - image * (P * Q)
+    p = place // Q
+    q = place - p * Q
+    if NHWC:
+        offset = (window * C)[:, None] + channel[None, :]
+        right = C
+    else:
+        offset = (image * C * (P * Q) + place)[:, None] + (channel.to(INDEX) * (P * Q))[None, :]
+        right = 1
+    below = Q * right
+    valid_right = exists & (q + 1 < Q)[:, None]
+    valid_below = exists & (p + 1 < P)[:, None]
+    valid_both = valid_right & valid_below
+    gradients = (
+        to_fp32(tl.load(dy + offset, mask=exists, other=0.0)),
+        to_fp32(tl.load(dy + offset + right, mask=valid_right, other=0.0)),
+        to_fp32(tl.load(dy + offset + below, mask=valid_below, other=0.0)),
+        to_fp32(tl.load(dy + offset + below + right, mask=valid_both, other=0.0)),
+    )
+    winners = (
+        tl.load(index + offset, mask=exists, other=255),
+        tl.load(index + offset + right, mask=valid_right, other=255),
+        tl.load(index + offset + below, mask=valid_below, other=255),
+        tl.load(index + offset + below + right, mask=valid_both, other=255),
+    )
+    return gradients, winners, image, p, q
+
+
+@triton.jit
+def _unpooled(gradients, winners, DOWN: tl.constexpr, RIGHT: tl.constexpr):
+    """The sum of dy over the windows that pixel (2p + DOWN, 2q + RIGHT) won: a window's place 3 * r + s of it."""
+    total = tl.where(winners[0] == 3 * (1 + DOWN) + 1 + RIGHT, gradients[0], 0.0)
+    if RIGHT == 1:
+        total += tl.where(winners[1] == 3 * (1 + DOWN), gradients[1], 0.0)
+    if DOWN == 1:
+        total += tl.where(winners[2] == 1 + RIGHT, gradients[2], 0.0)
+        if RIGHT == 1:
+            total += tl.where(winners[3] == 0, gradients[3], 0.0)
+    return total
+
+
+@triton.jit
+def _pixel(image, p, q, channel, exists, H, W, C, DOWN: tl.constexpr, RIGHT: tl.constexpr, NHWC, INDEX):
+    """Offsets of pixel (2p + DOWN, 2q + RIGHT) of x, and which exist."""
+    h = 2 * p + DOWN
+    w = 2 * q + RIGHT
+    valid = exists & ((h < H) & (w < W))[:, None]
+    if NHWC:
+        return (((image * H + h) * W + w) * C)[:, None] + channel[None, :], valid
+    else:
+        return (image * C * (H * W) + h * W + w)[:, None] + (channel.to(INDEX) * (H * W))[None, :], valid
 
 
 @triton.jit
@@ -84,35 +118,40 @@ def _bn_act_max_pool_backward_reduce_kernel(
     P,
     Q,
     channel_units,  # C / UNIT
-    pixels,  # N * H * W
+    windows,  # N * P * Q
     span,
     UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_WINDOWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """sum(dz) and sum(dz * xhat); a program owns one range of x's pixels and one tile of channels."""
+    """sum(dz) and sum(dz * xhat); a program owns one range of windows, with the four pixels of x that begin at each,
+    and one tile of channels.
+    """
     C = channel_units * UNIT
-    row, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, span, NHWC, INDEX, BLOCK_CHANNELS)
-    exists = channel < C
-    channel_scale = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
-    channel_shift = tl.load(shift + channel, mask=exists, other=0.0)[None, :]
-    channel_mean = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
-    total = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
-    total_x = tl.zeros((BLOCK_PIXELS, BLOCK_CHANNELS), tl.float32)
-    for start in range(0, span, BLOCK_PIXELS):
-        pixel = first + start + tl.arange(0, BLOCK_PIXELS)
-        valid = (pixel < end)[:, None] & exists[None, :]
-        offset = pixel_offset(pixel, C, H * W, NHWC)[:, None] + channel_offset[None, :]
-        value = tl.load(x + offset, mask=valid, other=0.0)
-        dz = _unpooled(dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC, INDEX, BLOCK_PIXELS, BLOCK_CHANNELS)
-        dz = tl.where(passes_relu(value, channel_scale, channel_shift), dz, 0.0)
-        total += dz
-        total_x = tl.fma(dz, tl.where(valid, to_fp32(value) - channel_mean, 0.0), total_x)
+    row, first, end, channel, _ = reduction_tile(C, P * Q, windows, span, NHWC, INDEX, BLOCK_CHANNELS)
+    channel_exists = channel < C
+    channel_scale = tl.load(scale + channel, mask=channel_exists, other=0.0)[None, :]
+    channel_shift = tl.load(shift + channel, mask=channel_exists, other=0.0)[None, :]
+    channel_mean = tl.load(mean + channel, mask=channel_exists, other=0.0)[None, :]
+    total = tl.zeros((BLOCK_WINDOWS, BLOCK_CHANNELS), tl.float32)
+    total_x = tl.zeros((BLOCK_WINDOWS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_WINDOWS):
+        window = first + start + tl.arange(0, BLOCK_WINDOWS)
+        exists = (window < end)[:, None] & channel_exists[None, :]
+        gradients, winners, image, p, q = _windows(dy, index, window, channel, exists, P, Q, C, NHWC, INDEX)
+        for pixel in tl.static_range(4):
+            place, valid = _pixel(image, p, q, channel, exists, H, W, C, pixel // 2, pixel % 2, NHWC, INDEX)
+            value = tl.load(x + place, mask=valid, other=0.0)
+            dz = _unpooled(gradients, winners, pixel // 2, pixel % 2)
+            dz = tl.where(valid & passes_relu(value, channel_scale, channel_shift), dz, 0.0)
+            total += dz
+            total_x = tl.fma(dz, tl.where(valid, to_fp32(value) - channel_mean, 0.0), total_x)
     out = row * C + channel
-    tl.store(sum_dy + out, sum_lanes(total), mask=exists)
-    tl.store(sum_dy_xhat + out, sum_lanes(total_x) * tl.load(invstd + channel, mask=exists, other=0.0), mask=exists)
+    tl.store(sum_dy + out, sum_lanes(total), mask=channel_exists)
+    channel_invstd = tl.load(invstd + channel, mask=channel_exists, other=0.0)
+    tl.store(sum_dy_xhat + out, sum_lanes(total_x) * channel_invstd, mask=channel_exists)
 
 
 @triton.jit
@@ -133,39 +172,45 @@ def _bn_act_max_pool_backward_apply_kernel(
     P,
     Q,
     channel_units,  # C / UNIT
-    pixels,  # N * H * W
+    windows,  # N * P * Q
     UNIT: tl.constexpr,
     NHWC: tl.constexpr,
     INDEX: tl.constexpr,
-    BLOCK_PIXELS: tl.constexpr,
+    BLOCK_WINDOWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count); a program owns a tile of x."""
+    """dx = scale * (dz - sum_dy / count - xhat * sum_dy_xhat / count); a program owns a tile of windows, with the four
+    pixels of x that begin at each.
+    """
     C = channel_units * UNIT
-    _, first, end, channel, channel_offset = reduction_tile(C, H * W, pixels, BLOCK_PIXELS, NHWC, INDEX, BLOCK_CHANNELS)
-    exists = channel < C
-    pixel = first + tl.arange(0, BLOCK_PIXELS)
-    valid = (pixel < end)[:, None] & exists[None, :]
-    offset = pixel_offset(pixel, C, H * W, NHWC)[:, None] + channel_offset[None, :]
-    value = tl.load(x + offset, mask=valid, other=0.0)
-    channel_scale = tl.load(scale + channel, mask=exists, other=0.0)[None, :]
-    channel_shift = tl.load(shift + channel, mask=exists, other=0.0)[None, :]
-    dz = _unpooled(dy, index, pixel, channel, valid, H, W, P, Q, C, NHWC, INDEX, BLOCK_PIXELS, BLOCK_CHANNELS)
-    dz = tl.where(passes_relu(value, channel_scale, channel_shift), dz, 0.0)
+    _, first, end, channel, _ = reduction_tile(C, P * Q, windows, BLOCK_WINDOWS, NHWC, INDEX, BLOCK_CHANNELS)
+    channel_exists = channel < C
+    channel_scale = tl.load(scale + channel, mask=channel_exists, other=0.0)[None, :]
+    channel_shift = tl.load(shift + channel, mask=channel_exists, other=0.0)[None, :]
     if sum_dy is not None:
-        channel_mean = tl.load(mean + channel, mask=exists, other=0.0)[None, :]
-        channel_invstd = tl.load(invstd + channel, mask=exists, other=0.0)[None, :]
-        mean_dy = (tl.load(sum_dy + channel, mask=exists, other=0.0) / count)[None, :]
-        mean_dy_xhat = (tl.load(sum_dy_xhat + channel, mask=exists, other=0.0) / count)[None, :]
-        gradient = input_gradient(dz, value, channel_scale, channel_mean, channel_invstd, mean_dy, mean_dy_xhat)
-    else:
-        gradient = channel_scale * dz
-    tl.store(dx + offset, round_to(gradient, dx.dtype.element_ty), mask=valid)
+        channel_mean = tl.load(mean + channel, mask=channel_exists, other=0.0)[None, :]
+        channel_invstd = tl.load(invstd + channel, mask=channel_exists, other=0.0)[None, :]
+        mean_dy = (tl.load(sum_dy + channel, mask=channel_exists, other=0.0) / count)[None, :]
+        mean_dy_xhat = (tl.load(sum_dy_xhat + channel, mask=channel_exists, other=0.0) / count)[None, :]
+    window = first + tl.arange(0, BLOCK_WINDOWS)
+    exists = (window < end)[:, None] & channel_exists[None, :]
+    gradients, winners, image, p, q = _windows(dy, index, window, channel, exists, P, Q, C, NHWC, INDEX)
+    for pixel in tl.static_range(4):
+        place, valid = _pixel(image, p, q, channel, exists, H, W, C, pixel // 2, pixel % 2, NHWC, INDEX)
+        value = tl.load(x + place, mask=valid, other=0.0)
+        dz = _unpooled(gradients, winners, pixel // 2, pixel % 2)
+        dz = tl.where(passes_relu(value, channel_scale, channel_shift), dz, 0.0)
+        if sum_dy is not None:
+            gradient = input_gradient(dz, value, channel_scale, channel_mean, channel_invstd, mean_dy, mean_dy_xhat)
+        else:
+            gradient = channel_scale * dz
+        tl.store(dx + place, round_to(gradient, dx.dtype.element_ty), mask=valid)
 
 
 def bn_act_max_pool_backward_reduce(a: first.Args) -> first.Out:
     """Launch `ops.bn_act_max_pool_backward_reduce`."""
-    view = reduction_of(a.x, a.rows, TILE[is_nhwc(a.x)])
+    nhwc = is_nhwc(a.x)
+    view = reduction_of(a.dy, a.rows, TILE[nhwc], nhwc)
     partials = partials_like(a.x, a.rows)
     launch(
         _bn_act_max_pool_backward_reduce_kernel,
@@ -186,7 +231,7 @@ def bn_act_max_pool_backward_reduce(a: first.Args) -> first.Out:
         UNIT=view.unit,
         NHWC=view.nhwc,
         INDEX=index_type(a.x.numel(), partials[0].numel()),
-        BLOCK_PIXELS=view.block_pixels,
+        BLOCK_WINDOWS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
     return first.Out(*reduce_alike(*partials))
@@ -194,7 +239,8 @@ def bn_act_max_pool_backward_reduce(a: first.Args) -> first.Out:
 
 def bn_act_max_pool_backward_apply(a: second.Args) -> Tensor:
     """Launch `ops.bn_act_max_pool_backward_apply`."""
-    view = reduction_of(a.x, 1, TILE[is_nhwc(a.x)])
+    nhwc = is_nhwc(a.x)
+    view = reduction_of(a.dy, 1, TILE[nhwc], nhwc)
     dx = torch.empty_like(a.x)
     launch(
         _bn_act_max_pool_backward_apply_kernel,
@@ -217,7 +263,7 @@ def bn_act_max_pool_backward_apply(a: second.Args) -> Tensor:
         UNIT=view.unit,
         NHWC=view.nhwc,
         INDEX=index_type(a.x.numel()),
-        BLOCK_PIXELS=view.block_pixels,
+        BLOCK_WINDOWS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
     )
     return dx

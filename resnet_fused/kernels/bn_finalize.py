@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.kernels._launch import index_type, launch
-from resnet_fused.kernels._tile import affine, channel_unit, relu, round_to, sum_lanes, to_fp32
+from resnet_fused.kernels._tile import affine, channel_unit, relu, round_to, to_fp32
 from resnet_fused.kernels.bn_apply import bn_apply
+from resnet_fused.kernels.merge_statistics import merge_rows
 from resnet_fused.kernels.reduce_rows import row_blocks
 from resnet_fused.ops import bn_apply as apply_op
 from resnet_fused.ops import bn_finalize as finalize_op
@@ -17,39 +18,6 @@ from resnet_fused.ops import bn_finalize_apply as finalize_apply_op
 
 # A program of the pass behind it merges so many rows itself: they are about as many bytes as its tile.
 FEW_ROWS = 16
-
-
-@triton.jit
-def _merged(mean, m2, count, channel, exists, rows, C, BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr):
-    """(mean in fp64, biased variance, pixels) of a tile of channels. The rows are read twice: for the mean, then for
-    the deviations from it.
-    """
-    lane = tl.arange(0, BLOCK_ROWS)
-    # Row means relative to the first row's: their differences, and no more, are what fp32 has to hold.
-    reference = tl.load(mean + channel, mask=exists, other=0.0)
-    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
-    pixels = tl.zeros((BLOCK_ROWS,), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for start in range(0, rows, BLOCK_ROWS):
-        row = start + lane
-        valid = (row < rows)[:, None] & exists[None, :]
-        n = tl.load(count + row, mask=row < rows, other=0.0)
-        row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        pixels += n
-        total += tl.where(n[:, None] > 0.0, n[:, None] * (row_mean - reference[None, :]).to(tl.float32), 0.0)
-    n_all = sum_lanes(pixels)
-    delta = sum_lanes(total) / n_all
-
-    deviations = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for start in range(0, rows, BLOCK_ROWS):
-        row = start + lane
-        valid = (row < rows)[:, None] & exists[None, :]
-        n = tl.load(count + row, mask=row < rows, other=0.0)[:, None]
-        row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        row_m2 = tl.load(m2 + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        spread = (row_mean - reference[None, :]).to(tl.float32) - delta[None, :]
-        deviations += tl.where(n > 0.0, tl.fma(n * spread, spread, row_m2), 0.0)
-    return reference + delta.to(tl.float64), sum_lanes(deviations) / n_all, n_all
 
 
 @triton.jit
@@ -91,7 +59,9 @@ def _bn_finalize_kernel(
     tile = pid // tiles
     channel = (pid - tile * tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     exists = channel < C
-    exact, variance, n_all = _merged(mean, m2, count, channel, exists, rows, C, BLOCK_ROWS, BLOCK_CHANNELS)
+    every = (mean, m2, count, 0, rows, rows)
+    exact, deviations, n_all = merge_rows(*every, channel, exists, C, BLOCK_ROWS, BLOCK_CHANNELS)
+    variance = deviations / n_all
     merged = exact.to(tl.float32)
     invstd = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
     factor = invstd

@@ -6,9 +6,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import MAX_REGISTERS
 from resnet_fused.kernels._launch import launch
 from resnet_fused.kernels._tile import sum_lanes
 from resnet_fused.kernels.reduce_rows import row_blocks
+
+
+@triton.jit
+def merge_rows(
+    mean,
+    m2,
+    count,
+    first,
+    end,
+    span,
+    channel,
+    exists,
+    C,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """(mean in fp64, sum of squared deviations from it, pixels) of the rows from `first` to `end`, at most `span`, of a
+    tile of channels. The rows are read twice: for the mean, then for the deviations. A row of no pixels says nothing.
+    """
+    lane = tl.arange(0, BLOCK_ROWS)
+    # Row means relative to the first row's: their differences, and no more, are what fp32 has to hold.
+    reference = tl.load(mean + first * C + channel, mask=exists & (first < end), other=0.0)
+    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
+    pixels = tl.zeros((BLOCK_ROWS,), tl.float32)
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_ROWS):
+        row = first + start + lane
+        valid = (row < end)[:, None] & exists[None, :]
+        n = tl.load(count + row, mask=row < end, other=0.0)
+        row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
+        pixels += n
+        total += tl.where(n[:, None] > 0.0, n[:, None] * (row_mean - reference[None, :]).to(tl.float32), 0.0)
+    n_all = sum_lanes(pixels)
+    delta = sum_lanes(total) / n_all
+
+    deviations = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for start in range(0, span, BLOCK_ROWS):
+        row = first + start + lane
+        valid = (row < end)[:, None] & exists[None, :]
+        n = tl.load(count + row, mask=row < end, other=0.0)[:, None]
+        row_mean = tl.load(mean + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
+        row_m2 = tl.load(m2 + (row[:, None] * C + channel[None, :]), mask=valid, other=0.0)
+        spread = (row_mean - reference[None, :]).to(tl.float32) - delta[None, :]
+        deviations += tl.where(n > 0.0, tl.fma(n * spread, spread, row_m2), 0.0)
+    return reference + delta.to(tl.float64), sum_lanes(deviations), n_all
 
 
 @triton.jit
@@ -36,35 +82,11 @@ def _merge_statistics_kernel(
     exists = channel < C
     first = tl.minimum(row.to(tl.int64) * span, tiles)
     end = tl.minimum(first + span, tiles)
-    lane = tl.arange(0, BLOCK_ROWS)
-    # Means relative to that of the first tile: their differences, and no more, are what fp32 has to hold.
-    reference = tl.load(mean + tl.minimum(first, tiles - 1) * C + channel, mask=exists, other=0.0)
-    reference = tl.where(tl.abs(reference) < float("inf"), reference, 0.0)
-    pixels = tl.zeros((BLOCK_ROWS,), tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for start in range(0, span, BLOCK_ROWS):
-        tile = first + start + lane
-        valid = (tile < end)[:, None] & exists[None, :]
-        n = tl.load(count + tile, mask=tile < end, other=0.0)
-        tile_mean = tl.load(mean + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        pixels += n
-        total += tl.where(valid, n[:, None] * (tile_mean - reference[None, :]).to(tl.float32), 0.0)
-    n_all = sum_lanes(pixels)
-    delta = sum_lanes(total) / tl.maximum(n_all, 1.0)
-
-    deviations = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for start in range(0, span, BLOCK_ROWS):
-        tile = first + start + lane
-        valid = (tile < end)[:, None] & exists[None, :]
-        n = tl.load(count + tile, mask=tile < end, other=0.0)[:, None]
-        tile_mean = tl.load(mean + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        tile_m2 = tl.load(m2 + (tile[:, None] * C + channel[None, :]), mask=valid, other=0.0)
-        spread = (tile_mean - reference[None, :]).to(tl.float32) - delta[None, :]
-        deviations += tl.where(valid, tl.fma(n * spread, spread, tile_m2), 0.0)
-
+    rows = (mean, m2, count, first, end, span)
+    exact, deviations, n_all = merge_rows(*rows, channel, exists, C, BLOCK_ROWS, BLOCK_CHANNELS)
     out = row.to(tl.int64) * C + channel
-    tl.store(merged_mean + out, tl.where(n_all > 0.0, reference + delta.to(tl.float64), 0.0), mask=exists)
-    tl.store(merged_m2 + out, sum_lanes(deviations), mask=exists)
+    tl.store(merged_mean + out, tl.where(n_all > 0.0, exact, 0.0), mask=exists)
+    tl.store(merged_m2 + out, deviations, mask=exists)
     tl.store(merged_count + row, n_all, mask=pid == row * blocks)
 
 
@@ -101,5 +123,6 @@ def merge_statistics(mean: Tensor, m2: Tensor, count: Tensor, rows: int) -> tupl
         channels,
         BLOCK_ROWS=block_rows,
         BLOCK_CHANNELS=block_channels,
+        maxnreg=MAX_REGISTERS,
     )
     return merged_mean, merged_m2, merged_count
