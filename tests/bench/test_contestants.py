@@ -67,6 +67,18 @@ def test_a_runtime_where_it_is_installed(name, reason):
     torch.testing.assert_close(runner.evaluate().logits, plain.evaluate().logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.larger
+@pytest.mark.parametrize("name, needs", [("onnxruntime-int8", "onnxruntime"), ("openvino-int8", "openvino")])
+def test_another_runtime_in_int8_is_near_the_plain_model_too(name, needs):
+    try:
+        runner = _runner(name, INFER)
+    except Unavailable as unavailable:
+        assert str(unavailable).startswith("not installed") and needs in str(unavailable)
+        return
+    found, plain = runner.evaluate().logits, _runner("eager", INFER).evaluate().logits
+    assert 1e-5 < correctness.norm_error(found, plain) < 0.1
+
+
 def test_openvino_without_the_dtype_on_this_cpu_says_so(monkeypatch):
     class Core:
         def get_property(self, device, name):
@@ -81,6 +93,8 @@ def test_int8_is_near_the_plain_model_and_says_where_it_does_not_run(monkeypatch
     for case in (dataclasses.replace(INFER, dtype="fp16"), dataclasses.replace(INFER, device="meta")):
         with pytest.raises(Unavailable, match="on a CPU only, in fp32 and bf16 networks"):
             _runner("frozen-int8", case)
+        with pytest.raises(Unavailable, match="on a CPU only, in fp32 and bf16 networks"):
+            _runner("openvino-int8", case)
     if (problem := onednn.int8_refusal()) is None:
         runner = _runner("frozen-int8", INFER)
         ours, plain = runner.evaluate().logits, _runner("eager", INFER).evaluate().logits

@@ -102,16 +102,31 @@ def _cudnn_graphs(model: nn.Module, example: torch.Tensor, case: Case) -> Forwar
     return frozen
 
 
-def _frozen_int8(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
-    """Calibrated on other images than it is judged by, of the same distribution."""
+def _calibration(example: torch.Tensor, case: Case, images: int) -> list[torch.Tensor]:
+    """Batches of other images than a contestant is judged by, of the same distribution."""
     if example.device.type != "cpu" or case.dtype == "fp16":
         raise Unavailable("int8 runs on a CPU only, in fp32 and bf16 networks")
+    generator = torch.Generator().manual_seed(CALIBRATION_SEED)
+    shape = (images, *example.shape[1:])
+    return [torch.randn(shape, generator=generator).to(example.dtype) for _ in range(CALIBRATION_BATCHES)]
+
+
+def _frozen_int8(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+    inputs = _calibration(example, case, min(len(example), CALIBRATION_BATCH))
     if problem := onednn.int8_refusal():
         raise Unavailable(problem)
-    generator = torch.Generator().manual_seed(CALIBRATION_SEED)
-    shape = (min(len(example), CALIBRATION_BATCH), *example.shape[1:])
-    inputs = [torch.randn(shape, generator=generator).to(example.dtype) for _ in range(CALIBRATION_BATCHES)]
     return resnet_fused.freeze(model, example, quantize=inputs)
+
+
+def _int8(prepare: Callable[..., Forward]) -> Prepare:
+    """Another runtime's network in int8, which between is in fp32 whatever the case's dtype."""
+
+    def prepared(model: nn.Module, example: torch.Tensor, case: Case) -> Forward:
+        inputs = _calibration(example, case, len(example))  # exported for batches of this size alone
+        run = prepare(model.float(), example.float(), dataclasses.replace(case, dtype="fp32"), inputs)
+        return lambda x: run(x.float()).to(example.dtype)
+
+    return prepared
 
 
 CONTESTANTS: dict[str, Contestant] = {
@@ -160,6 +175,18 @@ CONTESTANTS: dict[str, Contestant] = {
             "fused-plain-loop", "fused, without a CUDA graph", _plain_loop(_fused), modes=("train",), graphed=False
         ),
         Contestant("frozen", "resnet_fused.freeze(model, example)", _frozen, modes=("infer",)),
+        *(
+            Contestant(
+                f"{runtime.__name__}-int8",
+                f"{runtime.__name__}, quantised by its own tools, NCHW",
+                _int8(runtime),
+                memory_format=torch.contiguous_format,
+                modes=("infer",),
+                by_default=False,
+                quantised=True,
+            )
+            for runtime in (other_runtimes.onnxruntime, other_runtimes.openvino)
+        ),
         Contestant(
             "frozen-int8",
             "resnet_fused.freeze(model, example, quantize=images)",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import logging
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +21,7 @@ from resnet_fused.measure.cases import Case, Unavailable
 _NEEDS = {
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "openvino": ("openvino",),
+    "nncf": ("nncf", "openvino"),
     "torch_tensorrt": ("torch_tensorrt",),
 }
 
@@ -34,8 +40,11 @@ def _imported(runtime: str) -> Any:
         raise Unavailable(f"{runtime} cannot be imported: {one_line(error, kind=True)}") from None
 
 
-def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The exported graph under ONNX Runtime's own optimiser, input and output bound to the device's memory.
+def onnxruntime(
+    model: nn.Module, example: torch.Tensor, case: Case, calibration: list[torch.Tensor] | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The exported graph under ONNX Runtime's own optimiser, input and output bound to the device's memory; with
+    images to calibrate by in int8, as its own static quantisation makes it.
 
     ONNX is an NCHW format: the runtime chooses its layouts itself.
     """
@@ -51,11 +60,12 @@ def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable
         warnings.simplefilter("ignore")
         program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
     assert program is not None
+    graph = program.model_proto if calibration is None else _quantized(program.model_proto, calibration)
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3
     try:
-        session = runtime.InferenceSession(program.model_proto.SerializeToString(), settings, providers=[provider])
+        session = runtime.InferenceSession(graph.SerializeToString(), settings, providers=[provider])
     except Exception as error:  # no kernel for an op in this dtype, say
         raise Unavailable(f"onnxruntime does not take the exported model: {one_line(error, kind=True)}") from None
     (entry,), (result,) = session.get_inputs(), session.get_outputs()
@@ -77,8 +87,39 @@ def onnxruntime(model: nn.Module, example: torch.Tensor, case: Case) -> Callable
     return run
 
 
-def openvino(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The converted model compiled by OpenVINO for its least latency, in the case's dtype and on PyTorch's threads.
+def _quantized(graph: Any, calibration: list[torch.Tensor]) -> Any:
+    """An ONNX model with its operands in 8 bits: weights by channel, activations by tensor."""
+    onnx, tools = (importlib.import_module(name) for name in ("onnx", "onnxruntime.quantization"))
+    images = iter([{graph.graph.input[0].name: image.float().numpy()} for image in calibration])
+
+    class Images(tools.CalibrationDataReader):  # type: ignore[misc,name-defined]
+        def get_next(self) -> dict[str, Any] | None:
+            return next(images, None)
+
+    types = {"activation_type": tools.QuantType.QUInt8, "weight_type": tools.QuantType.QInt8}
+    with tempfile.TemporaryDirectory() as folder, _without_log(""):
+        path = Path(folder, "quantized.onnx")
+        tools.quantize_static(graph, path, Images(), per_channel=True, **types)
+        return onnx.load(path)
+
+
+@contextlib.contextmanager
+def _without_log(logger: str) -> Iterator[None]:
+    """Advice that a runtime logs on the way is not for who reads the bench."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def openvino(
+    model: nn.Module, example: torch.Tensor, case: Case, calibration: list[torch.Tensor] | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The converted model compiled by OpenVINO for its least latency, in the case's dtype and on PyTorch's threads; in
+    int8, as NNCF's post-training quantisation makes it, where there are images to calibrate by.
 
     Its graph reads and writes fp32; bf16 is how it computes between.
     """
@@ -91,8 +132,14 @@ def openvino(model: nn.Module, example: torch.Tensor, case: Case) -> Callable[[t
     if {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}[precision] not in capabilities:
         raise Unavailable(f"OpenVINO has no {case.dtype} on this CPU, only {', '.join(capabilities)}")
     shape = list(example.shape)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         converted = runtime.convert_model(model.float(), example_input=example.float(), input=[shape])
+    if calibration is not None:
+        nncf = _imported("nncf")
+        with _without_log("nncf"), contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+            images = nncf.Dataset(calibration, lambda image: image.float().numpy())
+            converted = nncf.quantize(converted, images, subset_size=len(calibration))
     settings = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": precision,
