@@ -96,7 +96,8 @@ def open_data(text: str) -> Any:
     try:
         return ImageFolder(text)
     except OSError as error:
-        raise UsageError(f"--data {text}: {one_line(error)}") from None
+        what = one_line(error).partition(". ")[0].rstrip(".")  # what follows lists every kind of file
+        raise UsageError(f"--data {text}: {what}; give every class a subfolder with its pictures") from None
 
 
 def _torchvision(text: str) -> Any:

@@ -280,6 +280,10 @@ def test_unreadable_pictures_are_counted_and_named(folder, checkpoint, tmp_path,
         picture.write_bytes(b"")
     assert run("--model", f"cifar_resnet8={checkpoint}", "--data", root) == 2
     assert "none of the 14 pictures can be read" in capsys.readouterr().err
+    for picture in root.glob("red/*.png"):
+        picture.unlink()
+    assert run("--model", f"cifar_resnet8={checkpoint}", "--data", root) == 2
+    assert "the classes red; give every class a subfolder with its pictures\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("library", ["ours", "torchvision", "timm"])
