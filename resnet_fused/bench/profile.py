@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from resnet_fused._command import one_line
 from resnet_fused.bench import cost, kernel_times
 from resnet_fused.bench.contestants import CONTESTANTS
+from resnet_fused.bench.cost import HEAD, STEM
 from resnet_fused.bench.kernel_times import Kernel
 from resnet_fused.bench.runner import Runner
 from resnet_fused.measure import memory, roof
@@ -30,7 +31,7 @@ from resnet_fused.measure.timing import clock_for
 STEPS, WARM_UP = 3, 2
 SCOPE, STEP = "layer: ", "one step"
 BACKWARD = "autograd::engine::evaluate_function: "
-STEM, HEAD, OPTIMIZER, OTHER = "stem", "head", "optimizer", "other"
+OPTIMIZER, OTHER = "optimizer", "other"
 REPLACED = ("frozen", "frozen-int8")  # their modules are not the model's: only their kernels can be told
 SCHEMES = {"fused": "planned"}  # whose bytes a contestant is held against; the others' are eager's
 # What an op is, by its name; the outermost op that is something decides, so that a copy inside a convolution is one.
@@ -124,7 +125,7 @@ class CaseProfile:
     def ops(self, scheme: str, where: str, layer: str | None) -> list[cost.Cost]:
         """The ops of a place; of a convolution's module only the convolution itself."""
         found = [one for one in self.costs[scheme] if one.where == where]
-        return found if layer is None else [o for o in found if o.layer == layer and o.op.startswith("conv_")]
+        return found if layer is None else [o for o in found if o.layer == layer]
 
     def roof_ms(self, profiled: Profiled, where: str, layer: str | None = None) -> float | None:
         """The least time that the measured roofs allow for a place; None where the cost model knows nothing of it."""
@@ -170,11 +171,7 @@ def measure(
     model: nn.Module, network: Network, case: Case, names: Iterable[str], bandwidth: float, flops_per_s: float
 ) -> CaseProfile:
     """Profile these contestants on a case, layer by layer; of those in `REPLACED` only the kernels."""
-    dtype = case.torch_dtype
-    if case.mode == "infer":
-        costs = {n: cost.inference(network, s, case.batch, dtype) for n, s in cost.INFERENCE.items()}
-    else:
-        costs = {n: cost.training(network, s, case.batch, dtype) for n, s in cost.TRAINING.items()}
+    costs = cost.costs(model, network, case)
     found: list[Profiled] = []
     failures: list[tuple[str, str]] = []
     for name in names:
