@@ -118,18 +118,18 @@ def compare(before: Report, after: Report) -> Comparison:
     Raises:
         UsageError: there is none.
     """
-    first = {_key(report.case): report for report in before.cases}
-    second = {_key(report.case): report for report in after.cases}
+    first = {_key(report): report for report in before.cases}
+    second = {_key(report): report for report in after.cases}
     rows: list[Row] = []
     only: list[str] = []
     alone: dict[tuple[str, str], list[str]] = {}  # by contestant and file: the cases
     for key in dict.fromkeys([*first, *second]):
         if key not in first or key not in second:
-            label = _label((first if key in first else second)[key].case)
+            label = _label((first if key in first else second)[key])
             only.append(f"only in the {'first' if key in first else 'second'}: {label}")
             continue
         old, new = first[key], second[key]
-        label = _label(old.case)
+        label = _label(old)
         for name in dict.fromkeys([result.contestant for result in (*old.results, *new.results)]):
             was, now = _result(old, name), _result(new, name)
             if was is None or now is None:
@@ -137,10 +137,10 @@ def compare(before: Report, after: Report) -> Comparison:
                 continue
             ratio = unpaired(was.timing, now.timing) if was.timing and now.timing else None
             relative = (against_baseline(old, name, before.baseline), against_baseline(new, name, after.baseline))
-            rows.append(Row(label, name, was, now, old.case.batch, ratio, relative))
+            rows.append(Row(label, name, was, now, old.batch, ratio, relative))
     only += [f"only in the {file}: {name} in {'; '.join(labels)}" for (name, file), labels in alone.items()]
     if not rows:
-        have = [", ".join(_label(report.case) for report in reports.values()) for reports in (first, second)]
+        have = [", ".join(_label(report) for report in reports.values()) for reports in (first, second)]
         raise UsageError(f"no case in common: the first has {have[0]}; the second has {have[1]}")
     devices = {provenance.device_name(report.provenance) for report in (before, after)}
     differences = tuple(_differences(before.provenance, after.provenance))

@@ -14,7 +14,7 @@ from rich.text import Text
 from resnet_fused.bench import cost
 from resnet_fused.bench.cost import Cost
 from resnet_fused.dispatch.conv import ConvShape
-from resnet_fused.measure.cases import Case
+from resnet_fused.measure.cases import Asked, Case
 from resnet_fused.measure.network import Network, build, describe
 
 # (bytes/s, 16 bit floating-point operations/s) that good kernels reach: HBM's specified rate, and dense matrix products
@@ -60,7 +60,7 @@ class Roofline:
         return {**{name: case[name] for name in ("model", "mode", "batch", "dtype")}, "schemes": schemes}
 
 
-def rooflines(model: str, cases: Iterable[tuple[str, int, str]], image_size: int = 224) -> list[Roofline]:
+def rooflines(model: str, cases: Iterable[Asked], image_size: int = 224) -> list[Roofline]:
     """The cost model of (mode, batch, dtype) cases of a model, by name.
 
     Raises:

@@ -8,7 +8,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,24 +24,35 @@ from resnet_fused._command import (
     seconds,
 )
 from resnet_fused.cli.output import PROGRAM, complain, show
+from resnet_fused.measure.cases import DTYPES, MODES, Asked, Case, Dtype
 
 DEFAULT_MODEL, REHEARSED_MODEL = "resnet50", "resnet18"
-DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
+DEFAULT_CASES: tuple[Asked, ...] = (
+    ("infer", 1, "fp32"),
+    ("infer", 8, "fp32"),
+    ("infer", 8, "bf16"),
+    ("train", 4, "fp32"),
+)
 DEFAULT_BUDGET_S = 240.0
-GPU_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"), ("infer", 32, "bf16"), ("infer", 1, "bf16"))
+GPU_CASES: tuple[Asked, ...] = (
+    ("infer", 256, "bf16"),
+    ("train", 256, "bf16"),
+    ("infer", 32, "bf16"),
+    ("infer", 1, "bf16"),
+)
 GPU_BUDGET_S = 570.0  # with the tuning: a first run ends within ten minutes
 TUNE_S = 180.0
 WIDTH = 120  # columns of the widest table
-REHEARSED, REHEARSED_SIZE = (("infer", 2, "bf16"), ("train", 2, "bf16")), 64  # a GPU's stages on a CPU
+REHEARSED: tuple[Asked, ...] = (("infer", 2, "bf16"), ("train", 2, "bf16"))  # a GPU's stages on a CPU
+REHEARSED_SIZE = 64
 RESULTS = Path("benchmarks/results")
 GENERATED = Path("generated JPEGs")
-ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
+ROOFLINE_CASES: tuple[Asked, ...] = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
 def register(commands: Any) -> None:
     """Add the subcommand to argparse's `commands`."""
     from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
-    from resnet_fused.measure.cases import DTYPES, MODES
 
     bench = commands.add_parser(
         "bench",
@@ -195,22 +206,20 @@ def _model(arguments: argparse.Namespace) -> str:
     return arguments.model or (REHEARSED_MODEL if arguments.rehearse else DEFAULT_MODEL)
 
 
-def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
+def _chosen_cases(arguments: argparse.Namespace) -> tuple[Asked, ...]:
     """The cases that --mode, --batch and --dtype name; none without any of them."""
-    from resnet_fused.measure import cases
-
     if not (arguments.mode or arguments.batch or arguments.dtype):
         return ()
-    modes = choose_many(arguments.mode or "infer", cases.MODES, "mode")
+    modes = choose_many(arguments.mode or "infer", MODES, "mode")
     batches = positive_integers(arguments.batch or "1,8", "--batch")
-    dtypes = choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
+    dtypes: tuple[Dtype, ...] = choose_many(arguments.dtype or "fp32", get_args(Dtype), "dtype")
     return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
 
 
 def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Check every choice before anything is built; raises UsageError."""
     from resnet_fused.bench import contestants, loader, run
-    from resnet_fused.measure import cases, models, network
+    from resnet_fused.measure import models, network
 
     device = resolve_device(arguments.device)
     models.check(_model(arguments))
@@ -263,7 +272,7 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     network.check_size(_model(arguments), size)
     return run.Options(
         model=_model(arguments),
-        cases=tuple(cases.Case(_model(arguments), *case, str(device), size) for case in chosen),
+        cases=tuple(Case(_model(arguments), *case, str(device), size) for case in chosen),
         device=device,
         contestants=entrants,
         images=arguments.images,

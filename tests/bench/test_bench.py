@@ -326,7 +326,7 @@ def test_a_run_checks_and_times_every_contestant(tiny_report):
     assert [result.contestant for result in infer.results] == ["eager", BASELINE, "fused", "frozen"]
     assert [result.contestant for result in train.results] == ["eager", BASELINE, "fused"]
     for case in (infer, train):
-        assert case.rounds == 3 and case.flops > 0
+        assert case.rounds == 3 and case.flops_per_step > 0
         for result in case.results:
             assert result.status == "ok", result.reason
             assert len(result.timing.samples_ms) == 3 and case.images_per_s(result) > 0

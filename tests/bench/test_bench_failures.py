@@ -204,7 +204,7 @@ def test_no_roof_and_no_count_of_operations_leave_the_times(monkeypatch, capsys)
     assert found["roof_flops_per_s"] is None and found["flops_per_step"] is None
     assert all(result["images_per_s"] > 0 and result["flops_per_s"] is None for result in found["results"])
     assert "1.00x" in capsys.readouterr().out
-    assert schema.load(run.Path("b.json")).cases[0].flops is None
+    assert schema.load(run.Path("b.json")).cases[0].flops_per_step is None
 
 
 # stages

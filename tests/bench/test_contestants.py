@@ -10,18 +10,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import recorded
 import torch
 import torchvision
 from rich.console import Console
 
 from resnet_fused.bench import correctness, schema, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, other_runtimes
-from resnet_fused.bench.results import CaseReport, Report, Result
 from resnet_fused.bench.runner import Runner
-from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import Case, Unavailable
-from resnet_fused.measure.roof import Roof
-from resnet_fused.measure.timing import Timing
 from resnet_fused.ops import onednn
 from resnet_fused.training import cuda_graph
 
@@ -92,11 +89,9 @@ def test_int8_is_near_the_plain_model_and_says_where_it_does_not_run(monkeypatch
 
 
 def test_int8_is_in_no_mean_and_the_table_says_what_it_is():
-    timing = Timing((2.0, 2.0))
-    float32 = [Result(name, "ok", errors=correctness.Errors(1e-7), timing=timing) for name in (BASELINE, "frozen")]
-    int8 = Result("frozen-int8", "ok", errors=correctness.Errors(2e-2), timing=Timing((1.0, 1.0)), agreement=0.5)
-    case = CaseReport(INFER, 1000, 2, (*float32, int8), Roof(1e9, 1e9))
-    report = Report("resnet18", BASELINE, provenance.collect(torch.device("cpu"), ""), (case,))
+    float32 = [recorded.result(name, 2.0, 2.0) for name in (BASELINE, "frozen")]
+    int8 = recorded.result("frozen-int8", 1.0, 1.0, errors=correctness.Errors(2e-2), agreement=0.5)
+    report = recorded.report(recorded.case(*float32, int8, batch=2))
     assert set(report.geometric_means("infer")) == {BASELINE, "frozen"}
     said = next(line for line in table.notes(report) if line.startswith("frozen-int8"))
     assert "50% in infer, batch 2, fp32" in said and "it is in no mean" in said

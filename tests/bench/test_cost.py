@@ -161,7 +161,13 @@ def test_the_command_prints_and_writes_it(tmp_path, capsys):
     path = tmp_path / "roofline.json"
     assert cli.main(["bench", "--roofline", "--model", "resnet18", "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    assert "layer2.0 " in out and "  downsample.0 " in out and "planned:" in out and "not measured" in out and "images/s" in out
+    assert (
+        "layer2.0 " in out
+        and "  downsample.0 " in out
+        and "planned:" in out
+        and "not measured" in out
+        and "images/s" in out
+    )
     cases = json.loads(path.read_text())["cases"]
     assert [case["mode"] for case in cases] == ["infer", "train"]
     eager = cases[0]["schemes"]["eager"]

@@ -99,7 +99,7 @@ def test_results_come_home_whole_or_not_at_all(rehearsed, tmp_path):
     home = root / "benchmarks/results/nvidia-test-1"
     (result,) = home.glob("*.json")
     report = schema.load(result)
-    assert [case.case.mode for case in report.cases] == ["infer", "train"] and report.loader
+    assert [case.mode for case in report.cases] == ["infer", "train"] and report.loader
     assert "gpu_run_" not in report.provenance["command"]  # a folder that is gone
     assert tables.read(root / "resnet_fused/dispatch/tables/nvidia-test-1.json").verified
     (folder,) = home.glob("gpu-run-*")
