@@ -11,13 +11,11 @@ from rich.markup import escape
 
 from resnet_fused._command import one_line
 from resnet_fused.bench import compare, profile, schema
-from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, PROFILED
 from resnet_fused.bench.results import Report
 from resnet_fused.bench.run import Options
 from resnet_fused.measure import models, network, provenance
 from resnet_fused.measure.progress import Reporter
-
-PROFILED = (BASELINE, "fused", "frozen")  # the others are the same ops, or not ours
 
 
 def compare_files(paths: Sequence[Path], out: Console) -> int:

@@ -47,6 +47,16 @@ REHEARSED: tuple[Asked, ...] = (("infer", 2, "bf16"), ("train", 2, "bf16"))  # a
 REHEARSED_SIZE = 64
 RESULTS = Path("benchmarks/results")
 GENERATED = Path("generated JPEGs")
+# What else can be done than to race, and the options that it reads: each other one is refused, not ignored.
+CASES = {"model", "mode", "batch", "dtype"}
+READS = {
+    "compare": set(),
+    "roofline": {*CASES, "image_size", "json"},
+    "profile": {*CASES, "image_size", "device", "contestants", "backend", "seed", "json", "chart", "no_images"},
+    "check": {"device", "backend", "tune", "rounds", "budget", "seed", "no_images"},
+    "rehearse": {*CASES, "contestants", "backend", "tune", "budget", "seed", "json", "chart"}
+    | {"images", "no_images", "loader", "workers"},
+}
 ROOFLINE_CASES: tuple[Asked, ...] = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
@@ -115,7 +125,7 @@ def register(commands: Any) -> None:
     )
     only("--profile", action="store_true", help="where a step's time goes, layer by layer, and the least it could be")
     only("--roofline", action="store_true", help="measure nothing: count bytes and FLOP layer by layer")
-    bench.set_defaults(function=run)
+    bench.set_defaults(function=run, default=bench.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -131,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
+    _refuse_ignored(arguments)
     out = Console()
     out.width = max(out.width, WIDTH)  # a narrower terminal wraps what it cannot show, rich would cut it
     if arguments.roofline:
@@ -163,6 +174,19 @@ def run(arguments: argparse.Namespace) -> int:
         ("--chart", arguments.chart, lambda path: chart.save(report, path)),
         ("--record", arguments.record, lambda folder: schema.record(report, folder)),
     )
+
+
+def _refuse_ignored(arguments: argparse.Namespace) -> None:
+    """Raise UsageError where an option was given that what is to be done does not read."""
+    instead = next((name for name in READS if getattr(arguments, name)), None)
+    if instead is None:
+        return
+    given = [name for name, value in vars(arguments).items() if value != arguments.default(name)]
+    ignored = [name for name in given if name not in {*READS[instead], instead, "command", "argv"}]
+    if ignored:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        read = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in READS[instead])) or "no option"
+        raise UsageError(f"--{instead} does not read {options}; it reads {read}")
 
 
 def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
@@ -229,7 +253,8 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         name for name, one in contestants.CONTESTANTS.items() if one.by_default and (one.graphed or graphs)
     )
     if arguments.contestants:
-        entrants = choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
+        known = contestants.PROFILED if arguments.profile else contestants.CONTESTANTS
+        entrants = choose_many(arguments.contestants, known, "contestant")
     size = positive_integer(arguments.image_size, "--image-size")
     rounds = positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
     chosen, as_on_gpu = _chosen_cases(arguments), device.type == "cuda" or arguments.rehearse
@@ -261,8 +286,6 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     if arguments.workers and not arguments.loader:
         raise UsageError(f"--workers {arguments.workers} goes with --loader, which was not given")
     if arguments.loader:
-        if arguments.profile or arguments.check:
-            raise UsageError("--loader cannot be combined with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
             raise UsageError("--loader measures training, and no case does: add --mode train")
         workers = positive_integer(arguments.workers, "--workers") if arguments.workers else None
@@ -276,7 +299,7 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         device=device,
         contestants=entrants,
         images=arguments.images,
-        pictures=not arguments.no_images,
+        pictures=not (arguments.no_images or arguments.check),
         loader=source,
         rounds=rounds,
         budget_s=budget,

@@ -19,7 +19,8 @@ from resnet_fused.measure.cases import Case, Unavailable
 from resnet_fused.measure.progress import Silent
 
 CPU = torch.device("cpu")
-BENCH = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu", "--rounds", "1", "--no-images"]
+SMALL = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu"]
+BENCH, PROFILE = [*SMALL, "--rounds", "1", "--no-images"], [*SMALL, "--profile"]
 TINY = [*BENCH, "--contestants", "fused"]
 GB = 10**9
 
@@ -281,7 +282,7 @@ def test_a_chart_or_a_record_that_fails_leaves_table_and_json(monkeypatch, capsy
 def test_a_profile_of_a_contestant_or_a_case_that_fails(monkeypatch, capsys):
     stub(monkeypatch, "frozen", crashes, modes=("infer",))
     monkeypatch.setattr(profile, "roofs", lambda case: (1e10, 1e11))
-    arguments = [*BENCH, "--profile", "--batch", "2,100000000", "--json", "p.json", "--chart", "p.png"]
+    arguments = [*PROFILE, "--batch", "2,100000000", "--json", "p.json", "--chart", "p.png"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "failed frozen: MemoryError (infer, batch 2, fp32)" in out and "wrote p.png" in out and "of roof" in out
@@ -294,7 +295,7 @@ def test_a_profile_of_a_contestant_or_a_case_that_fails(monkeypatch, capsys):
         raise RuntimeError("no kernels in this dtype")
 
     monkeypatch.setattr(profile, "roofs", no_roofs)
-    assert cli.main([*BENCH, "--profile", "--batch", "2", "--chart", "q.png"]) == 2
+    assert cli.main([*PROFILE, "--batch", "2", "--chart", "q.png"]) == 2
     captured = capsys.readouterr()
     assert "failed fused: RuntimeError: no kernels" in captured.out
     assert "--chart q.png: there is nothing to draw" in captured.err
