@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from resnet_fused._command import one_line
 from resnet_fused.bench import cost, kernel_times
 from resnet_fused.bench.contestants import CONTESTANTS
 from resnet_fused.bench.cost import HEAD, STEM
-from resnet_fused.bench.kernel_times import Kernel
+from resnet_fused.bench.kernel_times import STEP, Kernel
 from resnet_fused.bench.runner import Runner
 from resnet_fused.measure import memory, roof
 from resnet_fused.measure.cases import Case
@@ -29,7 +29,7 @@ from resnet_fused.measure.network import Network
 from resnet_fused.measure.timing import clock_for
 
 STEPS, WARM_UP = 3, 2
-SCOPE, STEP = "layer: ", "one step"
+SCOPE = "layer: "
 BACKWARD = "autograd::engine::evaluate_function: "
 OPTIMIZER, OTHER = "optimizer", "other"
 REPLACED = ("frozen", "frozen-int8")  # their modules are not the model's: only their kernels can be told
@@ -205,21 +205,12 @@ def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profi
     for _ in range(WARM_UP):
         runner.step_by_step()
     alone_ms = sorted(clock(runner.step_by_step) for _ in range(STEPS))[STEPS // 2]
-    if name in REPLACED:
-        return Profiled(name, alone_ms, (), "eager", kernel_times.measure(runner.step_by_step, device, STEPS))
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _scopes(runner.module, blocks | alone):
+    on_gpu, seen = device.type == "cuda", name not in REPLACED
+    with _scopes(runner.module, blocks | alone if seen else set()):
         runner.step_by_step()
-        with profile(activities=activities, acc_events=True) as profiler:
-            for _ in range(STEPS):
-                with record_function(STEP):
-                    runner.step_by_step()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-    events = profiler.events()
-    pieces = attribute(events, blocks, alone, on_gpu, STEPS)
-    ran = kernel_times.kernels(events, on_gpu, STEPS)
+        profiler = kernel_times.record(runner.step_by_step, device, STEPS)
+    pieces = attribute(profiler.events(), blocks, alone, on_gpu, STEPS) if seen else ()
+    ran = kernel_times.kernels(profiler.key_averages(), on_gpu, STEPS)
     return Profiled(name, alone_ms, pieces, SCHEMES.get(name, "eager"), ran)
 
 

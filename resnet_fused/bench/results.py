@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import statistics
 from typing import Any, Literal
 
 from resnet_fused import _records
@@ -83,15 +83,26 @@ class CaseReport(Case):
         """What was to be measured."""
         return Case(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Case)})
 
+    def result(self, contestant: str) -> Result | None:
+        """Of a contestant, if it took part."""
+        return next((result for result in self.results if result.contestant == contestant), None)
+
+    def timing(self, contestant: str) -> Timing | None:
+        """Of a contestant, if it has one."""
+        result = self.result(contestant)
+        return result.timing if result else None
+
     def speedup(self, result: Result, baseline: str) -> float | None:
         """Median time of the baseline over that of `result`; None where one of them has no speed."""
-        base = next((r.timing for r in self.results if r.contestant == baseline), None)
+        base = self.timing(baseline)
         return base.p50 / result.timing.p50 if base and result.timing else None
 
     def saved_ratio(self, result: Result, baseline: str) -> float | None:
         """Saved bytes over those of the baseline; None in inference."""
-        base = next((r.saved for r in self.results if r.contestant == baseline), None)
-        return result.saved.bytes / base.bytes if base and base.bytes and result.saved else None
+        base = self.result(baseline)
+        return (
+            result.saved.bytes / base.saved.bytes if base and base.saved and base.saved.bytes and result.saved else None
+        )
 
     def images_per_s(self, result: Result) -> float | None:
         return self.batch / result.timing.p50 * 1e3 if result.timing else None
@@ -126,13 +137,13 @@ class Report:
 
         Of float arithmetic only: a quantised contestant computes something else.
         """
-        logs: dict[str, list[float]] = {}
+        speedups: dict[str, list[float]] = {}
         for report in self.cases:
             for result in report.results if report.mode == mode else ():
                 speedup = report.speedup(result, self.baseline)
                 if speedup and not result.quantised:
-                    logs.setdefault(result.contestant, []).append(math.log(speedup))
-        return {name: (math.exp(sum(values) / len(values)), len(values)) for name, values in logs.items()}
+                    speedups.setdefault(result.contestant, []).append(speedup)
+        return {name: (statistics.geometric_mean(values), len(values)) for name, values in speedups.items()}
 
     @property
     def interrupted(self) -> bool:
