@@ -16,7 +16,7 @@ from resnet_fused.bench import chart, images, profile, results, run, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
 from resnet_fused.bench.correctness import FLOORS, Errors, breach, errors_of, max_error, norm_error
 from resnet_fused.bench.runner import Outcome, Runner, reference
-from resnet_fused.measure import cases, memory, models, provenance, roof
+from resnet_fused.measure import cases, memory, models, network, provenance, roof
 from resnet_fused.measure import timing as harness
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Silent
@@ -239,11 +239,12 @@ def test_peak_memory_sees_a_temporary():
     assert 0.9 * size < peak < 1.5 * size and small < 0.2 * size
 
 
-def test_flops_are_the_known_ones():
-    model = models.create("resnet50")
-    forward = roof.flops(model, Case("resnet50", "infer", 2, "fp32", "cpu"))
-    assert forward == pytest.approx(2 * 2 * 4.089e9, rel=1e-3)
-    both = roof.flops(model, Case("resnet50", "train", 1, "fp32", "cpu"))
+@pytest.mark.parametrize("name,products", [("resnet50", 4.089e9), ("resnext50_32x4d", 4.230e9)])
+def test_flops_are_the_known_ones(name, products):
+    model = network.build(name)
+    forward = roof.flops(model, Case(name, "infer", 2, "fp32", "cpu"))
+    assert forward == pytest.approx(2 * 2 * products, rel=1e-3)
+    both = roof.flops(model, Case(name, "train", 1, "fp32", "cpu"))
     assert 2.8 < both / (forward / 2) < 3.0  # dgrad and wgrad, but no dgrad for the images
 
 
