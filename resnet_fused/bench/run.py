@@ -293,7 +293,8 @@ class _Race:
             runner.step_by_step()
             peak = meter.peak(runner.step_by_step)  # a graph's memory is shared, so nobody's
             runner.warm_up()
-            saved = Saved(_saved_bytes(runner)) if case.mode == "train" else None
+            own = [*runner.module.parameters(), *runner.module.buffers()]
+            saved = Saved(saved_bytes(runner.loss, own)) if case.mode == "train" else None
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
@@ -339,10 +340,6 @@ def _loaded(
         rounds=options.rounds or loader.ROUNDS,
         on_round=lambda done: reporter.detail(f"round {done}"),
     )
-
-
-def _saved_bytes(runner: Runner) -> int:
-    return saved_bytes(runner.loss, [*runner.module.parameters(), *runner.module.buffers()])
 
 
 def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:

@@ -49,6 +49,25 @@ def stub(monkeypatch, name, prepare, **about):
     return name
 
 
+def judging(monkeypatch, first):
+    """Call `first(case)` before each float64 reference."""
+    real = run.reference
+
+    def reference(model, case, *rest):
+        first(case)
+        return real(model, case, *rest)
+
+    monkeypatch.setattr(run, "reference", reference)
+
+
+def raises_in_training(error):
+    def first(case):
+        if case.mode == "train":
+            raise error
+
+    return first
+
+
 def statuses(report):
     return [{result.contestant: result.status for result in case.results} for case in report.cases]
 
@@ -93,14 +112,8 @@ def test_activations_are_estimated_before_anything_runs(mode, monkeypatch):
 
 
 def test_a_case_whose_reference_fails_fails_alone(monkeypatch):
-    real = run.reference
-
-    def reference(model, case, *rest):
-        if case.mode == "train":
-            raise ValueError("Expected more than 1 value per channel\nwhen training")
-        return real(model, case, *rest)
-
-    monkeypatch.setattr(run, "reference", reference)
+    refused = ValueError("Expected more than 1 value per channel\nwhen training")
+    judging(monkeypatch, raises_in_training(refused))
     report = run.run(options(case("train"), case()), Silent())
     assert statuses(report) == [dict.fromkeys(("eager", BASELINE, "fused"), s) for s in ("failed", "ok")]
     assert report.cases[0].results[0].reason == "ValueError: Expected more than 1 value per channel"
@@ -305,14 +318,7 @@ def test_a_profile_of_a_contestant_or_a_case_that_fails(monkeypatch, capsys):
 
 
 def test_ctrl_c_shows_and_writes_what_was_measured(monkeypatch, capsys):
-    real = run.reference
-
-    def reference(model, case, *rest):
-        if case.mode == "train":
-            raise KeyboardInterrupt
-        return real(model, case, *rest)
-
-    monkeypatch.setattr(run, "reference", reference)
+    judging(monkeypatch, raises_in_training(KeyboardInterrupt()))
     assert cli.main([*TINY, "--mode", "infer,train", "--batch", "2", "--json", "b.json"]) == 130
     assert "left out train, batch 2, fp32: interrupted" in capsys.readouterr().out
     data = json.loads(open("b.json").read())
@@ -322,13 +328,12 @@ def test_ctrl_c_shows_and_writes_what_was_measured(monkeypatch, capsys):
 
 
 def test_what_was_measured_is_on_the_disk_before_the_next_case_begins(monkeypatch):
-    real, seen = run.reference, []
+    seen = []
 
-    def reference(model, case, *rest):
+    def look(case):
         seen.append(len(json.loads(open("b.json").read())["cases"]) if os.path.exists("b.json") else 0)
-        return real(model, case, *rest)
 
-    monkeypatch.setattr(run, "reference", reference)
+    judging(monkeypatch, look)
     assert cli.main([*TINY, "--batch", "1,2,3", "--json", "b.json"]) == 0
     assert seen == [0, 1, 2]
 
