@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -242,25 +244,16 @@ def attribute(events: Iterable[Any], blocks: set[str], alone: set[str], on_gpu: 
     """The profiler's events as pieces: their own time without that of the ops they call, summed by place and kind."""
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     events.sort(key=lambda event: event.time_range.start)
-    first, last = _middle(events, blocks)
+    begun = list(_begun(events, blocks))
     forward: dict[int, tuple[str, str | None]] = {}
     lines = {id(event): list(_ancestors(event)) for event in events}
 
     def place(event: Any) -> tuple[str, str | None]:
         line = lines[id(event)]
-        scopes = [one.name.removeprefix(SCOPE) for one in line if one.name.startswith(SCOPE)]
-        where = next((name for name in scopes if name in blocks), None)
-        layer = next((name for name in scopes if name in alone), None)
-        if where is None:
-            step = next((i for i, one in enumerate(reversed(line)) if one.name == STEP), None)
-            begin = line[-1].time_range.start
-            if step is None:
-                where = OTHER
-            elif layer is not None or event.time_range.start < first.get(begin, 0):
-                where = STEM
-            else:
-                where = HEAD if event.time_range.start >= last.get(begin, 0) else OTHER
-        return where, layer
+        layer = next((name for one in line if (name := one.name.removeprefix(SCOPE)) in alone), None)
+        if line[-1].name != STEP:
+            return OTHER, layer
+        return begun[bisect(begun, event.time_range.start, key=itemgetter(0)) - 1][1], layer
 
     sums: dict[tuple[str, str | None, str, bool], float] = defaultdict(float)
     for event in events:
@@ -293,16 +286,14 @@ def _ancestors(event: Any) -> Iterator[Any]:
         event = event.cpu_parent
 
 
-def _middle(events: list[Any], blocks: set[str]) -> tuple[dict[float, float], dict[float, float]]:
-    """By the start of each step: when its first block begins and its last one ends."""
-    first: dict[float, float] = {}
-    last: dict[float, float] = {}
+def _begun(events: Iterable[Any], blocks: set[str]) -> Iterator[tuple[float, str]]:
+    """(when it begins, place) in the order of the forward; behind a block the head begins, if no other block does."""
     for event in events:
-        if event.name.startswith(SCOPE) and event.name.removeprefix(SCOPE) in blocks:
-            (*_, step) = _ancestors(event)
-            first.setdefault(step.time_range.start, event.time_range.start)
-            last[step.time_range.start] = event.time_range.end
-    return first, last
+        if event.name == STEP:
+            yield event.time_range.start, STEM
+        elif (name := event.name.removeprefix(SCOPE)) in blocks:
+            yield event.time_range.start, name
+            yield event.time_range.end, HEAD
 
 
 def _kind(line: list[Any]) -> str:
