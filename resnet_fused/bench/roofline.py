@@ -14,8 +14,9 @@ from rich.text import Text
 from resnet_fused.bench import cost
 from resnet_fused.bench.cost import Cost
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.measure import network
 from resnet_fused.measure.cases import Asked, Case
-from resnet_fused.measure.network import Network, build, describe
+from resnet_fused.measure.network import Network
 
 # (bytes/s, 16 bit floating-point operations/s) that good kernels reach: HBM's specified rate, and dense matrix products
 # at the clock the power limit leaves.
@@ -66,12 +67,12 @@ def rooflines(model: str, cases: Iterable[Asked], image_size: int = 224) -> list
     Raises:
         UsageError: no such model, or one that is no ResNet; Triton is not installed.
     """
-    plain = build(model)
-    network = describe(plain, image_size)
+    plain = network.build(model)
+    described = network.describe(plain, image_size)
     found = []
     for mode, batch, dtype in cases:
         case = Case(model, mode, batch, dtype, "meta", image_size)
-        found.append(Roofline(case, network, cost.costs(plain, network, case)))
+        found.append(Roofline(case, described, cost.costs(plain, described, case)))
     return found
 
 

@@ -232,6 +232,7 @@ def test_bench_records_compares_and_checks(tmp_path, capsys, monkeypatch):
     assert cli.main(check) == 0 and "nothing lost since" in capsys.readouterr().out
     options = asked[-1]
     assert options.contestants == (BASELINE, "fused") and options.rounds == 3 and options.budget_s is None
+    assert not options.pictures  # which nobody would see
     assert options.cases == tuple(case.case for case in usual().cases)
     measured(now(9.0, 9.1, 8.9))
     assert cli.main(check) == 1 and "lost resnet18, infer, batch 4, fp32: fused was 1.25x" in capsys.readouterr().out
