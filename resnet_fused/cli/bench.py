@@ -141,7 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
-    _refuse_ignored(arguments)
+    refuse_ignored(arguments)
     out = Console()
     out.width = max(out.width, WIDTH)  # a narrower terminal wraps what it cannot show, rich would cut it
     if arguments.roofline:
@@ -176,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
 
 
-def _refuse_ignored(arguments: argparse.Namespace) -> None:
+def refuse_ignored(arguments: argparse.Namespace) -> None:
     """Raise UsageError where an option was given that what is to be done does not read."""
     instead = next((name for name in READS if getattr(arguments, name)), None)
     if instead is None:
