@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from resnet_fused import fuse, use_backend
-from resnet_fused._command import UsageError
 from resnet_fused.dispatch import choice, device
 from resnet_fused.inference.conv import FrozenConv
 from resnet_fused.inference.network import freeze_network, observe, prepare
@@ -72,12 +71,11 @@ def costs(model: nn.Module, network: Network, case: Case) -> dict[str, list[Cost
         network: its description.
         case: the batch, dtype and image size, and the mode: forward, or forward and backward.
 
-    Raises:
-        UsageError: Triton is not installed, whose kernels are what is planned.
+    Returns:
+        Of every scheme; without Triton, whose kernels are what is planned, of eager PyTorch alone.
     """
-    if importlib.util.find_spec("triton") is None:
-        raise UsageError("the cost model traces a network on our Triton kernels: it needs triton, not installed here")
-    return {scheme: _step(model, network, case, backend) for scheme, backend in SCHEMES[case.mode].items()}
+    traced = SCHEMES[case.mode] if importlib.util.find_spec("triton") else {"eager": None}
+    return {scheme: _step(model, network, case, backend) for scheme, backend in traced.items()}
 
 
 def total(costs: Iterable[Cost]) -> tuple[int, int]:
@@ -96,7 +94,7 @@ def _step(model: nn.Module, network: Network, case: Case, backend: str | None) -
     module = copy.deepcopy(model).train(training).to("meta", case.torch_dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.empty(case.batch, 3, case.image_size, case.image_size, dtype=case.torch_dtype, device="meta")
     x = x.contiguous(memory_format=torch.channels_last)
-    with _as_on_gpu(), use_backend(backend or "auto"), torch.set_grad_enabled(training):
+    with _as_on_gpu(backend), torch.set_grad_enabled(training):
         if backend is not None:
             module = fuse(module) if training else _frozen(module, x)
         with _Trace(module, network, case.batch) as trace:
@@ -107,8 +105,11 @@ def _step(model: nn.Module, network: Network, case: Case, backend: str | None) -
 
 
 @contextmanager
-def _as_on_gpu() -> Iterator[None]:
-    """What runs on tensors without memory is what would run on a GPU of `ARCH`, if nothing was tuned there."""
+def _as_on_gpu(backend: str | None) -> Iterator[None]:
+    """What runs on tensors without memory is what this backend would run on a GPU of `ARCH`, if nothing was tuned."""
+    if backend is None:
+        yield
+        return
     from resnet_fused import kernels
 
     choice.forget()
@@ -117,6 +118,7 @@ def _as_on_gpu() -> Iterator[None]:
             mock.patch.object(backends, "_unavailable", lambda backend, device_type: None),
             mock.patch.object(kernels, "refuse_device", lambda device: None),
             mock.patch.object(device, "_arch", lambda device: ARCH),
+            use_backend(backend),
         ):
             yield
     finally:

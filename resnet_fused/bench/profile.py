@@ -35,7 +35,6 @@ SCOPE = "layer: "
 BACKWARD = "autograd::engine::evaluate_function: "
 OPTIMIZER, OTHER = "optimizer", "other"
 REPLACED = ("frozen", "frozen-int8")  # their modules are not the model's: only their kernels can be told
-SCHEMES = {"fused": "planned"}  # whose bytes a contestant is held against; the others' are eager's
 # What an op is, by its name; the outermost op that is something decides, so that a copy inside a convolution is one.
 KINDS = (
     ("convolution", r"conv"),
@@ -178,7 +177,8 @@ def measure(
     failures: list[tuple[str, str]] = []
     for name in names:
         try:
-            found.append(_profile(model, network, case, name))
+            scheme = "planned" if name == "fused" and "planned" in costs else "eager"
+            found.append(_profile(model, network, case, name, scheme))
         except Exception as error:  # whatever a contestant raises is its result
             failures.append((name, one_line(error, kind=True)))
     whole, others = (tuple(p for p in found if (p.contestant in REPLACED) == it) for it in (False, True))
@@ -191,7 +191,7 @@ def roofs(case: Case) -> tuple[float, float]:
     return roof.copy_bandwidth(device), roof.measure(case.dtype, device).best
 
 
-def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profiled:
+def _profile(model: nn.Module, network: Network, case: Case, name: str, scheme: str) -> Profiled:
     memory.require(4 * case.batch * 3 * case.image_size**2)
     if torch.device(case.device).type == "cpu":
         memory.require(case.batch * case.torch_dtype.itemsize * memory.activations(model, case.mode, case.image_size))
@@ -213,7 +213,7 @@ def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profi
         profiler = kernel_times.record(runner.step_by_step, device, STEPS)
     pieces = attribute(profiler.events(), blocks, alone, on_gpu, STEPS) if seen else ()
     ran = kernel_times.kernels(profiler.key_averages(), on_gpu, STEPS)
-    return Profiled(name, alone_ms, pieces, SCHEMES.get(name, "eager"), ran)
+    return Profiled(name, alone_ms, pieces, scheme, ran)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resnet_fused._command import UsageError
 from resnet_fused.bench import cost
 from resnet_fused.bench.cost import Cost
 from resnet_fused.dispatch.conv import ConvShape
@@ -72,7 +73,10 @@ def rooflines(model: str, cases: Iterable[Asked], image_size: int = 224) -> list
     found = []
     for mode, batch, dtype in cases:
         case = Case(model, mode, batch, dtype, "meta", image_size)
-        found.append(Roofline(case, described, cost.costs(plain, described, case)))
+        costs = cost.costs(plain, described, case)
+        if "planned" not in costs:
+            raise UsageError("--roofline traces a network on our Triton kernels: it needs triton, not installed here")
+        found.append(Roofline(case, described, costs))
     return found
 
 

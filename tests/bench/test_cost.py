@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from networks import small_resnet
-from torch import nn
 
 from resnet_fused import cli
 from resnet_fused._command import UsageError
@@ -129,9 +129,16 @@ def test_the_model_is_left_as_it_is_and_so_is_what_runs_here():
 
 
 def test_without_triton_nothing_is_planned(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs triton"):
-        cost.costs(nn.Identity(), None, Case("", "infer", 1, "fp32", "cpu"))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else real(name, *rest)
+    )
+    monkeypatch.setitem(sys.modules, "resnet_fused.kernels", None)
+    model = network.build("resnet18")
+    found = cost.costs(model, network.describe(model, 32), Case("", "train", 2, "fp32", "cpu", 32))
+    assert list(found) == ["eager"] and cost.total(found["eager"])[1] > 0
+    with pytest.raises(UsageError, match="--roofline .* needs triton"):
+        roofline.rooflines("resnet18", [("infer", 2, "fp32")], 32)
 
 
 def test_the_command_prints_and_writes_it(tmp_path, capsys):
