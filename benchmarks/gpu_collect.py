@@ -107,5 +107,5 @@ def _lines(found: gpu_results.GpuRun, report: Report | None, written: list[Path]
     for name, run in found.reports.items():
         for case in run.cases:
             rates = [f"{r.contestant} {case.images_per_s(r):,.0f}" for r in case.results if r.timing]
-            yield f"- {name}, {case.case.label}: measured {', '.join(rates) or 'nothing'} images/s"
+            yield f"- {name}, {case.label}: measured {', '.join(rates) or 'nothing'} images/s"
     yield "then: make docs, and commit"

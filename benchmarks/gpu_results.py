@@ -106,9 +106,9 @@ def end_to_end(run: GpuRun) -> Report | None:
     return dataclasses.replace(
         first,
         provenance={**facts[0], "command": "; ".join(one["command"] for one in facts)},
-        cases=tuple(sorted(cases.values(), key=lambda case: (case.case.mode, -case.case.batch))),
+        cases=tuple(sorted(cases.values(), key=lambda case: (case.mode, -case.batch))),
         left_out=tuple(line for part in parts for line in part.left_out),
-        loader=tuple(row for part in parts for row in part.loader),
+        loader=tuple(row for part in parts for row in part.loader or ()),
     )
 
 

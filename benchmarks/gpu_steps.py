@@ -194,7 +194,13 @@ def steps() -> list[Step]:
         ),
         _ours("infer", {**infer, "--contestants": "compile,fused,frozen"}, 150, 60, {"--contestants": "fused,frozen"}),
         dataclasses.replace(
-            _ours("profile", {**both, "--profile": None, "--chart": "{work}/profile.png"}, 60, 30),
+            _ours(
+                "profile",
+                {**both, "--profile": None, "--chart": "{work}/profile.png", "--budget": "-"},
+                60,
+                30,
+                {"--rounds": "-"},
+            ),
             headline=r"^roof:|error:",
         ),
         _bench("max-autotune train", {**train, "--contestants": "compile-max-autotune"}, 240, 120),
@@ -214,7 +220,7 @@ def steps() -> list[Step]:
                 {"--benchmark-json": "{work}/{name}.json"},
                 150,
                 ("benchmarks",),
-                {"-k": "add_act and eager"},
+                {"-k": "stem and eager"},
                 "benchmarks",
             ),
             absent=lambda rehearse: _missing("pytest_benchmark"),

@@ -118,8 +118,8 @@ def _ratio(target: Target, ours: Result, theirs: Result) -> float | None:
 
 
 def _is(target: Target, case: CaseReport) -> bool:
-    c = case.case
-    return (c.model, c.mode, c.batch, c.dtype, c.image_size) == (MODEL, target.mode, target.batch, DTYPE, IMAGE_SIZE)
+    what = (case.model, case.mode, case.batch, case.dtype, case.image_size)
+    return what == (MODEL, target.mode, target.batch, DTYPE, IMAGE_SIZE)
 
 
 def _of(case: CaseReport, contestant: str) -> Result | None:

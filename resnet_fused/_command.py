@@ -11,10 +11,11 @@ import tempfile
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Name = TypeVar("Name", bound=str)
 FEW = 20  # choices that a message lists
 
 
@@ -33,16 +34,17 @@ def one_line(error: BaseException, kind: bool = False) -> str:
     return f"{name}: {text}" if kind and text else text or name
 
 
-def choose(value: str, choices: Iterable[str], what: str) -> str:
-    """Return `value` if it is one of `choices`.
+def choose(value: str, choices: Iterable[Name], what: str) -> Name:
+    """The one of `choices` that `value` is.
 
     Raises:
         UsageError: it is not; the message names close choices, or all of them when there are few.
     """
     choices = list(choices)
-    if value in choices:
-        return value
-    close = difflib.get_close_matches(value, choices, n=5, cutoff=0.5)
+    for choice in choices:
+        if choice == value:
+            return choice
+    close = difflib.get_close_matches(value, map(str, choices), n=5, cutoff=0.5)
     if close and len(choices) > 8:
         hint = f"did you mean {', '.join(close)}?"
     elif len(choices) <= FEW:
@@ -52,7 +54,7 @@ def choose(value: str, choices: Iterable[str], what: str) -> str:
     raise UsageError(f"unknown {what} {value!r}; {hint}")
 
 
-def choose_many(values: str | Iterable[str], choices: Iterable[str], what: str) -> tuple[str, ...]:
+def choose_many(values: str | Iterable[str], choices: Iterable[Name], what: str) -> tuple[Name, ...]:
     """Check each item, of a comma list where it is one; duplicates are dropped, the order is kept."""
     choices = list(choices)
     items = [item.strip() for item in (values.split(",") if isinstance(values, str) else values) if item.strip()]

@@ -115,7 +115,7 @@ def _summary(path: Path, report: Report) -> Iterator[str]:
     if absent:
         yield f"Unavailable there: {', '.join(f'`{name}`' for name in absent)}.\n"
     yield from _means(report)
-    yield from (f"{line[0].upper()}{line[1:]}." for line in loader.lines(report.loader))
+    yield from (f"{line[0].upper()}{line[1:]}." for line in loader.lines(report.loader or ()))
     yield f"\n![images per second by contestant, with the measured arithmetic roof]({image(path)})\n"
 
 
@@ -127,8 +127,8 @@ def _cell(case: CaseReport, result: Result, baseline: str) -> str:
 
 
 def _case(case: CaseReport) -> str:
-    size = f", {case.case.image_size} px" if case.case.image_size != 224 else ""
-    return f"{MODE[case.case.mode]}, batch {case.case.batch}, {case.case.dtype}{size}"
+    size = f", {case.image_size} px" if case.image_size != 224 else ""
+    return f"{MODE[case.mode]}, batch {case.batch}, {case.dtype}{size}"
 
 
 def _origin(report: Report) -> str:
@@ -164,7 +164,7 @@ def _chapter(path: Path, report: Report) -> Iterator[str]:
         yield f"The machine was busy when this began: load average {load:.1f}. Timings are noisy.\n"
     for case in report.cases:
         rounds = f"{case.rounds} rounds"
-        roof = f"; roof {case.roof.best / 1e9:.0f} GFLOP/s" if case.roof else ""
+        roof = f"; roof {case.roof_flops_per_s.best / 1e9:.0f} GFLOP/s" if case.roof_flops_per_s else ""
         yield f"### {_case(case).capitalize()}\n\n{rounds}{roof}.\n"
         yield f"| contestant | {COLUMNS} |"
         yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
@@ -176,7 +176,7 @@ def _chapter(path: Path, report: Report) -> Iterator[str]:
         for result in case.results:
             if result.status != "ok":
                 yield f"{result.contestant} is {result.status}: {result.reason}\n"
-    yield from (f"{line[0].upper()}{line[1:]}.\n" for line in loader.lines(report.loader))
+    yield from (f"{line[0].upper()}{line[1:]}.\n" for line in loader.lines(report.loader or ()))
     yield from (f"Left out: {line}\n" for line in report.left_out)
     yield from _means(report)
     yield f"\nPeak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}.\n"
@@ -189,7 +189,7 @@ def _chapter(path: Path, report: Report) -> Iterator[str]:
 
 
 def _cells(report: Report, case: CaseReport, result: Result) -> list[str]:
-    timing, rate = result.timing, case.flops_per_s(result)
+    timing, fraction = result.timing, case.roof_fraction(result)
     if timing is None:
         return [result.status] + ["-"] * 7
     own = result.contestant == report.baseline
@@ -201,7 +201,7 @@ def _cells(report: Report, case: CaseReport, result: Result) -> list[str]:
         "baseline" if own else str(ratio or "-"),
         f"{result.errors.logits:.1e}" if result.errors else "-",
         f"{result.peak_bytes / 1e6:.0f}" if result.peak_bytes is not None else "-",
-        f"{rate / case.roof.best:.0%}" if rate and case.roof else "-",
+        f"{fraction:.0%}" if fraction is not None else "-",
         f"{result.setup_s:.1f}" if result.setup_s is not None else "-",
     ]
 

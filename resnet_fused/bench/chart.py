@@ -71,18 +71,18 @@ def _panel(axis, case: CaseReport, baseline: str) -> None:  # type: ignore[no-un
     axis.set_yticks(positions, [result.contestant for result in case.results], fontsize=9)
     axis.invert_yaxis()
     top = max([*rates, 1e-9])
-    if case.roof and case.flops:
-        roof_rate = case.roof.best / case.flops * case.case.batch
+    if case.roof_flops_per_s and case.flops_per_step:
+        roof_rate = case.roof_flops_per_s.best / case.flops_per_step * case.batch
         if roof_rate < 3 * top:  # further away it would only squeeze the bars
             top = max(top, roof_rate)
             axis.axvline(roof_rate, color="#b03030", linestyle="--", linewidth=1)
-            label = f"measured roof: {case.roof.best / 1e9:.0f} GFLOP/s"
+            label = f"measured roof: {case.roof_flops_per_s.best / 1e9:.0f} GFLOP/s"
             above = axis.get_xaxis_transform()  # clear of the bars, beside the title
             axis.text(roof_rate, 1.01, label, fontsize=7, color="#b03030", ha="left", va="bottom", transform=above)
     for position, (rate, result) in enumerate(zip(rates, case.results, strict=True)):
         axis.text(rate + 0.01 * top, position, _label(case, result, rate, baseline), va="center", fontsize=9)
     axis.set_xlim(0, top * 1.22)
-    axis.set_title(case.case.label, loc="left", fontsize=10, fontweight="bold")
+    axis.set_title(case.label, loc="left", fontsize=10, fontweight="bold")
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(axis="x", labelsize=8)
 

@@ -56,17 +56,8 @@ def unpaired(slow: Timing, fast: Timing) -> Ratio:
 
 def against_baseline(report: CaseReport, contestant: str, baseline: str) -> Ratio | None:
     """The speed-up over the baseline within one run; None where one of them has no speed."""
-    base, own = _timing(report, baseline), _timing(report, contestant)
+    base, own = report.timing(baseline), report.timing(contestant)
     return paired(base, own) if base and own else None
-
-
-def _result(report: CaseReport, contestant: str) -> Result | None:
-    return next((result for result in report.results if result.contestant == contestant), None)
-
-
-def _timing(report: CaseReport, contestant: str) -> Timing | None:
-    result = _result(report, contestant)
-    return result.timing if result else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,29 +109,29 @@ def compare(before: Report, after: Report) -> Comparison:
     Raises:
         UsageError: there is none.
     """
-    first = {_key(report.case): report for report in before.cases}
-    second = {_key(report.case): report for report in after.cases}
+    first = {_key(report): report for report in before.cases}
+    second = {_key(report): report for report in after.cases}
     rows: list[Row] = []
     only: list[str] = []
     alone: dict[tuple[str, str], list[str]] = {}  # by contestant and file: the cases
     for key in dict.fromkeys([*first, *second]):
         if key not in first or key not in second:
-            label = _label((first if key in first else second)[key].case)
+            label = _label((first if key in first else second)[key])
             only.append(f"only in the {'first' if key in first else 'second'}: {label}")
             continue
         old, new = first[key], second[key]
-        label = _label(old.case)
+        label = _label(old)
         for name in dict.fromkeys([result.contestant for result in (*old.results, *new.results)]):
-            was, now = _result(old, name), _result(new, name)
+            was, now = old.result(name), new.result(name)
             if was is None or now is None:
                 alone.setdefault((name, "second" if was is None else "first"), []).append(label)
                 continue
             ratio = unpaired(was.timing, now.timing) if was.timing and now.timing else None
             relative = (against_baseline(old, name, before.baseline), against_baseline(new, name, after.baseline))
-            rows.append(Row(label, name, was, now, old.case.batch, ratio, relative))
+            rows.append(Row(label, name, was, now, old.batch, ratio, relative))
     only += [f"only in the {file}: {name} in {'; '.join(labels)}" for (name, file), labels in alone.items()]
     if not rows:
-        have = [", ".join(_label(report.case) for report in reports.values()) for reports in (first, second)]
+        have = [", ".join(_label(report) for report in reports.values()) for reports in (first, second)]
         raise UsageError(f"no case in common: the first has {have[0]}; the second has {have[1]}")
     devices = {provenance.device_name(report.provenance) for report in (before, after)}
     differences = tuple(_differences(before.provenance, after.provenance))
@@ -206,11 +197,3 @@ def _rate(result: Result, batch: int) -> Text | str:
     if not result.timing:
         return Text(result.status, style="red" if result.status == "failed" else "yellow")
     return f"{batch / result.timing.p50 * 1e3:.1f}"
-
-
-def title(report: Report) -> str:
-    """A result in a line."""
-    facts = report.provenance
-    commit = facts.get("commit")
-    where = f", commit {commit['sha'][:10]}{' + changes' if commit['dirty'] else ''}" if commit else ""
-    return f"{report.model} on {provenance.device_name(facts)}, torch {facts['torch']}{where}, {facts['date_utc'][:10]}"

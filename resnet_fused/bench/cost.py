@@ -1,371 +1,84 @@
-"""The cost model: bytes through memory and floating-point operations of every op of a step, by how far it is fused.
+"""The cost model: bytes through memory and floating-point operations of every op of a step, traced and not measured.
 
-An op reads each of its operands once and writes each of its results once; weights count once a step and use. Not
-counted: per-channel vectors, casts of weights, the optimiser. `docs/cost_model.md` explains the schemes.
+A step runs on tensors without memory. Every op that PyTorch dispatches, its own or ours, reads each of its operands
+once and writes each of its results once. `docs/cost_model.md` says what follows from that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import copy
+import importlib.util
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from resnet_fused import dispatch
-from resnet_fused.dispatch import Fusion, formulation
-from resnet_fused.measure.network import Block, Layer, Network
+from resnet_fused import fuse, use_backend
+from resnet_fused.dispatch import choice, device
+from resnet_fused.inference.conv import FrozenConv
+from resnet_fused.inference.network import freeze_network, observe, prepare
+from resnet_fused.inference.tail import Join
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.network import Network
+from resnet_fused.ops import backends
 
-MASK = 1 / 16  # a bit an element, in elements of 16 bit; scaled for other widths
-_, DGRAD, WGRAD = formulation.OPS
-INDEX_BYTES = 8  # of PyTorch's max pool
-SHORT_INDEX_BYTES = 1  # of ours
+STEM, HEAD = "stem", "head"
+ARCH = 90  # the GPU whose rules say what is fused
+# Of a mode, the degrees of fusion by the backend that runs what is fused; None is nothing. "cuda" has no convolutions.
+SCHEMES: dict[str, dict[str, str | None]] = {
+    "infer": {"eager": None, "planned": "triton"},
+    "train": {"eager": None, "pointwise": "cuda", "planned": "triton"},
+}
+# Leading operands that no kernel reads only once: a sum over all of them comes before the first result.
+READ_TWICE = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
+_TRAINING = 5  # the argument of `native_batch_norm`
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One op of one step: the block and the convolution it belongs to, bytes read and written, floating-point
-    operations (a multiply-add is two).
+    """One op of one step.
+
+    Attributes:
+        where: the residual block it belongs to, "stem" or "head".
+        layer: of an op that runs a convolution, or several, the first of them.
+        op: its name.
+        bytes: read and written.
+        flops: floating-point operations (a multiply-add is two).
     """
 
     where: str
-    layer: str
+    layer: str | None
     op: str
-    bytes: float
+    bytes: int
     flops: int = 0
 
 
-@dataclass(frozen=True)
-class Inference:
-    """How far an inference step is fused.
+def costs(model: nn.Module, network: Network, case: Case) -> dict[str, list[Cost]]:
+    """Every op of a step of the model, by scheme, in the order in which they run.
 
-    Attributes:
-        pointwise: batch norm, add and ReLU are one pass instead of one each; the join normalises the projection too.
-        layer: they are the convolution's epilogue.
-        block: a residual block is one kernel; so are the stem and its max pool, and the last block and the average
-            pool.
-        join: the projection shares the accumulator of the block's last convolution.
-        chain: up to this many channels wide, a block's 3x3, its last 1x1 and the first 1x1 of the next are one kernel.
+    Args:
+        model: plain, on any device; it is left as it is.
+        network: its description.
+        case: the batch, dtype and image size, and the mode: forward, or forward and backward.
+
+    Returns:
+        Of every scheme; without Triton, whose kernels are what is planned, of eager PyTorch alone.
     """
-
-    pointwise: bool = False
-    layer: bool = False
-    block: bool = False
-    join: bool = False
-    chain: int = 0
+    traced = SCHEMES[case.mode] if importlib.util.find_spec("triton") else {"eager": None}
+    return {scheme: _step(model, network, case, backend) for scheme, backend in traced.items()}
 
 
-@dataclass(frozen=True)
-class Training:
-    """How far a training step is fused.
-
-    Attributes:
-        pointwise: batch norm, add and ReLU are one pass each way (statistics and reductions are passes before it).
-        fusion: what is fused around every convolution; None is nothing.
-        arch: ask `dispatch.training` for that instead, for this architecture.
-        join_epilogue: the dgrad that makes the gradient of a block's output also adds what reaches it on the shortcut,
-            masks it and forms the sums of the batch norms behind it. With `arch`, where the plan says so, it forms the
-            sums and does not mask: between two autograd functions the gradient is what it is.
-        join_prologue: the first convolution of a block computes the output of the block before, and writes it.
-        stem: the stem's batch norm, ReLU and max pool are one pass each way.
-    """
-
-    pointwise: bool = False
-    fusion: Fusion | None = None
-    arch: int | None = None
-    join_epilogue: bool = False
-    join_prologue: bool = False
-    stem: bool = False
-
-    @property
-    def convolutions(self) -> bool:
-        """Whether something is fused around convolutions."""
-        return self.fusion is not None or self.arch is not None
-
-    def around(self, layer: Layer, dtype: torch.dtype) -> Fusion:
-        if self.arch is not None:
-            return dispatch.training(layer.shape, dtype, self.arch)
-        return self.fusion or Fusion(prologue=False, statistics=False, dgrad_epilogue=False)
-
-
-_SEPARATE = Fusion(prologue=True)
-_ALL = Fusion(prologue=True, dgrad_prologue=True)
-INFERENCE = {
-    "eager": Inference(),
-    "pointwise": Inference(pointwise=True),
-    "layer": Inference(layer=True),
-    "planned": Inference(layer=True, join=True, chain=128),
-    "ideal": Inference(block=True),
-}
-TRAINING = {
-    "eager": Training(),
-    "pointwise": Training(pointwise=True),
-    "statistics": Training(pointwise=True, fusion=_SEPARATE, join_epilogue=True),
-    "join": Training(pointwise=True, fusion=_ALL, join_epilogue=True, join_prologue=True),
-    "planned": Training(pointwise=True, arch=90, stem=True),
-    "ideal": Training(pointwise=True, fusion=_ALL, join_epilogue=True, join_prologue=True, stem=True),
-}
-
-
-class _Ledger:
-    """Collects costs, given in elements of an image; `weights` are those of the whole step."""
-
-    def __init__(self, batch: int, dtype: torch.dtype) -> None:
-        self.batch, self.dtype, self.width = batch, dtype, dtype.itemsize
-        self.mask = MASK * 2 / self.width
-        self.costs: list[Cost] = []
-
-    def add(
-        self, where: str, layer: Layer | None, op: str, elements: float, weights: float = 0, flops: int = 0
-    ) -> None:
-        moved = (elements * self.batch + weights) * self.width
-        self.costs.append(Cost(where, layer.name if layer else where, op, moved, flops * self.batch))
-
-    def convolve(self, where: str, op: str, layers: Sequence[Layer], elements: float) -> None:
-        """An op that runs these convolutions (one way), listed under the first of them, and moves so many elements."""
-        self.add(where, layers[0], op, elements, sum(x.weights for x in layers), sum(x.flops for x in layers))
-
-
-def inference(network: Network, scheme: Inference, batch: int, dtype: torch.dtype) -> list[Cost]:
-    """Every op of one inference step."""
-    ledger = _Ledger(batch, dtype)
-    stem = network.stem
-    if scheme.block and network.pooled is not None:
-        ledger.convolve("stem", "stem", [stem], stem.inputs + network.pooled)
-    else:
-        ledger.convolve("stem", "conv_fprop", [stem], stem.inputs + stem.outputs)
-        if network.pooled is None or not scheme.pointwise:  # else the max pool normalises what it reads
-            _inference_pointwise(ledger, "stem", stem, scheme)
-        if network.pooled is not None:
-            ledger.add("stem", stem, "max_pool", stem.outputs + network.pooled)
-    blocks = network.blocks
-    for before, block, after in zip((None, *blocks), blocks, (*blocks[1:], None), strict=False):
-        if scheme.block:
-            written = block.branch[-1].outputs if after else 0
-            ledger.convolve(block.name, "block", block.layers, block.branch[0].size + written)
-        else:
-            _inference_block(ledger, block, before, after, scheme)
-    _head(ledger, network, pooled=scheme.block)
-    return ledger.costs
-
-
-def _inference_pointwise(ledger: _Ledger, where: str, layer: Layer, scheme: Inference) -> None:
-    if scheme.pointwise:
-        ledger.add(where, layer, "bn_act", 2 * layer.outputs)
-    elif not scheme.layer:
-        ledger.add(where, layer, "batch_norm", 2 * layer.outputs)
-        ledger.add(where, layer, "relu", 2 * layer.outputs)
-
-
-def _chains(block: Block | None, width: int) -> bool:
-    """Whether the chain kernel takes the tail of `block`: a bottleneck with an identity shortcut, not too wide."""
-    return block is not None and len(block.branch) == 3 and block.shortcut is None and block.branch[1].shape.k <= width
-
-
-def _started(block: Block | None, before: Block | None, width: int) -> bool:
-    """Whether the chain kernel of the block before also computes the first convolution of `block`."""
-    if block is None or not _chains(before, width):
-        return False
-    shape = block.branch[0].shape
-    return (shape.r, shape.s, shape.stride, shape.groups) == (1, 1, (1, 1), 1) and shape.k <= width
-
-
-def _inference_block(
-    ledger: _Ledger, block: Block, before: Block | None, after: Block | None, scheme: Inference
-) -> None:
-    name, last, projection = block.name, block.branch[-1], block.shortcut
-    separate = [] if projection is None or scheme.join else [projection]
-    inner = list(block.branch[:-1])
-    if _started(block, before, scheme.chain):
-        inner = inner[1:]
-    chained = _chains(block, scheme.chain)
-    for layer in inner[:-1] if chained else inner:
-        ledger.convolve(name, "conv_fprop", [layer], layer.inputs + layer.outputs)
-        _inference_pointwise(ledger, name, layer, scheme)
-    for layer in separate:
-        ledger.convolve(name, "conv_fprop", [layer], layer.inputs + layer.outputs)
-        if not (scheme.layer or scheme.pointwise):
-            ledger.add(name, layer, "batch_norm", 2 * layer.outputs)
-    if chained:
-        merged = [*block.branch[1:], *(after.branch[:1] if after and _started(after, block, scheme.chain) else ())]
-        written = last.outputs + sum(layer.outputs for layer in merged[2:])
-        ledger.convolve(name, "conv_chain", merged, merged[0].inputs + last.outputs + written)
-    elif projection is not None and scheme.join:
-        ledger.convolve(name, "conv_join", [last, projection], last.inputs + projection.inputs + last.outputs)
-    else:
-        residual = last.outputs if scheme.layer else 0
-        ledger.convolve(name, "conv_fprop", [last], last.inputs + last.outputs + residual)
-    if scheme.pointwise:
-        ledger.add(name, last, "bn_add_act", 3 * last.outputs)
-    elif not scheme.layer:
-        for op, passes in (("batch_norm", 2), ("add", 3), ("relu", 2)):
-            ledger.add(name, last, op, passes * last.outputs)
-
-
-def _head(ledger: _Ledger, network: Network, pooled: bool = False, training: bool = False) -> None:
-    last = network.blocks[-1].branch[-1].outputs
-    weights, flops = network.features * network.classes, 2 * network.features * network.classes
-    if not pooled:
-        ledger.add("head", None, "average_pool", last + network.features)
-    ledger.add("head", None, "linear", network.features + network.classes, weights, flops)
-    if training:
-        ledger.add("head", None, "linear_backward", 2 * (network.features + network.classes), 2 * weights, 2 * flops)
-        ledger.add("head", None, "average_pool_backward", last + network.features)
-
-
-def training(network: Network, scheme: Training, batch: int, dtype: torch.dtype) -> list[Cost]:
-    """Every op of the forward and the backward of one training step."""
-    ledger = _Ledger(batch, dtype)
-    _training_stem(ledger, network, scheme)
-    blocks = network.blocks
-    for before, block, after in zip((None, *blocks), blocks, (*blocks[1:], None), strict=False):
-        _Step(ledger, block, before, after, scheme).forward_and_backward()
-    _head(ledger, network, training=True)
-    return ledger.costs
-
-
-def _training_stem(ledger: _Ledger, network: Network, scheme: Training) -> None:
-    stem, z = network.stem, network.stem.outputs
-    statistics = scheme.around(stem, ledger.dtype).statistics
-    ledger.convolve("stem", "conv_fprop", [stem], stem.inputs + z)
-    if not statistics:
-        ledger.add("stem", stem, "bn_stats", z)
-    if scheme.stem and network.pooled is not None:
-        pooled = network.pooled * (1 + SHORT_INDEX_BYTES / ledger.width)
-        ledger.add("stem", stem, "bn_act_max_pool", z + pooled)
-        ledger.add("stem", stem, "bn_act_max_pool_backward_reduce", z + pooled)
-        ledger.add("stem", stem, "bn_act_max_pool_backward_apply", 2 * z + pooled)
-    else:
-        ledger.add("stem", stem, "bn_apply", 2 * z)
-        if not scheme.pointwise:
-            ledger.add("stem", stem, "relu", 2 * z)
-            ledger.add("stem", stem, "relu_backward", 3 * z)
-        ledger.add("stem", stem, "bn_backward_reduce", 2 * z)
-        ledger.add("stem", stem, "bn_backward_apply", 3 * z)
-        if network.pooled is not None:
-            pooled = network.pooled * (1 + INDEX_BYTES / ledger.width)
-            ledger.add("stem", stem, "max_pool", z + pooled)
-            ledger.add("stem", stem, "max_pool_backward", z + pooled)
-    ledger.convolve("stem", WGRAD, [stem], stem.inputs + z)
-
-
-class _Step:
-    """The costs of one block in a training step."""
-
-    def __init__(
-        self, ledger: _Ledger, block: Block, before: Block | None, after: Block | None, scheme: Training
-    ) -> None:
-        self.ledger, self.block, self.before, self.after, self.scheme = ledger, block, before, after, scheme
-        self.fusions = {layer.name: scheme.around(layer, ledger.dtype) for layer in block.layers}
-        self.sum = block.branch[-1].outputs  # elements of the block's output
-        self.bits = self.sum * ledger.mask
-
-    def add(self, layer: Layer, op: str, elements: float) -> None:
-        self.ledger.add(self.block.name, layer, op, elements)
-
-    def convolve(self, op: str, layer: Layer, elements: float) -> None:
-        self.ledger.convolve(self.block.name, op, [layer], elements)
-
-    def forward_and_backward(self) -> None:
-        self._forward()
-        self._backward_of_the_join()
-        for i in reversed(range(len(self.block.branch))):
-            self._backward(i)
-        if self.block.shortcut is not None:
-            self._backward_of_a_convolution(self.block.shortcut, 0)
-
-    def _forward(self) -> None:
-        scheme, branch = self.scheme, self.block.branch
-        for layer in self.block.layers:
-            # The join's prologue reads what the pass would have read, and writes what it would have written.
-            written = scheme.join_prologue and self.before is not None and layer is branch[0]
-            self.convolve("conv_fprop", layer, (0 if written else layer.inputs) + layer.outputs)
-            if not self.fusions[layer.name].statistics:
-                self.add(layer, "bn_stats", layer.outputs)
-        for layer, consumer in zip(branch, branch[1:], strict=False):
-            if not self.fusions[consumer.name].prologue:
-                self.add(layer, "bn_apply", 2 * layer.outputs)
-            if not scheme.pointwise:
-                self.add(layer, "relu", 2 * layer.outputs)
-        if self.block.shortcut is not None and not scheme.convolutions:
-            self.add(self.block.shortcut, "bn_apply", 2 * self.sum)
-        if scheme.pointwise:
-            # Beside its own raw output the join reads the projection's, or the block's input.
-            self.add(branch[-1], "bn_apply", 3 * self.sum + self.bits)
-        else:
-            for op, passes in (("bn_apply", 2), ("add", 3), ("relu", 2)):
-                self.add(branch[-1], op, passes * self.sum)
-
-    def _backward_of_the_join(self) -> None:
-        scheme, last, shortcut = self.scheme, self.block.branch[-1], self.block.shortcut
-        behind = [last] if shortcut is None else [last, shortcut]
-        if not scheme.convolutions:
-            for layer in behind:
-                bits = self.bits if scheme.pointwise and layer is last else 0
-                self.add(layer, "bn_backward_reduce", 2 * self.sum + bits)
-                self.add(layer, "bn_backward_apply", 3 * self.sum + bits)
-            # Masked for the shortcut, which the first batch norm's pass may write.
-            self.add(last, "relu_backward", (1 if scheme.pointwise else 3) * self.sum)
-            self.add(self.block.branch[0], "add", 3 * self.block.branch[0].size)
-            return
-        # With the epilogue the dgrad behind this block has formed the sums and masked the gradient; see `_epilogue`.
-        formed = self.after is not None and self._forms_the_sums(self.after)
-        bits = 0.0 if formed and scheme.join_epilogue else self.bits
-        for layer in behind:
-            if not formed:
-                self.add(layer, "bn_backward_reduce", 2 * self.sum + bits)
-            if not self.fusions[layer.name].dgrad_prologue:
-                # Where their sums came with the gradient, both batch norms are one pass over it.
-                again = not (formed and scheme.arch is not None and layer is shortcut)
-                self.add(layer, "bn_backward_apply", 2 * self.sum + again * (self.sum + bits))
-
-    def _backward(self, i: int) -> None:
-        layer, scheme = self.block.branch[i], self.scheme
-        self._backward_of_a_convolution(layer, self._epilogue(i))
-        if i == 0:
-            return
-        before = self.block.branch[i - 1]
-        z = before.outputs
-        if not scheme.pointwise:
-            self.add(before, "relu_backward", 3 * z)
-        if not self.fusions[layer.name].dgrad_epilogue:
-            self.add(before, "bn_backward_reduce", 2 * z)
-        if not self.fusions[before.name].dgrad_prologue:
-            self.add(before, "bn_backward_apply", 3 * z)
-
-    def _forms_the_sums(self, block: Block) -> bool:
-        """Whether the dgrad of a block's first convolution forms the sums at the join of the block before."""
-        if self.scheme.arch is None:
-            return self.scheme.join_epilogue
-        return self.scheme.around(block.branch[0], self.ledger.dtype).dgrad_epilogue
-
-    def _epilogue(self, i: int) -> float:
-        """What the epilogue of a convolution's dgrad reads."""
-        if i > 0:
-            return self.block.branch[i - 1].outputs if self.fusions[self.block.branch[i].name].dgrad_epilogue else 0
-        if not self.scheme.convolutions:
-            return 0
-        x = self.block.branch[0].size
-        # What arrives on the shortcut: the sum's gradient and its mask, or what the projection's dgrad has written.
-        addend = x * (1 + (self.ledger.mask if self.block.shortcut is None else 0))
-        if self.before is None or not self._forms_the_sums(self.block):
-            return addend
-        # The mask and the raw outputs of the block before; with `join_epilogue` the addend has arrived masked.
-        raw = 1 if self.before.shortcut is None else 2
-        return (x if self.scheme.join_epilogue else addend) + x * (raw + self.ledger.mask)
-
-    def _backward_of_a_convolution(self, layer: Layer, epilogue: float) -> None:
-        fusion = self.fusions[layer.name]
-        gradient = layer.outputs * (2 if fusion.dgrad_prologue else 1)
-        # Nobody has kept the activation: the dgrad that reads its raw values writes it, or a pass.
-        activates = self.scheme.arch is not None and layer in self.block.branch[1:] and not fusion.prologue
-        beside = activates and fusion.dgrad_epilogue
-        self.convolve(DGRAD, layer, gradient + (2 if beside else 1) * layer.size + epilogue)
-        if activates and not beside:
-            self.add(layer, "bn_apply", 2 * layer.size)
-        self.convolve(WGRAD, layer, gradient + layer.inputs)
-
-
-def total(costs: Iterable[Cost]) -> tuple[float, int]:
+def total(costs: Iterable[Cost]) -> tuple[int, int]:
     """Bytes and floating-point operations together."""
     costs = list(costs)
     return sum(cost.bytes for cost in costs), sum(cost.flops for cost in costs)
@@ -374,3 +87,153 @@ def total(costs: Iterable[Cost]) -> tuple[float, int]:
 def seconds(costs: Iterable[Cost], bandwidth: float, flops_per_s: float) -> float:
     """The least time for these ops one after the other, each bound by bandwidth (bytes/s) or arithmetic."""
     return sum(max(cost.bytes / bandwidth, cost.flops / flops_per_s) for cost in costs)
+
+
+def _step(model: nn.Module, network: Network, case: Case, backend: str | None) -> list[Cost]:
+    training = case.mode == "train"
+    module = copy.deepcopy(model).train(training).to("meta", case.torch_dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.empty(case.batch, 3, case.image_size, case.image_size, dtype=case.torch_dtype, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    with _as_on_gpu(backend), torch.set_grad_enabled(training):
+        if backend is not None:
+            module = fuse(module) if training else _frozen(module, x)
+        with _Trace(module, network, case.batch) as trace:
+            y = module(x)
+            if training:
+                y.backward(torch.empty_like(y))
+    return trace.costs()
+
+
+@contextmanager
+def _as_on_gpu(backend: str | None) -> Iterator[None]:
+    """What runs on tensors without memory is what this backend would run on a GPU of `ARCH`, if nothing was tuned."""
+    if backend is None:
+        yield
+        return
+    from resnet_fused import kernels
+
+    choice.forget()
+    try:
+        with (
+            mock.patch.object(backends, "_unavailable", lambda backend, device_type: None),
+            mock.patch.object(kernels, "refuse_device", lambda device: None),
+            mock.patch.object(device, "_arch", lambda device: ARCH),
+            use_backend(backend),
+        ):
+            yield
+    finally:
+        choice.forget()
+
+
+def _frozen(module: nn.Module, x: Tensor) -> nn.Module:
+    """What `freeze` makes of it, which asks for values."""
+    with _NoValues():
+        network, reasons = prepare(module)
+        network, *_ = freeze_network(network, reasons, observe(network, x))
+    return network
+
+
+class _NoValues(TorchDispatchMode):
+    """A question about values, as whether all are finite, is answered with yes: there are none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+class _Trace(TorchDispatchMode):
+    """Notes what every op costs. An op of the backward belongs to the place whose forward made its autograd node."""
+
+    def __init__(self, module: nn.Module, network: Network, batch: int) -> None:
+        super().__init__()
+        self.found: list[Cost] = []
+        self.wgrads: list[tuple[int, torch.Size]] = []  # (position, shape) of weights' gradients made alone
+        self.place_of = {layer.name: block.name for block in network.blocks for layer in block.layers}
+        self.place_of[network.stem.name] = STEM
+        self.layers, self.batch = {layer.name: layer for layer in network.layers}, batch
+        self.weights = dict(_weights(module))
+        self.layer_of = {_storage(weight): layer for layer, weight in self.weights.items()}
+        self.begun = [(-1, STEM)]  # (number of the first autograd node, place)
+        for place, inner in _places(module, network):
+            inner.register_forward_pre_hook(lambda *_, place=place: self._begin(place))
+
+    def _begin(self, place: str) -> None:
+        self.begun.append((torch._C._autograd._get_sequence_nr(), place))
+
+    def _place(self, layer: str | None) -> str:
+        node = torch._C._current_autograd_node()
+        if node is not None:
+            return self.begun[bisect(self.begun, node._sequence_nr(), key=itemgetter(0)) - 1][1]
+        if layer is not None and (place := self.place_of[layer]) != self.begun[-1][1]:
+            self._begin(place)  # a frozen network does not call its blocks as modules
+        return self.begun[-1][1]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        returned = func(*args, **kwargs)
+        namespace, _, op = func._schema.name.partition("::")
+        if namespace not in ("aten", "resnet_fused") or func.is_view or op.startswith("empty"):
+            return returned
+        if op == "convolution":  # without memory it returns NCHW, whatever it reads
+            returned = returned.contiguous(memory_format=torch.channels_last)
+        read, written = ([t for t in tree_leaves(some) if isinstance(t, Tensor)] for some in ([args, kwargs], returned))
+        twice = read[: READ_TWICE.get(op, 0)] if op != "native_batch_norm" or args[_TRAINING] else []
+        layers = [self.layer_of[key] for key in map(_storage, read) if key in self.layer_of]
+        layer = layers[0] if layers and op.startswith("conv") else None
+        if op == "conv_wgrad":
+            self.wgrads.append((len(self.found), written[0].shape))
+        moved = sum(t.nbytes for t in (*read, *twice, *written))
+        count = flop_registry.get(func._overloadpacket)
+        flops = 0 if count is None else int(count(*args, **kwargs, out_val=returned))
+        self.found.append(Cost(self._place(layer), layer, op, moved, flops))
+        return returned
+
+    def costs(self) -> list[Cost]:
+        """All that was noted. `conv_wgrad` reads no weight to be known by, so it goes to the layer that lacks it."""
+        noted, flops = list(self.found), Counter[str | None]()
+        for cost in noted:
+            flops[cost.layer] += cost.flops
+        for i, shape in self.wgrads:
+            where = noted[i].where
+            alike = [name for name, t in self.weights.items() if t.shape == shape and self.place_of[name] == where]
+            layer = min(alike, key=lambda name: flops[name])
+            flops[layer] += noted[i].flops
+            noted[i] = replace(noted[i], layer=layer)
+        return [replace(cost, flops=self._with_groups(cost)) for cost in noted]
+
+    def _with_groups(self, cost: Cost) -> int:
+        """PyTorch counts the gradient of a grouped weight as if there were no groups."""
+        if cost.layer is None:
+            return cost.flops
+        layer = self.layers[cost.layer]
+        product = layer.flops * self.batch
+        gradients, others = divmod(cost.flops, layer.shape.groups * product)
+        return gradients * product + others
+
+
+def _places(module: nn.Module, network: Network) -> Iterator[tuple[str, nn.Module]]:
+    """Every block, and the first module behind the last one, with which the head begins."""
+    names = [name for name, _ in module.named_modules()]
+    blocks = [block.name for block in network.blocks]
+    for name in blocks:
+        yield name, module.get_submodule(name)
+    behind = names[names.index(blocks[-1]) :]
+    head = next((name for name in behind if not f"{name}.".startswith(f"{blocks[-1]}.")), None)
+    if head is not None:
+        yield HEAD, module.get_submodule(head)
+
+
+def _weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The name of every convolution in the model, and its weight in the network: plain, fused or frozen."""
+    for name, inner in module.named_modules():
+        if isinstance(inner, nn.Conv2d):
+            yield name, inner.weight
+        elif isinstance(inner, FrozenConv):
+            yield inner.layer, inner.weight
+        elif isinstance(inner, Join):
+            yield inner.planned[0].layer, inner.weight
+
+
+def _storage(t: Tensor) -> int:
+    return t.untyped_storage()._cdata

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
+STEP = "one step"
 SHOWN, WIDTH = 15, 90
 
 
@@ -28,39 +29,35 @@ class Kernel:
     ms: float
 
 
-def kernels(events: Iterable[Any], on_gpu: bool, steps: int) -> tuple[Kernel, ...]:
-    """The profiler's events by name, the longest first; on a GPU what ran there, on a CPU each op without its callees.
-
-    Args:
-        events: of torch.profiler.
-        on_gpu: which of the two.
-        steps: they were recorded in.
-    """
-    device = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
-    calls: dict[str, int] = defaultdict(int)
-    spent: dict[str, float] = defaultdict(float)
-    for event in events:
-        # A mark of the profiler's user covers kernels, and is none.
-        if event.device_type != device or getattr(event, "is_user_annotation", False):
-            continue
-        if not on_gpu and "::" not in event.name:
-            continue  # a mark, or what autograd does around the ops
-        calls[event.name] += 1
-        spent[event.name] += (event.time_range.end - event.time_range.start) if on_gpu else event.self_cpu_time_total
-    found = [Kernel(name, calls[name] / steps, spent[name] / 1e3 / steps) for name in calls if spent[name] > 0]
-    return tuple(sorted(found, key=lambda kernel: -kernel.ms))
-
-
-def measure(step: Callable[[], object], device: torch.device, steps: int) -> tuple[Kernel, ...]:
-    """The kernels of a call, which has been warmed up."""
+def record(step: Callable[[], object], device: torch.device, steps: int) -> profile:
+    """The profile of so many calls, each under the mark `STEP`; the call has been warmed up."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, acc_events=True) as profiler:
         for _ in range(steps):
-            step()
+            with record_function(STEP):
+                step()
         if on_gpu:
             torch.cuda.synchronize(device)
-    return kernels(profiler.events(), on_gpu, steps)
+    return profiler
+
+
+def kernels(averages: Iterable[Any], on_gpu: bool, steps: int) -> tuple[Kernel, ...]:
+    """What ran in a step, the longest first: on a GPU what ran there, on a CPU each op without its callees.
+
+    Args:
+        averages: `key_averages()` of a profile.
+        on_gpu: which of the two.
+        steps: that were recorded.
+    """
+    found = []
+    for one in averages:
+        # A mark covers kernels, and is none; what has no namespace is a mark too, or what autograd does around the ops.
+        if on_gpu and one.device_type == DeviceType.CUDA and not one.is_user_annotation:
+            found.append(Kernel(one.key, one.count / steps, one.self_device_time_total / 1e3 / steps))
+        elif not on_gpu and one.device_type == DeviceType.CPU and "::" in one.key:
+            found.append(Kernel(one.key, one.count / steps, one.self_cpu_time_total / 1e3 / steps))
+    return tuple(sorted((kernel for kernel in found if kernel.ms > 0), key=lambda kernel: -kernel.ms))
 
 
 def table(title: str, found: tuple[Kernel, ...]) -> Table:

@@ -88,7 +88,6 @@ class Source:
 def opened(source: Source) -> Iterator[Path]:
     """The folder of pictures, generated ones for as long as this lasts."""
     if source.folder is not None:
-        check(source.folder)
         yield source.folder
         return
     with tempfile.TemporaryDirectory(prefix="resnet_fused_pictures_") as name:
@@ -156,7 +155,11 @@ class PipelineError(RuntimeError):
 
 def problem(case: Case, contestant: str, reason: str) -> Untrained:
     """The row of a contestant that could not be measured."""
-    return {"contestant": contestant, "case": case.label, "batch": case.batch, "dtype": case.dtype, "problem": reason}
+    return {**_row(case, contestant), "problem": reason}
+
+
+def _row(case: Case, contestant: str) -> _Trained:
+    return {"contestant": contestant, "case": case.label, "batch": case.batch, "dtype": case.dtype}
 
 
 def measure(
@@ -245,10 +248,7 @@ def measure(
     return [
         problems.get(name)
         or {
-            "contestant": name,
-            "case": case.label,
-            "batch": case.batch,
-            "dtype": case.dtype,
+            **_row(case, name),
             "workers": workers,
             "resident": _summary(resident[name]),
             "loader": _summary(alone),

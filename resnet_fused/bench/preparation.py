@@ -12,6 +12,7 @@ from resnet_fused._command import one_line
 from resnet_fused.dispatch.choice import advice
 from resnet_fused.dispatch.device import arch
 from resnet_fused.measure.cases import Case
+from resnet_fused.measure.progress import Silent
 
 
 def prepare(model: str, cases: Iterable[Case], seconds: float, rehearse: bool, command: str, reporter: Any) -> str:
@@ -62,17 +63,11 @@ def untuned(device: torch.device) -> str | None:
     return advice(arch(device)) if device.type == "cuda" else None
 
 
-class _Details:
+class _Details(Silent):
     """A reporter whose steps are details of another's one step."""
 
     def __init__(self, reporter: Any) -> None:
         self._reporter = reporter
 
-    def expect(self, total: int) -> None:
-        pass
-
     def start(self, text: str) -> None:
         self._reporter.detail(text)
-
-    def detail(self, text: str) -> None:
-        pass

@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from resnet_fused._command import one_line
 from resnet_fused.bench import cost, kernel_times
 from resnet_fused.bench.contestants import CONTESTANTS
-from resnet_fused.bench.kernel_times import Kernel
+from resnet_fused.bench.cost import HEAD, STEM
+from resnet_fused.bench.kernel_times import STEP, Kernel
 from resnet_fused.bench.runner import Runner
 from resnet_fused.measure import memory, roof
 from resnet_fused.measure.cases import Case
@@ -28,11 +31,10 @@ from resnet_fused.measure.network import Network
 from resnet_fused.measure.timing import clock_for
 
 STEPS, WARM_UP = 3, 2
-SCOPE, STEP = "layer: ", "one step"
+SCOPE = "layer: "
 BACKWARD = "autograd::engine::evaluate_function: "
-STEM, HEAD, OPTIMIZER, OTHER = "stem", "head", "optimizer", "other"
+OPTIMIZER, OTHER = "optimizer", "other"
 REPLACED = ("frozen", "frozen-int8")  # their modules are not the model's: only their kernels can be told
-SCHEMES = {"fused": "planned"}  # whose bytes a contestant is held against; the others' are eager's
 # What an op is, by its name; the outermost op that is something decides, so that a copy inside a convolution is one.
 KINDS = (
     ("convolution", r"conv"),
@@ -124,7 +126,7 @@ class CaseProfile:
     def ops(self, scheme: str, where: str, layer: str | None) -> list[cost.Cost]:
         """The ops of a place; of a convolution's module only the convolution itself."""
         found = [one for one in self.costs[scheme] if one.where == where]
-        return found if layer is None else [o for o in found if o.layer == layer and o.op.startswith("conv_")]
+        return found if layer is None else [o for o in found if o.layer == layer]
 
     def roof_ms(self, profiled: Profiled, where: str, layer: str | None = None) -> float | None:
         """The least time that the measured roofs allow for a place; None where the cost model knows nothing of it."""
@@ -170,16 +172,13 @@ def measure(
     model: nn.Module, network: Network, case: Case, names: Iterable[str], bandwidth: float, flops_per_s: float
 ) -> CaseProfile:
     """Profile these contestants on a case, layer by layer; of those in `REPLACED` only the kernels."""
-    dtype = case.torch_dtype
-    if case.mode == "infer":
-        costs = {n: cost.inference(network, s, case.batch, dtype) for n, s in cost.INFERENCE.items()}
-    else:
-        costs = {n: cost.training(network, s, case.batch, dtype) for n, s in cost.TRAINING.items()}
+    costs = cost.costs(model, network, case)
     found: list[Profiled] = []
     failures: list[tuple[str, str]] = []
     for name in names:
         try:
-            found.append(_profile(model, network, case, name))
+            scheme = "planned" if name == "fused" and "planned" in costs else "eager"
+            found.append(_profile(model, network, case, name, scheme))
         except Exception as error:  # whatever a contestant raises is its result
             failures.append((name, one_line(error, kind=True)))
     whole, others = (tuple(p for p in found if (p.contestant in REPLACED) == it) for it in (False, True))
@@ -192,7 +191,7 @@ def roofs(case: Case) -> tuple[float, float]:
     return roof.copy_bandwidth(device), roof.measure(case.dtype, device).best
 
 
-def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profiled:
+def _profile(model: nn.Module, network: Network, case: Case, name: str, scheme: str) -> Profiled:
     memory.require(4 * case.batch * 3 * case.image_size**2)
     if torch.device(case.device).type == "cpu":
         memory.require(case.batch * case.torch_dtype.itemsize * memory.activations(model, case.mode, case.image_size))
@@ -208,22 +207,13 @@ def _profile(model: nn.Module, network: Network, case: Case, name: str) -> Profi
     for _ in range(WARM_UP):
         runner.step_by_step()
     alone_ms = sorted(clock(runner.step_by_step) for _ in range(STEPS))[STEPS // 2]
-    if name in REPLACED:
-        return Profiled(name, alone_ms, (), "eager", kernel_times.measure(runner.step_by_step, device, STEPS))
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _scopes(runner.module, blocks | alone):
+    on_gpu, seen = device.type == "cuda", name not in REPLACED
+    with _scopes(runner.module, blocks | alone if seen else set()):
         runner.step_by_step()
-        with profile(activities=activities, acc_events=True) as profiler:
-            for _ in range(STEPS):
-                with record_function(STEP):
-                    runner.step_by_step()
-            if on_gpu:
-                torch.cuda.synchronize(device)
-    events = profiler.events()
-    pieces = attribute(events, blocks, alone, on_gpu, STEPS)
-    ran = kernel_times.kernels(events, on_gpu, STEPS)
-    return Profiled(name, alone_ms, pieces, SCHEMES.get(name, "eager"), ran)
+        profiler = kernel_times.record(runner.step_by_step, device, STEPS)
+    pieces = attribute(profiler.events(), blocks, alone, on_gpu, STEPS) if seen else ()
+    ran = kernel_times.kernels(profiler.key_averages(), on_gpu, STEPS)
+    return Profiled(name, alone_ms, pieces, scheme, ran)
 
 
 @contextlib.contextmanager
@@ -254,25 +244,16 @@ def attribute(events: Iterable[Any], blocks: set[str], alone: set[str], on_gpu: 
     """The profiler's events as pieces: their own time without that of the ops they call, summed by place and kind."""
     events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
     events.sort(key=lambda event: event.time_range.start)
-    first, last = _middle(events, blocks)
+    begun = list(_begun(events, blocks))
     forward: dict[int, tuple[str, str | None]] = {}
     lines = {id(event): list(_ancestors(event)) for event in events}
 
     def place(event: Any) -> tuple[str, str | None]:
         line = lines[id(event)]
-        scopes = [one.name.removeprefix(SCOPE) for one in line if one.name.startswith(SCOPE)]
-        where = next((name for name in scopes if name in blocks), None)
-        layer = next((name for name in scopes if name in alone), None)
-        if where is None:
-            step = next((i for i, one in enumerate(reversed(line)) if one.name == STEP), None)
-            begin = line[-1].time_range.start
-            if step is None:
-                where = OTHER
-            elif layer is not None or event.time_range.start < first.get(begin, 0):
-                where = STEM
-            else:
-                where = HEAD if event.time_range.start >= last.get(begin, 0) else OTHER
-        return where, layer
+        layer = next((name for one in line if (name := one.name.removeprefix(SCOPE)) in alone), None)
+        if line[-1].name != STEP:
+            return OTHER, layer
+        return begun[bisect(begun, event.time_range.start, key=itemgetter(0)) - 1][1], layer
 
     sums: dict[tuple[str, str | None, str, bool], float] = defaultdict(float)
     for event in events:
@@ -305,16 +286,14 @@ def _ancestors(event: Any) -> Iterator[Any]:
         event = event.cpu_parent
 
 
-def _middle(events: list[Any], blocks: set[str]) -> tuple[dict[float, float], dict[float, float]]:
-    """By the start of each step: when its first block begins and its last one ends."""
-    first: dict[float, float] = {}
-    last: dict[float, float] = {}
+def _begun(events: Iterable[Any], blocks: set[str]) -> Iterator[tuple[float, str]]:
+    """(when it begins, place) in the order of the forward; behind a block the head begins, if no other block does."""
     for event in events:
-        if event.name.startswith(SCOPE) and event.name.removeprefix(SCOPE) in blocks:
-            (*_, step) = _ancestors(event)
-            first.setdefault(step.time_range.start, event.time_range.start)
-            last[step.time_range.start] = event.time_range.end
-    return first, last
+        if event.name == STEP:
+            yield event.time_range.start, STEM
+        elif (name := event.name.removeprefix(SCOPE)) in blocks:
+            yield event.time_range.start, name
+            yield event.time_range.end, HEAD
 
 
 def _kind(line: list[Any]) -> str:

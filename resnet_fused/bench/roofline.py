@@ -11,19 +11,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from resnet_fused._command import UsageError
 from resnet_fused.bench import cost
 from resnet_fused.bench.cost import Cost
 from resnet_fused.dispatch.conv import ConvShape
-from resnet_fused.measure.cases import DTYPES
-from resnet_fused.measure.network import Network, networks
+from resnet_fused.measure import network
+from resnet_fused.measure.cases import Asked, Case
+from resnet_fused.measure.network import Network
 
 # (bytes/s, 16 bit floating-point operations/s) that good kernels reach: HBM's specified rate, and dense matrix products
 # at the clock the power limit leaves.
 GPUS = {"H100 SXM": (3.35e12, 800e12), "A100 80 GB": (2.04e12, 250e12)}
-SCHEMES = ("eager", "planned", "ideal")
 IN_WORDS = (
-    "eager: op by op; planned: what this package fuses; ideal: the least possible; the others: degrees of fusion "
-    "between, docs/cost_model.md"
+    "traced, not measured. eager: op by op; pointwise: batch norm, add and ReLU fused around PyTorch's convolutions; "
+    "planned: all that this package fuses; docs/cost_model.md"
 )
 
 
@@ -31,10 +32,7 @@ IN_WORDS = (
 class Roofline:
     """The costs of one case by scheme, in order of computation."""
 
-    model: str
-    mode: str
-    batch: int
-    dtype: str
+    case: Case
     network: Network
     costs: dict[str, list[Cost]]
 
@@ -44,11 +42,11 @@ class Roofline:
             c for c in self.costs[scheme] if (where is None or c.where == where) and (layer is None or c.layer == layer)
         )
         moved, flops = cost.total(chosen)
-        return moved / self.batch / 1e6, flops / self.batch / 1e9
+        return moved / self.case.batch / 1e6, flops / self.case.batch / 1e9
 
     def roof(self, scheme: str, gpu: str) -> float:
         """Images per second that the GPU cannot exceed."""
-        return self.batch / cost.seconds(self.costs[scheme], *GPUS[gpu])
+        return self.case.batch / cost.seconds(self.costs[scheme], *GPUS[gpu])
 
     def to_json(self) -> dict[str, Any]:
         schemes = {
@@ -60,39 +58,35 @@ class Roofline:
             }
             for name, costs in self.costs.items()
         }
-        return {
-            "model": self.model,
-            "mode": self.mode,
-            "batch": self.batch,
-            "dtype": self.dtype,
-            "schemes": schemes,
-        }
+        case = dataclasses.asdict(self.case)
+        return {**{name: case[name] for name in ("model", "mode", "batch", "dtype")}, "schemes": schemes}
 
 
-def rooflines(model: str, cases: Iterable[tuple[str, int, str]], image_size: int = 224) -> list[Roofline]:
+def rooflines(model: str, cases: Iterable[Asked], image_size: int = 224) -> list[Roofline]:
     """The cost model of (mode, batch, dtype) cases of a model, by name.
 
     Raises:
-        UsageError: no such model, or one that is no ResNet.
+        UsageError: no such model, or one that is no ResNet; Triton is not installed.
     """
-    (network,) = networks(model, image_size)
+    plain = network.build(model)
+    described = network.describe(plain, image_size)
     found = []
     for mode, batch, dtype in cases:
-        if mode == "infer":
-            costs = {n: cost.inference(network, s, batch, DTYPES[dtype]) for n, s in cost.INFERENCE.items()}
-        else:
-            costs = {n: cost.training(network, s, batch, DTYPES[dtype]) for n, s in cost.TRAINING.items()}
-        found.append(Roofline(model, mode, batch, dtype, network, costs))
+        case = Case(model, mode, batch, dtype, "meta", image_size)
+        costs = cost.costs(plain, described, case)
+        if "planned" not in costs:
+            raise UsageError("--roofline traces a network on our Triton kernels: it needs triton, not installed here")
+        found.append(Roofline(case, described, costs))
     return found
 
 
 def render(roofline: Roofline, console: Console) -> None:
     """Print a row a block and a row a layer, totals of every scheme, and the roofs."""
-    title = f"{roofline.model}, {roofline.mode}, batch {roofline.batch}, {roofline.dtype}: megabytes per image"
+    title = f"{roofline.case.model}, {roofline.case.label}: megabytes per image"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("layer", no_wrap=True)
     table.add_column("shape", no_wrap=True)
-    for name in ("GFLOP", *SCHEMES, "planned\n/ eager", "FLOP/byte"):
+    for name in ("GFLOP", *roofline.costs, "planned\n/ eager", "FLOP/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     blocks = {block.name: block.layers for block in roofline.network.blocks}
     for where in dict.fromkeys(c.where for c in roofline.costs["eager"]):
@@ -110,14 +104,14 @@ def render(roofline: Roofline, console: Console) -> None:
         roofs = ", ".join(f"{roofline.roof(name, gpu):,.0f} on {gpu}" for gpu in GPUS)
         text = f"{name:<10} {megabytes:7.1f} MB, {gflop:.2f} GFLOP per image; at most images/s: {roofs}"
         console.print(text, highlight=False, soft_wrap=True)
-    if DTYPES[roofline.dtype] == torch.float32:
+    if roofline.case.torch_dtype == torch.float32:
         console.print("images/s assume 16 bit arithmetic: fp32 is slower still", highlight=False, soft_wrap=True)
 
 
 def _cells(roofline: Roofline, where: str | None, layer: str | None) -> list[str]:
-    moved = {name: roofline.per_image(name, where, layer)[0] for name in SCHEMES}
+    moved = {name: roofline.per_image(name, where, layer)[0] for name in roofline.costs}
     flops = roofline.per_image("eager", where, layer)[1]
-    cells = [f"{flops:.2f}"] + [f"{moved[name]:.2f}" if moved[name] else "-" for name in SCHEMES]
+    cells = [f"{flops:.2f}"] + [f"{moved[name]:.2f}" if moved[name] else "-" for name in roofline.costs]
     ratio = f"{moved['planned'] / moved['eager']:.2f}" if moved["eager"] and moved["planned"] else "-"
     intensity = f"{flops * 1e3 / moved['planned']:.0f}" if moved["planned"] else "-"
     return [*cells, ratio, intensity]

@@ -19,7 +19,7 @@ from resnet_fused._command import one_line
 from resnet_fused.bench import images, loader, preparation
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
 from resnet_fused.bench.correctness import Errors, breach, errors_of, top1_agreement
-from resnet_fused.bench.results import INTERRUPTED, CaseReport, Report, Result
+from resnet_fused.bench.results import INTERRUPTED, SCHEMA, CaseReport, Report, Result, Saved
 from resnet_fused.bench.runner import GraphMemory, Outcome, Runner, reference
 from resnet_fused.measure import memory, models, provenance, roof
 from resnet_fused.measure.activation_memory import saved_bytes
@@ -98,9 +98,18 @@ def run(options: Options, reporter: Reporter, keep: Callable[[Report], object] =
         kernels = preparation.prepare(options.model, options.cases, *what, reporter)
 
     def report() -> Report:
-        cases = tuple(dataclasses.replace(one, roof=race.roofs.get(one.case.dtype)) for one in reports)
-        left_out = tuple(race.left_out)
-        return Report(options.model, BASELINE, facts, cases, left_out, agreement, tuple(loaded), kernels)
+        cases = tuple(dataclasses.replace(one, roof_flops_per_s=race.roofs.get(one.dtype)) for one in reports)
+        return Report(
+            schema=SCHEMA,
+            model=options.model,
+            baseline=BASELINE,
+            provenance=facts,
+            cases=cases,
+            left_out=tuple(race.left_out),
+            pictures=agreement,
+            loader=tuple(loaded),
+            kernels=kernels,
+        )
 
     try:
         limit = f"aiming at {options.budget_s:g} s" if options.budget_s else "without a limit: --budget sets one"
@@ -169,7 +178,8 @@ class _Race:
                 shared = GraphMemory(torch.device(case.device))
         except Exception as error:  # no input, or no judge: nobody can run
             reason = one_line(error, kind=True)
-            return CaseReport(case, None, 0, tuple(Result(one.name, "failed", reason) for one in entrants))
+            failed = tuple(Result(one.name, "failed", reason) for one in entrants)
+            return CaseReport.of(case, rounds=0, results=failed)
         labels = labels % judge.logits.shape[1]
         built = [self._build(contestant, case, pixels, labels, judge, shared) for contestant in entrants]
         plain = [result.errors for _, result in built if result.errors and CONTESTANTS[result.contestant].plain]
@@ -185,11 +195,17 @@ class _Race:
         with GpuTelemetry(torch.device(case.device)) as watch:
             measured = self._time(case, calls, budget)
         for name, timing in measured.timings.items():
-            results[name] = dataclasses.replace(results[name], timing=timing)
+            results[name] = dataclasses.replace(results[name], samples_ms=timing.samples_ms)
         for name, reason in measured.failures.items():
             results[name] = dataclasses.replace(results[name], status="failed", reason=reason)
         self.measure_roof(case.dtype)
-        return CaseReport(case, self._flops(case), measured.rounds, tuple(results.values()), conditions=watch.seen())
+        return CaseReport.of(
+            case,
+            rounds=measured.rounds,
+            results=tuple(results.values()),
+            flops_per_step=self._flops(case),
+            conditions=watch.seen(),
+        )
 
     def _time(self, case: Case, calls: dict[str, Call], budget: float) -> Measured:
         try:
@@ -277,12 +293,15 @@ class _Race:
             runner.step_by_step()
             peak = meter.peak(runner.step_by_step)  # a graph's memory is shared, so nobody's
             runner.warm_up()
-            saved = _saved_bytes(runner) if case.mode == "train" else None
+            own = [*runner.module.parameters(), *runner.module.buffers()]
+            saved = Saved(saved_bytes(runner.loss, own)) if case.mode == "train" else None
         except Unavailable as reason:
             return None, Result(contestant.name, "unavailable", str(reason))
         except Exception as error:  # whatever a contestant raises is its result
             return None, Result(contestant.name, "failed", one_line(error, kind=True))
-        return runner, Result(contestant.name, "ok", None, errors, setup_s, None, peak, saved, agreement)
+        return runner, Result(
+            contestant.name, "ok", errors=errors, setup_s=setup_s, peak_bytes=peak, saved=saved, agreement=agreement
+        )
 
 
 def _load_and_train(
@@ -293,9 +312,8 @@ def _load_and_train(
         return
     with contextlib.ExitStack() as stack:
         folder: Path | None = None
-        for report in reports:
-            case = report.case
-            names = [result.contestant for result in report.results if result.timing]
+        for case in reports:
+            names = [result.contestant for result in case.results if result.timing]
             if case.mode != "train" or not names:
                 continue
             reporter.start(f"{case.label}: from the loader to the loss, {', '.join(names)}")
@@ -322,10 +340,6 @@ def _loaded(
         rounds=options.rounds or loader.ROUNDS,
         on_round=lambda done: reporter.detail(f"round {done}"),
     )
-
-
-def _saved_bytes(runner: Runner) -> int:
-    return saved_bytes(runner.loss, [*runner.module.parameters(), *runner.module.buffers()])
 
 
 def _judged(result: Result, plain: list[Errors], dtype: str) -> Result:

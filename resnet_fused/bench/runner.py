@@ -98,12 +98,9 @@ class Runner:
         scale = 1024.0 if self.case.dtype == "fp16" else 1.0
         logits, loss = self.loss(limit)
         (loss * scale).backward()
-        named = dict(self.module.named_parameters())
-        gradients = {name: p.grad.double() / scale for name, p in named.items() if p.grad is not None}
-        buffers = self.module.named_buffers()
-        statistics = {name: b.clone() for name, b in buffers if name.endswith(("running_mean", "running_var"))}
+        outcome = _outcome(self.module, logits, loss, scale)
         self.module.zero_grad(set_to_none=True)
-        return Outcome(logits.detach().clone(), loss.detach().clone(), gradients, statistics)
+        return outcome
 
     def step(self) -> object:
         """What is timed."""
@@ -159,7 +156,12 @@ def reference(model: nn.Module, case: Case, images: torch.Tensor, labels: torch.
     logits = module(images)
     loss = F.cross_entropy(logits, labels)
     loss.backward()
-    gradients = {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
+    return _outcome(module.cpu(), logits.cpu(), loss.cpu())
+
+
+def _outcome(module: nn.Module, logits: torch.Tensor, loss: torch.Tensor, scale: float = 1.0) -> Outcome:
+    """Copies of what a backward from the loss, scaled by so much, has left."""
+    gradients = {name: p.grad.double() / scale for name, p in module.named_parameters() if p.grad is not None}
     buffers = module.named_buffers()
-    statistics = {name: b.cpu() for name, b in buffers if name.endswith(("running_mean", "running_var"))}
-    return Outcome(logits.detach().cpu(), loss.detach().cpu(), gradients, statistics)
+    statistics = {name: b.clone() for name, b in buffers if name.endswith(("running_mean", "running_var"))}
+    return Outcome(logits.detach().clone(), loss.detach().clone(), gradients, statistics)

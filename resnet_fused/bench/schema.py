@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from resnet_fused import _records
 from resnet_fused._command import UsageError
 from resnet_fused._records import Misfit
-from resnet_fused.bench.results import CaseFile, CaseReport, Report, ReportFile, Result, ResultFile, write_json
+from resnet_fused.bench.results import DERIVED, Report, write_json
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import Case
 from resnet_fused.measure.provenance import Provenance
-from resnet_fused.measure.timing import Timing
 
 ROUNDING = 1e-3  # of what is derived, against the samples, which are written with four decimals
 
@@ -51,43 +48,44 @@ def read_json(path: Path) -> Any:
 def parse(data: Any, where: object) -> Report:
     """As `load`, of what such a file holds; `where` is named in the error."""
     try:
-        file = _records.load(ReportFile, data)
-        report = _report(file)
-        for place, written, derived in _differences(_records.to_json(file), report.to_json()):
+        report: Report = _records.load(Report, _measured(data))
+        _check(report)
+        for place, written, derived in _differences(data, json.loads(json.dumps(report.to_json()))):
             raise Misfit(place, f"is {written}, its samples say {derived}")
     except Misfit as misfit:
         raise UsageError(f"{where}: no result of `resnet-fused bench --json`: {misfit}") from None
     return report
 
 
-def _report(file: ReportFile) -> Report:
-    if not file.cases:
+def _measured(data: Any) -> Any:
+    """What a file holds, without what it derives."""
+    if not isinstance(data, dict):
+        return data
+    of_report, of_cases = DERIVED
+    return {k: _without(v, of_cases) if k == "cases" else v for k, v in data.items() if k not in of_report}
+
+
+def _without(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _without(inner, names) for name, inner in value.items() if name not in names}
+    return [_without(inner, names) for inner in value] if isinstance(value, list) else value
+
+
+def _check(report: Report) -> None:
+    if not report.cases:
         raise Misfit("cases", "is empty")
-    cases = tuple(_case(case, f"cases[{i}]") for i, case in enumerate(file.cases))
-    loader = file.loader or ()
-    return Report(file.model, file.baseline, file.provenance, cases, file.left_out, file.pictures, loader, file.kernels)
-
-
-def _case(file: CaseFile, place: str) -> CaseReport:
-    case = Case(**{field.name: getattr(file, field.name) for field in dataclasses.fields(Case)})
-    results = tuple(_result(one, file.rounds, f"{place}.results[{i}]") for i, one in enumerate(file.results))
-    names = [result.contestant for result in results]
-    if len(set(names)) < len(names):
-        raise Misfit(f"{place}.results", "holds a contestant twice")
-    return CaseReport(case, file.flops_per_step, file.rounds, results, file.roof_flops_per_s, file.conditions)
-
-
-def _result(file: ResultFile, rounds: int, place: str) -> Result:
-    timing, samples = None, file.samples_ms
-    if bool(samples) != (file.status == "ok"):
-        raise Misfit(place, f"({file.contestant}) is {file.status}: it has samples_ms if and only if it is ok")
-    if samples:
-        if len(samples) != rounds or not all(0 < sample < math.inf for sample in samples):
-            raise Misfit(f"{place}.samples_ms", f"is not {rounds} times, one a round")
-        timing = Timing(samples)
-    saved = file.saved.bytes if file.saved else None
-    measured = (file.errors, file.setup_s, timing, file.peak_bytes, saved, file.agreement)
-    return Result(file.contestant, file.status, file.reason, *measured)
+    for i, case in enumerate(report.cases):
+        names = [result.contestant for result in case.results]
+        if len(set(names)) < len(names):
+            raise Misfit(f"cases[{i}].results", "holds a contestant twice")
+        for k, result in enumerate(case.results):
+            place, samples = f"cases[{i}].results[{k}]", result.samples_ms
+            if bool(samples) != (result.status == "ok"):
+                raise Misfit(
+                    place, f"({result.contestant}) is {result.status}: it has samples_ms if and only if it is ok"
+                )
+            if samples and (len(samples) != case.rounds or not all(0 < sample < math.inf for sample in samples)):
+                raise Misfit(f"{place}.samples_ms", f"is not {case.rounds} times, one a round")
 
 
 def _differences(written: Any, derived: Any, place: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -95,7 +93,7 @@ def _differences(written: Any, derived: Any, place: str = "") -> Iterator[tuple[
     if isinstance(written, dict) and isinstance(derived, dict):
         for name in written:
             yield from _differences(written[name], derived.get(name), f"{place}.{name}" if place else name)
-    elif isinstance(written, tuple) and isinstance(derived, tuple) and len(written) == len(derived):
+    elif isinstance(written, list) and isinstance(derived, list) and len(written) == len(derived):
         for i, (one, other) in enumerate(zip(written, derived, strict=True)):
             yield from _differences(one, other, f"{place}[{i}]")
     elif isinstance(written, float) and isinstance(derived, float):

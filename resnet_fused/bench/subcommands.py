@@ -11,14 +11,11 @@ from rich.markup import escape
 
 from resnet_fused._command import one_line
 from resnet_fused.bench import compare, profile, schema
-from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
+from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, PROFILED
 from resnet_fused.bench.results import Report
 from resnet_fused.bench.run import Options
 from resnet_fused.measure import models, network, provenance
-from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Reporter
-
-PROFILED = (BASELINE, "fused", "frozen")  # the others are the same ops, or not ours
 
 
 def compare_files(paths: Sequence[Path], out: Console) -> int:
@@ -59,7 +56,7 @@ def check(options: Options, folder: Path, run: Callable[[Options], Report], out:
     path, then = found
     names = {result.contestant for case in then.cases for result in case.results}
     ours = tuple(name for name in (BASELINE, *compare.OURS) if name in names)
-    cases = tuple(_on(case.case, options) for case in then.cases)
+    cases = tuple(dataclasses.replace(case.case, device=str(options.device)) for case in then.cases)
     now = run(dataclasses.replace(options, model=then.model, cases=cases, contestants=ours))
     compare.render(compare.compare(_only(then, ours), now), (str(path), "now"), out)
     lost = [f"lost {line}" for line in compare.losses(then, now)] + [f"not measured: {x}" for x in now.left_out]
@@ -68,10 +65,6 @@ def check(options: Options, folder: Path, run: Callable[[Options], Report], out:
     if not lost:
         out.print(f"nothing lost since {escape(str(path))}", soft_wrap=True, highlight=False)
     return 1 if lost else 0
-
-
-def _on(case: Case, options: Options) -> Case:
-    return dataclasses.replace(case, device=str(options.device))
 
 
 def _only(report: Report, names: tuple[str, ...]) -> Report:

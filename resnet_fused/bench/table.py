@@ -42,7 +42,7 @@ def render(report: Report, console: Console) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     for mode in report.modes():
         console.print()
-        console.print(_table(report, [case for case in report.cases if case.case.mode == mode]))
+        console.print(_table(report, [case for case in report.cases if case.mode == mode]))
     console.print()
     for line in notes(report):
         console.print(line, highlight=False)
@@ -72,7 +72,7 @@ def _table(report: Report, cases: list[CaseReport]) -> Table:
 
 
 def _label(case: CaseReport) -> str:
-    return case.case.label + (f", {case.case.image_size} px" if case.case.image_size != 224 else "")
+    return case.label + (f", {case.image_size} px" if case.image_size != 224 else "")
 
 
 def unavailable(report: Report) -> dict[str, str]:
@@ -105,11 +105,10 @@ def _cells(report: Report, case: CaseReport, result: Result) -> dict[str, Text |
         cells["speed-up"] = speedup_text(speedup)
     if result.peak_bytes is not None:
         cells["peak MB"] = f"{result.peak_bytes / 1e6:.0f}"
-    if result.saved_bytes:
-        cells["saved MB"] = f"{result.saved_bytes / 1e6:.0f}"
-    rate = case.flops_per_s(result)
-    if rate and case.roof and not result.quantised:
-        cells["roof"] = f"{rate / case.roof.best:.0%}"
+    if result.saved and result.saved.bytes:
+        cells["saved MB"] = f"{result.saved.bytes / 1e6:.0f}"
+    if (fraction := case.roof_fraction(result)) is not None:
+        cells["roof"] = f"{fraction:.0%}"
     return cells
 
 
@@ -125,7 +124,7 @@ def speedup_text(speedup: float) -> Text:
 def means(report: Report) -> Iterator[str]:
     """The summary: a line a mode, the fastest first, in rich's markup."""
     for mode in report.modes():
-        total = sum(case.case.mode == mode for case in report.cases)
+        total = sum(case.mode == mode for case in report.cases)
         found = report.geometric_means(mode)
         parts = [
             f"{escape(name)} {mean:.2f}x" + (f" ({count} of {total} cases)" if count < total else "")
@@ -147,14 +146,14 @@ def notes(report: Report) -> Iterator[str]:
         yield escape(report.kernels)
     for line in report.left_out:
         yield f"[yellow]left out[/yellow] {escape(line)}"
-    roofs = {case.case.dtype: case.roof for case in report.cases if case.roof}
+    roofs = {case.dtype: case.roof_flops_per_s for case in report.cases if case.roof_flops_per_s}
     if roofs:
         parts = [f"{dtype} {r.gemm / 1e9:.0f} GEMM, {r.conv / 1e9:.0f} 3x3 convolution" for dtype, r in roofs.items()]
         yield f"roofs, the fastest arithmetic measured here, GFLOP/s: {'; '.join(parts)}"
     for case in report.cases:
         if case.conditions:
-            yield escape(f"GPU in {case.case.label}: {telemetry.line(case.conditions)}")
-    yield from map(escape, loader.lines(report.loader))
+            yield escape(f"GPU in {case.label}: {telemetry.line(case.conditions)}")
+    yield from map(escape, loader.lines(report.loader or ()))
     yield from picture_lines(report)
     facts = report.provenance
     load = facts["cpu"]["load_average_1min"]
@@ -163,7 +162,7 @@ def notes(report: Report) -> Iterator[str]:
     yield "* the baseline: plain PyTorch in channels_last; speed-up: its median time over the contestant's"
     yield "ms: median of a step; errors: of logits and gradients relative to a float64 run of the plain model"
     yield f"peak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}; set-up: build, compile and first call"
-    if any(case.roof for case in report.cases):
+    if any(case.roof_flops_per_s for case in report.cases):
         yield "roof: the contestant's GFLOP/s over the better of the roofs above"
     if "train" in report.modes():
         yield f"saved MB: {SAVED}"
@@ -175,7 +174,7 @@ def _quantised(report: Report) -> Iterator[str]:
     for case in report.cases:
         for result in case.results:
             if result.agreement is not None:
-                found.setdefault(result.contestant, []).append(f"{result.agreement:.0%} in {case.case.label}")
+                found.setdefault(result.contestant, []).append(f"{result.agreement:.0%} in {case.label}")
     for name, shares in found.items():
         yield escape(
             f"{name}: 8-bit arithmetic, calibrated on other random images, so its error is larger and it is in no "
@@ -191,7 +190,7 @@ def _problems(report: Report) -> Iterator[str]:
     for case in report.cases:
         for result in case.results:
             if result.status != "ok" and result.contestant not in missing:
-                problems.setdefault((result.status, result.contestant, str(result.reason)), []).append(case.case.label)
+                problems.setdefault((result.status, result.contestant, str(result.reason)), []).append(case.label)
     for (status, contestant, reason), labels in problems.items():
         text = f"{contestant}: {reason} ({'; '.join(labels)})"
         yield f"[red]{status}[/red] {escape(text)}"

@@ -8,7 +8,7 @@ import logging
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,24 +24,45 @@ from resnet_fused._command import (
     seconds,
 )
 from resnet_fused.cli.output import PROGRAM, complain, show
+from resnet_fused.measure.cases import DTYPES, MODES, Asked, Case, Dtype
 
 DEFAULT_MODEL, REHEARSED_MODEL = "resnet50", "resnet18"
-DEFAULT_CASES = (("infer", 1, "fp32"), ("infer", 8, "fp32"), ("infer", 8, "bf16"), ("train", 4, "fp32"))
+DEFAULT_CASES: tuple[Asked, ...] = (
+    ("infer", 1, "fp32"),
+    ("infer", 8, "fp32"),
+    ("infer", 8, "bf16"),
+    ("train", 4, "fp32"),
+)
 DEFAULT_BUDGET_S = 240.0
-GPU_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"), ("infer", 32, "bf16"), ("infer", 1, "bf16"))
+GPU_CASES: tuple[Asked, ...] = (
+    ("infer", 256, "bf16"),
+    ("train", 256, "bf16"),
+    ("infer", 32, "bf16"),
+    ("infer", 1, "bf16"),
+)
 GPU_BUDGET_S = 570.0  # with the tuning: a first run ends within ten minutes
 TUNE_S = 180.0
 WIDTH = 120  # columns of the widest table
-REHEARSED, REHEARSED_SIZE = (("infer", 2, "bf16"), ("train", 2, "bf16")), 64  # a GPU's stages on a CPU
+REHEARSED: tuple[Asked, ...] = (("infer", 2, "bf16"), ("train", 2, "bf16"))  # a GPU's stages on a CPU
+REHEARSED_SIZE = 64
 RESULTS = Path("benchmarks/results")
 GENERATED = Path("generated JPEGs")
-ROOFLINE_CASES = (("infer", 256, "bf16"), ("train", 256, "bf16"))
+# What else can be done than to race, and the options that it reads: each other one is refused, not ignored.
+CASES = {"model", "mode", "batch", "dtype"}
+READS = {
+    "compare": set(),
+    "roofline": {*CASES, "image_size", "json"},
+    "profile": {*CASES, "image_size", "device", "contestants", "backend", "seed", "json", "chart", "no_images"},
+    "check": {"device", "backend", "tune", "rounds", "budget", "seed", "no_images"},
+    "rehearse": {*CASES, "contestants", "backend", "tune", "budget", "seed", "json", "chart"}
+    | {"images", "no_images", "loader", "workers"},
+}
+ROOFLINE_CASES: tuple[Asked, ...] = (("infer", 256, "bf16"), ("train", 256, "bf16"))
 
 
 def register(commands: Any) -> None:
     """Add the subcommand to argparse's `commands`."""
     from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
-    from resnet_fused.measure.cases import DTYPES, MODES
 
     bench = commands.add_parser(
         "bench",
@@ -104,7 +125,7 @@ def register(commands: Any) -> None:
     )
     only("--profile", action="store_true", help="where a step's time goes, layer by layer, and the least it could be")
     only("--roofline", action="store_true", help="measure nothing: count bytes and FLOP layer by layer")
-    bench.set_defaults(function=run)
+    bench.set_defaults(function=run, default=bench.get_default)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     for name in ("torch.utils.cpp_extension", "torch.fx._symbolic_trace"):  # remarks of torch.compile's, once a run
         logging.getLogger(name).setLevel(logging.ERROR)
+    refuse_ignored(arguments)
     out = Console()
     out.width = max(out.width, WIDTH)  # a narrower terminal wraps what it cannot show, rich would cut it
     if arguments.roofline:
@@ -152,6 +174,19 @@ def run(arguments: argparse.Namespace) -> int:
         ("--chart", arguments.chart, lambda path: chart.save(report, path)),
         ("--record", arguments.record, lambda folder: schema.record(report, folder)),
     )
+
+
+def refuse_ignored(arguments: argparse.Namespace) -> None:
+    """Raise UsageError where an option was given that what is to be done does not read."""
+    instead = next((name for name in READS if getattr(arguments, name)), None)
+    if instead is None:
+        return
+    given = [name for name, value in vars(arguments).items() if value != arguments.default(name)]
+    ignored = [name for name in given if name not in {*READS[instead], instead, "command", "argv"}]
+    if ignored:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        read = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in READS[instead])) or "no option"
+        raise UsageError(f"--{instead} does not read {options}; it reads {read}")
 
 
 def _profile(arguments: argparse.Namespace, options: Any, out: Any) -> int:
@@ -195,22 +230,20 @@ def _model(arguments: argparse.Namespace) -> str:
     return arguments.model or (REHEARSED_MODEL if arguments.rehearse else DEFAULT_MODEL)
 
 
-def _chosen_cases(arguments: argparse.Namespace) -> tuple[tuple[str, int, str], ...]:
+def _chosen_cases(arguments: argparse.Namespace) -> tuple[Asked, ...]:
     """The cases that --mode, --batch and --dtype name; none without any of them."""
-    from resnet_fused.measure import cases
-
     if not (arguments.mode or arguments.batch or arguments.dtype):
         return ()
-    modes = choose_many(arguments.mode or "infer", cases.MODES, "mode")
+    modes = choose_many(arguments.mode or "infer", MODES, "mode")
     batches = positive_integers(arguments.batch or "1,8", "--batch")
-    dtypes = choose_many(arguments.dtype or "fp32", cases.DTYPES, "dtype")
+    dtypes: tuple[Dtype, ...] = choose_many(arguments.dtype or "fp32", get_args(Dtype), "dtype")
     return tuple((mode, batch, dtype) for mode in modes for dtype in dtypes for batch in batches)
 
 
 def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """Check every choice before anything is built; raises UsageError."""
     from resnet_fused.bench import contestants, loader, run
-    from resnet_fused.measure import cases, models, network
+    from resnet_fused.measure import models, network
 
     device = resolve_device(arguments.device)
     models.check(_model(arguments))
@@ -220,7 +253,8 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
         name for name, one in contestants.CONTESTANTS.items() if one.by_default and (one.graphed or graphs)
     )
     if arguments.contestants:
-        entrants = choose_many(arguments.contestants, contestants.CONTESTANTS, "contestant")
+        known = contestants.PROFILED if arguments.profile else contestants.CONTESTANTS
+        entrants = choose_many(arguments.contestants, known, "contestant")
     size = positive_integer(arguments.image_size, "--image-size")
     rounds = positive_integer(arguments.rounds, "--rounds") if arguments.rounds else None
     chosen, as_on_gpu = _chosen_cases(arguments), device.type == "cuda" or arguments.rehearse
@@ -252,8 +286,6 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     if arguments.workers and not arguments.loader:
         raise UsageError(f"--workers {arguments.workers} goes with --loader, which was not given")
     if arguments.loader:
-        if arguments.profile or arguments.check:
-            raise UsageError("--loader cannot be combined with --profile or --check")
         if all(mode != "train" for mode, *_ in chosen):
             raise UsageError("--loader measures training, and no case does: add --mode train")
         workers = positive_integer(arguments.workers, "--workers") if arguments.workers else None
@@ -263,11 +295,11 @@ def options_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     network.check_size(_model(arguments), size)
     return run.Options(
         model=_model(arguments),
-        cases=tuple(cases.Case(_model(arguments), *case, str(device), size) for case in chosen),
+        cases=tuple(Case(_model(arguments), *case, str(device), size) for case in chosen),
         device=device,
         contestants=entrants,
         images=arguments.images,
-        pictures=not arguments.no_images,
+        pictures=not (arguments.no_images or arguments.check),
         loader=source,
         rounds=rounds,
         budget_s=budget,

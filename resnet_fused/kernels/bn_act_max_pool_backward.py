@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resnet_fused.dispatch.conv import MAX_REGISTERS
 from resnet_fused.kernels._launch import index_type, launch
 from resnet_fused.kernels._tile import (
     input_gradient,
@@ -233,6 +234,7 @@ def bn_act_max_pool_backward_reduce(a: first.Args) -> first.Out:
         INDEX=index_type(a.x.numel(), partials[0].numel()),
         BLOCK_WINDOWS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
+        maxnreg=MAX_REGISTERS,
     )
     return first.Out(*reduce_alike(*partials))
 
@@ -265,5 +267,6 @@ def bn_act_max_pool_backward_apply(a: second.Args) -> Tensor:
         INDEX=index_type(a.x.numel()),
         BLOCK_WINDOWS=view.block_pixels,
         BLOCK_CHANNELS=view.block_channels,
+        maxnreg=MAX_REGISTERS,
     )
     return dx

@@ -9,7 +9,8 @@ import torch
 
 Mode = Literal["infer", "train"]
 Dtype = Literal["fp32", "bf16", "fp16"]
-MODES = get_args(Mode)
+Asked = tuple[Mode, int, Dtype]  # of a model: the mode, the batch, the dtype
+MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,9 +23,9 @@ class Case:
     """One row group of the table: what every contestant runs, with the same weights and the same input."""
 
     model: str
-    mode: str
+    mode: Mode
     batch: int
-    dtype: str
+    dtype: Dtype
     device: str
     image_size: int = 224
 

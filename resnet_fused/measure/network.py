@@ -20,25 +20,10 @@ _BRANCH = ("conv1", "conv2", "conv3")
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution for one image (n = 1); elements count one image's activations."""
+    """A convolution for one image (n = 1)."""
 
     name: str
     shape: ConvShape
-
-    @property
-    def inputs(self) -> int:
-        """Elements of the input that it reads: a 1x1 with a stride passes over the pixels in between."""
-        s = self.shape
-        return s.c * s.p * s.q if (s.r, s.s) == (1, 1) else self.size
-
-    @property
-    def size(self) -> int:
-        """Elements of the whole input, and of its gradient."""
-        return self.shape.c * self.shape.h * self.shape.w
-
-    @property
-    def outputs(self) -> int:
-        return self.shape.k * self.shape.p * self.shape.q
 
     @property
     def weights(self) -> int:
@@ -72,10 +57,6 @@ class Network:
     pooled: int | None  # elements behind the max pool
     blocks: tuple[Block, ...]
     classes: int
-
-    @property
-    def features(self) -> int:
-        return self.blocks[-1].branch[-1].shape.k
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from resnet_fused.measure.cases import DTYPES, Case
 from resnet_fused.measure.timing import clock_for
@@ -65,8 +66,15 @@ def flops(model: nn.Module, case: Case) -> int:
     """Floating-point operations of convolutions and matrix products in one step, counted without running it."""
     module = copy.deepcopy(model).train(case.mode == "train").to("meta")
     x = torch.empty(case.batch, 3, case.image_size, case.image_size, device="meta")
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         y = module(x)
         if case.mode == "train":
             y.sum().backward()
     return int(counter.get_total_flops())
+
+
+def _convolution_backward(dy: Sequence[int], x: Sequence[int], weight: Sequence[int], *more: Any, **_: Any) -> int:
+    """Each gradient has as many products as the forward; PyTorch's formula forgets a weight's groups."""
+    *_rest, wanted = more
+    return sum(wanted[:2]) * conv_flop_count(list(x), list(weight), list(dy))

@@ -7,152 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-import torchvision
 from recorded import rendered
 from torch import nn
 
 from resnet_fused._command import UsageError
-from resnet_fused.bench import chart, images, profile, results, run, table
+from resnet_fused.bench import chart, images, results, run, table
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS
 from resnet_fused.bench.correctness import FLOORS, Errors, breach, errors_of, max_error, norm_error
 from resnet_fused.bench.runner import Outcome, Runner, reference
-from resnet_fused.measure import cases, memory, models, provenance, roof
-from resnet_fused.measure import timing as harness
+from resnet_fused.measure import cases, models
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Silent
-from resnet_fused.measure.timing import MAX_ROUNDS, MIN_ROUNDS, Timing, cpu_clock, round_order, time_interleaved
-from resnet_fused.tuning import device_worker as device_process
 
 CPU = torch.device("cpu")
-
-
-# harness
-
-
-def test_round_order_gives_everyone_every_place_and_both_neighbours():
-    names = list("abcd")
-    orders = [round_order(names, index) for index in range(2 * len(names))]
-    assert orders[0] == names
-    assert all(sorted(order) == names for order in orders)
-    for place in range(len(names)):
-        at_place = [order[place] for order in orders]
-        assert all(at_place.count(name) == 2 for name in names)
-    follows = {(first, then) for order in orders for first, then in zip(order, order[1:], strict=False)}
-    assert {("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")} <= follows
-
-
-def test_percentiles_are_numpys():
-    samples = (5.0, 1.0, 4.0, 2.0, 3.0, 100.0)
-    timing = Timing(samples)
-    assert (timing.p20, timing.p50, timing.p80) == tuple(np.percentile(samples, [20, 50, 80]))
-    assert timing.p50 == 3.5  # an outlier does not move the median
-
-
-def test_interleaving_calls_everyone_once_per_round_after_warming_up():
-    log: list[str] = []
-    calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
-    rounds_seen: list[int] = []
-    fake_time = iter(range(10**6))
-
-    def clock(call):
-        call()
-        return float(next(fake_time))
-
-    measured = time_interleaved(calls, clock, rounds=4, warmup=1, on_round=rounds_seen.append)
-    assert log == [name for index in (0, 0, 1, 2, 3) for name in round_order(list("abc"), index)]
-    assert rounds_seen == [1, 2, 3, 4] and measured.rounds == 4
-    assert measured.timings["a"].samples_ms == (3.0, 8.0, 10.0, 14.0)  # the warm-up's 0 is not kept
-
-
-def test_a_contestant_that_raises_leaves_the_race_and_the_others_finish():
-    count = {"good": 0, "bad": 0}
-
-    def good():
-        count["good"] += 1
-
-    def bad():
-        count["bad"] += 1
-        if count["bad"] == 4:
-            raise MemoryError("no room\nsecond line")
-
-    measured = time_interleaved({"good": good, "bad": bad}, cpu_clock, rounds=5, warmup=2)
-    assert measured.failures == {"bad": "MemoryError: no room"}
-    assert list(measured.timings) == ["good"] and len(measured.timings["good"].samples_ms) == 5
-    assert count == {"good": 7, "bad": 4}
-
-
-@pytest.mark.parametrize(("budget", "expected"), [(0.0, MIN_ROUNDS), (1e9, MAX_ROUNDS)])
-def test_the_budget_bounds_the_rounds(budget, expected):
-    assert time_interleaved({"a": lambda: None}, cpu_clock, budget_s=budget).rounds == expected
-
-
-def test_nobody_to_time_is_no_endless_loop():
-    assert time_interleaved({}, cpu_clock).timings == {}
-
-
-def test_one_clock_queues_the_call_behind_the_flush(monkeypatch):
-    """What contestants, roofs, profiles and candidates are timed by, with CUDA's part played by a fake."""
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def elapsed_time(self, other):
-            return 1.5
-
-    class Scratch:
-        def zero_(self):
-            log.append("flush")
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: Scratch())
-    clock = harness.clock_for(torch.device("cuda"))
-    assert clock(lambda: log.append("call")) == 1.5
-    assert log == ["wait", "flush", "record", "call", "record", "wait"]
-    assert harness.clock_for(CPU) is cpu_clock
-    assert {module.clock_for for module in (run, roof, profile, device_process)} == {harness.clock_for}
-
-
-# models
-
-
-def test_create_is_seeded_and_its_batch_norms_look_trained():
-    first, again, other = models.create("resnet18", 0), models.create("resnet18", 0), models.create("resnet18", 1)
-    state = torch.random.get_rng_state()
-    assert torch.equal(state, torch.random.get_rng_state()) and not first.training
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-    assert not torch.equal(first.conv1.weight, other.conv1.weight)
-    for norm in (module for module in first.modules() if isinstance(module, nn.BatchNorm2d)):
-        assert norm.momentum == 0.1 and norm.weight.std() > 0 and norm.bias.std() > 0
-        assert norm.running_mean.abs().max() > 0 and norm.running_var.std() > 0
-
-
-def test_create_leaves_the_global_generator_alone():
-    torch.manual_seed(3)
-    expected = torch.rand(4)
-    torch.manual_seed(3)
-    models.create("resnet18")
-    assert torch.equal(torch.rand(4), expected)
-
-
-def test_timm_models_by_name():
-    pytest.importorskip("timm")
-    assert models.create("timm:resnet10t")(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
-
-
-def test_a_model_for_other_pictures_is_refused_in_one_line(monkeypatch):
-    def forward(self, x):
-        raise AssertionError("Input height (128)\n  doesn't match model (224).")
-
-    monkeypatch.setattr(torchvision.models.ResNet, "forward", forward)
-    with pytest.raises(UsageError, match="'resnet18' is none for pictures of 128 x 128: Input height .128. doesn't"):
-        models.create("resnet18")
 
 
 # correctness
@@ -226,35 +93,6 @@ def test_a_training_step_trains_and_an_evaluation_does_not():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-# memory, roof, provenance
-
-
-def test_peak_memory_sees_a_temporary():
-    size = 64 * 2**20
-    meter = memory.MemoryMeter(CPU)
-    peak = meter.peak(lambda: torch.ones(size // 4).sum())
-    small = meter.peak(lambda: torch.ones(1).sum())
-    if peak is None:
-        pytest.skip("this kernel has no high-water mark to reset")
-    assert 0.9 * size < peak < 1.5 * size and small < 0.2 * size
-
-
-def test_flops_are_the_known_ones():
-    model = models.create("resnet50")
-    forward = roof.flops(model, Case("resnet50", "infer", 2, "fp32", "cpu"))
-    assert forward == pytest.approx(2 * 2 * 4.089e9, rel=1e-3)
-    both = roof.flops(model, Case("resnet50", "train", 1, "fp32", "cpu"))
-    assert 2.8 < both / (forward / 2) < 3.0  # dgrad and wgrad, but no dgrad for the images
-
-
-def test_provenance_is_json_and_complete():
-    facts = json.loads(json.dumps(provenance.collect(CPU, "resnet-fused bench"), allow_nan=False))
-    assert facts["torch"] == torch.__version__ and facts["gpu"] is None and facts["onednn"]
-    assert facts["cpu"]["threads"] == torch.get_num_threads() and facts["cpu"]["name"]
-    assert facts["date_utc"].endswith("+00:00") and facts["command"] == "resnet-fused bench"
-    assert facts["commit"] is None or (len(facts["commit"]["sha"]) == 40 and isinstance(facts["commit"]["dirty"], bool))
-
-
 # pictures
 
 
@@ -326,7 +164,7 @@ def test_a_run_checks_and_times_every_contestant(tiny_report):
     assert [result.contestant for result in infer.results] == ["eager", BASELINE, "fused", "frozen"]
     assert [result.contestant for result in train.results] == ["eager", BASELINE, "fused"]
     for case in (infer, train):
-        assert case.rounds == 3 and case.flops > 0
+        assert case.rounds == 3 and case.flops_per_step > 0
         for result in case.results:
             assert result.status == "ok", result.reason
             assert len(result.timing.samples_ms) == 3 and case.images_per_s(result) > 0

@@ -19,7 +19,8 @@ from resnet_fused.measure.cases import Case, Unavailable
 from resnet_fused.measure.progress import Silent
 
 CPU = torch.device("cpu")
-BENCH = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu", "--rounds", "1", "--no-images"]
+SMALL = ["bench", "--model", "resnet18", "--image-size", "32", "--device", "cpu"]
+BENCH, PROFILE = [*SMALL, "--rounds", "1", "--no-images"], [*SMALL, "--profile"]
 TINY = [*BENCH, "--contestants", "fused"]
 GB = 10**9
 
@@ -46,6 +47,25 @@ def options(*cases, **changes):
 def stub(monkeypatch, name, prepare, **about):
     monkeypatch.setitem(CONTESTANTS, name, Contestant(name, "", prepare, **about))
     return name
+
+
+def judging(monkeypatch, first):
+    """Call `first(case)` before each float64 reference."""
+    real = run.reference
+
+    def reference(model, case, *rest):
+        first(case)
+        return real(model, case, *rest)
+
+    monkeypatch.setattr(run, "reference", reference)
+
+
+def raises_in_training(error):
+    def first(case):
+        if case.mode == "train":
+            raise error
+
+    return first
 
 
 def statuses(report):
@@ -92,14 +112,8 @@ def test_activations_are_estimated_before_anything_runs(mode, monkeypatch):
 
 
 def test_a_case_whose_reference_fails_fails_alone(monkeypatch):
-    real = run.reference
-
-    def reference(model, case, *rest):
-        if case.mode == "train":
-            raise ValueError("Expected more than 1 value per channel\nwhen training")
-        return real(model, case, *rest)
-
-    monkeypatch.setattr(run, "reference", reference)
+    refused = ValueError("Expected more than 1 value per channel\nwhen training")
+    judging(monkeypatch, raises_in_training(refused))
     report = run.run(options(case("train"), case()), Silent())
     assert statuses(report) == [dict.fromkeys(("eager", BASELINE, "fused"), s) for s in ("failed", "ok")]
     assert report.cases[0].results[0].reason == "ValueError: Expected more than 1 value per channel"
@@ -204,7 +218,7 @@ def test_no_roof_and_no_count_of_operations_leave_the_times(monkeypatch, capsys)
     assert found["roof_flops_per_s"] is None and found["flops_per_step"] is None
     assert all(result["images_per_s"] > 0 and result["flops_per_s"] is None for result in found["results"])
     assert "1.00x" in capsys.readouterr().out
-    assert schema.load(run.Path("b.json")).cases[0].flops is None
+    assert schema.load(run.Path("b.json")).cases[0].flops_per_step is None
 
 
 # stages
@@ -281,7 +295,7 @@ def test_a_chart_or_a_record_that_fails_leaves_table_and_json(monkeypatch, capsy
 def test_a_profile_of_a_contestant_or_a_case_that_fails(monkeypatch, capsys):
     stub(monkeypatch, "frozen", crashes, modes=("infer",))
     monkeypatch.setattr(profile, "roofs", lambda case: (1e10, 1e11))
-    arguments = [*BENCH, "--profile", "--batch", "2,100000000", "--json", "p.json", "--chart", "p.png"]
+    arguments = [*PROFILE, "--batch", "2,100000000", "--json", "p.json", "--chart", "p.png"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert "failed frozen: MemoryError (infer, batch 2, fp32)" in out and "wrote p.png" in out and "of roof" in out
@@ -294,7 +308,7 @@ def test_a_profile_of_a_contestant_or_a_case_that_fails(monkeypatch, capsys):
         raise RuntimeError("no kernels in this dtype")
 
     monkeypatch.setattr(profile, "roofs", no_roofs)
-    assert cli.main([*BENCH, "--profile", "--batch", "2", "--chart", "q.png"]) == 2
+    assert cli.main([*PROFILE, "--batch", "2", "--chart", "q.png"]) == 2
     captured = capsys.readouterr()
     assert "failed fused: RuntimeError: no kernels" in captured.out
     assert "--chart q.png: there is nothing to draw" in captured.err
@@ -304,14 +318,7 @@ def test_a_profile_of_a_contestant_or_a_case_that_fails(monkeypatch, capsys):
 
 
 def test_ctrl_c_shows_and_writes_what_was_measured(monkeypatch, capsys):
-    real = run.reference
-
-    def reference(model, case, *rest):
-        if case.mode == "train":
-            raise KeyboardInterrupt
-        return real(model, case, *rest)
-
-    monkeypatch.setattr(run, "reference", reference)
+    judging(monkeypatch, raises_in_training(KeyboardInterrupt()))
     assert cli.main([*TINY, "--mode", "infer,train", "--batch", "2", "--json", "b.json"]) == 130
     assert "left out train, batch 2, fp32: interrupted" in capsys.readouterr().out
     data = json.loads(open("b.json").read())
@@ -321,13 +328,12 @@ def test_ctrl_c_shows_and_writes_what_was_measured(monkeypatch, capsys):
 
 
 def test_what_was_measured_is_on_the_disk_before_the_next_case_begins(monkeypatch):
-    real, seen = run.reference, []
+    seen = []
 
-    def reference(model, case, *rest):
+    def look(case):
         seen.append(len(json.loads(open("b.json").read())["cases"]) if os.path.exists("b.json") else 0)
-        return real(model, case, *rest)
 
-    monkeypatch.setattr(run, "reference", reference)
+    judging(monkeypatch, look)
     assert cli.main([*TINY, "--batch", "1,2,3", "--json", "b.json"]) == 0
     assert seen == [0, 1, 2]
 

@@ -12,33 +12,30 @@ from resnet_fused.bench.kernel_times import Kernel
 CPU, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
 
-def event(name, kind, start, end, own=0.0, mark=False):
-    times = types.SimpleNamespace(start=start, end=end)
-    return types.SimpleNamespace(
-        name=name, device_type=kind, time_range=times, self_cpu_time_total=own, is_user_annotation=mark
-    )
+def average(key, kind, count, own, mark=False):
+    times = {"self_cpu_time_total": 0, "self_device_time_total": 0}
+    times["self_cpu_time_total" if kind == CPU else "self_device_time_total"] = own
+    return types.SimpleNamespace(key=key, device_type=kind, count=count, is_user_annotation=mark, **times)
 
 
-EVENTS = [
-    event("one step", CPU, 0, 100, 10, mark=True),
-    event("aten::conv2d", CPU, 0, 60, 5),
-    event("aten::cudnn_convolution", CPU, 1, 59, 50),
-    event("autograd::engine::evaluate_function: X", CPU, 60, 70, 3),
-    event("one step", CUDA, 0, 100, mark=True),
-    event("sm90_xmma_fprop", CUDA, 10, 40),
-    event("sm90_xmma_fprop", CUDA, 40, 60),
-    event("elementwise", CUDA, 60, 70),
+AVERAGES = [
+    average("one step", CPU, 2, 10, mark=True),
+    average("aten::conv2d", CPU, 2, 5),
+    average("aten::cudnn_convolution", CPU, 2, 50),
+    average("autograd::engine", CPU, 1, 0),
+    average("ConvolutionBackward0", CPU, 1, 3),
+    average("one step", CUDA, 2, 100, mark=True),
+    average("elementwise", CUDA, 1, 10),
+    average("sm90_xmma_fprop", CUDA, 2, 50),
 ]
 
 
-def test_on_a_gpu_its_kernels_count_and_marks_do_not():
-    found = kernel_times.kernels(EVENTS, on_gpu=True, steps=2)
-    assert found == (Kernel("sm90_xmma_fprop", 1, 0.025), Kernel("elementwise", 0.5, 0.005))
-
-
-def test_on_a_cpu_an_op_counts_without_those_it_calls():
-    names = {kernel.name: kernel.ms for kernel in kernel_times.kernels(EVENTS[:3], on_gpu=False, steps=1)}
-    assert names == {"aten::cudnn_convolution": pytest.approx(0.05), "aten::conv2d": pytest.approx(0.005)}
+@pytest.mark.parametrize("on_gpu,expected", [
+    (True, (Kernel("sm90_xmma_fprop", 1, 0.025), Kernel("elementwise", 0.5, 0.005))),
+    (False, (Kernel("aten::cudnn_convolution", 1, 0.025), Kernel("aten::conv2d", 1, 0.0025))),
+])  # fmt: skip
+def test_kernels_on_a_gpu_ops_on_a_cpu_and_no_marks(on_gpu, expected):
+    assert kernel_times.kernels(AVERAGES, on_gpu, steps=2) == expected
 
 
 def test_the_table_adds_up_and_names_are_cut(capsys):
@@ -49,8 +46,10 @@ def test_the_table_adds_up_and_names_are_cut(capsys):
     assert "3 others" in out and "..." in out and f"{10 / sum(k.ms for k in found):.1%}" in out and "5.0000" in out
 
 
-def test_a_measured_call_tells_its_ops():
-    x = torch.randn(64, 64)
-    found = kernel_times.measure(lambda: x @ x, torch.device("cpu"), 3)
-    product = next(kernel for kernel in found if kernel.name == "aten::mm")
-    assert product.calls == 1 and product.ms > 0
+def test_a_recorded_call_tells_its_ops_without_those_they_call():
+    x, w = torch.randn(4, 64, 32, 32), torch.randn(64, 64, 3, 3)
+    profiler = kernel_times.record(lambda: torch.conv2d(x, w), torch.device("cpu"), 3)
+    found = {kernel.name: kernel for kernel in kernel_times.kernels(profiler.key_averages(), False, 3)}
+    whole, *_ = (one for one in profiler.key_averages() if one.key == "aten::conv2d")
+    assert found["aten::conv2d"].calls == 1 and 0 < found["aten::conv2d"].ms < whole.cpu_time_total / 1e3 / 3 / 2
+    assert kernel_times.STEP not in found

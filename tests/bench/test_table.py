@@ -8,6 +8,7 @@ from recorded import BASELINE, rendered
 
 from resnet_fused.bench import chart, table
 from resnet_fused.bench.correctness import Errors
+from resnet_fused.bench.results import Saved
 
 
 def _columns(text):
@@ -17,7 +18,7 @@ def _columns(text):
 
 def test_the_table_fits_a_screen_and_nothing_in_it_is_empty():
     """A large network's numbers in training, which has the most columns."""
-    big = dict(peak_bytes=10**11, saved_bytes=10**11, setup_s=345.6, errors=Errors(1e-6, gradients=1e-5))
+    big = dict(peak_bytes=10**11, saved=Saved(10**11), setup_s=345.6, errors=Errors(1e-6, gradients=1e-5))
     many = [recorded.result(name, *[9876.5] * 5, **big) for name in (BASELINE, "compile-max-autotune")]
     missing = recorded.result(
         "onnxruntime", status="unavailable", reason="it is not installed" + " here" * 30, errors=None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from resnet_fused.bench.results import CaseReport, Report, Result
 from resnet_fused.measure import provenance
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.roof import Roof
-from resnet_fused.measure.timing import Timing
 
 BASELINE = "eager-channels-last"
 
@@ -22,19 +22,25 @@ BASELINE = "eager-channels-last"
 def result(name: str, *samples: float, **changes: Any) -> Result:
     """A contestant with these milliseconds; without any it failed."""
     if not samples:
-        return dataclasses.replace(Result(name, "failed", "it is wrong", Errors(float("inf"))), **changes)
-    return dataclasses.replace(Result(name, "ok", None, Errors(1e-6), 0.5, Timing(samples), 2**20), **changes)
+        return dataclasses.replace(Result(name, "failed", "it is wrong", Errors(math.inf)), **changes)
+    ok = Result(name, "ok", errors=Errors(1e-6), setup_s=0.5, samples_ms=samples, peak_bytes=2**20)
+    return dataclasses.replace(ok, **changes)
 
 
 def case(*results: Result, mode: str = "infer", batch: int = 4, dtype: str = "fp32") -> CaseReport:
-    rounds = max((len(one.timing.samples_ms) for one in results if one.timing), default=0)
-    return CaseReport(Case("resnet18", mode, batch, dtype, "cpu"), 10**9, rounds, results, Roof(1e11, 2e11))
+    return CaseReport.of(
+        Case("resnet18", mode, batch, dtype, "cpu"),
+        rounds=max((len(one.samples_ms or ()) for one in results), default=0),
+        results=results,
+        flops_per_step=10**9,
+        roof_flops_per_s=Roof(1e11, 2e11),
+    )
 
 
 def report(*cases: CaseReport, **facts: Any) -> Report:
     """One measured here, with changes to its provenance."""
     found = provenance.collect(torch.device("cpu"), "resnet-fused bench") | facts
-    return Report("resnet18", BASELINE, found, cases)
+    return Report(schema=1, model="resnet18", baseline=BASELINE, provenance=found, cases=cases)
 
 
 def usual(factor: float = 1.0, **facts: Any) -> Report:

@@ -15,7 +15,8 @@ from resnet_fused import cli
 from resnet_fused.bench.contestants import CONTESTANTS
 from resnet_fused.measure import models
 
-TINY = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu", "--rounds", "2"]
+SMALL = ["bench", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--device", "cpu"]
+TINY = [*SMALL, "--rounds", "2"]
 
 
 def run(*arguments, cwd, **environment):
@@ -81,11 +82,12 @@ BAD = {
     "chart needs a package": (["--chart", "c.png"], "--chart needs matplotlib"),
     "loader needs a package": (["--mode", "train", "--loader", "absent"], "--loader needs PIL"),
 }
+RACE = ("rounds", "budget", "no number", "folder", "loader needs a package")  # what the race alone reads
 CASES = [
     pytest.param(*bad, kind, marks=[pytest.mark.larger] * bool(kind), id=" ".join([name, *kind]))
     for name, bad in BAD.items()
-    for kind in ((), ("--profile",), ("--check",))
-    if not kind or name != "folder"  # of pictures, which the race alone reads
+    for kind in ((), ("--profile",))
+    if not kind or name not in RACE
 ]
 
 
@@ -102,7 +104,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, kind, tmp_path, 
         monkeypatch.setattr("importlib.util.find_spec", hidden)
     files = [] if "--json" in arguments else ["--json", "out/b.json", "--chart", "out/b.png"]
     try:
-        code = cli.main([*TINY, *kind, *files, *arguments])
+        code = cli.main([*(SMALL if kind else TINY), *kind, *files, *arguments])
     except SystemExit as stop:  # argparse's own errors
         code = stop.code
     captured = capsys.readouterr()
@@ -111,6 +113,28 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, hint, kind, tmp_path, 
     assert len(lines) == 1 and lines[0].startswith("resnet-fused") and "error: " in lines[0], captured.err
     assert hint in lines[0] and ("needs" in hint or arguments[1].removeprefix("timm:") in lines[0])
     assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+IGNORED = {
+    "compare": (["--compare", "a", "b"], "--model resnet18 --seed 3 --json c.json", "--model, --seed, --json"),
+    "roofline": (
+        ["--roofline"],
+        "--model resnet18 --device cpu --rounds 2 --chart c.png",
+        "--device, --rounds, --chart",
+    ),
+    "profile": (["--profile"], "--images . --rounds 2 --budget 5 --loader", "--rounds, --budget, --images, --loader"),
+    "check": (["--check"], "--model resnet18 --batch 2 --images . --json c.json", "--model, --batch, --images, --json"),
+    "rehearse": (["--rehearse"], "--device cpu --image-size 32", "--image-size, --device"),
+}
+
+
+@pytest.mark.parametrize(("mode", "more", "named"), IGNORED.values(), ids=IGNORED.keys())
+def test_what_a_mode_does_not_read_is_refused_by_name(mode, more, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["bench", *mode, *more.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"resnet-fused: error: {mode[0]} does not read {named}; it reads ")
+    assert len(captured.err.splitlines()) == 1 and captured.out == "" and list(tmp_path.iterdir()) == []
 
 
 def test_bad_pictures_stop_the_run_before_anything_is_built(tmp_path, capsys, monkeypatch):

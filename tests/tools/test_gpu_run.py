@@ -99,7 +99,7 @@ def test_results_come_home_whole_or_not_at_all(rehearsed, tmp_path):
     home = root / "benchmarks/results/nvidia-test-1"
     (result,) = home.glob("*.json")
     report = schema.load(result)
-    assert [case.case.mode for case in report.cases] == ["infer", "train"] and report.loader
+    assert [case.mode for case in report.cases] == ["infer", "train"] and report.loader
     assert "gpu_run_" not in report.provenance["command"]  # a folder that is gone
     assert tables.read(root / "resnet_fused/dispatch/tables/nvidia-test-1.json").verified
     (folder,) = home.glob("gpu-run-*")
@@ -265,6 +265,10 @@ def test_what_runs_on_a_gpu_is_options_that_the_commands_take(tmp_path):
                 choose_many(values[name].get("--dtype", "bf16"), DTYPES, "dtype")
                 choose_many(arguments.mode, MODES, "mode")
     assert checked == 10
+    for step in gpu_steps.steps():
+        for command in (named[step.name], step.command(100, tmp_path, rehearse=True)):
+            if command[:4] == [*gpu_steps.CLI, "bench"]:
+                cli.bench.refuse_ignored(cli.parser().parse_args(command[3:]))
     asked = {name for options in values.values() for name in str(options.get("--contestants", "")).split(",") if name}
     assert asked == set(contestants.CONTESTANTS) - ON_CPUS  # nobody is forgotten
     for target in targets.TARGETS:  # and every target's case is measured with both, or with one and the baseline

@@ -8,7 +8,6 @@ import recorded
 from recorded import BASELINE, result
 
 from benchmarks import targets
-from resnet_fused.bench.results import Report
 
 GPU = {"name": "NVIDIA Test 1"}
 TRAIN = targets.TARGETS[0]
@@ -16,12 +15,12 @@ TRAIN = targets.TARGETS[0]
 
 def case(*results, mode="train", batch=256, **changes):
     one = recorded.case(*results, mode=mode, batch=batch, dtype="bf16")
-    return dataclasses.replace(one, case=dataclasses.replace(one.case, **{"model": "resnet50", **changes}))
+    return dataclasses.replace(one, **{"model": "resnet50", **changes})
 
 
 def report(*cases, date="2026-01-02", command="resnet-fused bench", gpu=GPU):
-    facts = recorded.report(date_utc=f"{date}T00:00:00+00:00", command=command, gpu=gpu).provenance
-    return Report("resnet50", BASELINE, facts, cases)
+    found = recorded.report(*cases, date_utc=f"{date}T00:00:00+00:00", command=command, gpu=gpu)
+    return dataclasses.replace(found, model="resnet50")
 
 
 def test_nothing_is_reached_before_it_is_measured():

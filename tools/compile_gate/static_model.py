@@ -33,7 +33,8 @@ import resnet_fused
 from resnet_fused.bench import cost
 from resnet_fused.dispatch.conv import MULTIPROCESSORS
 from resnet_fused.measure import models
-from resnet_fused.measure.network import networks
+from resnet_fused.measure.cases import Case
+from resnet_fused.measure.network import build, describe
 from resnet_fused.ops import OPS, backends
 from resnet_fused.tuning.launches import SHARED_MEMORY_KB, configured_for
 from tools.compile_gate.machine_code import FLOP_PER_CYCLE, SCHEDULERS, MachineCode
@@ -183,10 +184,10 @@ def step(model: str, batch: int, arch: int, processes: int) -> Iterator[tuple[st
         parts = Times(*(sum(one.count * getattr(t, f.name) for one, t in ones) for f in fields(Times)))
         taken = sum(one.count * (t.longest + LAUNCH) for one, t in ones)
         yield family, sum(one.count for one, _ in ones), taken, parts
-    (network,) = networks(model, 224)
+    plain = build(model)
     rest = [
         one
-        for one in cost.training(network, cost.TRAINING["planned"], batch, torch.bfloat16)
+        for one in cost.costs(plain, describe(plain), Case(model, "train", batch, "bf16", "meta"))["planned"]
         if one.where == "head" or (one.where == "stem" and one.op.startswith("conv"))
     ]
     moved, flop = cost.total(rest)

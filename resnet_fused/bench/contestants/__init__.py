@@ -196,3 +196,4 @@ CONTESTANTS: dict[str, Contestant] = {
         ),
     )
 }
+PROFILED = (BASELINE, "fused", "frozen")  # the others are the same ops, or not ours

@@ -1,6 +1,7 @@
-"""What memory is left, where a control group has a say."""
+"""What memory is left, where a control group has a say; and the peak of a call."""
 
 import pytest
+import torch
 
 from resnet_fused.measure import memory
 
@@ -35,3 +36,13 @@ def test_what_a_control_group_leaves(version, monkeypatch, tmp_path):
     (tmp_path / "meminfo").unlink()
     assert memory.available() is None
     memory.require(10**18)
+
+
+def test_peak_memory_sees_a_temporary():
+    size = 64 * 2**20
+    meter = memory.MemoryMeter(torch.device("cpu"))
+    peak = meter.peak(lambda: torch.ones(size // 4).sum())
+    small = meter.peak(lambda: torch.ones(1).sum())
+    if peak is None:
+        pytest.skip("this kernel has no high-water mark to reset")
+    assert 0.9 * size < peak < 1.5 * size and small < 0.2 * size
