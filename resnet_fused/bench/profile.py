@@ -39,7 +39,7 @@ REPLACED = ("frozen", "frozen-int8")  # their modules are not the model's: only 
 KINDS = (
     ("convolution", r"conv"),
     ("batch norm", r"batch_norm|::bn_|merge_statistics"),
-    ("ReLU and add", r"relu|threshold_backward|::add_?$|add_act"),
+    ("ReLU and add", r"relu|threshold_backward|::add(_|$)"),
     ("pool", r"pool|::mean"),
     ("linear and loss", r"linear|addmm|::mm|log_softmax|nll_loss|cross_entropy"),
     ("copies", r"::copy_|::_to_copy|::clone|::contiguous|::zero_|::fill_"),
