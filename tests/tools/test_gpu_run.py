@@ -27,7 +27,7 @@ needs_kernels = pytest.mark.skipif(
     not any(ops.available(name, "cpu") for name in ("triton", "cuda")), reason="no kernel runs on this CPU"
 )
 GPU = "NVIDIA Test 1"
-ON_CPUS = {"openvino", "frozen-int8"}
+ON_CPUS = {"openvino", "frozen-int8", "onnxruntime-int8", "openvino-int8"}
 
 
 @pytest.fixture(scope="module")
