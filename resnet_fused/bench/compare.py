@@ -189,7 +189,8 @@ def render(comparison: Comparison, names: tuple[str, str], console: Console) -> 
         console.print("[yellow]different devices: only the speed-ups can be compared[/yellow]")
     for name, was, now in comparison.provenance:
         console.print(escape(f"differs: {name}: {was} -> {now}"), highlight=False, soft_wrap=True)
-    text = "B / A above 1: B is faster, within what both spreads allow; speed-up: over each run's own baseline"
+    text = "B / A above 1: B is faster, within what both spreads allow; speed-up: over each run's own baseline, the "
+    text += "median of the rounds' own ratios, which noise moves less than the ratio of medians in the table of a race"
     console.print(text, highlight=False, soft_wrap=True)
 
 
