@@ -5,6 +5,7 @@ Its sums run over the filter's rows, columns and channels in this order, whateve
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import threading
@@ -136,7 +137,8 @@ class _LargePages:
     @staticmethod
     def _slab(size: int) -> Tensor:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
