@@ -340,6 +340,21 @@ def test_no_kernel_to_verify_is_one_line(monkeypatch, capsys):
         assert len(err.splitlines()) == 1 and "triton" in err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_verify_says_why_there_is_nothing_to_verify(monkeypatch, capsys):
+    command = ["verify", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--dtype", "fp32"]
+    monkeypatch.setattr(ops, "available", lambda name, kind: name == "cuda")
+    monkeypatch.setattr(ops, "unavailable", lambda name, kind: None if name == "cuda" else "no triton")
+    assert cli.main([*command, "--mode", "infer"]) == 2
+    err = capsys.readouterr().err
+    assert "kernels that run here (cuda), none is for conv_fprop; triton: no triton\n" in err and "float64" not in err
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("resnet_fused.tuning.verify.check_all", lambda job, *_: {job.problem.op: "refused: too odd"})
+    assert cli.main([*command, "--mode", "train"]) == 1
+    out = capsys.readouterr().out
+    assert "takes one of these problems" in out and "bn_apply, refused: too odd" in out and "right" not in out
+
+
 @needs_kernels
 def test_the_verify_command(tmp_path, capsys, monkeypatch):
     path = tmp_path / "v.json"
