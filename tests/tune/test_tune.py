@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tune_doubles import Steps
 
 import resnet_fused
 from resnet_fused import cli, dispatch, ops
@@ -277,7 +278,9 @@ def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path,
     kept = [job for job in tiny_jobs(torch.bfloat16) if job.problem.op in ("conv_wgrad", "bn_apply", "conv_join")]
     monkeypatch.setattr(tune, "jobs", lambda *_, **__: kept)
     whole = blocks(tiny_network(), 2, torch.bfloat16, False)
-    first = resnet_fused.tune(dtype="bf16", rehearse=True)
+    steps = Steps()
+    first = resnet_fused.tune(dtype="bf16", rehearse=True, reporter=steps)
+    assert first.measured == steps.begun == steps.expected
     assert (first.measured, first.known, first.left) == (len(kept) + len(whole), 0, 0)
     assert not first.disabled and not first.dropped and not first.crashed
     assert first.path == tmp_path / "rehearsal" / "cpu.json"
