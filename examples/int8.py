@@ -14,6 +14,7 @@ import dataclasses
 
 import digits
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--epochs {arguments.epochs}: must be at least 1")
 
     console = Console()
-    table = Table(title=f"top-1 on held-out digits, {arguments.epochs} epochs", title_justify="left")
+    narrow = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}  # 80 columns
+    table = Table(title=f"top-1 on held-out digits, {arguments.epochs} epochs", title_justify="left", **narrow)
     table.add_column("network", no_wrap=True)
     for heading in ("float", "int8", "differ", "error", "loses most"):
         table.add_column(heading, justify="right", no_wrap=True)

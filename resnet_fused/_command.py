@@ -44,7 +44,9 @@ def choose(value: str, choices: Iterable[Name], what: str) -> Name:
     for choice in choices:
         if choice == value:
             return choice
-    close = difflib.get_close_matches(value, map(str, choices), n=5, cutoff=0.5)
+    names, asked = {str(choice).lower(): str(choice) for choice in choices}, value.lower()
+    begin = [name for name in names if asked and name.startswith(asked)]
+    close = [names[name] for name in difflib.get_close_matches(asked, names, n=5, cutoff=0.5) or begin[:5]]
     if close and len(choices) > 8:
         hint = f"did you mean {', '.join(close)}?"
     elif len(choices) <= FEW:

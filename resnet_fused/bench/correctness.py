@@ -9,6 +9,7 @@ import torch
 
 from resnet_fused.bench.runner import Outcome
 
+CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 FACTOR = 2.0
 # One ReLU whose input lies within a rounding error of zero may open or close: that moves gradients by a jump that no
 # precision of the arithmetic prevents, so their floors are wider.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from resnet_fused._command import UsageError, one_line
+from resnet_fused._command import one_line
 from resnet_fused.bench.images import MEAN, STD
 from resnet_fused.bench.runner import Runner
 from resnet_fused.measure.cases import Case
@@ -99,13 +99,9 @@ def check(folder: Path) -> None:
     """Raises:
     UsageError: it is no folder of folders of pictures.
     """
-    from torchvision.datasets import ImageFolder
+    from resnet_fused.evaluate.pictures import open_folder
 
-    try:
-        ImageFolder(str(folder))
-    except (OSError, RuntimeError) as error:
-        why = str(error).strip().splitlines()
-        raise UsageError(f"--loader {folder}: not a folder of one folder a class: {why[0] if why else error}") from None
+    open_folder("--loader", folder)
 
 
 def generate(folder: Path, count: int = GENERATED) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from resnet_fused._command import one_line
 from resnet_fused.bench import images, loader, preparation
 from resnet_fused.bench.contestants import BASELINE, CONTESTANTS, Contestant, Unavailable
-from resnet_fused.bench.correctness import Errors, breach, errors_of, top1_agreement
+from resnet_fused.bench.correctness import CHECKED_IMAGES, Errors, breach, errors_of, top1_agreement
 from resnet_fused.bench.results import INTERRUPTED, SCHEMA, CaseReport, Report, Result, Saved
 from resnet_fused.bench.runner import GraphMemory, Outcome, Runner, reference
 from resnet_fused.measure import memory, models, provenance, roof
@@ -28,7 +28,6 @@ from resnet_fused.measure.progress import Reporter
 from resnet_fused.measure.telemetry import GpuTelemetry
 from resnet_fused.measure.timing import Call, Measured, clock_for, time_interleaved
 
-CHECKED_IMAGES = 32  # of a larger batch, this many are compared with float64, whose model needs eight times the memory
 PICTURE_BATCH = 8
 TIMED_SECONDS = 12.0
 ROOF_REPEATS = 8  # at most: no more than there are rounds

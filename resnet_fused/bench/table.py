@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from rich import box
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from resnet_fused.bench import loader
+from resnet_fused.bench.correctness import CHECKED_IMAGES
 from resnet_fused.bench.results import CaseReport, Report, Result
 from resnet_fused.measure import provenance, telemetry
 from resnet_fused.measure.activation_memory import EXPLANATION as SAVED
@@ -39,7 +41,7 @@ def render(report: Report, console: Console) -> None:
     title = f"{report.model} on {provenance.device_name(facts)}, torch {facts['torch']}"
     console.print(Text(title, style="bold"), soft_wrap=True)
     for line in means(report):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False)
     for mode in report.modes():
         console.print()
         console.print(_table(report, [case for case in report.cases if case.mode == mode]))
@@ -131,8 +133,9 @@ def means(report: Report) -> Iterator[str]:
             for name, (mean, count) in sorted(found.items(), key=lambda item: -item[1][0])
             if name != report.baseline
         ]
+        what = "geometric mean" if total > 1 else "one case"
         if parts:
-            yield f"[bold]speed-up over {report.baseline}, {MODE[mode]}[/bold] (geometric mean): {', '.join(parts)}"
+            yield f"[bold]speed-up over {report.baseline}, {MODE[mode]}[/bold] ({what}): {', '.join(parts)}"
 
 
 def notes(report: Report) -> Iterator[str]:
@@ -169,17 +172,20 @@ def notes(report: Report) -> Iterator[str]:
 
 
 def _quantised(report: Report) -> Iterator[str]:
-    """What is to be known of a contestant in int8: its speed is for other numbers than the others' is."""
-    found: dict[str, list[str]] = {}
+    """What is to be known of contestants in int8: their speed is for other numbers than the others' is."""
+    right: Counter[str] = Counter()
+    images: Counter[str] = Counter()
     for case in report.cases:
         for result in case.results:
             if result.agreement is not None:
-                found.setdefault(result.contestant, []).append(f"{result.agreement:.0%} in {case.label}")
-    for name, shares in found.items():
+                count = min(case.batch, CHECKED_IMAGES)
+                images[result.contestant] += count
+                right[result.contestant] += round(result.agreement * count)
+    if images:
+        shares = ", ".join(f"{name} on {right[name]} of {count} images" for name, count in images.items())
         yield escape(
-            f"{name}: 8-bit arithmetic, calibrated on other random images, so its error is larger and it is in no "
-            f"mean. Top-1 as float64: {', '.join(shares)}. Weights are random here; docs/int8.md has the accuracy of "
-            "trained networks"
+            f"8-bit contestants ({', '.join(images)}): calibrated on random images; a larger error, and in no mean. "
+            f"Top-1 as float64's: {shares}. The accuracy of trained networks: docs/int8.md"
         )
 
 

@@ -90,8 +90,8 @@ def register(commands: Any) -> None:
     add("--tune", action=argparse.BooleanOptionalAction, help="check and time our kernels on this GPU first, "
         f"{TUNE_S:g} s at most (default: with a GPU's default cases)")  # fmt: skip
     add("--rounds", metavar="N", help="timed rounds a case (default: as many as fit)")
-    budget = "leave out cases that would not end within this time, like 90s or 5m (default cases: "
-    budget += f"{DEFAULT_BUDGET_S:g}s, on a GPU {GPU_BUDGET_S:g}s; else no limit)"
+    budget = "the first case always runs; later ones that would end after this are left out; like 90s or 5m, a number "
+    budget += f"alone is seconds (default cases: {DEFAULT_BUDGET_S:g}s, on a GPU {GPU_BUDGET_S:g}s; else no limit)"
     add("--budget", metavar="TIME", help=budget)
     add("--seed", type=int, default=0, metavar="N", help="of the random weights and inputs (default: %(default)s)")
     add = bench.add_argument_group("also").add_argument

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         _command.check_backend(arguments.backend, device)
         source = pictures.open_data(arguments.data)
         loaded = _load(arguments)
+        _say_order(arguments.data, source, loaded)
         settings = _settings(arguments, loaded[0].crop, device)
         _check_memory(settings, chosen)
         contestants = []
@@ -109,6 +111,19 @@ def _load(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     from resnet_fused.evaluate.loading import load
 
     return [load(text) for text in arguments.model]
+
+
+def _say_order(data: str, source: Any, loaded: Any) -> None:
+    """Say what class a folder stands for, where there are fewer than a model has outputs: its name is not read."""
+    from resnet_fused.evaluate.loading import outputs
+
+    if data.startswith("torchvision:"):
+        return
+    folders = len(source.classes)
+    with contextlib.suppress(UsageError):  # a classifier that is no matrix
+        if (most := max(outputs(one.model.state_dict()) for one in loaded)) > folders:
+            order = "the k-th folder in alphabetical order is taken as class k"
+            print(f"{folders} class folders, {most} outputs: {order}", file=sys.stderr)
 
 
 def _settings(arguments: argparse.Namespace, trained_on: int, device: Any):  # type: ignore[no-untyped-def]

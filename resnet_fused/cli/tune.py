@@ -24,7 +24,11 @@ def register(commands: Any) -> None:
     add("--batch", default="256", metavar="SIZES", help="images, a comma list; also used for half and twice as many "
         "(default: %(default)s)")  # fmt: skip
     add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default: %(default)s)")
-    add("--budget", metavar="TIME", help="stop after so long, like 90s or 5m (default: no limit)")
+    add(
+        "--budget",
+        metavar="TIME",
+        help="stop after so long, like 90s or 5m; a number alone is seconds (default: no limit)",
+    )
     add("--again", action="store_true", help="measure also what the table knows already")
     add(
         "--out",

@@ -16,10 +16,11 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="compare every kernel that can run here with float64",
-        description="Run every kernel of the package that can run here - on the GPU where there is one, else those "
-        "built for the CPU - on the layers of these models, and compare it with float64. Memory for results, and "
-        "around operands, is filled with NaN, so that what a kernel leaves out or reads beside them shows; each runs "
-        "twice and must give the same bits. Takes some minutes.",
+        description="Run every kernel for GPUs that can run here on the layers of these models, and compare it with "
+        "float64. Memory for results, and around operands, is filled with NaN, so that what a kernel leaves out or "
+        "reads beside them shows; each runs twice and must give the same bits. Takes some minutes. Without a GPU, the "
+        "source of the CUDA kernels runs on the CPU (built with RESNET_FUSED_BUILD=host), and Triton's kernels in its "
+        "interpreter (TRITON_INTERPRET=1). The kernels for CPUs are checked by the tests: make test.",
     )
     add_problems(parser)
     add = parser.add_argument

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +79,12 @@ def load(text: str, classes: int | None = None) -> Loaded:
         )
     if checkpoint == PRETRAINED:
         model = _create(name, pretrained=True)
-        if classes is not None and (found := _classes(model.state_dict())) < classes:
+        if classes is not None and (found := outputs(model.state_dict())) < classes:
             raise UsageError(f"--model {text}: {found} classes, the pictures have {classes}")
         return Loaded(name, *_prepared(name, model), checkpoint, None)
     path = Path(checkpoint)
     state, options = _read(path)
-    model = _create(name, num_classes=_classes(state), **options)
+    model = _create(name, num_classes=outputs(state), **options)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -144,7 +145,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # torchvision's and timm's recipes keep theirs
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip, safetensors: each with errors of its own
+    except pickle.UnpicklingError:  # it advises to load it without `weights_only`
+        raise UsageError(
+            f"--model: {path} is no checkpoint: it takes a file of torch.save(model.state_dict()) or safetensors"
+        ) from None
+    except Exception as error:  # zip, safetensors: each with errors of its own
         raise UsageError(f"--model: cannot read {path} as a checkpoint: {one_line(error)}") from None
     options = content.get("options", {}) if isinstance(content, Mapping) else {}
     for key in ("state_dict", "model"):
@@ -160,7 +165,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, dict(options)
 
 
-def _classes(state: Mapping[str, Tensor]) -> int:
+def outputs(state: Mapping[str, Tensor]) -> int:
+    """How many classes a network tells apart, by its last matrix."""
     matrices = [value for value in state.values() if value.dim() == 2]
     if not matrices:
         raise UsageError("--model: the checkpoint has no matrix, so no classifier")

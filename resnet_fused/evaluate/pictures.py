@@ -87,17 +87,23 @@ def open_data(text: str) -> Any:
     """
     if text.startswith("torchvision:"):
         return _torchvision(text)
+    return open_folder("--data", Path(text), ", or torchvision:<dataset>:<root>")
+
+
+def open_folder(option: str, folder: Path, instead: str = "") -> Any:
+    """The pictures of a folder with a subfolder per class; raises UsageError, which names the option and `instead`."""
     from torchvision.datasets import ImageFolder
 
-    if not Path(text).is_dir():
-        raise UsageError(
-            f"--data {text}: not a folder; name one with a subfolder per class, or torchvision:<dataset>:<root>"
-        )
+    takes = f"it takes a folder with a subfolder per class{instead}"
+    if not folder.is_dir():
+        raise UsageError(f"{option} {folder}: not a folder; {takes}")
     try:
-        return ImageFolder(text)
+        if not any(entry.is_dir() for entry in folder.iterdir()):
+            raise UsageError(f"{option} {folder}: no folder of pictures in it; {takes}")
+        return ImageFolder(str(folder))
     except OSError as error:
         what = one_line(error).partition(". ")[0].rstrip(".")  # what follows lists every kind of file
-        raise UsageError(f"--data {text}: {what}; give every class a subfolder with its pictures") from None
+        raise UsageError(f"{option} {folder}: {what}; give every class a subfolder with its pictures") from None
 
 
 def _torchvision(text: str) -> Any:

@@ -14,12 +14,13 @@ class Reporter:
 
     def __init__(self, console: Console, total: int | None) -> None:
         self._console, self._total, self._done = console, total, 0
+        self._text = "starting"
         self._start = time.monotonic()
         columns = (BarColumn(bar_width=30), TimeElapsedColumn(), TextColumn("{task.description}"))
         # drawn between the steps only: a thread that redraws would share the cores with what is timed
         bar = Progress(*columns, console=console, transient=True, auto_refresh=False)
         self._bar = bar if console.is_terminal else None
-        self._task = self._bar.add_task("starting", total=total) if self._bar else None
+        self._task = self._bar.add_task(self._text, total=total) if self._bar else None
 
     def __enter__(self) -> Reporter:
         if self._bar:

@@ -43,7 +43,7 @@ class Search:
         rehearse: only what runs without a table.
         bench: checks and times.
         ahead: compiles what `bench` will be asked about.
-        reporter: `start(text)`, `detail(text)`.
+        reporter: `expect(number)`, `start(text)`, `detail(text)`.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Search:
         self.seen: dict[Problem, int] = {}  # by block, how many changes there had been when it was timed
         self.written = -math.inf
         self.deadline = math.inf
+        self.steps = self.done = 0  # of the reporter's
 
     # ---- order -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +100,7 @@ class Search:
                         for choice in self._todo(job, quick):
                             self.ahead.submit(job, choice)
                 self._measure_roofs(ops)
+            self.steps = self._count(ops, whole, stages)
             for quick in stages:
                 self._stage(ops, quick)
                 self._stage(whole, quick)
@@ -120,11 +122,19 @@ class Search:
             summaries=summarise(ops, self.table),
         )
 
+    def _count(self, ops: list[Job], whole: list[Job], stages: list[bool]) -> int:
+        """How many steps there are, if all candidates run and are right."""
+        first = sum(bool(self._todo(job, stages[0])) for job in (*ops, *whole))
+        if len(stages) == 1:
+            return first
+        again = sum(len(self._todo(job, False)) > len(self._todo(job, True)) for job in ops)
+        return first + again + (len(whole) if again else 0)  # blocks are timed again after what they are made of
+
     def _measure_roofs(self, ops: list[Job]) -> None:
         """What the times are held against; a table that is continued keeps its own."""
         if "roofs" in self.table.provenance or not ops:
             return
-        self.reporter.start(f"measuring the memory and arithmetic speed of {self.device}")
+        self.reporter.detail(f"measuring the memory and arithmetic speed of {self.device}")
         try:
             roofs = dataclasses.asdict(self.bench.roofs(ops[0].problem.dtype))
         except WorkerCrashed as error:
@@ -135,10 +145,13 @@ class Search:
     def _stage(self, jobs: list[Job], quick: bool) -> None:
         """Every problem that has candidates left, the next one being the first whose kernels are compiled."""
         waiting = [(job, found) for job in jobs for found in [self._todo(job, quick)] if found]
+        self.steps = max(self.steps, self.done + len(waiting))
+        self.reporter.expect(self.steps)
         while waiting and self._time_left() > 0:
             ready = next((pair for pair in waiting if self.ahead.ready(*pair)), waiting[0])
             waiting.remove(ready)
             job, todo = ready
+            self.done += 1
             self.reporter.start(f"{job.problem}: {len(todo)} candidate{'s' * (len(todo) > 1)}")
             self.ahead.wait(job, todo, min(LATE_S, self._time_left()))
             self._measure(job, quick)

@@ -67,7 +67,7 @@ def tune(
         processes: that compile ahead; by default one a core but two, in a rehearsal none. On a GPU one more checks and
             times, so that a script calls this under `if __name__ == "__main__"`.
         command: recorded as the origin of the numbers.
-        reporter: gets `start(text)` per problem and `detail(text)`.
+        reporter: gets `expect(number)` of steps, then `start(text)` for each and `detail(text)`.
 
     Returns:
         what was measured and what changed.

@@ -26,7 +26,7 @@ from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.provenance import Provenance
 from resnet_fused.measure.workers import TaskFailure, isolated_map
-from resnet_fused.tuning.calls import backends
+from resnet_fused.tuning.calls import KERNEL_BACKENDS, backends
 from resnet_fused.tuning.candidates import candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
 from resnet_fused.tuning.problems import Job, jobs, wrapping_images
@@ -63,7 +63,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        return bool(self.checks) and not self.failures
+        return not self.failures and any(not check.refused for check in self.checks)
 
     def __str__(self) -> str:
         right: Counter[tuple[str, str]] = Counter()
@@ -75,7 +75,10 @@ class Verification:
         width = max((len(op) for op, _ in total), default=0)
         lines = [f"{op:<{width}}  {backend:<9} {right[op, backend]} of {n}" for (op, backend), n in total.items() if n]
         lines += [f"wrong: {check.problem}: {check.op}, {check.choice}: {check.reason}" for check in self.failures]
-        verdict = "all right" if self.passed else f"{len(self.failures)} wrong" if self.checks else "nothing to verify"
+        if not sum(total.values()):
+            reasons = "; ".join(dict.fromkeys(f"{check.op}, {check.reason}" for check in self.checks))
+            return f"nothing to verify: no kernel that runs here takes one of these problems: {reasons}"
+        verdict = "all right" if self.passed else f"{len(self.failures)} wrong"
         return "\n".join([*lines, f"{verdict}: {sum(total.values())} checks against float64 on {self.device}"])
 
     def to_json(self) -> dict[str, Any]:
@@ -129,8 +132,7 @@ def verify(
     device = torch.device("cuda" if torch.cuda.is_available() and not rehearse else "cpu")
     modes, dtypes = choose_many(modes, MODES, "mode"), choose_many(dtypes, DTYPES, "dtype")
     if not backends(device):
-        reasons = "; ".join(f"{name}: {ops.unavailable(name, device.type)}" for name in ("triton", "cuda"))
-        raise UsageError(f"nothing to verify: no kernel of this package runs here ({reasons})")
+        raise UsageError(f"nothing to verify: no kernel of this package runs here ({_missing(device)})")
     arch = arch_of(device)
     found: dict[Problem, Job] = {}
     for network in networks(model, image_size, rehearse):
@@ -147,9 +149,20 @@ def verify(
         for choice in candidates(job, device, arch, quick=quick)
         if choice.backend != "aten"
     ]
+    if not pairs:
+        wanted = ", ".join(dict.fromkeys(problem.op for problem in found))
+        here, missing = ", ".join(backends(device)), _missing(device)
+        why = f"; {missing}" if missing else ""
+        raise UsageError(f"nothing to verify: of the kernels that run here ({here}), none is for {wanted}{why}")
     checks = tuple(_checks(pairs, device, processes, reporter or Silent()))
     facts = provenance.collect(device, command)
     return Verification(provenance.device_name(facts), checks, facts)
+
+
+def _missing(device: torch.device) -> str:
+    """Why the kernel backends that cannot run here cannot."""
+    missing = [name for name in KERNEL_BACKENDS if name not in backends(device)]
+    return "; ".join(f"{name}: {ops.unavailable(name, device.type)}" for name in missing)
 
 
 def _enough(job: Job, choice: Choice, arch: int) -> Job:

@@ -189,7 +189,7 @@ def test_the_table_shows_everybody_the_means_and_the_roof(tiny_report):
         "frozen",
         f"{BASELINE} *",
         "1.00x",
-        "geometric mean",
+        "inference (one case)",
         "roof",
     ):
         assert word in text

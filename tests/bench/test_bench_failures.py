@@ -85,7 +85,7 @@ def test_a_batch_that_does_not_fit_fails_alone_and_the_rest_is_shown_and_written
     reason = data["cases"][1]["results"][0]["reason"]
     assert reason == "MemoryError: needs about 1,228.8 GB of main memory, 4.0 GB are left"
     out = capsys.readouterr().out
-    assert reason in out and "wrote b.json" in out and "wrote b.png" in out and "geometric mean" in out
+    assert reason in out and "wrote b.json" in out and "wrote b.png" in out and "speed-up over" in out
     assert len(schema.load(run.Path("b.json")).cases) == 4  # and it can be read back
     assert os.path.getsize("b.png") > 1000
 
@@ -125,7 +125,7 @@ def test_training_that_plain_pytorch_refuses_is_a_row(capsys):
     assert cli.main([*TINY, "--mode", "infer,train", "--batch", "1", "--image-size", "8"]) == 0
     out = capsys.readouterr().out
     assert "Expected more than 1 value per channel when training" in out
-    assert "inference (geometric mean)" in out
+    assert "inference (one case)" in out
 
 
 def test_where_nothing_could_be_measured_the_exit_code_says_so(capsys):
@@ -195,7 +195,7 @@ def test_the_baseline_may_fail_and_the_others_stand(monkeypatch, capsys):
     stub(monkeypatch, BASELINE, crashes, plain=True)
     assert cli.main([*BENCH, "--contestants", "eager,fused", "--batch", "2", "--chart", "b.png"]) == 0
     out = capsys.readouterr().out
-    assert f"failed {BASELINE}: MemoryError" in out and "wrote b.png" in out and "geometric mean" not in out
+    assert f"failed {BASELINE}: MemoryError" in out and "wrote b.png" in out and "speed-up over" not in out
 
 
 def test_a_clock_that_fails_is_the_reason_of_all_of_its_case(monkeypatch):
@@ -277,7 +277,7 @@ def test_a_pipeline_that_fails_is_the_reason_of_everyone(where, monkeypatch, cap
         monkeypatch.setattr(loader, where, fails)
     assert cli.main([*TINY, "--mode", "train", "--batch", "2", "--loader"]) == 0
     out = capsys.readouterr().out
-    assert " ".join(out.split()).count("No space left on device") == 2 and "geometric mean" in out
+    assert " ".join(out.split()).count("No space left on device") == 2 and "speed-up over" in out
 
 
 def test_a_chart_or_a_record_that_fails_leaves_table_and_json(monkeypatch, capsys):
@@ -288,7 +288,7 @@ def test_a_chart_or_a_record_that_fails_leaves_table_and_json(monkeypatch, capsy
     files = ["--json", "b.json", "--chart", "b.png", "--record", "results"]
     assert cli.main([*TINY, "--batch", "2", *files]) == 2
     captured = capsys.readouterr()
-    assert "geometric mean" in captured.out and "wrote b.json" in captured.out and "wrote results/" in captured.out
+    assert "speed-up over" in captured.out and "wrote b.json" in captured.out and "wrote results/" in captured.out
     assert captured.err.splitlines()[-1] == "resnet-fused: error: --chart b.png: no font anywhere; not written"
 
 

@@ -76,8 +76,10 @@ def test_a_runtime_that_is_not_installed_says_what_it_needs(name, monkeypatch):
         raise ModuleNotFoundError(f"No module named {package!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(Unavailable, match=f"^not installed, needs {name.replace('-', '_')}"):
+    with pytest.raises(Unavailable, match=f"^not installed, needs {name.replace('-', '_')}") as error:
         _runner(name, INFER)
+    package = "torch_tensorrt" if name == "torch-tensorrt" else "'resnet_fused[rivals]'"
+    assert str(error.value).endswith(f": pip install {package}")
 
 
 @pytest.mark.parametrize("name, reason", [("onnxruntime", "onnx"), ("openvino", "not installed, needs openvino")])
@@ -113,10 +115,12 @@ def test_int8_is_near_the_plain_model():
 def test_int8_is_in_no_mean_and_the_table_says_what_it_is():
     float32 = [recorded.result(name, 2.0, 2.0) for name in (BASELINE, "frozen")]
     int8 = recorded.result("frozen-int8", 1.0, 1.0, errors=correctness.Errors(2e-2), agreement=0.5)
-    report = recorded.report(recorded.case(*float32, int8, batch=2))
+    other = recorded.result("openvino-int8", 1.0, 1.0, errors=correctness.Errors(2e-2), agreement=1.0)
+    report = recorded.report(recorded.case(*float32, int8, other, batch=2))
     assert set(report.geometric_means("infer")) == {BASELINE, "frozen"}
-    said = next(line for line in table.notes(report) if line.startswith("frozen-int8"))
-    assert "50% in infer, batch 2, fp32" in said and "it is in no mean" in said
+    (said,) = (line for line in table.notes(report) if "8-bit" in line)
+    assert "contestants (frozen-int8, openvino-int8)" in said and "in no mean" in said
+    assert "frozen-int8 on 1 of 2 images, openvino-int8 on 2 of 2 images" in said
     console = Console(width=200, file=io.StringIO())
     table.render(report, console)
     row = next(line for line in console.file.getvalue().splitlines() if line.startswith("frozen-int8 "))

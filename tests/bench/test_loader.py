@@ -130,7 +130,10 @@ def test_the_table_and_the_json_carry_it(folder, tmp_path, capsys, monkeypatch):
     ("arguments", "hint"),
     [
         (["--mode", "train", "--loader", "absent"], "absent"),
-        (["--mode", "train", "--loader", "."], "one folder a class"),
+        (
+            ["--mode", "train", "--loader", "."],
+            "--loader .: no folder of pictures in it",
+        ),
         (["--mode", "infer", "--loader"], "--mode train"),
         (["--mode", "train", "--loader", "--workers", "0"], "--workers"),
         (["--mode", "train", "--workers", "2"], "--loader"),

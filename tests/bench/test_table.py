@@ -35,6 +35,15 @@ def test_the_table_fits_a_screen_and_nothing_in_it_is_empty():
     assert text.count("onnxruntime") == 1 and "cannot run here: onnxruntime: it is not installed" in text
 
 
+def test_the_summary_fits_a_screen_and_is_a_mean_of_several_cases():
+    names = ("onnxruntime", "compile-max-autotune", "openvino", "cudnn-graphs", "frozen-int4", "fused")
+    one = recorded.case(*(recorded.result(name, 1.0, 2.0) for name in (BASELINE, *names)))
+    text = rendered(table.render, recorded.report(one))
+    assert "inference (one case): onnxruntime" in text and "geometric mean" not in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert "inference (geometric mean): onnxruntime" in rendered(table.render, recorded.report(one, one))
+
+
 def test_who_is_missing_in_one_case_alone_keeps_a_row():
     missing = recorded.result("compile", status="unavailable", reason="no kernel", errors=None)
     cases = recorded.case(recorded.result(BASELINE, 1.0), missing), recorded.case(recorded.result("compile", 1.0))

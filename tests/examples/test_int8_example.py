@@ -46,9 +46,11 @@ def test_the_cifar_nets_lose_no_accuracy(example, depth):
 
 def test_the_table_has_every_network(example, monkeypatch, capsys):
     networks = example.networks()
-    monkeypatch.setattr(example, "networks", lambda: {"small_resnet": networks["small_resnet"]})
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(example, "networks", lambda: {"cifar_resnet(20)": networks["cifar_resnet(20)"]})
     assert example.main(["--epochs", "1", "--plan"]) == 0
     said = capsys.readouterr().out
-    assert "small_resnet" in said and "int8 error" in said and "loses most" in said
+    assert "\u2026" not in said
+    assert "cifar_resnet(20)" in said and "int8 error" in said and "loses most" in said
     with pytest.raises(SystemExit):
         example.main(["--epochs", "0"])

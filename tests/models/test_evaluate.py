@@ -338,8 +338,10 @@ BAD = {
     "ours pretrained": (["--model", "resnet18=pretrained"], "name a file"),
     "another network": (["--model", "cifar_resnet14={c}"], "of another network"),
     "folder": (["--data", "absent"], "absent: not a folder"),
-    "empty folder": (["--data", "{empty}"], "empty"),
+    "empty folder": (["--data", "{empty}"], "empty: no folder of pictures in it; it takes a folder with a subfolder"),
     "dataset": (["--data", "torchvision:CIFAR11"], "CIFAR10"),
+    "dataset in small letters": (["--data", "torchvision:cifar:data"], "did you mean CIFAR10, CIFAR100?"),
+    "no checkpoint in it": (["--model", f"resnet18={__file__}"], "is no checkpoint: it takes a file of torch.save"),
     "dataset not there": (["--data", "torchvision:CIFAR10:absent"], "not found"),
     "protocol": (["--protocol", "twelve-crop"], "ten-crop, multi-scale"),
     "scales": (["--scales", "64,big"], "64,big"),
@@ -385,6 +387,15 @@ def test_a_full_disk_is_one_line_after_the_table(folder, checkpoint, tmp_path, c
     said = capsys.readouterr()
     assert "error on 12 pictures" in said.out and "wrote" not in said.out
     assert said.err.splitlines()[-1].endswith("a.json: No space left on device; not written")
+
+
+def test_fewer_folders_than_outputs_are_told(folder, checkpoint, tmp_path, capsys):
+    torch.save(models.cifar_resnet(8, 5).state_dict(), tmp_path / "five.pth")
+    assert run("--model", f"cifar_resnet8={tmp_path / 'five.pth'}", "--data", folder) == 0
+    order = "3 class folders, 5 outputs: the k-th folder in alphabetical order is taken as class k\n"
+    assert capsys.readouterr().err.startswith(order)
+    assert run("--model", f"cifar_resnet8={checkpoint}", "--data", folder) == 0
+    assert "class folders" not in capsys.readouterr().err
 
 
 def test_a_class_that_the_model_lacks_is_refused(folder, tmp_path, capsys):

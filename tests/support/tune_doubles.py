@@ -10,6 +10,7 @@ import torch
 
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.choice import ATEN
+from resnet_fused.measure.progress import Silent
 from resnet_fused.tuning.work import Roofs
 
 CPU, GPU, ARCH, DTYPE = torch.device("cpu"), "NVIDIA H100 80GB HBM3", 90, torch.bfloat16
@@ -71,6 +72,19 @@ def script(device, arch, rounds):
 def never(*_):
     """What does not get as far as an answer."""
     os._exit(3)
+
+
+class Steps(Silent):
+    """A reporter that keeps how many steps it was told to expect, and how many began."""
+
+    expected = begun = 0
+
+    def expect(self, total):
+        self.expected = total
+
+    def start(self, text):
+        self.begun += 1
+        assert self.begun <= self.expected
 
 
 class Clock:

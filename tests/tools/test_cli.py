@@ -33,7 +33,7 @@ def test_a_tiny_bench_end_to_end(more, tmp_path):
     done = run(*TINY, "--contestants", ",".join(["eager", *more, "fused", "frozen"]), *files, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "wrote out/b.json" in done.stdout and "wrote out/b.png" in done.stdout
-    assert "infer, batch 1, fp32" in done.stdout and "geometric mean" in done.stdout
+    assert "infer, batch 1, fp32" in done.stdout and "speed-up over eager" in done.stdout
     assert "against float64" in done.stderr  # it says what it is doing
     data = json.loads((tmp_path / "out" / "b.json").read_text())
     assert data["provenance"]["command"].startswith("resnet-fused bench --model resnet18")
@@ -56,6 +56,7 @@ def test_the_help_needs_no_extra_package_and_names_all_choices(command, monkeypa
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and f"resnet-fused {command}" in text
     if command == "bench":
+        assert "the first case always runs" in text and "a number alone is seconds" in text
         assert f"comma list of {', '.join(CONTESTANTS)} (default" in text.replace("- ", "-")  # lines end at hyphens
 
 

@@ -61,6 +61,8 @@ def test_what_cannot_be_written_is_said_beforehand_and_touches_nothing(tmp_path)
     [
         ("resnet5", 3, "choices: resnet0, resnet1, resnet2"),
         ("resnet5x", 30, "did you mean resnet5"),
+        ("RESNET5X", 30, "did you mean resnet5"),
+        ("r", 30, "did you mean resnet0, resnet1"),
         ("vgg", 30, "there are 30, none with a name like it"),
     ],
 )

@@ -54,7 +54,7 @@ def test_a_rehearsal_runs_every_step_and_resumes(rehearsed, capsys):
     assert {entry["status"] for entry in state["steps"].values()} <= {"ok", "absent"}
     lines = {name: entry["headline"] for name, entry in state["steps"].items()}
     assert "passed" in lines["check"] and "float64" in lines["verify"]
-    assert "geometric mean" in lines["train"] and "problems measured" in lines["tune"]
+    assert "speed-up over" in lines["train"] and "problems measured" in lines["tune"]
     data = json.loads((out / "results.json").read_text())
     assert data["train"]["cases"][0]["results"][0]["saved"]["bytes"] > 0 and data["loader"]["loader"]
     assert {"verify", "profile", "ops"} - absent <= set(data)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tune_doubles import Steps
 
 import resnet_fused
 from resnet_fused import cli, dispatch, ops
@@ -277,7 +278,9 @@ def test_a_rehearsal_writes_a_table_resumes_and_never_counts_for_a_gpu(tmp_path,
     kept = [job for job in tiny_jobs(torch.bfloat16) if job.problem.op in ("conv_wgrad", "bn_apply", "conv_join")]
     monkeypatch.setattr(tune, "jobs", lambda *_, **__: kept)
     whole = blocks(tiny_network(), 2, torch.bfloat16, False)
-    first = resnet_fused.tune(dtype="bf16", rehearse=True)
+    steps = Steps()
+    first = resnet_fused.tune(dtype="bf16", rehearse=True, reporter=steps)
+    assert first.measured == steps.begun == steps.expected
     assert (first.measured, first.known, first.left) == (len(kept) + len(whole), 0, 0)
     assert not first.disabled and not first.dropped and not first.crashed
     assert first.path == tmp_path / "rehearsal" / "cpu.json"
@@ -338,6 +341,21 @@ def test_no_kernel_to_verify_is_one_line(monkeypatch, capsys):
         assert cli.main(command) == 2
         err = capsys.readouterr().err
         assert len(err.splitlines()) == 1 and "triton" in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_verify_says_why_there_is_nothing_to_verify(monkeypatch, capsys):
+    command = ["verify", "--model", "resnet18", "--image-size", "32", "--batch", "1", "--dtype", "fp32"]
+    monkeypatch.setattr(ops, "available", lambda name, kind: name == "cuda")
+    monkeypatch.setattr(ops, "unavailable", lambda name, kind: None if name == "cuda" else "no triton")
+    assert cli.main([*command, "--mode", "infer"]) == 2
+    err = capsys.readouterr().err
+    assert "kernels that run here (cuda), none is for conv_fprop; triton: no triton\n" in err and "float64" not in err
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("resnet_fused.tuning.verify.check_all", lambda job, *_: {job.problem.op: "refused: too odd"})
+    assert cli.main([*command, "--mode", "train"]) == 1
+    out = capsys.readouterr().out
+    assert "takes one of these problems" in out and "bn_apply, refused: too odd" in out and "right" not in out
 
 
 @needs_kernels

@@ -30,8 +30,10 @@ N = 256
 
 def test_first_what_runs_without_a_table_then_blocks_then_the_rest_then_blocks_again(search):
     made, bench = search()
+    steps = made.reporter = tune_doubles.Steps()
     done = made.run(search.jobs, search.blocks, 1e9)
     assert done.left == 0 and done.measured == len(search.jobs) + len(search.blocks)
+    assert steps.begun == steps.expected == len(bench.raced)
     raced = [problem for problem, _ in bench.raced]
     stages = [list(found) for found in (raced[: len(search.jobs)], raced[len(search.jobs) :][: len(search.blocks)])]
     assert set(stages[0]) == {job.problem for job in search.jobs} and len(set(stages[0])) == len(stages[0])

@@ -35,7 +35,8 @@ def _imported(runtime: str) -> Any:
     try:
         return [importlib.import_module(package) for package in _NEEDS[runtime]][0]
     except ModuleNotFoundError:
-        raise Unavailable(f"not installed, needs {', '.join(_NEEDS[runtime])}") from None
+        package = "torch_tensorrt" if runtime == "torch_tensorrt" else "'resnet_fused[rivals]'"
+        raise Unavailable(f"not installed, needs {', '.join(_NEEDS[runtime])}: pip install {package}") from None
     except Exception as error:  # a package that breaks on import is as good as none
         raise Unavailable(f"{runtime} cannot be imported: {one_line(error, kind=True)}") from None
 
