@@ -80,7 +80,7 @@ class Tiles {
     const int64_t steps = conv.s * conv.c * kInBytes / 64;
     const auto* w = static_cast<const char*>(conv.weight) + tile.block * conv.r * steps * kStep;
     const auto* ahead = w + tile.halves_ahead * conv.r * steps * (kStep / 2);
-    const auto* next_x = tile.next_x;
+    const auto* next = tile.next;
     for (int64_t r = 0; r < conv.r; r++) {
       const char *x0 = tile.runs[0].x + r * tile.row_pitch, *x1 = tile.runs[1].x + r * tile.row_pitch;
       for (int64_t k = 0; k < steps; k++) {
@@ -97,10 +97,10 @@ class Tiles {
           if constexpr (kHalves == 2) RESNET_FUSED_MULTIPLY(3, 5, 7);
         }
         if (tile.halves_ahead != 0) fetch<16>(ahead);
-        for (int line = 0; tile.next_x && line < tile.next_step; line += 64) _mm_prefetch(next_x + line, _MM_HINT_T1);
+        for (int line = 0; next && line < tile.next_step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
         w += kStep;
         ahead += kStep / 2;
-        next_x += tile.next_step;
+        next += tile.next_step;
       }
     }
     constexpr int64_t kRow = sizeof(sums_[0]);

@@ -37,7 +37,7 @@ template <class Product, class Out>
 struct Vectors {
   static constexpr int kRun = 7;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
-  static constexpr int64_t kPartWords = 256;  // by 32 columns they take 32 KB
+  static constexpr int64_t kPartWords = 512;  // longer sums lose digits
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
     kTable[((length - 1) * 2 + runs - 1) * 2 + narrow](tile);
@@ -55,7 +55,7 @@ struct Vectors {
     const auto* w = static_cast<const int32_t*>(conv.weight) +
                     ((tile.block * conv.r + part.r0) * words + part.k0) * kColumns;
     const auto* ahead = w + tile.halves_ahead * (part.r1 - part.r0) * length * (kColumns / 2);
-    const auto* next_x = tile.next_x ? tile.next_x : reinterpret_cast<const char*>(w);
+    const auto* next = tile.next ? tile.next : reinterpret_cast<const char*>(w);
     // Between steps some of the results' lines are asked for: all at once would hold up the weights.
     constexpr int kPixels = kRuns * kLength;
     const int64_t step = std::min<int64_t>(length, 32), all_steps = (part.r1 - part.r0) * ((length + step - 1) / step);
@@ -69,7 +69,7 @@ struct Vectors {
           fetch_result<Out>(tile, static_cast<int>(fetched / kLength), static_cast<int>(fetched % kLength));
         for (int64_t k = begin; k < end; k++) {
           _mm_prefetch(ahead, _MM_HINT_T1);
-          _mm_prefetch(next_x, _MM_HINT_T1);
+          _mm_prefetch(next, _MM_HINT_T1);
           __m512i columns[kVectors];
 #pragma GCC unroll 2
           for (int j = 0; j < kVectors; j++) columns[j] = _mm512_loadu_si512(w + 16 * j);
@@ -86,7 +86,7 @@ struct Vectors {
           x1 += kWord;
           w += kColumns;
           ahead += kColumns / 2;
-          next_x += tile.next_step;
+          next += tile.next_step;
         }
       }
     }

@@ -32,13 +32,40 @@ struct Tile {
   float* sums;  // of the parts before, where the tile's are kept until the last
   int64_t pitch;      // bytes of x from one output pixel to the next
   int64_t row_pitch;  // bytes of x from one row of the filter to the next
-  const char* next_x;  // what is to be fetched of x: what the next tile reads, or what a later panel does; or null
-  int64_t next_step;   // bytes of it that go with one word of each pixel, or with one AMX tile of them
+  const char* next;   // what is to be fetched of x and y: for the next tile, or for the next panel; or null
+  int64_t next_step;  // bytes of it that go with one word of each pixel, or with one AMX tile of them
   int64_t halves_ahead;  // from this part's weights to those to be fetched, in halves of its length; 0 if none are
 };
 
+struct Bytes {
+  const char* from;
+  int64_t count;
+};
+
+// What the next panel reads and writes, asked for in even slices, one with each tile of this one: a core waits for few
+// lines at a time, and asked for at once they would hold up what the tiles need now.
+class Ahead {
+ public:
+  void start(Bytes x, Bytes y, int64_t slices) {
+    x_ = x, y_ = y, i_ = 0, slices_ = slices;
+    of_x_ = slices * x.count / std::max<int64_t>(x.count + y.count, 1);
+  }
+
+  Bytes next() {
+    const int64_t i = i_++;
+    if (slices_ == 0) return {nullptr, 0};
+    return i < of_x_ ? slice(x_, i, of_x_) : slice(y_, i - of_x_, slices_ - of_x_);
+  }
+
+ private:
+  static Bytes slice(Bytes all, int64_t i, int64_t n) { return {all.from + i * (all.count / n), all.count / n}; }
+
+  Bytes x_, y_;
+  int64_t i_ = 0, slices_ = 0, of_x_ = 0;
+};
+
 // A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
-// kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most of a pixel whose weights stay in L1; and
+// kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most products of a part of a sum, in words; and
 // operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
 template <class Micro>
 class Panels {
@@ -71,17 +98,23 @@ class Panels {
     rows_ = ceil_div(rows, ceil_div(rows, rows_));  // panels of even size
     across_ = ceil_div(c.ow, columns_);
     panels_ = ceil_div(rows, rows_) * across_;
+    const int64_t words = c.s * pixel_bytes_ / kWord;
+    part_rows_ = std::clamp<int64_t>(Micro::kPartWords / words, 1, c.r);
+    part_words_ = ceil_div(words, ceil_div(words, part_rows_ * Micro::kPartWords));
+    parts_ = ceil_div(c.r, part_rows_) * ceil_div(words, part_words_);
   }
 
   int64_t units() const { return panels_ * blocks_; }
 
   void run(int64_t begin, int64_t end) {
     Micro micro;
-    while (begin < end) {
+    for (bool fetched = false; begin < end; fetched = true) {
       const int64_t first = begin % blocks_, last = std::min(blocks_, first + end - begin);
       find_runs(begin / blocks_);
-      for (int64_t block = first; block < last; block++) multiply(micro, block, block == first);
       begin += last - first;
+      const int64_t tiles = (runs_[0].size() + 1) / 2 + (runs_[1].size() + 1) / 2;
+      ahead_.start(next_x_, next_y_, begin < end ? (last - first) * parts_ * tiles : 0);
+      for (int64_t block = first; block < last; block++) multiply(micro, block, block == first && !fetched);
     }
   }
 
@@ -90,15 +123,13 @@ class Panels {
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-  // By parts of the sums whose weights stay in L1 while all tiles of the panel meet them.
+  // By parts of the sums, whose weights stay in the cache while all tiles of the panel meet them.
   void multiply(Micro& micro, int64_t block, bool fresh) {
-    const int64_t words = conv_.s * pixel_bytes_ / kWord, most = Micro::kPartWords;
-    const int64_t rows = std::clamp<int64_t>(most / words, 1, conv_.r);
-    const int64_t length = ceil_div(words, ceil_div(words, rows * most));
-    for (int64_t r = 0; r < conv_.r; r += rows)
-      for (int64_t k = 0; k < words; k += length) {
-        const Part part{r, std::min(r + rows, conv_.r), k, std::min(k + length, words), r + k == 0,
-                        r + rows >= conv_.r && k + length >= words};
+    const int64_t words = conv_.s * pixel_bytes_ / kWord;
+    for (int64_t r = 0; r < conv_.r; r += part_rows_)
+      for (int64_t k = 0; k < words; k += part_words_) {
+        const Part part{r, std::min(r + part_rows_, conv_.r), k, std::min(k + part_words_, words), r + k == 0,
+                        r + part_rows_ >= conv_.r && k + part_words_ >= words};
         multiply(micro, block, part, fresh && part.first);
       }
   }
@@ -106,20 +137,20 @@ class Panels {
   void multiply(Micro& micro, int64_t block, const Part& part, bool fresh) {
     const bool narrow = conv_.k - block * kColumns <= kColumns / 2;
     const int64_t steps = (part.r1 - part.r0) * ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
-    const int64_t step = ceil_div(2 * Micro::kRun * pitch_ * conv_.stride_h, steps);
     int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
       for (size_t i = 0; i < runs.size(); i += 2, tiles++) {
         const int count = i + 1 < runs.size() ? 2 : 1;
         const Run& last = runs[i + count - 1];
-        const char* next_x = nullptr;
-        if (fresh) next_x = padded_ || apart_ ? next_panel_ + tiles * step * steps : last.x + lengths_[kind] * pitch_;
+        Bytes next = ahead_.next();
+        if (fresh && !padded_ && !apart_) next = {last.x + lengths_[kind] * pitch_, 2 * Micro::kRun * pitch_};
         // the first tile fetches one half of the weights of the next part, the second the other
         const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
         float* sums = sums_ + tiles * 2 * Micro::kRun * kColumns;
-        micro(Tile{conv_, {runs[i], last}, block, part, sums, pitch_, row_pitch_, next_x, step, ahead}, lengths_[kind],
-              count, narrow);
+        micro(Tile{conv_, {runs[i], last}, block, part, sums, pitch_, row_pitch_, next.from,
+                   ceil_div(next.count, steps), ahead},
+              lengths_[kind], count, narrow);
       }
     }
   }
@@ -150,11 +181,14 @@ class Panels {
         runs_[kind].push_back({apart_ ? to : from, row * c.ow + ox});
         for (int pixel = 0; apart_ && pixel < lengths_[kind]; pixel++, to += pitch_)
           std::memcpy(to, from + pixel * c.stride_w * pixel_bytes_, pixel_bytes_);
-        next_panel_ = from + lengths_[kind] * c.stride_w * pixel_bytes_;
+        next_x_.from = from + lengths_[kind] * c.stride_w * pixel_bytes_;
         ox += lengths_[kind];
       }
     }
-    if (padded_) next_panel_ = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * pixel_bytes_;
+    if (padded_) next_x_.from = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * pixel_bytes_;
+    const int64_t pixels = (row1 - row0) * width, next_pixel = (row1 - 1) * c.ow + column0 + width;
+    next_x_.count = pixels * c.stride_h * c.stride_w * pixel_bytes_;
+    next_y_ = {static_cast<const char*>(c.y) + next_pixel * c.k * Micro::kOutBytes, pixels * c.k * Micro::kOutBytes};
   }
 
   // The rows that output rows [row0, row1) read, with their padding; those that two of an image share, once.
@@ -190,8 +224,10 @@ class Panels {
 
   Conv conv_;
   bool padded_, apart_;
-  int64_t pixel_bytes_, pitch_, row_pitch_, blocks_, rows_, columns_, across_, panels_;
-  const char *copy_ = nullptr, *next_panel_ = nullptr;
+  int64_t pixel_bytes_, pitch_, row_pitch_, blocks_, rows_, columns_, across_, panels_, part_rows_, part_words_, parts_;
+  const char* copy_ = nullptr;
+  Bytes next_x_, next_y_;
+  Ahead ahead_;
   int lengths_[2];
   std::vector<Run> runs_[2];
   float* sums_ = nullptr;

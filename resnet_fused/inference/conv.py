@@ -319,7 +319,7 @@ class FoldedConv(FrozenConv):
             self.planned = replace(self.planned, backend="aten")
 
     def _packing(self, weight: Tensor) -> str | None:
-        if cpu.takes(weight, len(self.example.x), *self.geometry, self.act):
+        if cpu.takes(weight, *self.geometry, self.act):
             return "cpu"
         return "onednn" if onednn.runs(weight, weight) else None
 

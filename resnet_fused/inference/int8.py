@@ -97,7 +97,7 @@ class Int8Conv(FrozenConv):
         observer(weight)
         scales, zeros = observer.calculate_qparams()
         weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
-        self.ours, bias = cpu.takes(weight, len(source.example.x), *self.geometry, self.act), shift.to(torch.float32)
+        self.ours, bias = cpu.takes(weight, *self.geometry, self.act), shift.to(torch.float32)
         how = {"backend": "cpu", "op": "int8_conv"} if self.ours else {"op": "qconv2d_pointwise"}
         self._epilogues: dict[Grid, tuple[Tensor, Tensor]] = {}  # by the input's grid, which a pool may hand on
         if self.ours:

@@ -257,5 +257,5 @@ def _finite(value: Any) -> bool:
     """Whether a tensor holds no NaN and no infinity; a sum that overflows counts as one, and costs a second run."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return True
-    total = value.sum(dtype=torch.float32 if value.dtype in (torch.float16, torch.bfloat16) else None)
+    total = value.sum(dtype=torch.float32 if value.dtype is torch.float16 else None)
     return bool(total.isfinite())

@@ -6,6 +6,8 @@ Its sums run over the filter's rows, columns and channels in this order, whateve
 from __future__ import annotations
 
 import functools
+import mmap
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -55,7 +57,6 @@ def _register() -> None:
 
 def takes(
     weight: Tensor,
-    images: int,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -66,15 +67,12 @@ def takes(
 
     Args:
         weight: an int8 one is multiplied with uint8 activations.
-        images: in a batch.
     """
     if weight.device.type != "cpu" or dispatch.forced_backend() is not None:
         return False
     if _NAMES.get(weight.dtype) not in _supported() or groups != 1 or tuple(dilation) != (1, 1):
         return False
     channels, per_group = weight.shape[:2]
-    if weight.dtype == torch.float32 and images > 1:
-        return False  # of inputs that are not in the caches oneDNN's kernel makes more: 5 % at batch 8
     return act in (None, "relu") and channels % 16 == 0 and per_group * weight.dtype.itemsize % 4 == 0
 
 
@@ -113,12 +111,44 @@ def quantise(x: Tensor, grid: Grid) -> Tensor:
     return result
 
 
+class _LargePages:
+    """Memory for the weights of a network, many to a page where the system has large ones: fewer are looked up then.
+
+    A tensor keeps its slab alive.
+    """
+
+    SLAB, LINE = 16 << 20, 64
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, t: Tensor) -> Tensor:
+        """A contiguous copy in this memory."""
+        # Whoever calls first decides nothing: a slab made in inference mode could not be written to outside of it.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            size = -(-t.nbytes // self.LINE) * self.LINE
+            if size > len(self._free):
+                self._free = self._slab(max(size, self.SLAB))
+            place, self._free = self._free[: t.nbytes], self._free[size:]
+            return place.view(t.dtype).view(t.shape).copy_(t)
+
+    @staticmethod
+    def _slab(size: int) -> Tensor:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+_LARGE_PAGES = _LargePages()
+
+
 def pack(weight: Tensor) -> Tensor:
     """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros up to 32."""
     K, C, R, S = weight.shape
     g, missing = 4 // weight.dtype.itemsize, -K % COLUMNS
     rows = F.pad(weight.permute(0, 2, 3, 1).reshape(K, R, S * C), (0, 0, 0, 0, 0, missing))
-    return rows.reshape(-1, COLUMNS, R, S * C // g, g).permute(0, 2, 3, 1, 4).contiguous()
+    return _LARGE_PAGES.copy(rows.reshape(-1, COLUMNS, R, S * C // g, g).permute(0, 2, 3, 1, 4))
 
 
 def pack_channels(values: Tensor) -> Tensor:
