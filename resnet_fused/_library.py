@@ -58,7 +58,7 @@ def operators(op: str) -> dict[str, Callable[..., Any]]:
 
 
 def status() -> str:
-    """What is built, in one line: "cuda sm_80, ...", "host ...", "cpu ...", or "not built: why"."""
+    """What is built, in one line: "cuda sm_80, ...", "host (...)", "cpu (...)", or "not built: why"."""
     built = (_describe(kind) for kind in (*_KINDS.values(), "cpu") if _record(kind) is not None)
     return "; ".join(built) or _describe("none")
 
@@ -70,8 +70,8 @@ def _describe(kind: str) -> str:
         return f"not built: {record['reason'] if record else never}"
     assert record is not None
     if kind == "host":
-        return f"host, the CUDA kernels on CPU tensors (torch {record['torch']})"
+        return f"host (the CUDA source executed on a CPU, for tests; torch {record['torch']})"
     if kind == "cpu":
-        return f"cpu, convolutions of frozen networks (torch {record['torch']})"
+        return f"cpu (for freeze on a CPU; torch {record['torch']})"
     names = ", ".join(f"sm_{name}" for name in record["architectures"])
     return f"cuda {names} (nvcc {record['nvcc']}, torch {record['torch']})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import textwrap
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from resnet_fused import _library, ops
 from resnet_fused.dispatch import BACKENDS
 from resnet_fused.dispatch.table import known_tables
+from resnet_fused.ops import cpu
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Info:
         devices: the devices PyTorch sees.
         tables: one line on each measured table that the plan reads.
         backends: (backend, device type, None or the reason why it cannot run there).
+        frozen: one line on what runs frozen models on a CPU.
     """
 
     versions: list[tuple[str, str]]
@@ -30,6 +33,7 @@ class Info:
     devices: list[str]
     backends: list[tuple[str, str, str | None]]
     tables: list[str] = field(default_factory=list)
+    frozen: str = ""
 
     def __str__(self) -> str:
         rows = [*self.versions, ("compiled kernels", self.kernels)]
@@ -41,8 +45,16 @@ class Info:
         for name, device, why in self.backends:
             row = f"{name} on {device}"
             rows.append((row, f"no: {why}" if why else runs.get(row) or runs.get(name, "runs")))
+        rows += [("frozen on a CPU", self.frozen)] if self.frozen else []
         width = max(len(left) for left, _ in rows)
-        return "\n".join(f"{left:<{width}}  {right}" for left, right in rows)
+        indent = " " * (width + 2)
+        lines = (
+            textwrap.fill(
+                right, 120, initial_indent=f"{left:<{width}}  ", subsequent_indent=indent, break_long_words=False
+            )
+            for left, right in rows
+        )
+        return "\n".join(lines)
 
 
 def info() -> Info:
@@ -56,7 +68,8 @@ def info() -> Info:
         ("triton", _version("triton")),
         ("CUDA of torch", torch.version.cuda or "none"),
     ]
-    devices = [f"cpu: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"]
+    threads = torch.get_num_threads()
+    devices = [f"cpu: {torch.backends.cpu.get_cpu_capability()}, {threads} thread{'' if threads == 1 else 's'}"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             capability = "".join(map(str, torch.cuda.get_device_capability(i)))
@@ -67,7 +80,16 @@ def info() -> Info:
         f"{table.gpu} (sm_{table.arch}): {len(table.entries)} problems, {len(table.verified)} kernels verified"
         for table in known_tables()
     ]
-    return Info(versions, _library.status(), devices, backends, tables)
+    return Info(versions, _library.status(), devices, backends, tables, _frozen_on_cpu())
+
+
+def _frozen_on_cpu() -> str:
+    if problem := cpu.unavailable():
+        return f"oneDNN, not our kernels: {problem}"
+    found, names = cpu.supported(), {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
+    dtypes = ", ".join(short for name, short in names.items() if name in found)
+    vnni, amx = ("yes" if name in found else "no" for name in ("int8", "amx"))
+    return f"our kernels: {dtypes}; AVX-512 yes, VNNI {vnni}, AMX {amx}"
 
 
 def _version(package: str) -> str:

@@ -194,6 +194,9 @@ def refused(forced: str | None, function: str, reason: str) -> str:
     """
     if forced in (None, "reference"):
         return "aten"
+    if forced == "cudnn":
+        others = ", ".join(repr(name) for name in dispatch.BACKENDS if name != forced)
+        raise Refused(f"{function}: backend 'cudnn' runs frozen models only; choose one of {others}")
     raise Refused(f"{function}: backend {forced!r} cannot run here: {reason}")
 
 

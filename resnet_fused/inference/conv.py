@@ -293,7 +293,9 @@ class FoldedConv(FrozenConv):
         super().__init__(source, backend)
         scale, shift = source.affine()
         weight = fold(source.conv.weight, scale, self.dtype)
-        self.packed = self._packing(weight)
+        refusal = cpu.refusal(weight, *self.geometry, self.act)
+        self.packed = "cpu" if refusal is None else "onednn" if onednn.runs(weight, weight) else None
+        self.planned = replace(self.planned, reason=self.planned.reason or refusal or "")
         if self.packed == "cpu":
             weight, shift = cpu.pack(weight), cpu.pack_channels(shift)
             self.planned = replace(self.planned, backend="cpu")
@@ -317,11 +319,6 @@ class FoldedConv(FrozenConv):
             self.planned = replace(self.planned, reason=self.planned.reason or reason)
         if reason is not None:
             self.planned = replace(self.planned, backend="aten")
-
-    def _packing(self, weight: Tensor) -> str | None:
-        if cpu.takes(weight, *self.geometry, self.act):
-            return "cpu"
-        return "onednn" if onednn.runs(weight, weight) else None
 
     def _cudnn_refusal(self, x: Tensor, residual: Tensor | None, act: str | None) -> str | None:
         key = (x.shape, x.stride(), None if residual is None else residual.stride(), uses_tf32(x.dtype), act)

@@ -97,7 +97,8 @@ class Int8Conv(FrozenConv):
         observer(weight)
         scales, zeros = observer.calculate_qparams()
         weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
-        self.ours, bias = cpu.takes(weight, *self.geometry, self.act), shift.to(torch.float32)
+        refusal, bias = cpu.refusal(weight, *self.geometry, self.act), shift.to(torch.float32)
+        self.ours = refusal is None
         how = {"backend": "cpu", "op": "int8_conv"} if self.ours else {"op": "qconv2d_pointwise"}
         self._epilogues: dict[Grid, tuple[Tensor, Tensor]] = {}  # by the input's grid, which a pool may hand on
         if self.ours:
@@ -108,7 +109,8 @@ class Int8Conv(FrozenConv):
         self.constant("weight", packed)
         self.constant("weight_scale", scales)
         self.constant("bias", bias)
-        self.planned = dataclasses.replace(self.planned, **how, fused=f"{self.planned.fused}, requantisation")  # type: ignore[arg-type]
+        fused, reason = f"{self.planned.fused}, requantisation", self.planned.reason or refusal or ""
+        self.planned = dataclasses.replace(self.planned, **how, fused=fused, reason=reason)  # type: ignore[arg-type]
 
     def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
         if x.numel() == 0 or not x.is_cpu:

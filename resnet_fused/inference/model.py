@@ -88,8 +88,17 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
     chosen = None if quantize is None else check(quantize, example_input)
     with torch.no_grad():
         network, reasons = prepare(model)
-        setting = Setting(_argument(model), example_input.device, autocast_dtype(example_input.device.type))
-        network, plan, sources = freeze_network(network, reasons, observe(network, example_input))
+        device, dtype = example_input.device, example_input.dtype
+        setting = Setting(_argument(model), device, dtype, autocast_dtype(device.type))
+        try:
+            seen = observe(network, example_input)
+        except RuntimeError as error:
+            own = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
+            if own is dtype:
+                raise
+            text = f"freeze: a model in {own} got an example_input of {dtype}; {_instead(dtype, own)}"
+            raise RuntimeError(text) from error
+        network, plan, sources = freeze_network(network, reasons, seen)
         frozen = Frozen(network, plan, setting).eval()
     try:
         frozen(example_input)
@@ -112,13 +121,22 @@ class Setting:
 
     Attributes:
         argument: the name of its input.
-        device: of the input.
+        device, dtype: of the input.
         autocast: the dtype of autocast around `freeze`; None where it was off.
     """
 
     argument: str
     device: torch.device
+    dtype: torch.dtype
     autocast: torch.dtype | None
+
+
+def _instead(given: torch.dtype, dtype: torch.dtype) -> str:
+    """What to do with an input of another dtype than a network takes."""
+    if not (given.is_floating_point or given.is_complex):
+        return f"convert it, as in x.to({dtype}) / 255, and normalise it as in training"
+    under_autocast = ", or freeze under autocast" if given in (torch.float16, torch.bfloat16) else ""
+    return f"convert it, as in x.to({dtype}), or freeze a model of that dtype{under_autocast}"
 
 
 def _argument(model: nn.Module) -> str:
@@ -153,6 +171,16 @@ class Frozen(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model computes of its one input, positional or by the model's name for it."""
         x = self._input(inputs, named)
+        if x.dtype is self._setting.dtype:
+            return self._run(x)
+        try:  # the model may take it, as under autocast
+            return self._run(x)
+        except RuntimeError as error:
+            frozen, given = self._setting.dtype, x.dtype
+            text = f"a model frozen in {frozen} got an input of {given}; {_instead(given, frozen)}"
+            raise RuntimeError(text) from error
+
+    def _run(self, x: Tensor) -> Any:
         with self.surroundings():
             if x.is_cuda and x.device == self._setting.device:
                 return self._graphs(x)

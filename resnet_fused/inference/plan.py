@@ -83,7 +83,7 @@ class FreezePlan:
         def rename(match: re.Match[str]) -> str:
             there = match[0].split(".")
             if match[0] not in known or match[0] == layer:
-                return match[0]
+                return "it" if match[0] == layer else match[0]
             first = next(k for k, (one, other) in enumerate(zip(here, there, strict=False)) if one != other)
             if here[first].isdigit() and there[first].isdigit():
                 step = int(there[first]) - int(here[first])

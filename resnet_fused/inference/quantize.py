@@ -121,8 +121,10 @@ def _kept(keep: Sequence[str], plan: FreezePlan) -> dict[str, str]:
 
 def _float_only(conv: FrozenConv, source: Source) -> str | None:
     """Why a convolution cannot be in int8, or None."""
-    if not (isinstance(conv, FoldedConv) and conv.packed is not None):
-        return conv.planned.reason or f"int8 takes float32 and bfloat16 networks, not {conv.dtype}"
+    if isinstance(conv, FoldedConv) and conv.packed is None:
+        return f"int8 takes float32 and bfloat16 networks, not {conv.dtype}"
+    if not isinstance(conv, FoldedConv):
+        return conv.planned.reason or f"it runs on {conv.backend}"
     if source.add is not None and not conv.adds:
         return conv.planned.reason
     if conv.adds and source.act not in (None, "relu"):

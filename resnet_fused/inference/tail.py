@@ -140,8 +140,7 @@ def plan_join(branch: list[FrozenConv], projection: FrozenConv | None, remake: R
         return None
     conv3 = branch[-1]
     try:
-        if not conv3.adds:
-            raise Refused("")
+        _check_any("conv_join", conv3)
         flags = join_flags(projection.example.x.shape[1], projection.geometry[0][0])
         backend = _backend("conv_join", flags, conv3, projection)
         _check_pointwise(conv3, any_stride=False)
@@ -168,10 +167,9 @@ def plan_chain(branch: list[FrozenConv], head: FrozenConv | None, remake: Remake
     _, conv2, conv3 = branch
     try:
         outputs = conv3.example.y.shape[1]
-        if not conv3.adds:
-            raise Refused("")
+        _check_any("conv_chain", conv3)
         if conv2.geometry[3] != 1:
-            raise Refused(f"{conv2.layer} has {conv2.geometry[3]} groups")
+            raise Refused(f"it has {conv2.geometry[3]} groups")
         _check_pointwise(conv3, any_stride=False)
         if head is not None:
             try:
@@ -185,6 +183,16 @@ def plan_chain(branch: list[FrozenConv], head: FrozenConv | None, remake: Remake
     except Refused as reason:
         _note(conv2, "conv_chain", reason)
         return None
+
+
+def _check_any(op: str, conv3: FrozenConv) -> None:
+    """Raise where there is nothing to add, or native PyTorch runs the convolutions of every shape."""
+    device = conv3.device_type
+    backend = dispatch.forced_backend() or (None if device == "cuda" else dispatch.default_backend(op, device))
+    if not conv3.adds:
+        raise Refused("")
+    if backend in cudnn.BACKENDS:
+        raise Refused(LAYER_BY_LAYER)
 
 
 def _backend(op: str, flags: tuple[str, ...], *convs: FrozenConv) -> str:

@@ -24,11 +24,23 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int
 _POOLED = dict.fromkeys((torch.float32, torch.bfloat16, torch.uint8), "bfloat16")  # what the kernel is compiled for
 
 
+@functools.cache
+def unavailable() -> str | None:
+    """Why none of our kernels for CPUs can run here, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    problem = None if capability == "AVX512" else f"they need AVX-512, and PyTorch runs on {capability} here"
+    return problem or _library.load_cpu()
+
+
 @constant
+def supported() -> frozenset[str]:
+    """What this CPU and this build can multiply, of float32, bfloat16 and int8, and "amx"; nothing if `unavailable`."""
+    return _supported()
+
+
 @functools.cache
 def _supported() -> frozenset[str]:
-    """What this CPU and this build can multiply; nothing where PyTorch is told to do without AVX-512 as well."""
-    if _library.load_cpu() is not None or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if unavailable() is not None:
         return frozenset()
     _register()
     return frozenset(torch.ops.resnet_fused_cpu.supported().split())
@@ -56,25 +68,42 @@ def _register() -> None:
         )
 
 
-def takes(
+def refusal(
     weight: Tensor,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     act: str | None,
-) -> bool:
-    """Whether our convolution runs one with this weight, [K, C/groups, R, S]; under a forced backend it runs none.
+) -> str | None:
+    """Why our convolution does not run one with this weight, [K, C/groups, R, S], or None if it does.
+
+    Empty where nobody asks for it: on another device, and under a forced backend.
 
     Args:
         weight: an int8 one is multiplied with uint8 activations.
     """
     if weight.device.type != "cpu" or dispatch.forced_backend() is not None:
-        return False
-    if _NAMES.get(weight.dtype) not in _supported() or groups != 1 or tuple(dilation) != (1, 1):
-        return False
+        return ""
+    if unavailable() is not None:
+        return "our CPU kernels cannot run here: see resnet-fused info"
+    dtype, names = str(weight.dtype).removeprefix("torch."), sorted(supported() & set(_NAMES.values()))
     channels, per_group = weight.shape[:2]
-    return act in (None, "relu") and channels % 16 == 0 and per_group * weight.dtype.itemsize % 4 == 0
+    word = 4 // weight.dtype.itemsize  # input channels, which the kernel reads together
+    limit = None
+    if dtype not in names:
+        limit = f"{', '.join(names)}, not {dtype}"
+    elif groups != 1:
+        limit = "no groups"
+    elif tuple(dilation) != (1, 1):
+        limit = "no dilation"
+    elif act not in (None, "relu"):
+        limit = f"no {act}"
+    elif channels % 16 != 0:
+        limit = f"multiples of 16 output channels, not {channels}"
+    elif per_group % word != 0:
+        limit = f"multiples of {word} input channels in {dtype}, not {per_group}"
+    return None if limit is None else f"our CPU kernel takes {limit}"
 
 
 def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
@@ -84,7 +113,7 @@ def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return False  # PyTorch's result would be in another order
     fits = all(2 * pad <= size <= n + 2 * pad for n, size, pad in zip(x.shape[2:], filter, padding, strict=True))
-    return fits and x.shape[1] % 16 == 0 and _POOLED.get(x.dtype) in _supported()
+    return fits and x.shape[1] % 16 == 0 and _POOLED.get(x.dtype) in supported()
 
 
 def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -99,7 +128,7 @@ def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: S
 
 def quantises(x: Tensor) -> bool:
     """Whether `quantise` takes it."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and {"int8", "bfloat16"} <= _supported()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and {"int8", "bfloat16"} <= supported()
 
 
 def quantise(x: Tensor, grid: Grid) -> Tensor:

@@ -12,6 +12,7 @@ from small_net import ALL_FUSED, Bottleneck, Net, picture
 from torch import nn
 
 from resnet_fused import nn as fused_nn
+from resnet_fused import use_backend
 from resnet_fused.fusion import fuse, plan_of, report, swap, unfuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,3 +143,10 @@ class Registered(Registry, tag="x"):
 def test_registries_of_subclasses_see_nothing():
     assert report(fuse(Registered())).fused == [("", "conv-bn")]
     assert Registry.names == ["Registered"]
+
+
+def test_the_backend_of_frozen_models_names_the_others():
+    fused = fuse(Net().eval())
+    message = "backend 'cudnn' runs frozen models only; choose one of 'auto', 'reference', 'triton', 'cuda', 'aten'"
+    with use_backend("cudnn"), pytest.raises(RuntimeError, match=message):
+        fused(torch.randn(2, 3, 16, 16))

@@ -64,7 +64,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
     monkeypatch.setattr(cudnn, "runs", lambda backend, x, act: backend == "aten" and act == "relu")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cpu, "takes", lambda *args: False)
+    monkeypatch.setattr(cpu, "refusal", lambda *args: "")
     with torch.backends.mkldnn.flags(enabled=False):
         yield made
 

@@ -38,7 +38,7 @@ def library(monkeypatch):
     monkeypatch.setattr(cudnn_graphs, "library", lambda device: double)
     monkeypatch.setattr(cudnn, "runs", lambda backend, x, act: backend == "cudnn" and act in cudnn_graphs.ACTS)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(cpu, "takes", lambda *args: False)
+    monkeypatch.setattr(cpu, "refusal", lambda *args: "")
     with torch.backends.mkldnn.flags(enabled=False):
         yield double
 

@@ -149,15 +149,26 @@ def _reason(frozen, layer):
     return next(row.reason for row in frozen.plan.layers if row.layer == layer)
 
 
+@pytest.mark.skipif(not cpu.supported(), reason="no AVX-512, or the kernels for CPUs are not built")
+def test_the_plan_says_why_our_kernels_for_cpus_do_not_run_a_convolution():
+    model, x = _bottlenecks(width=16, groups=4), torch.randn(1, 16, 6, 6)
+    lines = str(_frozen(model, x, "auto").plan).splitlines()
+    rows = [line for line in lines if "takes no groups" in line]
+    assert len(rows) == 1 and rows[0].startswith("[0-2].conv2 ") and "conv_chain" not in "".join(lines)
+    model, x = model.half(), x.half()
+    assert {row.reason.partition(";")[0][-11:] for row in _frozen(model, x, "auto").plan.layers} == {"not float16"}
+    assert not any("our CPU kernel" in row.reason for row in _frozen(model, x, "aten").plan.layers)
+
+
 def test_the_plan_says_why_not():
     frozen = _frozen(_bottlenecks(groups=4), torch.randn(1, 16, 6, 6))
-    assert "1.conv2 has 4 groups" in _reason(frozen, "1.conv2")
+    assert "it has 4 groups" in _reason(frozen, "1.conv2")
     assert "joined with 0.downsample.0" in _reason(frozen, "0.conv2")
     frozen = _frozen(_basic_blocks(), torch.randn(1, 12, 6, 6))
     assert "conv_join: 0.conv2 is 3x3" in _reason(frozen, "0.conv2")
     for backend in ("aten", "auto"):
-        frozen = _frozen(_bottlenecks(), torch.randn(1, 16, 6, 6), backend)
-        assert _reason(frozen, "1.conv2") == f"conv_chain: {LAYER_BY_LAYER}"
+        frozen = _frozen(_bottlenecks(width=16), torch.randn(1, 16, 6, 6), backend)
+        assert _reason(frozen, "1.conv2").split("; ")[-1] == f"conv_chain: {LAYER_BY_LAYER}"
     frozen = _frozen(_bottlenecks(), torch.randn(1, 16, 6, 6), "cuda")
     assert _reason(frozen, "1.conv2") == "cuda has no conv_fprop kernel"
     assert str(_frozen(nn.Sequential(nn.ReLU()).eval(), torch.randn(1, 3, 6, 6)).plan) == "no convolutions"
@@ -323,7 +334,7 @@ def test_scales_stay_in_fp32_where_the_op_takes_them():
 def test_each_convolution_asks_the_plan_and_the_tail_may_run_elsewhere(monkeypatch, ops_run):
     """A chain is chosen as such: its convolutions need not be fastest on its backend one by one."""
     monkeypatch.setattr(dispatch, "default_backend", lambda op, device: "reference" if op == "conv_chain" else "aten")
-    monkeypatch.setattr(cpu, "takes", lambda *args: False)
+    monkeypatch.setattr(cpu, "refusal", lambda *args: "")
     model, x = _bottlenecks(), torch.randn(2, 16, 6, 6)
     frozen = _check(model, x, "auto")
     rows = [(row.backend, row.op) for row in frozen.plan.layers]

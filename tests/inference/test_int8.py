@@ -149,7 +149,8 @@ def test_the_plan_has_each_layers_error_and_why_a_layer_is_in_float():
         if layer in kept:
             assert (row.op, row.reason, row.error) == ("conv_fprop", "kept in float by name", None)
         else:
-            assert row.op in ("int8_conv", "qconv2d_pointwise") and not row.reason and 1e-4 < row.error < 0.05
+            assert row.op in ("int8_conv", "qconv2d_pointwise") and 1e-4 < row.error < 0.05
+            assert not row.reason or (row.op == "qconv2d_pointwise" and row.reason.startswith("our CPU kernel"))
             assert "requantisation" in row.fused
     assert "residual" in rows["layer1.conv2"].fused
     text = str(frozen.plan)

@@ -127,11 +127,6 @@ def test_what_refuses_it_is_said(x, monkeypatch):
 
 
 WRONG = {
-    "uint8": lambda x: x.to(torch.uint8),
-    "int64": lambda x: x.long(),
-    "complex64": lambda x: x.to(torch.complex64),
-    "float16": lambda x: x.half(),
-    "float64": lambda x: x.double(),
     "sparse": lambda x: x.to_sparse(),
     "2-D": lambda x: x[0, 0],
     "3-D": lambda x: x[0],
@@ -154,6 +149,13 @@ def pair():
 def test_a_wrong_tensor_gets_the_words_of_the_plain_model(pair, kind, x):
     model, frozen = pair
     assert_same_words(model, frozen, WRONG[kind](x))
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.complex64, torch.float16, torch.float64], ids=str)
+def test_a_wrong_dtype_is_named(pair, dtype, x):
+    with pytest.raises(RuntimeError, match=f"^a model frozen in torch.float32 got an input of {dtype}; convert it"):
+        pair[1](x.to(dtype))
 
 
 @needs_vnni

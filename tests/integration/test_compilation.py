@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,16 @@ def test_changing_mode_or_backend_compiles_anew_and_right():
             fused.train(training)
             expected = step(unfuse(copy.deepcopy(fused)), x)
             assert_same_step(dict(_renamed(step(compiled, x, backend))), expected, 1e-3)
+
+
+def test_a_frozen_model_compiles_without_a_word_of_dynamos():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)).to(DEVICE).eval()
+    x = torch.randn(1, 3, 8, 8, device=DEVICE)
+    frozen = freeze(model, x)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("error", message="Dynamo ")
+        y = torch.compile(frozen, backend="eager")(x)
+    torch.testing.assert_close(y, frozen(x))
 
 
 # --- export -----------------------------------------------------------------------------------------------------------

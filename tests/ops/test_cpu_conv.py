@@ -10,7 +10,7 @@ from resnet_fused import use_backend
 from resnet_fused.ops import cpu
 from resnet_fused.ops.onednn import Grid
 
-SUPPORTED = cpu._supported()
+SUPPORTED = cpu.supported()
 pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no AVX-512, or the kernels for CPUs are not built")
 
 DTYPES = [
@@ -61,7 +61,7 @@ def test_float_results_are_those_of_float64(shape, dtype, amx):
     x, weight, bias, residual, y = _operands(shape)
     K, filter, stride, padding = shape[4:]
     packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias))
-    assert cpu.takes(weight.to(dtype), stride, padding, (1, 1), 1, "relu")
+    assert cpu.refusal(weight.to(dtype), stride, padding, (1, 1), 1, "relu") is None
     for added, act in [(None, None), (None, "relu"), (residual, "relu"), (residual, None)]:
         truth = y if added is None else y + added
         truth = (truth.relu() if act else truth).to(dtype)
@@ -236,12 +236,20 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
 
 def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
     ones, geometry = torch.ones(32, 16, 1, 1), ((1, 1), (1, 1), (1, 1), 1)
-    assert cpu.takes(ones, *geometry, None) and cpu.takes(ones, *geometry, "relu")
-    assert not cpu.takes(ones, *geometry, "silu") and not cpu.takes(ones[:8], *geometry, None)
-    assert not cpu.takes(ones, (1, 1), (1, 1), (2, 2), 1, None) and not cpu.takes(ones, *geometry[:3], 2, None)
-    assert not cpu.takes(ones.double(), *geometry, None) and not cpu.takes(ones.to("meta"), *geometry, None)
+    assert cpu.refusal(ones, *geometry, None) is None and cpu.refusal(ones, *geometry, "relu") is None
+    takes = "our CPU kernel takes "
+    assert cpu.refusal(ones, *geometry, "silu") == takes + "no silu"
+    assert cpu.refusal(ones[:8], *geometry, None) == takes + "multiples of 16 output channels, not 8"
+    assert cpu.refusal(ones, (1, 1), (1, 1), (2, 2), 1, None) == takes + "no dilation"
+    assert cpu.refusal(ones, *geometry[:3], 2, None) == takes + "no groups"
+    names = [name for name in ("bfloat16", "float32", "int8") if name in SUPPORTED]
+    assert cpu.refusal(ones.half(), *geometry, None) == f"{takes}{', '.join(names)}, not float16"
+    if "int8" in SUPPORTED:
+        few = cpu.refusal(ones[:, :3].to(torch.int8), *geometry, None)
+        assert few == takes + "multiples of 4 input channels in int8, not 3"
+    assert cpu.refusal(ones.to("meta"), *geometry, None) == ""  # nobody asked for it
     with use_backend("aten"):
-        assert not cpu.takes(ones, *geometry, None)
+        assert cpu.refusal(ones, *geometry, None) == ""
     x, packed, bias = torch.ones(1, 16, 5, 5), cpu.pack(torch.ones(32, 16, 3, 3)), torch.zeros(32)
     args = (None, 32, (3, 3), (1, 1), (1, 1), None)
     for wrong, message in [

@@ -340,12 +340,14 @@ def test_status_says_what_was_built_and_why_not(package):
     assert "cannot be loaded" in str(_library.load("cuda"))
     assert str(_library.load("cpu")).endswith("torch 2.11.0)) run on cuda tensors; these are on cpu")
     package("host")
-    assert _library.status().endswith("torch 2.11.0); host, the CUDA kernels on CPU tensors (torch 2.11.0)")
-    assert str(_library.load("cpu")).startswith("the compiled kernels (host, ")
+    assert _library.status().endswith(
+        "torch 2.11.0); host (the CUDA source executed on a CPU, for tests; torch 2.11.0)"
+    )
+    assert str(_library.load("cpu")).startswith("the compiled kernels (host (")
     assert str(_library.load("mps")).endswith("run on cuda, cpu tensors; these are on mps")
     assert str(_library.load_cpu.__wrapped__()).startswith("the kernels for CPUs are not built: cuda sm_80")
     package("cpu")
-    assert _library.status().endswith("; cpu, convolutions of frozen networks (torch 2.11.0)")
+    assert _library.status().endswith("; cpu (for freeze on a CPU; torch 2.11.0)")
     assert "cannot be loaded" in str(_library.load_cpu.__wrapped__())
 
 

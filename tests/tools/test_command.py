@@ -8,9 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from resnet_fused import __version__, _command, info
+from resnet_fused import __version__, _command, _library, info
 from resnet_fused.info import Info
+from resnet_fused.ops import cpu
 
 
 def test_a_file_is_whole_and_for_everyone_to_read(tmp_path):
@@ -119,6 +121,25 @@ def test_info_says_which_backends_run_and_why_others_do_not():
         "cuda on cpu no: not built",
     ]
     assert len({line.index(word) for line, word in zip(text[-2:], ("runs", "no: "), strict=True)}) == 1
+
+
+def test_info_says_what_runs_frozen_models_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable", lambda: "they need AVX-512")
+    assert info().frozen == "oneDNN, not our kernels: they need AVX-512"
+    monkeypatch.setattr(cpu, "unavailable", lambda: None)
+    for found, text in [
+        ({"float32"}, "fp32; AVX-512 yes, VNNI no, AMX no"),
+        ({"int8", "amx", "bfloat16", "float32"}, "fp32, bf16, int8; AVX-512 yes, VNNI yes, AMX yes"),
+    ]:
+        monkeypatch.setattr(cpu, "supported", lambda found=found: frozenset(found))
+        assert " ".join(str(info()).splitlines()[-1].split()) == f"frozen on a CPU our kernels: {text}"
+
+
+def test_info_fits_120_columns_and_counts_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(_library, "status", lambda: "; ".join(["built for this and that"] * 20))
+    lines = str(info()).splitlines()
+    assert max(map(len, lines)) <= 120 and any(line.endswith(", 1 thread") for line in lines)
 
 
 def test_the_version_is_that_of_the_code_that_runs():
