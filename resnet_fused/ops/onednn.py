@@ -124,9 +124,13 @@ def _int8_problem() -> str | None:
 
 
 @constant
-@functools.cache
 def _symmetric() -> Tensor:
     """The weights' zero points, which the op takes and does not read."""
+    return _zero()
+
+
+@functools.cache
+def _zero() -> Tensor:
     return torch.zeros(1, dtype=torch.int64)
 
 
