@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +23,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from resnet_fused import fuse, use_backend
-from resnet_fused.dispatch import choice, device
+from resnet_fused.dispatch import choice
+from resnet_fused.dispatch.device import assume_gpu
 from resnet_fused.inference.conv import FrozenConv
 from resnet_fused.inference.network import freeze_network, observe, prepare
 from resnet_fused.inference.tail import Join
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.network import Network
-from resnet_fused.ops import backends
 
 STEM, HEAD = "stem", "head"
 ARCH = 90  # the GPU whose rules say what is fused
@@ -110,16 +109,9 @@ def _as_on_gpu(backend: str | None) -> Iterator[None]:
     if backend is None:
         yield
         return
-    from resnet_fused import kernels
-
     choice.forget()
     try:
-        with (
-            mock.patch.object(backends, "_unavailable", lambda backend, device_type: None),
-            mock.patch.object(kernels, "refuse_device", lambda device: None),
-            mock.patch.object(device, "_arch", lambda device: ARCH),
-            use_backend(backend),
-        ):
+        with assume_gpu(ARCH), use_backend(backend):
             yield
     finally:
         choice.forget()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -14,7 +16,28 @@ MIN_ARCH = 80
 @constant
 def arch(device: torch.device) -> int:
     """The compute capability times ten of a GPU, 80 for sm_80 and so on; of any other device the smallest supported."""
-    return _arch(device)
+    return _arch(device) if _assumed is None else _assumed
+
+
+_assumed: int | None = None
+
+
+@contextmanager
+def assume_gpu(arch: int) -> Iterator[None]:
+    """Within it every device counts as a GPU of this architecture on which every backend runs: for those who compile,
+    count or plan on tensors without memory.
+    """
+    global _assumed
+    before, _assumed = _assumed, arch
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def assumed() -> bool:
+    """Whether `assume_gpu` holds."""
+    return _assumed is not None
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resnet_fused import _library
 from resnet_fused._compiling import constant
+from resnet_fused.dispatch.device import assumed
 from resnet_fused.ops import cudnn_graphs
 from resnet_fused.ops.refusals import refuse_dtype
 from resnet_fused.ops.registry import OPS
@@ -32,7 +33,7 @@ def implements(backend: str, op: str) -> bool:
 @constant
 def unavailable(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run anything on `device_type` here, or None if it can."""
-    return _unavailable(backend, device_type)
+    return None if assumed() else _unavailable(backend, device_type)
 
 
 @functools.cache

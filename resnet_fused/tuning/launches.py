@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from resnet_fused.dispatch import device
-
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
@@ -45,13 +43,3 @@ def recording() -> Iterator[list[tuple[Any, str, tuple[Any, ...], dict[str, Any]
     finally:
         for module, attribute, kernel in replaced:
             setattr(module, attribute, kernel)
-
-
-@contextlib.contextmanager
-def configured_for(arch: int) -> Iterator[None]:
-    """Launchers ask for configurations of `arch`."""
-    before, device._arch = device._arch, lambda _: arch  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        device._arch = before

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.device import assume_gpu
 from resnet_fused.dispatch.table import Choice
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.device_worker import CHECKED_IMAGES
-from resnet_fused.tuning.launches import SHARED_MEMORY_KB, configured_for, recording
+from resnet_fused.tuning.launches import SHARED_MEMORY_KB, recording
 from resnet_fused.tuning.problems import (
     Job,
     also,
@@ -149,7 +150,7 @@ def _compile(job: Job, choice: Choice, arch: int) -> str | None:
     try:
         for op in (*family(problem), *also(job)):
             given = arguments(job, make, op)
-            with recording() as launches, configured_for(arch):
+            with recording() as launches, assume_gpu(arch):
                 kernels.run(op, given, choice.config)
             for kernel, _, launched, named in launches:
                 compiled = kernel.warmup(*launched, grid=(1,), **named)

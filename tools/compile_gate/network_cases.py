@@ -9,9 +9,9 @@ import torch
 
 from resnet_fused.dispatch import BlockShape
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.device import assume_gpu
 from resnet_fused.measure.network import networks
 from resnet_fused.ops.operands import Operands
-from resnet_fused.tuning.launches import configured_for
 from resnet_fused.tuning.problems import Job, also, arguments, family, jobs
 from tools.compile_gate.expect import TYPES, Case, Expect, op
 
@@ -51,5 +51,5 @@ def _cases(job: Job, dtype: torch.dtype, arch: int) -> Iterator[Case]:
 
 
 def _launch(arch: int, name: str, args: tuple[object, ...]) -> object:
-    with configured_for(arch):
+    with assume_gpu(arch):
         return op(name, args)

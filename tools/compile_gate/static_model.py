@@ -32,11 +32,12 @@ from torch.utils.flop_counter import conv_flop_count
 import resnet_fused
 from resnet_fused.bench import cost
 from resnet_fused.dispatch.conv import MULTIPROCESSORS
+from resnet_fused.dispatch.device import assume_gpu
 from resnet_fused.measure import models
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.network import build, describe
-from resnet_fused.ops import OPS, backends
-from resnet_fused.tuning.launches import SHARED_MEMORY_KB, configured_for
+from resnet_fused.ops import OPS
+from resnet_fused.tuning.launches import SHARED_MEMORY_KB
 from tools.compile_gate.machine_code import FLOP_PER_CYCLE, SCHEDULERS, MachineCode
 
 # A copy's bytes and a large product's bf16 FLOP a second: of an A100 (40 GB) and an H100 SXM as others measured them.
@@ -106,15 +107,14 @@ def launches(model: str, batch: int, arch: int, size: int = 224) -> list[Launch]
     from resnet_fused.kernels import _replay
 
     found: list[Launch] = []
-    available = mock.patch.object(backends, "_unavailable", lambda *_: None)
-    with available, configured_for(arch), resnet_fused.use_backend("triton"), _Calls() as calls:
+    with assume_gpu(arch), resnet_fused.use_backend("triton"), _Calls() as calls:
         network = models.create(model, 0).to("meta", torch.bfloat16, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         x = torch.empty(batch, 3, size, size, dtype=torch.bfloat16, device="meta")
         resnet_fused.fuse(network)(x.contiguous(memory_format=torch.channels_last)).sum().backward()
     alike: dict[str, list[tuple[str, tuple[Any, ...]]]] = {}
     for name, args in calls.found:
         alike.setdefault(str((name, *map(_described, args))), []).append((name, args))
-    with configured_for(arch):
+    with assume_gpu(arch):
         for calls_alike in alike.values():
             (name, args), count = calls_alike[0], len(calls_alike)
             op = OPS[name]
