@@ -74,8 +74,13 @@ def unfused(a: Args, run: RunOp) -> Callable[[], object]:
     return call
 
 
+def _plain(a: Args) -> conv_fprop.Args:
+    """The convolution alone."""
+    return conv_fprop.Args(a.x, a.weight, None, None, None, a.stride, a.padding, a.dilation, a.groups, act=None)
+
+
 def conv_shape(a: Args) -> ConvShape:
-    return ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
+    return conv_fprop.conv_shape(_plain(a))
 
 
 def problems(a: Args) -> tuple[Problem, ...]:
@@ -84,10 +89,9 @@ def problems(a: Args) -> tuple[Problem, ...]:
 
 
 def refuse(a: Args) -> str | None:
-    geometry = (a.stride, a.padding, a.dilation, a.groups)
     prologue = {"x_scale": a.x_scale, "x_shift": a.x_shift}
     return (
-        conv_fprop.refuse(conv_fprop.Args(a.x, a.weight, None, None, None, *geometry, act=None))
+        conv_fprop.refuse(_plain(a))
         or refuse_rows(a.rows)
         or refuse_half(**prologue)
         or refuse_vectors(a.x.device, a.x.shape[1], None, **prologue)

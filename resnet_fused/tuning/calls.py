@@ -100,8 +100,7 @@ def _rows(x: Tensor) -> int:
 
 def _conv(fprop: Backends, a: conv_fprop.Args) -> Tensor:
     """`conv_fprop` on the backend that a network runs it on."""
-    shape = ConvShape.of(a.x.shape, a.weight.shape, a.stride, a.padding, a.dilation, a.groups)
-    value: Tensor = implementation(fprop(shape), "conv_fprop")(*a)
+    value: Tensor = implementation(fprop(conv_fprop.conv_shape(a)), "conv_fprop")(*a)
     return value
 
 
