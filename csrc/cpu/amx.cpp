@@ -123,8 +123,8 @@ class Tiles {
 }  // namespace
 
 namespace amx {
-const Kernel bfloat16 = kernel_of<Tiles<Bfloat16, BFloat16>>;
-const Kernel int8 = kernel_of<Tiles<Int8, uint8_t>>;
-const Kernel int8_to_float32 = kernel_of<Tiles<Int8, float>>;
+const Kernel bfloat16 = kernel_of<Panels<Tiles<Bfloat16, BFloat16>>>;
+const Kernel int8 = kernel_of<Panels<Tiles<Int8, uint8_t>>>;
+const Kernel int8_to_float32 = kernel_of<Panels<Tiles<Int8, float>>>;
 }  // namespace amx
 }  // namespace resnet_fused::cpu

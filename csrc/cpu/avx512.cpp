@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "epilogue.h"
+#include "winograd.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -61,8 +62,8 @@ struct Vectors {
     const int64_t step = std::min<int64_t>(length, 32), all_steps = (part.r1 - part.r0) * ((length + step - 1) / step);
     int64_t steps = 0, fetched = part.last ? 0 : kPixels;
     for (int64_t r = part.r0; r < part.r1; r++) {
-      const char* x0 = tile.runs[0].x + r * tile.row_pitch + part.k0 * kWord;
-      const char* x1 = tile.runs[1].x + r * tile.row_pitch + part.k0 * kWord;
+      const char* x0 = tile.runs[0].x + r * tile.row_pitch;
+      const char* x1 = tile.runs[1].x + r * tile.row_pitch;
       for (int64_t begin = 0; begin < length; begin += step) {
         const int64_t end = std::min(begin + step, length);
         for (steps++; fetched * all_steps < steps * kPixels; fetched++)
@@ -115,9 +116,10 @@ struct Vectors {
 }  // namespace
 
 namespace avx512 {
-const Kernel float32 = kernel_of<Vectors<Float32, float>>;
-const Kernel bfloat16 = kernel_of<Vectors<Bfloat16, BFloat16>>;
-const Kernel int8 = kernel_of<Vectors<Int8, uint8_t>>;
-const Kernel int8_to_float32 = kernel_of<Vectors<Int8, float>>;
+const Kernel float32 = kernel_of<Panels<Vectors<Float32, float>>>;
+const Kernel winograd = kernel_of<Winograd<Vectors<Float32, float>>>;
+const Kernel bfloat16 = kernel_of<Panels<Vectors<Bfloat16, BFloat16>>>;
+const Kernel int8 = kernel_of<Panels<Vectors<Int8, uint8_t>>>;
+const Kernel int8_to_float32 = kernel_of<Panels<Vectors<Int8, float>>>;
 }  // namespace avx512
 }  // namespace resnet_fused::cpu

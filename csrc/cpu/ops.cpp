@@ -112,6 +112,12 @@ struct Arguments {
   int64_t y_zero_point;
 };
 
+const Kernel* find_winograd(const Arguments& a, ScalarType y) {
+  const bool fits = a.stride[0] == 1 && a.stride[1] == 1 && a.x.size(1) % 16 == 0;
+  const bool floats = a.x.scalar_type() == ScalarType::Float && y == ScalarType::Float && !a.scale;
+  return fits && floats && instructions().float32 ? &avx512::winograd : nullptr;
+}
+
 // `y` is what is overwritten, or null for a new tensor.
 Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   check_image("x", a.x);
@@ -126,14 +132,15 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   c.oh = (c.h + 2 * c.pad_h - c.r) / c.stride_h + 1;
   c.ow = (c.w + 2 * c.pad_w - c.s) / c.stride_w + 1;
 
-  const int64_t pixel_bytes = c.c * bytes_of(a.x.scalar_type()), row_bytes = c.s * pixel_bytes;
-  const Kernel* kernel = find_kernel(a.x.scalar_type(), y_dtype, row_bytes, amx);
+  const Tensor& w = a.weight;
+  const bool winograd = c.r == 3 && c.s == 3 && w.dim() == 5 && w.size(1) == 16;
+  const int64_t pixel_bytes = c.c * bytes_of(a.x.scalar_type()), row_bytes = winograd ? pixel_bytes : c.s * pixel_bytes;
+  const Kernel* kernel = winograd ? find_winograd(a, y_dtype) : find_kernel(a.x.scalar_type(), y_dtype, row_bytes, amx);
   STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ",
                   torch::headeronly::toString(a.x.scalar_type()), " to ", torch::headeronly::toString(y_dtype));
   STD_TORCH_CHECK(pixel_bytes % kWord == 0, "conv: the channels of a pixel of x must fill words of 4 bytes");
   const int64_t blocks = (c.k + kColumns - 1) / kColumns;
-  const Tensor& w = a.weight;
-  STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == c.r &&
+  STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == (winograd ? 16 : c.r) &&
                       w.size(2) == row_bytes / kWord && w.size(3) == kColumns &&
                       w.size(4) * bytes_of(a.x.scalar_type()) == kWord &&
                       w.scalar_type() == (a.x.scalar_type() == ScalarType::Byte ? ScalarType::Char : a.x.scalar_type()),

@@ -11,7 +11,7 @@
 
 namespace resnet_fused::cpu {
 
-// Neighbouring pixels of an output row: what the first one reads in the filter's first row, and its number.
+// Neighbouring pixels of an output row: what the first one reads first, and its number.
 struct Run {
   const char* x;
   int64_t pixel;
@@ -64,6 +64,17 @@ class Ahead {
   int64_t i_ = 0, slices_ = 0, of_x_ = 0;
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A thread's memory, of two: 0 for copies of pixels, 1 for sums.
+template <int kWhich>
+char* scratch(size_t bytes) {
+  constexpr size_t kLine = 64;
+  thread_local std::vector<char> memory;  // kept: its pages are there the next time
+  if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
+  return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & (kLine - 1));
+}
+
 // A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
 // kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most products of a part of a sum, in words; and
 // operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
@@ -81,8 +92,9 @@ class Panels {
     pitch_ = c.stride_w * pixel_bytes_;
     // Pixels a page apart lie in one set of L1, which has not the ways for those of a tile: copied, they do not.
     apart_ = c.s == 1 && c.r == 1 && !padded_ && pitch_ % kPage == 0;
-    if (apart_) pitch_ = pixel_bytes_ + kLine;
-    row_pitch_ = (c.w + 2 * c.pad_w) * pixel_bytes_;
+    gap_ = padded_ && pitch_ % kPage == 0 && pixel_bytes_ % (Micro::kPartWords * kWord) == 0 ? kLine : 0;
+    pitch_ = apart_ ? pixel_bytes_ + kLine : c.stride_w * (pixel_bytes_ + gap_);
+    row_pitch_ = (c.w + 2 * c.pad_w) * (pixel_bytes_ + gap_);
     blocks_ = (c.k + kColumns - 1) / kColumns;
     // Small weights stay in the cache, and small panels then write whole pixels; but each panel copies its padding.
     // Weights that do not stay are read once a panel, which is large then.
@@ -93,7 +105,8 @@ class Panels {
     const int64_t bytes = c.stride_h * c.stride_w * pixel_bytes_ + c.k * Micro::kOutBytes;
     const int64_t pixels = std::max<int64_t>(budget / bytes, 4 * Micro::kRun);
     const int64_t rows = c.n * c.oh;
-    columns_ = c.ow < 2 * pixels ? c.ow : pixels / (2 * Micro::kRun) * (2 * Micro::kRun);
+    columns_ = ceil_div(c.ow, std::max<int64_t>((c.ow + pixels / 2) / pixels, 1));
+    if (columns_ < c.ow) columns_ = ceil_div(columns_, 2 * Micro::kRun) * (2 * Micro::kRun);
     rows_ = columns_ < c.ow ? 1 : std::max<int64_t>(pixels / c.ow, 1);
     rows_ = ceil_div(rows, ceil_div(rows, rows_));  // panels of even size
     across_ = ceil_div(c.ow, columns_);
@@ -121,8 +134,6 @@ class Panels {
  private:
   static constexpr int64_t kCacheBytes = 512 * 1024, kPage = 4096, kLine = 64;
 
-  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
   // By parts of the sums, whose weights stay in the cache while all tiles of the panel meet them.
   void multiply(Micro& micro, int64_t block, bool fresh) {
     const int64_t words = conv_.s * pixel_bytes_ / kWord;
@@ -137,18 +148,19 @@ class Panels {
   void multiply(Micro& micro, int64_t block, const Part& part, bool fresh) {
     const bool narrow = conv_.k - block * kColumns <= kColumns / 2;
     const int64_t steps = (part.r1 - part.r0) * ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
+    const int64_t x = part.k0 * kWord + part.k0 * kWord / pixel_bytes_ * gap_;
     int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
       for (size_t i = 0; i < runs.size(); i += 2, tiles++) {
         const int count = i + 1 < runs.size() ? 2 : 1;
-        const Run& last = runs[i + count - 1];
+        const Run first{runs[i].x + x, runs[i].pixel}, last{runs[i + count - 1].x + x, runs[i + count - 1].pixel};
         Bytes next = ahead_.next();
         if (fresh && !padded_ && !apart_) next = {last.x + lengths_[kind] * pitch_, 2 * Micro::kRun * pitch_};
         // the first tile fetches one half of the weights of the next part, the second the other
         const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
         float* sums = sums_ + tiles * 2 * Micro::kRun * kColumns;
-        micro(Tile{conv_, {runs[i], last}, block, part, sums, pitch_, row_pitch_, next.from,
+        micro(Tile{conv_, {first, last}, block, part, sums, pitch_, row_pitch_, next.from,
                    ceil_div(next.count, steps), ahead},
               lengths_[kind], count, narrow);
       }
@@ -177,7 +189,7 @@ class Panels {
       int64_t ox = column0;
       for (int64_t i = 0; i < count; i++) {
         const int kind = i < longer ? 0 : 1;
-        const char* from = x + ox * c.stride_w * pixel_bytes_;
+        const char* from = x + ox * c.stride_w * (pixel_bytes_ + gap_);
         runs_[kind].push_back({apart_ ? to : from, row * c.ow + ox});
         for (int pixel = 0; apart_ && pixel < lengths_[kind]; pixel++, to += pitch_)
           std::memcpy(to, from + pixel * c.stride_w * pixel_bytes_, pixel_bytes_);
@@ -197,7 +209,7 @@ class Panels {
     char* to = scratch<0>(((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_);
     copy_ = to;
     const int fill = Micro::kInBytes == 1 ? c.x_grid.zero_point : 0;
-    const int64_t side = c.pad_w * pixel_bytes_, middle = c.w * pixel_bytes_;
+    const int64_t side = c.pad_w * (pixel_bytes_ + gap_), middle = c.w * (pixel_bytes_ + gap_);
     int64_t next = 0;  // the first row of the image that has not been copied
     for (int64_t row = row0; row < row1; row++) {
       const int64_t image = row / c.oh, oy = row % c.oh, top = oy * c.stride_h - c.pad_h;
@@ -207,24 +219,20 @@ class Panels {
           std::memset(to, fill, row_pitch_);
           continue;
         }
+        const char* from = static_cast<const char*>(c.x) + (image * c.h + next) * c.w * pixel_bytes_;
         std::memset(to, fill, side);
-        std::memcpy(to + side, static_cast<const char*>(c.x) + (image * c.h + next) * middle, middle);
+        if (gap_ == 0) std::memcpy(to + side, from, middle);
+        for (int64_t i = 0; gap_ != 0 && i < c.w; i++)
+          std::memcpy(to + side + i * (pixel_bytes_ + gap_), from + i * pixel_bytes_, pixel_bytes_);
         std::memset(to + side + middle, fill, side);
       }
     }
   }
 
-  // A thread's memory, of two: 0 for copies of pixels, 1 for sums.
-  template <int kWhich>
-  static char* scratch(size_t bytes) {
-    thread_local std::vector<char> memory;  // kept: its pages are there the next time
-    if (memory.size() < bytes + kLine) memory.resize(bytes + kLine);
-    return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & (kLine - 1));
-  }
-
   Conv conv_;
   bool padded_, apart_;
-  int64_t pixel_bytes_, pitch_, row_pitch_, blocks_, rows_, columns_, across_, panels_, part_rows_, part_words_, parts_;
+  int64_t pixel_bytes_, gap_, pitch_, row_pitch_, blocks_, rows_, columns_, across_, panels_;
+  int64_t part_rows_, part_words_, parts_;
   const char* copy_ = nullptr;
   Bytes next_x_, next_y_;
   Ahead ahead_;
@@ -233,8 +241,8 @@ class Panels {
   float* sums_ = nullptr;
 };
 
-template <class Micro>
-constexpr Kernel kernel_of{[](const Conv& conv) { return Panels<Micro>(conv).units(); },
-                           [](const Conv& conv, int64_t begin, int64_t end) { Panels<Micro>(conv).run(begin, end); }};
+template <class Algorithm>
+constexpr Kernel kernel_of{[](const Conv& conv) { return Algorithm(conv).units(); },
+                           [](const Conv& conv, int64_t begin, int64_t end) { Algorithm(conv).run(begin, end); }};
 
 }  // namespace resnet_fused::cpu

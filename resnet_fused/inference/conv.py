@@ -297,8 +297,10 @@ class FoldedConv(FrozenConv):
         self.packed = "cpu" if refusal is None else "onednn" if onednn.runs(weight, weight) else None
         self.planned = replace(self.planned, reason=self.planned.reason or refusal or "")
         if self.packed == "cpu":
-            weight, shift = cpu.pack(weight), cpu.pack_channels(shift)
-            self.planned = replace(self.planned, backend="cpu")
+            winograd = cpu.winograd(weight, source.conv.stride, source.example.y.shape)
+            weight, shift = (cpu.pack_winograd if winograd else cpu.pack)(weight), cpu.pack_channels(shift)
+            algorithm = "; by Winograd's algorithm" if winograd else ""
+            self.planned = replace(self.planned, backend="cpu", fused=self.planned.fused + algorithm)
         elif self.packed == "onednn":
             shift = shift.to(onednn.bias_dtype(weight.dtype, source.add is not None))
             weight = onednn.pack(weight, *self.geometry, source.example.x.shape)

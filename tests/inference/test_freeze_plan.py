@@ -160,6 +160,16 @@ def test_the_plan_says_why_our_kernels_for_cpus_do_not_run_a_convolution():
     assert not any("our CPU kernel" in row.reason for row in _frozen(model, x, "aten").plan.layers)
 
 
+@pytest.mark.skipif(not cpu.supported(), reason="no AVX-512, or the kernels for CPUs are not built")
+def test_the_plan_names_winograds_algorithm_where_it_runs():
+    for size, bf16, runs in [(8, False, True), (1, False, False), (8, True, False)]:
+        model, x = _bottlenecks(width=16), torch.randn(1, 16, size, size)
+        if bf16:
+            model, x = model.bfloat16(), x.bfloat16()
+        by = {row.layer for row in _frozen(model, x, "auto").plan.layers if "Winograd" in row.fused}
+        assert by == ({"1.conv2", "2.conv2"} if runs else set())  # the first has a stride
+
+
 def test_the_plan_says_why_not():
     frozen = _frozen(_bottlenecks(groups=4), torch.randn(1, 16, 6, 6))
     assert "it has 4 groups" in _reason(frozen, "1.conv2")

@@ -37,6 +37,11 @@ SHAPES = [
     (1, 64, 4, 4, 16, (1, 1), (3, 3), (1, 1)),
     (2, 64, 6, 6, 16, (2, 2), (1, 1), (0, 0)),
     (5, 20, 7, 5, 48, (3, 3), (1, 1), (1, 1)),
+    (1, 512, 6, 5, 16, (3, 3), (2, 2), (1, 1)),
+    (1, 1024, 5, 4, 16, (3, 3), (1, 2), (1, 1)),
+    (2, 16, 13, 10, 48, (3, 3), (1, 1), (0, 2)),
+    (1, 1040, 4, 5, 16, (3, 3), (1, 1), (1, 1)),
+    (3, 32, 30, 29, 64, (3, 3), (1, 1), (2, 1)),
 ]
 
 
@@ -58,10 +63,20 @@ def _operands(shape):
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float_results_are_those_of_float64(shape, dtype, amx):
+    weight, *rest = _operands(shape)[1], *shape[6:]
+    assert cpu.refusal(weight.to(dtype), *rest, (1, 1), 1, "relu") is None
+    _check_float_results(shape, dtype, cpu.pack, amx)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[5:7] == ((3, 3), (1, 1)) and s[1] % 16 == 0], ids=str)
+def test_results_by_winograd_are_those_of_float64(shape):
+    _check_float_results(shape, torch.float32, cpu.pack_winograd)
+
+
+def _check_float_results(shape, dtype, pack, amx=False):
     x, weight, bias, residual, y = _operands(shape)
     K, filter, stride, padding = shape[4:]
-    packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias))
-    assert cpu.refusal(weight.to(dtype), stride, padding, (1, 1), 1, "relu") is None
+    packed = (pack(weight.to(dtype)), cpu.pack_channels(bias))
     for added, act in [(None, None), (None, "relu"), (residual, "relu"), (residual, None)]:
         truth = y if added is None else y + added
         truth = (truth.relu() if act else truth).to(dtype)
@@ -110,29 +125,61 @@ def test_int8_results_are_those_of_float64(shape, amx):
             assert over is again and torch.equal(over, ours)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_a_nan_and_an_infinity_stay_what_they_are(dtype):
-    x, weight, bias, residual, _ = _operands((2, 64, 7, 7, 32, (3, 3), (1, 1), (1, 1)))
+PACKED = [
+    *(pytest.param(cpu.pack, *dtype.values, marks=dtype.marks, id=dtype.id) for dtype in DTYPES[:2]),
+    pytest.param(cpu.pack_winograd, *DTYPES[0].values, marks=DTYPES[0].marks, id="winograd"),
+]
+
+
+@pytest.mark.parametrize(("pack", "dtype"), PACKED)
+@pytest.mark.parametrize("K", [32, 48])
+def test_a_nan_and_an_infinity_stay_what_they_are(pack, dtype, K):
+    x, weight, bias, residual, _ = _operands((2, 64, 7, 7, K, (3, 3), (1, 1), (1, 1)))
     x[0, 5, 3, 3], x[1, 6, 0, 0], residual[1, 7, 6, 6] = torch.nan, torch.inf, torch.nan
+    x[1, 63, 5, 6], x[1, 9, 3, 2] = -torch.inf, torch.nan
     truth = (F.conv2d(x, weight, bias, 1, 1) + residual).relu().to(dtype)
-    packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias), residual.to(dtype))
-    ours = cpu.conv(x.to(dtype), *packed, 32, (3, 3), (1, 1), (1, 1), "relu")
+    packed = (pack(weight.to(dtype)), cpu.pack_channels(bias), residual.to(dtype))
+    ours = cpu.conv(x.to(dtype), *packed, K, (3, 3), (1, 1), (1, 1), "relu")
     torch.testing.assert_close(ours, truth, rtol=0, atol=0, equal_nan=True)
 
 
-def test_random_fp32_data_is_as_exact_as_native_pytorch():
+@pytest.mark.parametrize("pack", [cpu.pack, cpu.pack_winograd])
+@pytest.mark.parametrize("C", [16, 64, 256, 512])
+@pytest.mark.parametrize("mean", [0, 5])
+def test_random_fp32_data_is_as_exact_as_native_pytorch(pack, C, mean):
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(2, 256, 9, 9, generator=generator), torch.randn(64, 256, 3, 3, generator=generator)
+    x, weight = mean + torch.randn(2, C, 9, 9, generator=generator), torch.randn(64, C, 3, 3, generator=generator)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     truth = F.conv2d(x.double(), weight.double(), None, 1, 1)
-    ours = cpu.conv(x, cpu.pack(weight), torch.zeros(64), None, 64, (3, 3), (1, 1), (1, 1), None)
+    ours = cpu.conv(x, pack(weight), torch.zeros(64), None, 64, (3, 3), (1, 1), (1, 1), None)
     error, plain = ((y - truth).abs().max() for y in (ours, F.conv2d(x, weight, None, 1, 1)))
     assert error <= 2 * plain
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_the_number_of_threads_changes_no_bit(dtype):
+def test_winograd_takes_what_it_makes_with_fewer_products():
+    weight, result = torch.randn(32, 16, 3, 3), (1, 32, 8, 8)
+    taken = [(1, 32, 4, 4), (1, 32, 7, 7), (9, 32, 2, 2)]  # at least four tiles, well filled
+    left = [(1, 32, 1, 1), (1, 32, 2, 2), (9, 32, 1, 1), (0, 32, 8, 8)]
+    assert [cpu.winograd(weight, (1, 1), shape) for shape in taken + left] == [True] * 3 + [False] * 4
+    others = [weight[:, :12], torch.randn(32, 16, 3, 1), weight.bfloat16(), weight / 0]
+    assert not any(cpu.winograd(other, (1, 1), result) for other in others)
+    assert not cpu.winograd(weight, (2, 1), result)
+
+
+@pytest.mark.parametrize(
+    ("C", "stride", "scale"), [(16, (1, 2), None), (16, (1, 1), torch.ones(32)), (32, (1, 1), None)]
+)
+def test_a_weight_for_winograd_is_refused_elsewhere(C, stride, scale):
+    x = torch.ones(1, C, 8, 8).contiguous(memory_format=torch.channels_last)
+    packed = cpu.pack_winograd(torch.ones(32, 16, 3, 3))
+    with pytest.raises(RuntimeError, match="conv: "):
+        torch.ops.resnet_fused_cpu.conv(x, packed, scale, torch.zeros(32), None, 32, (3, 3), stride, (1, 1), False)
+
+
+@pytest.mark.parametrize(("pack", "dtype"), PACKED)
+def test_the_number_of_threads_changes_no_bit(pack, dtype):
     x, weight = torch.randn(3, 64, 15, 13).to(dtype), torch.randn(80, 64, 3, 3).to(dtype)
-    packed, before = (cpu.pack(weight), torch.zeros(96), None), torch.get_num_threads()
+    packed, before = (pack(weight), torch.zeros(96), None), torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3):
