@@ -33,6 +33,7 @@ class Tiles {
   static constexpr int kRun = 16;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = 64;
   static constexpr int64_t kPartWords = int64_t{1} << 32;  // sums do not leave their tiles
+  static constexpr bool kByTap = false;
 
   ~Tiles() {
     if (length_ != 0) _tile_release();
@@ -112,7 +113,7 @@ class Tiles {
       for (int i = 0; i < length_; i++) {
         typename Product::Vector sums[1][kHalves];
         std::memcpy(sums, sums_[run * kRun + i], sizeof(sums));
-        finish<Out>(conv, tile.runs[run].pixel + i, tile.block, sums);
+        finish<Out>(conv, tile.runs[run].pixel + i, tile.block * kColumns, sums);
       }
   }
 

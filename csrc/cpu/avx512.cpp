@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "epilogue.h"
+#include "groups.h"
 #include "winograd.h"
 
 namespace resnet_fused::cpu {
@@ -39,6 +40,7 @@ struct Vectors {
   static constexpr int kRun = 7;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
   static constexpr int64_t kPartWords = 512;  // longer sums lose digits
+  static constexpr bool kByTap = false;
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
     kTable[((length - 1) * 2 + runs - 1) * 2 + narrow](tile);
@@ -102,7 +104,7 @@ struct Vectors {
           if (!part.first) sums[run][i][j] = Product::add(sums[run][i][j], at);
           if (!part.last) _mm512_storeu_si512(at, reinterpret_cast<__m512i>(sums[run][i][j]));
         }
-      if (part.last) finish<Out>(conv, tile.runs[run].pixel, tile.block, sums[run]);
+      if (part.last) finish<Out>(conv, tile.runs[run].pixel, tile.block * kColumns, sums[run]);
     }
   }
 
@@ -121,5 +123,9 @@ const Kernel winograd = kernel_of<Winograd<Vectors<Float32, float>>>;
 const Kernel bfloat16 = kernel_of<Panels<Vectors<Bfloat16, BFloat16>>>;
 const Kernel int8 = kernel_of<Panels<Vectors<Int8, uint8_t>>>;
 const Kernel int8_to_float32 = kernel_of<Panels<Vectors<Int8, float>>>;
+const Kernel grouped_float32 = kernel_of<Panels<Groups<Float32, float>>>;
+const Kernel grouped_bfloat16 = kernel_of<Panels<Groups<Bfloat16, BFloat16>>>;
+const Kernel grouped_int8 = kernel_of<Panels<Groups<Int8, uint8_t>>>;
+const Kernel grouped_int8_to_float32 = kernel_of<Panels<Groups<Int8, float>>>;
 }  // namespace avx512
 }  // namespace resnet_fused::cpu

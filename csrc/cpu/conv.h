@@ -14,10 +14,11 @@ struct Grid {
   int32_t zero_point = 0;
 };
 
-// Sizes count images, pixels and channels. Weights are packed [K / 32, R, S * C / g, 32, g] with g values to a word,
+// Sizes count images, pixels and channels. Weights are packed [K / 32, R, S * group / g, 32, g] with g values to a word,
 // zeros where K ends within a block; for Winograd's algorithm the 16 elements of G w G' in place of R x S.
 struct Conv {
   int64_t n, h, w, c, k, r, s, oh, ow;
+  int64_t group;  // the input channels that an output channel sees: c, or those of its group
   int64_t stride_h, stride_w, pad_h, pad_w;
   const void *x, *weight;
   const float *scale, *bias;  // of each output channel; scale is null where it is one
@@ -36,6 +37,7 @@ struct Kernel {
 // One kernel for each (type of x, type of y), by the instructions it needs.
 namespace avx512 {
 extern const Kernel float32, winograd, bfloat16, int8, int8_to_float32;
+extern const Kernel grouped_float32, grouped_bfloat16, grouped_int8, grouped_int8_to_float32;
 }
 namespace amx {
 extern const Kernel bfloat16, int8, int8_to_float32;

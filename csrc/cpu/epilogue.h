@@ -47,11 +47,11 @@ inline void fetch_result(const Tile& tile, int run, int pixel) {
   }
 }
 
-// Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from the block's first on.
+// Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from `column` on.
 template <class Out, int kPixels, int kVectors, class Sum>
-[[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t block, Sum (&sums)[kPixels][kVectors]) {
+[[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors]) {
   __m512 v[kPixels][kVectors];
-  const int64_t column = block * kColumns, at = pixel * c.k + column;
+  const int64_t at = pixel * c.k + column;
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; j++) {
     const __m512 bias = _mm512_loadu_ps(c.bias + column + 16 * j);

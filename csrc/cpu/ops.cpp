@@ -104,6 +104,7 @@ struct Arguments {
   const OptionalTensor& residual;
   int64_t channels;
   const Sizes &filter, &stride, &padding;
+  int64_t groups;
   bool relu;
   int64_t x_zero_point;
   double residual_scale;
@@ -112,8 +113,20 @@ struct Arguments {
   int64_t y_zero_point;
 };
 
+const Kernel* find_grouped(const Conv& c, ScalarType x, ScalarType y) {
+  const Instructions& found = instructions();
+  const int64_t outputs = c.k / (c.c / c.group);
+  const bool several = outputs < 16 && 16 % outputs == 0 && outputs == c.group;
+  if (!several && outputs % 16 != 0) return nullptr;
+  if (x == ScalarType::Float && y == x && found.float32) return &avx512::grouped_float32;
+  if (x == ScalarType::BFloat16 && y == x && found.bfloat16) return &avx512::grouped_bfloat16;
+  if (x == ScalarType::Byte && y == x && found.int8) return &avx512::grouped_int8;
+  if (x == ScalarType::Byte && y == ScalarType::Float && found.int8) return &avx512::grouped_int8_to_float32;
+  return nullptr;
+}
+
 const Kernel* find_winograd(const Arguments& a, ScalarType y) {
-  const bool fits = a.stride[0] == 1 && a.stride[1] == 1 && a.x.size(1) % 16 == 0;
+  const bool fits = a.stride[0] == 1 && a.stride[1] == 1 && a.x.size(1) % 16 == 0 && a.groups == 1;
   const bool floats = a.x.scalar_type() == ScalarType::Float && y == ScalarType::Float && !a.scale;
   return fits && floats && instructions().float32 ? &avx512::winograd : nullptr;
 }
@@ -132,18 +145,23 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   c.oh = (c.h + 2 * c.pad_h - c.r) / c.stride_h + 1;
   c.ow = (c.w + 2 * c.pad_w - c.s) / c.stride_w + 1;
 
+  STD_TORCH_CHECK(a.groups > 0 && c.c % a.groups == 0 && c.k % a.groups == 0,
+                  "conv: the channels of x and of the result must be divisible into groups");
+  c.group = c.c / a.groups;
+  const ScalarType x_dtype = a.x.scalar_type();
   const Tensor& w = a.weight;
+  const int64_t blocks = (c.k + kColumns - 1) / kColumns, values = kWord / bytes_of(x_dtype);
   const bool winograd = c.r == 3 && c.s == 3 && w.dim() == 5 && w.size(1) == 16;
-  const int64_t pixel_bytes = c.c * bytes_of(a.x.scalar_type()), row_bytes = winograd ? pixel_bytes : c.s * pixel_bytes;
-  const Kernel* kernel = winograd ? find_winograd(a, y_dtype) : find_kernel(a.x.scalar_type(), y_dtype, row_bytes, amx);
-  STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ",
-                  torch::headeronly::toString(a.x.scalar_type()), " to ", torch::headeronly::toString(y_dtype));
-  STD_TORCH_CHECK(pixel_bytes % kWord == 0, "conv: the channels of a pixel of x must fill words of 4 bytes");
-  const int64_t blocks = (c.k + kColumns - 1) / kColumns;
-  STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == (winograd ? 16 : c.r) &&
-                      w.size(2) == row_bytes / kWord && w.size(3) == kColumns &&
-                      w.size(4) * bytes_of(a.x.scalar_type()) == kWord &&
-                      w.scalar_type() == (a.x.scalar_type() == ScalarType::Byte ? ScalarType::Char : a.x.scalar_type()),
+  const int64_t rows = winograd ? 16 : c.r, columns = winograd ? 1 : c.s;
+  const Kernel* kernel = winograd       ? find_winograd(a, y_dtype)
+                         : a.groups > 1 ? find_grouped(c, x_dtype, y_dtype)
+                                        : find_kernel(x_dtype, y_dtype, c.s * c.c * bytes_of(x_dtype), amx);
+  STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ", torch::headeronly::toString(x_dtype), " to ",
+                  torch::headeronly::toString(y_dtype), " by this weight, stride and number of groups");
+  STD_TORCH_CHECK(c.group % values == 0, "conv: the channels of a pixel that are summed up must fill words of 4 bytes");
+  STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == rows &&
+                      w.size(2) == columns * c.group / values && w.size(3) == kColumns && w.size(4) == values &&
+                      w.scalar_type() == (x_dtype == ScalarType::Byte ? ScalarType::Char : x_dtype),
                   "conv: weight is not packed for this x and filter");
   check_channels("bias", a.bias, blocks);
   if (a.scale) check_channels("scale", *a.scale, blocks);
@@ -175,20 +193,20 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
 
 Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const Tensor& bias,
             const OptionalTensor& residual, int64_t channels, const Sizes& filter, const Sizes& stride,
-            const Sizes& padding, bool relu, int64_t x_zero_point, double residual_scale, int64_t residual_zero_point,
-            double y_scale, int64_t y_zero_point, bool to_float32, bool amx) {
+            const Sizes& padding, int64_t groups, bool relu, int64_t x_zero_point, double residual_scale,
+            int64_t residual_zero_point, double y_scale, int64_t y_zero_point, bool to_float32, bool amx) {
   const Arguments a{x,      weight,  scale, bias,         residual,       channels,            filter,
-                    stride, padding, relu,  x_zero_point, residual_scale, residual_zero_point, y_scale,
+                    stride, padding, groups, relu, x_zero_point, residual_scale, residual_zero_point, y_scale,
                     y_zero_point};
   return run(a, to_float32 ? ScalarType::Float : x.scalar_type(), amx, nullptr);
 }
 
 void conv_add_(Tensor residual, const Tensor& x, const Tensor& weight, const OptionalTensor& scale, const Tensor& bias,
-               int64_t channels, const Sizes& filter, const Sizes& stride, const Sizes& padding, bool relu,
+               int64_t channels, const Sizes& filter, const Sizes& stride, const Sizes& padding, int64_t groups, bool relu,
                int64_t x_zero_point, double residual_scale, int64_t residual_zero_point, double y_scale,
                int64_t y_zero_point, bool amx) {
   const Arguments a{x,      weight,  scale, bias,         std::nullopt,   channels,            filter,
-                    stride, padding, relu,  x_zero_point, residual_scale, residual_zero_point, y_scale,
+                    stride, padding, groups, relu, x_zero_point, residual_scale, residual_zero_point, y_scale,
                     y_zero_point};
   run(a, residual.scalar_type(), amx, &residual);
 }
@@ -241,12 +259,12 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
   m.def("supported() -> str");
   m.def(
       "conv(Tensor x, Tensor weight, Tensor? scale, Tensor bias, Tensor? residual, int channels, int[] filter, "
-      "int[] stride, int[] padding, bool relu, int x_zero_point=0, float residual_scale=1.0, "
+      "int[] stride, int[] padding, int groups, bool relu, int x_zero_point=0, float residual_scale=1.0, "
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool to_float32=False, bool amx=True) "
       "-> Tensor");
   m.def(
       "conv_add_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? scale, Tensor bias, int channels, int[] filter, "
-      "int[] stride, int[] padding, bool relu, int x_zero_point=0, float residual_scale=1.0, "
+      "int[] stride, int[] padding, int groups, bool relu, int x_zero_point=0, float residual_scale=1.0, "
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
   m.def("quantise(Tensor x, float scale, int zero_point) -> Tensor");
   m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");

@@ -31,7 +31,8 @@ struct Tile {
   Part part;
   float* sums;  // of the parts before, where the tile's are kept until the last
   int64_t pitch;      // bytes of x from one output pixel to the next
-  int64_t row_pitch;  // bytes of x from one row of the filter to the next
+  int64_t tap_pitch;  // ... from one column of the filter to the next
+  int64_t row_pitch;  // ... from one row of the filter to the next
   const char* next;   // what is to be fetched of x and y: for the next tile, or for the next panel; or null
   int64_t next_step;  // bytes of it that go with one word of each pixel, or with one AMX tile of them
   int64_t halves_ahead;  // from this part's weights to those to be fetched, in halves of its length; 0 if none are
@@ -76,8 +77,8 @@ char* scratch(size_t bytes) {
 }
 
 // A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
-// kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most products of a part of a sum, in words; and
-// operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
+// kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most products of a part of a sum, in words;
+// kByTap, whether it finds each column of the filter by itself; and operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
 template <class Micro>
 class Panels {
  public:
@@ -92,13 +93,14 @@ class Panels {
     pitch_ = c.stride_w * pixel_bytes_;
     // Pixels a page apart lie in one set of L1, which has not the ways for those of a tile: copied, they do not.
     apart_ = c.s == 1 && c.r == 1 && !padded_ && pitch_ % kPage == 0;
-    gap_ = padded_ && pitch_ % kPage == 0 && pixel_bytes_ % (Micro::kPartWords * kWord) == 0 ? kLine : 0;
+    const bool divisible = Micro::kByTap || pixel_bytes_ % (Micro::kPartWords * kWord) == 0;
+    gap_ = padded_ && pitch_ % kPage == 0 && divisible ? kLine : 0;
     pitch_ = apart_ ? pixel_bytes_ + kLine : c.stride_w * (pixel_bytes_ + gap_);
     row_pitch_ = (c.w + 2 * c.pad_w) * (pixel_bytes_ + gap_);
     blocks_ = (c.k + kColumns - 1) / kColumns;
     // Small weights stay in the cache, and small panels then write whole pixels; but each panel copies its padding.
     // Weights that do not stay are read once a panel, which is large then.
-    const int64_t weights = c.r * c.s * c.k * pixel_bytes_;
+    const int64_t weights = c.r * c.s * c.k * c.group * Micro::kInBytes;
     const int64_t budget = weights > 4 * kCacheBytes ? 2 * kCacheBytes
                            : weights <= kCacheBytes && !padded_ ? kCacheBytes / 8
                                                                 : kCacheBytes;
@@ -160,7 +162,7 @@ class Panels {
         // the first tile fetches one half of the weights of the next part, the second the other
         const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
         float* sums = sums_ + tiles * 2 * Micro::kRun * kColumns;
-        micro(Tile{conv_, {first, last}, block, part, sums, pitch_, row_pitch_, next.from,
+        micro(Tile{conv_, {first, last}, block, part, sums, pitch_, pixel_bytes_ + gap_, row_pitch_, next.from,
                    ceil_div(next.count, steps), ahead},
               lengths_[kind], count, narrow);
       }

@@ -120,7 +120,7 @@ class Winograd {
           // the first call fetches one half of the weights of the next part, the second the other
           const int64_t ahead = calls < 2 ? 2 + calls : 0;
           micro(Tile{products_, {{x, 0}, {x + (count - 1) * length * pitch_, 0}}, block, part,
-                     sums_ + (element * count_ + tile) * columns, pitch_, plane_, nullptr, 0, ahead},
+                     sums_ + (element * count_ + tile) * columns, pitch_, 0, plane_, nullptr, 0, ahead},
                 length, count, narrow);
           tile += count * length;
           i += count;
@@ -138,11 +138,11 @@ class Winograd {
     for (int64_t i = 0; i < height; i++) {
       const int64_t pixel = (at.image * c.oh + at.y + i) * c.ow + at.x;
       if (at.x + 1 < c.ow) {
-        finish<float>(c, pixel, block, y[i]);
+        finish<float>(c, pixel, block * kColumns, y[i]);
       } else {
         __m512 single[1][kVectors];
         std::copy(y[i][0], y[i][0] + kVectors, single[0]);
-        finish<float>(c, pixel, block, single);
+        finish<float>(c, pixel, block * kColumns, single);
       }
     }
   }

@@ -297,7 +297,7 @@ class FoldedConv(FrozenConv):
         self.packed = "cpu" if refusal is None else "onednn" if onednn.runs(weight, weight) else None
         self.planned = replace(self.planned, reason=self.planned.reason or refusal or "")
         if self.packed == "cpu":
-            winograd = cpu.winograd(weight, source.conv.stride, source.example.y.shape)
+            winograd = source.conv.groups == 1 and cpu.winograd(weight, source.conv.stride, source.example.y.shape)
             weight, shift = (cpu.pack_winograd if winograd else cpu.pack)(weight), cpu.pack_channels(shift)
             algorithm = "; by Winograd's algorithm" if winograd else ""
             self.planned = replace(self.planned, backend="cpu", fused=self.planned.fused + algorithm)
@@ -339,8 +339,8 @@ class FoldedConv(FrozenConv):
                 conv_fprop.Args(x, self.weight, None, self.bias, residual, *self.geometry, act=act)
             )
         if self.packed == "cpu":
-            shape = (self.like.shape[0], self.filter, *self.geometry[:2])
-            y = cpu.conv(x, self.weight, self.bias, residual, *shape, act, overwrite_residual)
+            shape, groups = (self.like.shape[0], self.filter, *self.geometry[:2]), self.geometry[3]
+            y = cpu.conv(x, self.weight, self.bias, residual, *shape, act, overwrite_residual, groups=groups)
             return in_format(y, x, self.nchw) if self.keeps_order else y
         fused = None if keep_nan.get() else act
         y = onednn.conv(x, self.weight, self.bias, residual, *self.geometry, fused, overwrite_residual)

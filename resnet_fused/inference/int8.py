@@ -137,13 +137,13 @@ class Int8Conv(FrozenConv):
         overwrite_residual: bool,
     ) -> Tensor:
         """The result on `y_grid`, or without one in the float dtype."""
-        stride, padding, *_ = self.geometry
+        stride, padding, _, groups = self.geometry
         if self.ours:
             if x_grid not in self._epilogues:
                 self._epilogues[x_grid] = cpu.int8_epilogue(self.weight_sums, self.weight_scale, self.bias, x_grid)
             args = (x, x_grid, self.weight, *self._epilogues[x_grid], residual, residual_grid)
             shape = (self.like.shape[0], self.filter, stride, padding)
-            y = cpu.int8_conv(*args, *shape, act, y_grid, overwrite_residual)  # type: ignore[arg-type]
+            y = cpu.int8_conv(*args, *shape, act, y_grid, overwrite_residual, groups=groups)  # type: ignore[arg-type]
             return y if y_grid is not None else y.to(self.dtype)
         if residual is not None and not overwrite_residual:
             residual = residual.clone()

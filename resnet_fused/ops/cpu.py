@@ -93,8 +93,9 @@ def refusal(
     limit = None
     if dtype not in names:
         limit = f"{', '.join(names)}, not {dtype}"
-    elif groups != 1:
-        limit = "no groups"
+    elif groups != 1 and not _takes_groups(per_group, channels // groups):
+        limit = "groups of 16, 32, ... outputs, or of as many inputs as outputs by which 16 is divisible, "
+        limit += f"not of {per_group} inputs and {channels // groups} outputs"
     elif tuple(dilation) != (1, 1):
         limit = "no dilation"
     elif act not in (None, "relu"):
@@ -104,6 +105,11 @@ def refusal(
     elif per_group % word != 0:
         limit = f"multiples of {word} input channels in {dtype}, not {per_group}"
     return None if limit is None else f"our CPU kernel takes {limit}"
+
+
+def _takes_groups(inputs: int, outputs: int) -> bool:
+    """Sixteen outputs are of one group, or of several groups of as many inputs."""
+    return outputs % 16 == 0 or (16 % outputs == 0 and inputs == outputs)
 
 
 def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
@@ -194,7 +200,10 @@ def pack_winograd(weight: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros up to 32."""
+    """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros up to 32.
+
+    C are the channels of a group.
+    """
     K, C, R, S = weight.shape
     g, missing = 4 // weight.dtype.itemsize, -K % COLUMNS
     rows = F.pad(weight.permute(0, 2, 3, 1).reshape(K, R, S * C), (0, 0, 0, 0, 0, missing))
@@ -218,6 +227,7 @@ def conv(
     act: str | None,
     overwrite_residual: bool = False,
     amx: bool = True,
+    groups: int = 1,
 ) -> Tensor:
     """act(conv(x, weight) + bias + residual) with sums and epilogue in fp32; a NaN stays a NaN.
 
@@ -229,12 +239,13 @@ def conv(
         amx: whether AMX may be used where there is some.
     """
     x, ops = _nhwc(x), torch.ops.resnet_fused_cpu
+    geometry = (channels, filter, stride, padding, groups, act == "relu")
     if residual is not None:
         residual = _nhwc(residual)
         if overwrite_residual:
-            ops.conv_add_(residual, x, weight, None, bias, channels, filter, stride, padding, act == "relu", amx=amx)
+            ops.conv_add_(residual, x, weight, None, bias, *geometry, amx=amx)
             return residual
-    return ops.conv(x, weight, None, bias, residual, channels, filter, stride, padding, act == "relu", amx=amx)
+    return ops.conv(x, weight, None, bias, residual, *geometry, amx=amx)
 
 
 def int8_conv(
@@ -253,6 +264,7 @@ def int8_conv(
     result: Grid | None,
     overwrite_residual: bool = False,
     amx: bool = True,
+    groups: int = 1,
 ) -> Tensor:
     """act(scale * conv(x - x_grid.zero_point, weight) + bias + residual): int32 sums, an fp32 epilogue, one rounding.
 
@@ -265,7 +277,7 @@ def int8_conv(
     """
     ops, none = torch.ops.resnet_fused_cpu, Grid(1.0, 0)
     grids = (x_grid.zero_point, *(residual_grid or none), *(result or none))
-    geometry = (channels, filter, stride, padding, act == "relu", *grids)
+    geometry = (channels, filter, stride, padding, groups, act == "relu", *grids)
     if residual is not None and overwrite_residual:
         ops.conv_add_(residual, x, weight, scale, bias, *geometry, amx=amx)
         return residual

@@ -43,12 +43,12 @@ def register_formulas(counter: ModuleType) -> None:
         return int(conv(args[0].shape, args[3].shape, out_val.shape))  # (x, scale, zero point, weight, ...)
 
     def cpu(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor, **_: Any) -> int:
-        channels, filter = args[3:5]  # (scale, bias, residual, channels, filter, ...)
-        return int(conv(x.shape, (channels, x.shape[1], *filter), out_val.shape))
+        channels, filter, _, _, groups = args[3:8]  # behind scale, bias and residual
+        return int(conv(x.shape, (channels, x.shape[1] // groups, *filter), out_val.shape))
 
     def cpu_add(residual: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
-        channels, filter = args[2:4]  # (scale, bias, channels, filter, ...)
-        return int(conv(x.shape, (channels, x.shape[1], *filter), residual.shape))
+        channels, filter, _, _, groups = args[2:7]  # behind scale and bias
+        return int(conv(x.shape, (channels, x.shape[1] // groups, *filter), residual.shape))
 
     formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):

@@ -19,29 +19,37 @@ DTYPES = [
 ]
 AMX = [False, pytest.param(True, marks=pytest.mark.skipif("amx" not in SUPPORTED, reason="this CPU has no AMX"))]
 
-# (N, C, H, W, K, filter, stride, padding): rows of every length around a run's, panels of one row and of many,
+# (N, C, H, W, K, filter, stride, padding, groups): rows of every length around a run's, panels of one row and of many,
 # images that end within a panel, blocks of 16 columns alone and after others.
 SHAPES = [
-    (1, 64, 1, 1, 16, (1, 1), (1, 1), (0, 0)),
-    (3, 64, 5, 3, 32, (1, 1), (1, 1), (0, 0)),
-    (2, 128, 9, 7, 48, (1, 1), (2, 2), (0, 0)),
-    (1, 64, 40, 40, 64, (1, 1), (1, 1), (0, 0)),
-    (2, 64, 7, 7, 64, (3, 3), (1, 1), (1, 1)),
-    (3, 64, 8, 17, 80, (3, 3), (2, 2), (1, 1)),
-    (1, 64, 3, 33, 16, (3, 3), (1, 1), (1, 1)),
-    (2, 64, 2, 2, 16, (3, 3), (1, 2), (1, 1)),
-    (1, 64, 56, 56, 32, (3, 3), (1, 1), (1, 1)),
-    (2, 4, 21, 18, 64, (7, 7), (2, 2), (3, 3)),
-    (2, 64, 6, 6, 16, (1, 3), (1, 1), (0, 1)),
-    (2, 64, 6, 5, 16, (5, 1), (3, 1), (4, 0)),
-    (1, 64, 4, 4, 16, (1, 1), (3, 3), (1, 1)),
-    (2, 64, 6, 6, 16, (2, 2), (1, 1), (0, 0)),
-    (5, 20, 7, 5, 48, (3, 3), (1, 1), (1, 1)),
-    (1, 512, 6, 5, 16, (3, 3), (2, 2), (1, 1)),
-    (1, 1024, 5, 4, 16, (3, 3), (1, 2), (1, 1)),
-    (2, 16, 13, 10, 48, (3, 3), (1, 1), (0, 2)),
-    (1, 1040, 4, 5, 16, (3, 3), (1, 1), (1, 1)),
-    (3, 32, 30, 29, 64, (3, 3), (1, 1), (2, 1)),
+    (1, 64, 1, 1, 16, (1, 1), (1, 1), (0, 0), 1),
+    (3, 64, 5, 3, 32, (1, 1), (1, 1), (0, 0), 1),
+    (2, 128, 9, 7, 48, (1, 1), (2, 2), (0, 0), 1),
+    (1, 64, 40, 40, 64, (1, 1), (1, 1), (0, 0), 1),
+    (2, 64, 7, 7, 64, (3, 3), (1, 1), (1, 1), 1),
+    (3, 64, 8, 17, 80, (3, 3), (2, 2), (1, 1), 1),
+    (1, 64, 3, 33, 16, (3, 3), (1, 1), (1, 1), 1),
+    (2, 64, 2, 2, 16, (3, 3), (1, 2), (1, 1), 1),
+    (1, 64, 56, 56, 32, (3, 3), (1, 1), (1, 1), 1),
+    (2, 4, 21, 18, 64, (7, 7), (2, 2), (3, 3), 1),
+    (2, 64, 6, 6, 16, (1, 3), (1, 1), (0, 1), 1),
+    (2, 64, 6, 5, 16, (5, 1), (3, 1), (4, 0), 1),
+    (1, 64, 4, 4, 16, (1, 1), (3, 3), (1, 1), 1),
+    (2, 64, 6, 6, 16, (2, 2), (1, 1), (0, 0), 1),
+    (5, 20, 7, 5, 48, (3, 3), (1, 1), (1, 1), 1),
+    (1, 512, 6, 5, 16, (3, 3), (2, 2), (1, 1), 1),
+    (1, 1024, 5, 4, 16, (3, 3), (1, 2), (1, 1), 1),
+    (2, 16, 13, 10, 48, (3, 3), (1, 1), (0, 2), 1),
+    (1, 1040, 4, 5, 16, (3, 3), (1, 1), (1, 1), 1),
+    (3, 32, 30, 29, 64, (3, 3), (1, 1), (2, 1), 1),
+    (2, 32, 7, 9, 32, (3, 3), (1, 1), (1, 1), 8),
+    (1, 64, 6, 5, 64, (3, 3), (2, 2), (1, 1), 8),
+    (1, 48, 6, 15, 48, (3, 3), (1, 1), (1, 1), 3),
+    (2, 64, 5, 5, 96, (3, 3), (1, 2), (1, 1), 2),
+    (1, 1024, 7, 8, 64, (1, 1), (1, 1), (0, 0), 4),
+    (1, 32, 6, 6, 32, (5, 3), (1, 1), (2, 1), 4),
+    (1, 2048, 3, 4, 2048, (3, 3), (2, 2), (1, 1), 64),
+    (3, 64, 30, 30, 64, (3, 3), (1, 1), (1, 1), 4),
 ]
 
 
@@ -53,9 +61,10 @@ def _integers(shape, low, high, seed, dtype=torch.float64):
 
 def _operands(shape):
     """Small integers: every sum is exact in fp32, and right values are equal bit by bit."""
-    N, C, H, W, K, filter, stride, padding = shape
-    x, weight, bias = _integers((N, C, H, W), -3, 3, 0), _integers((K, C, *filter), -2, 2, 1), _integers((K,), -9, 9, 2)
-    y = F.conv2d(x, weight, bias, stride, padding)
+    N, C, H, W, K, filter, stride, padding, groups = shape
+    x, weight = _integers((N, C, H, W), -3, 3, 0), _integers((K, C // groups, *filter), -2, 2, 1)
+    bias = _integers((K,), -9, 9, 2)
+    y = F.conv2d(x, weight, bias, stride, padding, groups=groups)
     return x, weight, bias, _integers(y.shape, -50, 50, 3), y
 
 
@@ -63,32 +72,34 @@ def _operands(shape):
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_float_results_are_those_of_float64(shape, dtype, amx):
-    weight, *rest = _operands(shape)[1], *shape[6:]
-    assert cpu.refusal(weight.to(dtype), *rest, (1, 1), 1, "relu") is None
+    stride, padding, groups = shape[6:]
+    assert cpu.refusal(_operands(shape)[1].to(dtype), stride, padding, (1, 1), groups, "relu") is None
     _check_float_results(shape, dtype, cpu.pack, amx)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[5:7] == ((3, 3), (1, 1)) and s[1] % 16 == 0], ids=str)
+@pytest.mark.parametrize(
+    "shape", [s for s in SHAPES if s[5:7] == ((3, 3), (1, 1)) and s[1] % 16 == 0 and s[8] == 1], ids=str
+)
 def test_results_by_winograd_are_those_of_float64(shape):
     _check_float_results(shape, torch.float32, cpu.pack_winograd)
 
 
 def _check_float_results(shape, dtype, pack, amx=False):
     x, weight, bias, residual, y = _operands(shape)
-    K, filter, stride, padding = shape[4:]
+    K, filter, stride, padding, groups = shape[4:]
     packed = (pack(weight.to(dtype)), cpu.pack_channels(bias))
     for added, act in [(None, None), (None, "relu"), (residual, "relu"), (residual, None)]:
         truth = y if added is None else y + added
         truth = (truth.relu() if act else truth).to(dtype)
         given = None if added is None else added.to(dtype)
         args = (K, filter, stride, padding, act)
-        ours = cpu.conv(x.to(dtype), *packed, given, *args, amx=amx)
+        ours = cpu.conv(x.to(dtype), *packed, given, *args, amx=amx, groups=groups)
         assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(ours, truth)
-        assert torch.equal(cpu.conv(x.to(dtype).contiguous(), *packed, given, *args, amx=amx), truth)
+        assert torch.equal(cpu.conv(x.to(dtype).contiguous(), *packed, given, *args, amx=amx, groups=groups), truth)
         if given is not None:
             assert torch.equal(given, added.to(dtype))
-            over = cpu.conv(x.to(dtype), *packed, given, *args, overwrite_residual=True, amx=amx)
+            over = cpu.conv(x.to(dtype), *packed, given, *args, overwrite_residual=True, amx=amx, groups=groups)
             assert over is given and torch.equal(over, truth)
 
 
@@ -96,8 +107,9 @@ def _check_float_results(shape, dtype, pack, amx=False):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.skipif("int8" not in SUPPORTED, reason="this CPU has no VNNI")
 def test_int8_results_are_those_of_float64(shape, amx):
-    N, C, H, W, K, filter, stride, padding = shape
-    x, weight = _integers((N, C, H, W), 0, 255, 0, torch.uint8), _integers((K, C, *filter), -128, 127, 1, torch.int8)
+    N, C, H, W, K, filter, stride, padding, groups = shape
+    x = _integers((N, C, H, W), 0, 255, 0, torch.uint8)
+    weight = _integers((K, C // groups, *filter), -128, 127, 1, torch.int8)
     x_grid, y_grid, residual_grid = (
         Grid(0.5, 3),
         Grid(64.0, 5),
@@ -105,23 +117,24 @@ def test_int8_results_are_those_of_float64(shape, amx):
     )  # powers of two: nothing is rounded twice
     scale, bias = torch.full((K,), 0.25), _integers((K,), -900, 900, 2, torch.float32)
     values = (x.double() - x_grid.zero_point) * x_grid.scale
-    y = F.conv2d(values, weight.double() * 0.25, bias.double(), stride, padding)
+    y = F.conv2d(values, weight.double() * 0.25, bias.double(), stride, padding, groups=groups)
     residual = _integers(y.shape, 0, 255, 3, torch.uint8)
     packed = (cpu.pack(weight), *cpu.int8_epilogue(weight.double().sum((1, 2, 3)), scale, bias, x_grid))
     args = (K, filter, stride, padding)
-    plain = cpu.int8_conv(x, x_grid, *packed, None, None, *args, None, None, amx=amx)
+    plain = cpu.int8_conv(x, x_grid, *packed, None, None, *args, None, None, amx=amx, groups=groups)
     assert plain.dtype == torch.float32
     torch.testing.assert_close(plain.double(), y, rtol=1e-6, atol=1e-3 * float(y.abs().max()) * 1e-3)
     for added, act in [(None, "relu"), (residual, "relu"), (residual, None)]:
         truth = y if added is None else y + (added.double() - residual_grid.zero_point) * residual_grid.scale
         truth = (truth.relu() if act else truth) / y_grid.scale + y_grid.zero_point
         call = (*args, act, y_grid)
-        ours = cpu.int8_conv(x, x_grid, *packed, added, residual_grid, *call, amx=amx)
+        ours = cpu.int8_conv(x, x_grid, *packed, added, residual_grid, *call, amx=amx, groups=groups)
         assert ours.dtype == torch.uint8 and ours.is_contiguous(memory_format=torch.channels_last)
         assert float((ours.double() - truth.clamp(0, 255)).abs().max()) <= 0.5 + 1e-3
         if added is not None:
             again = added.clone()
-            over = cpu.int8_conv(x, x_grid, *packed, again, residual_grid, *call, overwrite_residual=True, amx=amx)
+            kinds = {"overwrite_residual": True, "amx": amx, "groups": groups}
+            over = cpu.int8_conv(x, x_grid, *packed, again, residual_grid, *call, **kinds)
             assert over is again and torch.equal(over, ours)
 
 
@@ -134,7 +147,7 @@ PACKED = [
 @pytest.mark.parametrize(("pack", "dtype"), PACKED)
 @pytest.mark.parametrize("K", [32, 48])
 def test_a_nan_and_an_infinity_stay_what_they_are(pack, dtype, K):
-    x, weight, bias, residual, _ = _operands((2, 64, 7, 7, K, (3, 3), (1, 1), (1, 1)))
+    x, weight, bias, residual, _ = _operands((2, 64, 7, 7, K, (3, 3), (1, 1), (1, 1), 1))
     x[0, 5, 3, 3], x[1, 6, 0, 0], residual[1, 7, 6, 6] = torch.nan, torch.inf, torch.nan
     x[1, 63, 5, 6], x[1, 9, 3, 2] = -torch.inf, torch.nan
     truth = (F.conv2d(x, weight, bias, 1, 1) + residual).relu().to(dtype)
@@ -173,7 +186,7 @@ def test_a_weight_for_winograd_is_refused_elsewhere(C, stride, scale):
     x = torch.ones(1, C, 8, 8).contiguous(memory_format=torch.channels_last)
     packed = cpu.pack_winograd(torch.ones(32, 16, 3, 3))
     with pytest.raises(RuntimeError, match="conv: "):
-        torch.ops.resnet_fused_cpu.conv(x, packed, scale, torch.zeros(32), None, 32, (3, 3), stride, (1, 1), False)
+        torch.ops.resnet_fused_cpu.conv(x, packed, scale, torch.zeros(32), None, 32, (3, 3), stride, (1, 1), 1, False)
 
 
 @pytest.mark.parametrize(("pack", "dtype"), PACKED)
@@ -270,8 +283,8 @@ def test_an_empty_batch_has_an_empty_result():
 
 
 def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
-    x, weight, bias, residual, _ = (t.float() for t in _operands((2, 16, 6, 7, 32, (3, 3), (2, 2), (1, 1))))
-    packed, geometry = cpu.pack(weight), (32, [3, 3], [2, 2], [1, 1], True)
+    x, weight, bias, residual, _ = (t.float() for t in _operands((2, 16, 6, 7, 32, (3, 3), (2, 2), (1, 1), 1)))
+    packed, geometry = cpu.pack(weight), (32, [3, 3], [2, 2], [1, 1], 1, True)
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.resnet_fused_cpu
     torch.library.opcheck(ops.conv.default, (x, packed, None, bias, residual, *geometry), test_utils=checks)
@@ -288,7 +301,10 @@ def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
     assert cpu.refusal(ones, *geometry, "silu") == takes + "no silu"
     assert cpu.refusal(ones[:8], *geometry, None) == takes + "multiples of 16 output channels, not 8"
     assert cpu.refusal(ones, (1, 1), (1, 1), (2, 2), 1, None) == takes + "no dilation"
-    assert cpu.refusal(ones, *geometry[:3], 2, None) == takes + "no groups"
+    groups = cpu.refusal(ones, *geometry[:3], 4, None)
+    assert (
+        groups is not None and groups.startswith(takes + "groups of 16") and groups.endswith("16 inputs and 8 outputs")
+    )
     names = [name for name in ("bfloat16", "float32", "int8") if name in SUPPORTED]
     assert cpu.refusal(ones.half(), *geometry, None) == f"{takes}{', '.join(names)}, not float16"
     if "int8" in SUPPORTED:
