@@ -43,18 +43,20 @@ struct Vectors {
   static constexpr bool kByTap = false;
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
-    kTable[((length - 1) * 2 + runs - 1) * 2 + narrow](tile);
+    const bool partial = kInBytes == 2 && tile.conv.s * tile.conv.c % 2 != 0;
+    kTable[(((length - 1) * 2 + runs - 1) * 2 + narrow) * 2 + partial](tile);
   }
 
  private:
   using Function = void (*)(const Tile&);
 
-  template <int kLength, int kRuns, int kVectors>
+  // With kPartial half of a filter row's last word is of the next row: its weights are zeros, which do not hide a NaN.
+  template <int kLength, int kRuns, int kVectors, bool kPartial>
   static void multiply(const Tile& tile) {
     typename Product::Sum sums[kRuns][kLength][kVectors] = {};
     const Conv& conv = tile.conv;
     const Part& part = tile.part;
-    const int64_t words = conv.s * conv.c * kInBytes / kWord, length = part.k1 - part.k0, pitch = tile.pitch;
+    const int64_t words = ceil_div(conv.s * conv.c * kInBytes, kWord), length = part.k1 - part.k0, pitch = tile.pitch;
     const auto* w = static_cast<const int32_t*>(conv.weight) +
                     ((tile.block * conv.r + part.r0) * words + part.k0) * kColumns;
     const auto* ahead = w + tile.halves_ahead * (part.r1 - part.r0) * length * (kColumns / 2);
@@ -70,7 +72,8 @@ struct Vectors {
         const int64_t end = std::min(begin + step, length);
         for (steps++; fetched * all_steps < steps * kPixels; fetched++)
           fetch_result<Out>(tile, static_cast<int>(fetched / kLength), static_cast<int>(fetched % kLength));
-        for (int64_t k = begin; k < end; k++) {
+        const bool partial = kPartial && part.k0 + end == words;
+        const auto multiply_word = [&](int32_t mask) __attribute__((always_inline)) {
           _mm_prefetch(ahead, _MM_HINT_T1);
           _mm_prefetch(next, _MM_HINT_T1);
           __m512i columns[kVectors];
@@ -81,7 +84,7 @@ struct Vectors {
 #pragma GCC unroll 7
             for (int i = 0; i < kLength; i++) {
               const char* from = (run == 0 ? x0 : x1) + i * pitch;
-              const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(from));
+              const __m512i x = _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(from) & mask);
 #pragma GCC unroll 2
               for (int j = 0; j < kVectors; j++) sums[run][i][j] = Product::dot(sums[run][i][j], x, columns[j]);
             }
@@ -90,7 +93,9 @@ struct Vectors {
           w += kColumns;
           ahead += kColumns / 2;
           next += tile.next_step;
-        }
+        };
+        for (int64_t k = begin; k < end - partial; k++) multiply_word(-1);
+        if (partial) multiply_word(0xffff);
       }
     }
     auto* before = reinterpret_cast<typename Product::Sum*>(tile.sums);
@@ -110,9 +115,9 @@ struct Vectors {
 
   template <size_t... kIndex>
   static constexpr std::array<Function, sizeof...(kIndex)> table(std::index_sequence<kIndex...>) {
-    return {multiply<kIndex / 4 + 1, kIndex / 2 % 2 + 1, 2 - kIndex % 2>...};
+    return {multiply<kIndex / 8 + 1, kIndex / 4 % 2 + 1, 2 - kIndex / 2 % 2, kIndex % 2 && kInBytes == 2>...};
   }
-  static constexpr auto kTable = table(std::make_index_sequence<kRun * 4>());
+  static constexpr auto kTable = table(std::make_index_sequence<kRun * 8>());
 };
 
 }  // namespace

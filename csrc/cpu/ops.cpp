@@ -158,9 +158,11 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
                                         : find_kernel(x_dtype, y_dtype, c.s * c.c * bytes_of(x_dtype), amx);
   STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ", torch::headeronly::toString(x_dtype), " to ",
                   torch::headeronly::toString(y_dtype), " by this weight, stride and number of groups");
-  STD_TORCH_CHECK(c.group % values == 0, "conv: the channels of a pixel that are summed up must fill words of 4 bytes");
+  const int64_t words = (columns * c.group + values - 1) / values;  // read together, of each row of the filter
+  const bool inside = c.group % values == 0 || (a.groups == 1 && c.pad_w > 0);
+  STD_TORCH_CHECK(inside, "conv: the channels of a pixel must fill words of 4 bytes where nothing is padded or grouped");
   STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == rows &&
-                      w.size(2) == columns * c.group / values && w.size(3) == kColumns && w.size(4) == values &&
+                      w.size(2) == words && w.size(3) == kColumns && w.size(4) == values &&
                       w.scalar_type() == (x_dtype == ScalarType::Byte ? ScalarType::Char : x_dtype),
                   "conv: weight is not packed for this x and filter");
   check_channels("bias", a.bias, blocks);

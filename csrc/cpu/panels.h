@@ -113,7 +113,7 @@ class Panels {
     rows_ = ceil_div(rows, ceil_div(rows, rows_));  // panels of even size
     across_ = ceil_div(c.ow, columns_);
     panels_ = ceil_div(rows, rows_) * across_;
-    const int64_t words = c.s * pixel_bytes_ / kWord;
+    const int64_t words = ceil_div(c.s * pixel_bytes_, kWord);
     part_rows_ = std::clamp<int64_t>(Micro::kPartWords / words, 1, c.r);
     part_words_ = ceil_div(words, ceil_div(words, part_rows_ * Micro::kPartWords));
     parts_ = ceil_div(c.r, part_rows_) * ceil_div(words, part_words_);
@@ -138,7 +138,7 @@ class Panels {
 
   // By parts of the sums, whose weights stay in the cache while all tiles of the panel meet them.
   void multiply(Micro& micro, int64_t block, bool fresh) {
-    const int64_t words = conv_.s * pixel_bytes_ / kWord;
+    const int64_t words = ceil_div(conv_.s * pixel_bytes_, kWord);
     for (int64_t r = 0; r < conv_.r; r += part_rows_)
       for (int64_t k = 0; k < words; k += part_words_) {
         const Part part{r, std::min(r + part_rows_, conv_.r), k, std::min(k + part_words_, words), r + k == 0,

@@ -102,8 +102,8 @@ def refusal(
         limit = f"no {act}"
     elif channels % 16 != 0:
         limit = f"multiples of 16 output channels, not {channels}"
-    elif per_group % word != 0:
-        limit = f"multiples of {word} input channels in {dtype}, not {per_group}"
+    elif per_group % word != 0 and (groups != 1 or padding[1] == 0):
+        limit = f"multiples of {word} input channels in {dtype}, not {per_group}, where nothing is padded or grouped"
     return None if limit is None else f"our CPU kernel takes {limit}"
 
 
@@ -200,14 +200,14 @@ def pack_winograd(weight: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros up to 32.
+    """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros where one ends.
 
     C are the channels of a group.
     """
     K, C, R, S = weight.shape
-    g, missing = 4 // weight.dtype.itemsize, -K % COLUMNS
-    rows = F.pad(weight.permute(0, 2, 3, 1).reshape(K, R, S * C), (0, 0, 0, 0, 0, missing))
-    return _LARGE_PAGES.copy(rows.reshape(-1, COLUMNS, R, S * C // g, g).permute(0, 2, 3, 1, 4))
+    g = 4 // weight.dtype.itemsize
+    rows = F.pad(weight.permute(0, 2, 3, 1).reshape(K, R, S * C), (0, -S * C % g, 0, 0, 0, -K % COLUMNS))
+    return _LARGE_PAGES.copy(rows.reshape(-1, COLUMNS, R, rows.shape[-1] // g, g).permute(0, 2, 3, 1, 4))
 
 
 def pack_channels(values: Tensor) -> Tensor:

@@ -50,6 +50,9 @@ SHAPES = [
     (1, 32, 6, 6, 32, (5, 3), (1, 1), (2, 1), 4),
     (1, 2048, 3, 4, 2048, (3, 3), (2, 2), (1, 1), 64),
     (3, 64, 30, 30, 64, (3, 3), (1, 1), (1, 1), 4),
+    (2, 3, 21, 18, 64, (7, 7), (2, 2), (3, 3), 1),
+    (1, 3, 5, 40, 48, (3, 3), (1, 1), (1, 1), 1),
+    (2, 5, 6, 7, 16, (1, 5), (1, 2), (0, 1), 1),
 ]
 
 
@@ -142,6 +145,17 @@ PACKED = [
     *(pytest.param(cpu.pack, *dtype.values, marks=dtype.marks, id=dtype.id) for dtype in DTYPES[:2]),
     pytest.param(cpu.pack_winograd, *DTYPES[0].values, marks=DTYPES[0].marks, id="winograd"),
 ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_a_nan_is_not_seen_by_the_pixel_before_it(dtype):
+    shape = (1, 3, 8, 12, 32, (3, 3), (2, 2), (1, 1), 1)  # nine values a row of the filter, ten in whole words
+    x, weight, bias, _, _ = _operands(shape)
+    x[0, :, 4, 6], x[0, 0, 7, 11] = torch.nan, -torch.inf
+    truth = F.conv2d(x, weight, bias, 2, 1).to(dtype)
+    packed = (cpu.pack(weight.to(dtype)), cpu.pack_channels(bias), None)
+    ours = cpu.conv(x.to(dtype), *packed, 32, (3, 3), (2, 2), (1, 1), None)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("pack", "dtype"), PACKED)
@@ -308,8 +322,8 @@ def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
     names = [name for name in ("bfloat16", "float32", "int8") if name in SUPPORTED]
     assert cpu.refusal(ones.half(), *geometry, None) == f"{takes}{', '.join(names)}, not float16"
     if "int8" in SUPPORTED:
-        few = cpu.refusal(ones[:, :3].to(torch.int8), *geometry, None)
-        assert few == takes + "multiples of 4 input channels in int8, not 3"
+        few = cpu.refusal(ones[:, :3].to(torch.int8), (1, 1), (0, 0), (1, 1), 1, None)
+        assert few == takes + "multiples of 4 input channels in int8, not 3, where nothing is padded or grouped"
     assert cpu.refusal(ones.to("meta"), *geometry, None) == ""  # nobody asked for it
     with use_backend("aten"):
         assert cpu.refusal(ones, *geometry, None) == ""
