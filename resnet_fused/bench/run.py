@@ -26,7 +26,7 @@ from resnet_fused.measure.activation_memory import saved_bytes
 from resnet_fused.measure.cases import Case
 from resnet_fused.measure.progress import Reporter
 from resnet_fused.measure.telemetry import GpuTelemetry
-from resnet_fused.measure.timing import Call, Measured, clock_for, time_interleaved
+from resnet_fused.measure.timing import REST_S, Call, Measured, clock_for, time_interleaved
 
 PICTURE_BATCH = 8
 TIMED_SECONDS = 12.0
@@ -207,13 +207,15 @@ class _Race:
         )
 
     def _time(self, case: Case, calls: dict[str, Call], budget: float) -> Measured:
+        rehearsal = self.options.rounds == 1
         try:
             return time_interleaved(
                 calls,
                 clock_for(torch.device(case.device)),
                 rounds=self.options.rounds,
                 budget_s=budget,
-                warmup=0 if self.options.rounds == 1 else 2,  # one round is a rehearsal
+                warmup=0 if rehearsal else 2,
+                rest_s=0 if rehearsal or torch.device(case.device).type != "cpu" else REST_S,
                 on_round=lambda done: self.reporter.detail(f"round {done}"),
             )
         except Exception as error:  # a GPU that has no memory left for the clock

@@ -166,7 +166,7 @@ def notes(report: Report) -> Iterator[str]:
     yield "ms: median of a step; errors: of logits and gradients relative to a float64 run of the plain model"
     yield f"peak MB: {EXPLANATION['cuda' if facts['gpu'] else 'cpu']}; set-up: build, compile and first call"
     if any(case.roof_flops_per_s for case in report.cases):
-        yield "roof: the contestant's GFLOP/s over the better of the roofs above"
+        yield "roof: the contestant's GFLOP/s, counted as for direct convolutions, over the better of the roofs above"
     if "train" in report.modes():
         yield f"saved MB: {SAVED}"
 

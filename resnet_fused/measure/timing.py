@@ -18,6 +18,9 @@ Call = Callable[[], object]
 Clock = Callable[[Call], float]
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+REST_S = (
+    0.06  # ONNX Runtime's threads spin for 50 ms behind a call, and slow whoever follows on their cores up to twice
+)
 L2_FLUSH_BYTES = 256 * 2**20  # larger than the L2 of any supported GPU
 
 
@@ -100,6 +103,7 @@ def time_interleaved(
     rounds: int | None = None,
     budget_s: float = 10.0,
     warmup: int = 2,
+    rest_s: float = 0.0,
     on_round: Callable[[int], None] = lambda done: None,
 ) -> Measured:
     """Time `calls` side by side.
@@ -110,6 +114,7 @@ def time_interleaved(
         rounds: how many rounds; None: as many as fit into `budget_s`, between MIN_ROUNDS and MAX_ROUNDS.
         budget_s: seconds for the timed rounds; ignored when `rounds` is given.
         warmup: untimed rounds before.
+        rest_s: seconds before each timed call, in which the threads of the one before go to sleep.
         on_round: called after each timed round with the number of rounds done.
 
     Returns:
@@ -120,6 +125,8 @@ def time_interleaved(
 
     def run_round(index: int, keep: bool) -> None:
         for name in round_order(list(samples), index):
+            if keep and rest_s > 0:
+                time.sleep(rest_s)
             try:
                 elapsed = clock(calls[name])
             except Exception as error:  # one contestant running out of memory must not end the race

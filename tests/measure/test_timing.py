@@ -13,6 +13,14 @@ from resnet_fused.tuning import device_worker as device_process
 CPU = torch.device("cpu")
 
 
+def test_every_timed_call_is_behind_a_rest(monkeypatch):
+    seen: list[object] = []
+    monkeypatch.setattr(harness.time, "sleep", seen.append)
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    time_interleaved(calls, cpu_clock, rounds=2, warmup=1, rest_s=0.5)
+    assert seen == ["a", "b", 0.5, "a", 0.5, "b", 0.5, "b", 0.5, "a"]
+
+
 def test_round_order_gives_everyone_every_place_and_both_neighbours():
     names = list("abcd")
     orders = [round_order(names, index) for index in range(2 * len(names))]
