@@ -11,25 +11,23 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline __m512 load(const float* p, Grid) { return _mm512_loadu_ps(p); }
-inline void store(float* p, __m512 v, Grid) { _mm512_storeu_ps(p, v); }
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, __m512 v, int32_t) { _mm512_storeu_ps(p, v); }
 
-inline __m512 load(const BFloat16* p, Grid) {
+inline __m512 load(const BFloat16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-inline void store(BFloat16* p, __m512 v, Grid) {
+inline void store(BFloat16* p, __m512 v, int32_t) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
 }
 
-inline __m512 load(const uint8_t* p, Grid grid) {
-  const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512i above = _mm512_sub_epi32(q, _mm512_set1_epi32(grid.zero_point));
-  return _mm512_mul_ps(_mm512_cvtepi32_ps(above), _mm512_set1_ps(grid.scale));
+// 8 bits as they are: finish folds the grids into scale and bias.
+inline __m512 load(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline void store(uint8_t* p, __m512 v, Grid grid) {
-  const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(v, _mm512_set1_ps(1 / grid.scale)));
-  const __m512i q = _mm512_max_epi32(_mm512_add_epi32(steps, _mm512_set1_epi32(grid.zero_point)), __m512i{});
+inline void store(uint8_t* p, __m512 v, int32_t least) {
+  const __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(least));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(q));
 }
 
@@ -50,12 +48,21 @@ inline void fetch_result(const Tile& tile, int run, int pixel) {
 // Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from `column` on.
 template <class Out, int kPixels, int kVectors, class Sum>
 [[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors]) {
-  __m512 v[kPixels][kVectors];
+  constexpr bool kEight = sizeof(Out) == 1;
   const int64_t at = pixel * c.k + column;
+  // On y's grid: steps of y_grid.scale from its zero point.
+  const float step = kEight ? 1 / c.y_grid.scale : 1, zero = kEight ? static_cast<float>(c.y_grid.zero_point) : 0;
+  const float residual_step = kEight ? c.residual_grid.scale * step : 1;
+  const float shift = kEight && c.residual ? zero - residual_step * static_cast<float>(c.residual_grid.zero_point) : zero;
+  __m512 v[kPixels][kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; j++) {
-    const __m512 bias = _mm512_loadu_ps(c.bias + column + 16 * j);
-    const __m512 scale = c.scale ? _mm512_loadu_ps(c.scale + column + 16 * j) : _mm512_set1_ps(1);
+    __m512 bias = _mm512_loadu_ps(c.bias + column + 16 * j);
+    __m512 scale = c.scale ? _mm512_loadu_ps(c.scale + column + 16 * j) : _mm512_set1_ps(1);
+    if constexpr (kEight) {
+      bias = _mm512_fmadd_ps(bias, _mm512_set1_ps(step), _mm512_set1_ps(shift));
+      scale = _mm512_mul_ps(scale, _mm512_set1_ps(step));
+    }
 #pragma GCC unroll 7
     for (int i = 0; i < kPixels; i++) v[i][j] = _mm512_fmadd_ps(as_float(sums[i][j]), scale, bias);
   }
@@ -64,20 +71,23 @@ template <class Out, int kPixels, int kVectors, class Sum>
 #pragma GCC unroll 7
     for (int i = 0; i < kPixels; i++)
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; j++)
-        v[i][j] = _mm512_add_ps(v[i][j], load(residual + i * c.k + 16 * j, c.residual_grid));
+      for (int j = 0; j < kVectors; j++) {
+        const __m512 added = load(residual + i * c.k + 16 * j);
+        v[i][j] = kEight ? _mm512_fmadd_ps(added, _mm512_set1_ps(residual_step), v[i][j]) : _mm512_add_ps(v[i][j], added);
+      }
   }
-  if (c.relu) {
+  if (c.relu && !kEight) {
 #pragma GCC unroll 7
     for (int i = 0; i < kPixels; i++)
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; j++) v[i][j] = _mm512_max_ps(__m512{}, v[i][j]);  // in this order a NaN stays
   }
+  const int32_t least = c.relu ? c.y_grid.zero_point : 0;
   Out* y = static_cast<Out*>(c.y) + at;
 #pragma GCC unroll 7
   for (int i = 0; i < kPixels; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; j++) store(y + i * c.k + 16 * j, v[i][j], c.y_grid);
+    for (int j = 0; j < kVectors; j++) store(y + i * c.k + 16 * j, v[i][j], least);
 }
 
 }  // namespace resnet_fused::cpu

@@ -27,8 +27,8 @@ void run(const MaxPool& p, int64_t begin, int64_t end) {
         __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t iy = iy0; iy < iy1; iy++)
           for (int64_t ix = ix0; ix < ix1; ix++)
-            most = largest(most, load(x + ((image + iy) * p.w + ix) * p.c + channel, Grid{}));
-        store(to + channel, most, Grid{});
+            most = largest(most, load(x + ((image + iy) * p.w + ix) * p.c + channel));
+        store(to + channel, most, 0);
       }
     }
   }

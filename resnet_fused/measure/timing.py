@@ -20,8 +20,6 @@ Clock = Callable[[Call], float]
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 # ONNX Runtime's threads spin for 50 ms behind a call, and slow whoever follows up to twice.
 REST_S = 0.06
-    0.06  # ONNX Runtime's threads spin for 50 ms behind a call, and slow whoever follows on their cores up to twice
-)
 L2_FLUSH_BYTES = 256 * 2**20  # larger than the L2 of any supported GPU
 
 
