@@ -49,7 +49,8 @@ def pages(root: Path) -> dict[Path, str]:
         raise UsageError(f"{README} needs one line {BEGIN!r} and one line {END!r}")
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    newest = {_shown(report): path for path, report in found.items()}
+    headline = sorted(found, key=lambda path: found[path].model == "resnet50")  # before another network's newer result
+    newest = {_shown(found[path]): path for path in headline}
     summary = "\n".join("\n".join(_summary(path, found[path])) for path in newest.values())
     gpu = "" if any(report.provenance["gpu"] for report in found.values()) else f"{NO_GPU}\n"
     chapters = "\n".join("\n".join(_chapter(path, report)) for path, report in reversed(found.items()))

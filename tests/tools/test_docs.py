@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import from_checkout  # noqa: F401
@@ -60,6 +61,14 @@ def test_a_typed_number_or_an_old_chart_is_stale(checkout):
     shutil.copy(older, newer)
     assert docs.stale(checkout) == [docs.PAGE, newer.relative_to(checkout)]
     assert chart.drawn_from(checkout / "absent.png") is None
+
+
+def test_the_readme_shows_resnet50_before_a_newer_result_of_another_network(checkout):
+    for model, date in (("resnet50", "2026-01-04"), ("resnet18", "2026-01-05")):
+        report = replace(recorded.usual(date_utc=f"{date}T00:00:00+00:00"), model=model)
+        schema.record(report, checkout / "benchmarks/results")
+    text = docs.pages(checkout)[docs.README]
+    assert "**resnet50 on " in text and "resnet18" not in text
 
 
 def test_a_gpu_is_named_and_the_note_about_none_goes(checkout):
