@@ -218,7 +218,8 @@ def test_a_second_build_of_the_sources_compiles_nothing(tmp_path):
     assert status == 0, text
     stamp = library.stat().st_mtime_ns
     status, text = choose(code)
-    assert (status, text) == (0, "ninja: no work to do.") and library.stat().st_mtime_ns == stamp
+    assert status == 0 and library.stat().st_mtime_ns == stamp
+    assert text in ("", "ninja: no work to do.")  # by the version of ninja
     ops = f"import torch; torch.ops.load_library({str(library)!r}); x = torch.randn(2, 8, 3, 3)\n"
     ops += "print(torch.equal(torch.ops.resnet_fused_host.add_act(x, x, True), (x + x).relu()))"
     run = subprocess.run([sys.executable, "-c", ops], capture_output=True, text=True)
@@ -253,7 +254,8 @@ def test_a_second_build_compiles_nothing(compiles):
     assert status == 0 and library.read_text() == "made\n", text
     stamp = library.stat().st_mtime_ns
     status, text, *_ = compiles(ninja=True)
-    assert (status, text) == (0, "ninja: no work to do.") and library.stat().st_mtime_ns == stamp
+    assert status == 0 and library.stat().st_mtime_ns == stamp
+    assert text in ("", "ninja: no work to do.")  # by the version of ninja
 
 
 @pytest.mark.parametrize("breaks", [False, True])
