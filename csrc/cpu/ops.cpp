@@ -58,15 +58,25 @@ std::string supported() {
   return names;
 }
 
-const Kernel* find_kernel(ScalarType x, ScalarType y, int64_t row_bytes, bool amx) {
-  const Instructions& found = instructions();
-  const bool tiles = amx && found.amx && row_bytes % 64 == 0;
-  if (x == ScalarType::Float && y == x && found.float32) return &avx512::float32;
-  if (x == ScalarType::BFloat16 && y == x && found.bfloat16) return tiles ? &amx::bfloat16 : &avx512::bfloat16;
-  if (x == ScalarType::Byte && y == x && found.int8) return tiles ? &amx::int8 : &avx512::int8;
-  if (x == ScalarType::Byte && y == ScalarType::Float && found.int8)
-    return tiles ? &amx::int8_to_float32 : &avx512::int8_to_float32;
-  return nullptr;
+// Of one algorithm, by (type of x, type of y).
+struct Kernels {
+  const Kernel &float32, &bfloat16, &int8, &int8_to_float32;
+
+  // The one for these types, or null where this CPU has not the instructions.
+  const Kernel* find(ScalarType x, ScalarType y) const {
+    const Instructions& found = instructions();
+    if (x == ScalarType::Float && y == x && found.float32) return &float32;
+    if (x == ScalarType::BFloat16 && y == x && found.bfloat16) return &bfloat16;
+    if (x == ScalarType::Byte && y == x && found.int8) return &int8;
+    if (x == ScalarType::Byte && y == ScalarType::Float && found.int8) return &int8_to_float32;
+    return nullptr;
+  }
+};
+
+const Kernel* find_direct(ScalarType x, ScalarType y, int64_t row_bytes, bool amx) {
+  const Kernels vectors{avx512::float32, avx512::bfloat16, avx512::int8, avx512::int8_to_float32};
+  const Kernels tiles{avx512::float32, amx::bfloat16, amx::int8, amx::int8_to_float32};
+  return (amx && instructions().amx && row_bytes % 64 == 0 ? tiles : vectors).find(x, y);
 }
 
 bool is_nhwc(const Tensor& t) {
@@ -114,15 +124,12 @@ struct Arguments {
 };
 
 const Kernel* find_grouped(const Conv& c, ScalarType x, ScalarType y) {
-  const Instructions& found = instructions();
   const int64_t outputs = c.k / (c.c / c.group);
   const bool several = outputs < 16 && 16 % outputs == 0 && outputs == c.group;
   if (!several && outputs % 16 != 0) return nullptr;
-  if (x == ScalarType::Float && y == x && found.float32) return &avx512::grouped_float32;
-  if (x == ScalarType::BFloat16 && y == x && found.bfloat16) return &avx512::grouped_bfloat16;
-  if (x == ScalarType::Byte && y == x && found.int8) return &avx512::grouped_int8;
-  if (x == ScalarType::Byte && y == ScalarType::Float && found.int8) return &avx512::grouped_int8_to_float32;
-  return nullptr;
+  const Kernels grouped{avx512::grouped_float32, avx512::grouped_bfloat16, avx512::grouped_int8,
+                        avx512::grouped_int8_to_float32};
+  return grouped.find(x, y);
 }
 
 const Kernel* find_winograd(const Arguments& a, ScalarType y) {
@@ -155,7 +162,7 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   const int64_t rows = winograd ? 16 : c.r, columns = winograd ? 1 : c.s;
   const Kernel* kernel = winograd       ? find_winograd(a, y_dtype)
                          : a.groups > 1 ? find_grouped(c, x_dtype, y_dtype)
-                                        : find_kernel(x_dtype, y_dtype, c.s * c.c * bytes_of(x_dtype), amx);
+                                        : find_direct(x_dtype, y_dtype, c.s * c.c * bytes_of(x_dtype), amx);
   STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ", torch::headeronly::toString(x_dtype), " to ",
                   torch::headeronly::toString(y_dtype), " by this weight, stride and number of groups");
   const int64_t words = (columns * c.group + values - 1) / values;  // read together, of each row of the filter
