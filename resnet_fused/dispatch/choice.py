@@ -33,6 +33,7 @@ CONVOLUTIONS: dict[str, Callable[..., ConvConfig]] = {
     "conv_wgrad": conv_wgrad_heuristic,
     "conv_chain": chain_heuristic,
     "conv_join": join_heuristic,
+    "conv_join_int8": join_heuristic,
 }
 # Flags that tell what else an op does, and that the heuristics need not know.
 _UNSEEN = ("epilogue", "residual")
@@ -43,7 +44,7 @@ def heuristic(problem: Problem, arch: int) -> ConvConfig | None:
     if problem.op not in CONVOLUTIONS or not isinstance(problem.shape, ConvShape):
         return None
     arguments = (problem.shape, problem.dtype, arch, problem.tf32)
-    if problem.op in ("conv_chain", "conv_join"):
+    if CONVOLUTIONS[problem.op] in (chain_heuristic, join_heuristic):
         return CONVOLUTIONS[problem.op](*arguments, problem.flags)
     flags = dict.fromkeys((flag for flag in problem.flags if flag not in _UNSEEN), True)
     return CONVOLUTIONS[problem.op](*arguments, **flags)

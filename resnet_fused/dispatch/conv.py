@@ -183,7 +183,9 @@ def cdiv(a: int, b: int) -> int:
 Tile = tuple[int, int, int]  # block_m, block_n, num_warps
 
 
-def _tiles(dtype: torch.dtype, arch: int, tf32: bool, prologue: bool = False, flat: bool = False) -> list[Tile]:
+def _tiles(
+    dtype: torch.dtype, arch: int, tf32: bool, prologue: bool = False, flat: bool = False, join: bool = False
+) -> list[Tile]:
     """From the most efficient to the one that makes the most programs. A prologue holds a tile of activations in
     registers too, a flat reduction the places of all its taps: more warps to share them.
     """
@@ -193,7 +195,10 @@ def _tiles(dtype: torch.dtype, arch: int, tf32: bool, prologue: bool = False, fl
     # of a larger tile the epilogue spills for sm_100 (Triton 3.8), and the products are serialised for sm_90 (3.6)
     if dtype == torch.float32 and arch in (90, 100):
         return [(128, 64, 8), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
-    return [(128, 128, 8), (128, 64, 8 if prologue else 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
+    tiles = [(128, 128, 8), (128, 64, 8 if prologue else 4), (64, 64, 4), (64, 32, 4), (64, 16, 4)]
+    if dtype == torch.int8 and (join or arch == 100):  # spills: a join has two sums, for sm_100 the epilogue is long
+        tiles[:2] = [(128, 64, 8)]
+    return tiles
 
 
 def _choose(tiles: list[Tile], pixels: int, outputs: int, groups: int, arch: int) -> Tile:
@@ -209,9 +214,10 @@ def _configure(
 ) -> ConvConfig:
     """A tile with the depth of its reduction and of its pipeline; `operands` activations are read for one weight."""
     block_m, block_n, num_warps = tile
-    tensor_cores = dtype != torch.float32 or tf32
-    widest = (64 if dtype != torch.float32 else 32) if tensor_cores else 16
-    block_k = min(widest, 32) if flat else min(widest, max(16, next_power_of_2(channels)))
+    tensor_cores, eight = dtype != torch.float32 or tf32, dtype == torch.int8
+    widest = 128 // dtype.itemsize if tensor_cores else 16
+    least, longest_flat = (32, 64) if eight else (16, 32)  # a product of 8 bits takes 32 at a time
+    block_k = min(widest, longest_flat) if flat else min(widest, max(least, next_power_of_2(channels)))
     stage = (operands * block_m + block_n) * block_k * dtype.itemsize
     budget = (160 if arch in (80, 90, 100) else 96) * 1024
     num_stages = max(2, min(4 if arch != 80 else 3, budget // stage)) if tensor_cores else 2
@@ -230,6 +236,7 @@ def conv_fprop_heuristic(
     *,
     prologue: bool = False,
     statistics: bool = False,
+    join: bool = False,
 ) -> ConvConfig:
     """The configuration for a problem: the largest tile, no wider than the output, that still gives every
     multiprocessor a program.
@@ -241,21 +248,28 @@ def conv_fprop_heuristic(
         tf32: whether fp32 operands may be rounded to TF32.
         prologue: x is a raw convolution output behind an affine map and ReLU.
         statistics: of the output, in the epilogue.
+        join: a second product is added, of int8 in sums of its own.
     """
     channels = shape.c // shape.groups
-    tiles = _tiles(dtype, arch, tf32, prologue, channels < MIN_CHANNELS_PER_TAP)
+    tiles = _tiles(dtype, arch, tf32, prologue, channels < MIN_CHANNELS_PER_TAP, join)
     tile = _choose(tiles, shape.n * shape.p * shape.q, shape.k // shape.groups, shape.groups, arch)
     return _fprop(tile, channels, dtype, arch, tf32)
 
 
 def conv_fprop_configurations(
-    dtype: torch.dtype, arch: int, tf32: bool = False, *, prologue: bool = False, statistics: bool = False
+    dtype: torch.dtype,
+    arch: int,
+    tf32: bool = False,
+    *,
+    prologue: bool = False,
+    statistics: bool = False,
+    join: bool = False,
 ) -> list[ConvConfig]:
     """Every configuration that `conv_fprop_heuristic` can return."""
     found = [
         _fprop(tile, channels, dtype, arch, tf32)
-        for channels in (3, 32, 64)
-        for tile in _tiles(dtype, arch, tf32, prologue, channels < MIN_CHANNELS_PER_TAP)
+        for channels in (3, 32, 64, 128)
+        for tile in _tiles(dtype, arch, tf32, prologue, channels < MIN_CHANNELS_PER_TAP, join)
     ]
     return list(dict.fromkeys(found))
 
@@ -307,7 +321,7 @@ def conv_candidates(
     """
     channels, outputs = channels_of(op, shape)
     taps = shape.r * shape.s
-    if dtype == torch.float32 or arch not in (80, 90, 100):
+    if dtype in (torch.float32, torch.int8) or arch not in (80, 90, 100):
         return []
     tiles = [(256, 64, 8), (64, 128, 4), (64, 256, 8)]
     if op != "conv_dgrad":  # whose epilogue needs the registers
@@ -330,11 +344,13 @@ def conv_candidates(
 # By op; the statistics of `conv_fprop_stats` change nothing.
 HEURISTICS: dict[str, Callable[..., ConvConfig]] = {
     "conv_fprop": conv_fprop_heuristic,
+    "conv_fprop_int8": conv_fprop_heuristic,
     "conv_fprop_stats": conv_fprop_heuristic,
     "conv_dgrad": conv_dgrad_heuristic,
 }
 CONFIGURATIONS: dict[str, Callable[..., list[ConvConfig]]] = {
     "conv_fprop": conv_fprop_configurations,
+    "conv_fprop_int8": conv_fprop_configurations,
     "conv_fprop_stats": conv_fprop_configurations,
     "conv_dgrad": conv_dgrad_configurations,
 }

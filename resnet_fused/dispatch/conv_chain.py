@@ -132,9 +132,9 @@ def conv_join_heuristic(
         tf32: whether fp32 operands may be rounded to TF32.
     """
     channels = max(_MIN_CHANNELS_PER_TAP, min(shape.c, shortcut_channels))
-    return conv_fprop_heuristic(replace(shape, c=channels), dtype, arch, tf32)
+    return conv_fprop_heuristic(replace(shape, c=channels), dtype, arch, tf32, join=True)
 
 
 def conv_join_configurations(dtype: torch.dtype, arch: int, tf32: bool = False) -> list[ConvConfig]:
     """Every configuration that `conv_join_heuristic` can return."""
-    return [config for config in conv_fprop_configurations(dtype, arch, tf32) if not config.flat]
+    return [config for config in conv_fprop_configurations(dtype, arch, tf32, join=True) if not config.flat]

@@ -26,10 +26,12 @@ from resnet_fused.dispatch.conv import MAX_REGISTERS, BlockShape, ConvConfig, Co
 
 SHIPPED = Path(__file__).resolve().parent / "tables"
 Backend = Literal["aten", "triton", "cuda", "cudnn", "reference"]
-_DTYPES: dict[torch.dtype, Literal["float32", "float16", "bfloat16"]] = {
+DtypeName = Literal["float32", "float16", "bfloat16", "int8"]
+_DTYPES: dict[torch.dtype, DtypeName] = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
 }
 _Json = dict[str, Any]
 # What another GPU's table must show for a kernel of ours: PyTorch's time over its time.
@@ -171,7 +173,7 @@ class _EntryFile:
 
     op: str
     shape: ConvShape | BlockShape | tuple[int, int, int, int]
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: DtypeName
     tf32: bool
     flags: tuple[str, ...]
     candidates: tuple[_Candidate, ...]

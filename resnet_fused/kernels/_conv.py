@@ -17,14 +17,14 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """
     if dtype == torch.float32 or (INTERPRETED and dtype == torch.bfloat16):
         return tl.float32
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}[dtype]
 
 
-def accumulator(prologue: bool) -> tl.dtype:
-    """The dtype in which sums run: fp32, or the bits of it in int32 behind a prologue. Its product cannot run on into
-    the next step anyhow, and one left running would make ptxas wait for every wgmma (C7515).
+def accumulator(dtype: torch.dtype, prologue: bool = False) -> tl.dtype:
+    """The dtype in which sums run: int32 of int8; else fp32, or the bits of it in int32 behind a prologue. Its product
+    cannot run on into the next step anyhow, and one left running would make ptxas wait for every wgmma (C7515).
     """
-    return tl.int32 if prologue else tl.float32
+    return tl.int32 if prologue or dtype == torch.int8 else tl.float32
 
 
 @triton.jit
@@ -92,6 +92,20 @@ def load_tile(pointer, place, valid, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_padded(
+    pointer, place, zero, channel, valid, exists, PADDED: tl.constexpr, EVEN: tl.constexpr, AXIS: tl.constexpr
+):
+    """The tile at `place` as `load_tile` has it, but outside the image each channel's `zero`. What differs are
+    addresses, not values: those would go through registers on their way to shared memory.
+    """
+    if zero is None or not PADDED:
+        return load_tile(pointer, place, valid, PADDED or not EVEN)
+    else:
+        address = tl.where(valid, pointer + place, tl.expand_dims(zero + channel, AXIS))
+        return load_tile(address, 0, tl.expand_dims(exists, AXIS), not EVEN)
+
+
+@triton.jit
 def load_vector(pointer, place, exists, AXIS: tl.constexpr):
     """A value of each channel in fp32, zero where there is none, as a tile whose pixels lie along AXIS. Zero of no
     tensor.
@@ -105,11 +119,11 @@ def load_vector(pointer, place, exists, AXIS: tl.constexpr):
 @triton.jit
 def add_product(acc, a, b, AXIS: tl.constexpr, PRECISION: tl.constexpr, DOT_DTYPE: tl.constexpr):
     """acc + a @ b, or transposed acc + b @ a where the rows of a lie along AXIS 1. acc is an `accumulator`."""
-    total = acc.to(tl.float32, bitcast=True)
+    total = acc if DOT_DTYPE == tl.int8 else acc.to(tl.float32, bitcast=True)
     if AXIS == 0:
-        total = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), total, input_precision=PRECISION)
+        total = tl.dot(a.to(DOT_DTYPE), b.to(DOT_DTYPE), total, input_precision=PRECISION, out_dtype=total.dtype)
     else:
-        total = tl.dot(b.to(DOT_DTYPE), a.to(DOT_DTYPE), total, input_precision=PRECISION)
+        total = tl.dot(b.to(DOT_DTYPE), a.to(DOT_DTYPE), total, input_precision=PRECISION, out_dtype=total.dtype)
     return total.to(acc.dtype, bitcast=True)
 
 

@@ -64,9 +64,11 @@ def index_type(*numels: int) -> tl.dtype:
     return tl.int64 if max(numels) > 2**31 - 2**20 else tl.int32
 
 
-def empty_nhwc(like: Tensor, *size: int) -> Tensor:
-    """An activation of this size, of the dtype and on the device of `like`: what every convolution here returns."""
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+def empty_nhwc(like: Tensor, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An activation of this size, on the device of `like` and of its dtype, if not of another: what every convolution
+    here returns.
+    """
+    return torch.empty(size, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:

@@ -22,14 +22,17 @@ def is_nan(value):
 
 @triton.jit
 def round_to(value, DTYPE: tl.constexpr):
-    """fp32 rounded to the nearest value of DTYPE, ties to even. Triton's interpreter truncates to bf16, so there the
-    bits are rounded here.
+    """fp32 rounded to the nearest value of DTYPE, ties to even; int8's ends are of what lies beyond them. Triton's
+    interpreter truncates to bf16, so there the bits are rounded here.
     """
     if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(is_nan(value), 0x7FC0, rounded)
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif DTYPE == tl.int8:  # 1.5 * 2^23 leaves no bits for a fraction, and the integer in the lowest ones
+        clipped = tl.minimum(tl.maximum(value, -128.0), 127.0)
+        return (clipped + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         return value.to(DTYPE)
 
@@ -199,11 +202,12 @@ def mask_tile(rows, octets, INDEX: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK
     return row[:, None] * octets + octet[None, :], (row < rows)[:, None] & (octet < octets)[None, :]
 
 
-def channel_unit(*channels: int) -> int:
-    """8 where it divides all, else 1. Kernels get numbers of channels in this unit, since triton by itself sees only
-    whether an argument is a multiple of 16, and 16 bytes of fp16 need no more than a multiple of 8.
+def channel_unit(*channels: int, most: int = 8) -> int:
+    """The largest of 8 and 1, up to `most`, that divides all. Kernels get numbers of channels in this unit, since
+    triton by itself sees only whether an argument is a multiple of 16, and 16 bytes of fp16 need no more than a
+    multiple of 8.
     """
-    return 8 if all(c % 8 == 0 for c in channels) else 1
+    return next(unit for unit in (16, 8, 1) if unit <= most and all(c % unit == 0 for c in channels))
 
 
 @dataclass(frozen=True)

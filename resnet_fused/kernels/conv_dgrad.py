@@ -248,7 +248,7 @@ def run(
         S=shape.s,
         MASKED=(shape.r, shape.s) != (1, 1) or shape.padding != (0, 0),
         EVEN_K=group_outputs % config.block_k == 0,
-        ACC_DTYPE=accumulator(a.dy_x is not None),
+        ACC_DTYPE=accumulator(a.dy.dtype, a.dy_x is not None),
         PRECISION="tf32" if tf32 else "ieee",
         DOT_DTYPE=dot_dtype(dy.dtype),
         INDEX=index_type(dx.numel(), dy.numel()),

@@ -1,8 +1,10 @@
 """Forward convolution as an implicit matrix product: for inference with an affine map, residual and activation behind,
-for training with a normalisation in front and statistics behind.
+of floats or of int8, for training with a normalisation in front and statistics behind.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +17,7 @@ from resnet_fused.kernels._conv import (
     accumulator,
     add_product,
     dot_dtype,
+    load_padded,
     load_tile,
     load_vector,
     reduction_step,
@@ -25,10 +28,11 @@ from resnet_fused.kernels._conv import (
 from resnet_fused.kernels._launch import empty_nhwc, index_type, launch
 from resnet_fused.kernels._statistics import store_tile_statistics
 from resnet_fused.kernels._tile import ACTIVATIONS, channel_unit, round_to
-from resnet_fused.kernels.epilogues import affine_act, affine_add_act, no_epilogue
+from resnet_fused.kernels.epilogues import affine_act, affine_add_act, int8_affine_add_act, no_epilogue
 from resnet_fused.kernels.merge_statistics import merge_statistics
 from resnet_fused.kernels.prologues import activation, no_activation
 from resnet_fused.ops import conv_fprop as plain
+from resnet_fused.ops import conv_fprop_int8 as int8
 from resnet_fused.ops import conv_fprop_stats as stats
 
 
@@ -41,6 +45,12 @@ def _conv_fprop_kernel(
     residual,  # [N, P, Q, K] or None
     x_scale,  # [C], or None: x is the activation itself
     x_shift,  # [C] or None
+    x_zero,  # [C] what pads, or None for 0
+    offset,  # [K] int32, of int8 operands; None else, as the four behind it
+    residual_scale,  # of the residual's grid
+    residual_zero,
+    y_steps,  # 1 / scale of the result's grid, or None: a float result
+    y_zero,
     y,  # [N, P, Q, K]
     mean,  # [tiles of pixels, K] fp64, or None: no statistics
     m2,  # [tiles of pixels, K] or None
@@ -80,7 +90,8 @@ def _conv_fprop_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """y[m, k] = act(scale[k] * sum over (r, s, c) of a[pixel(m, r, s), c] * weight[k, r, s, c] + shift[k] + residual[m,
-    k]), where a = x, or round(relu(x * x_scale + x_shift)) inside the image and zero outside.
+    k]), where a = x, or round(relu(x * x_scale + x_shift)) inside the image and zero outside. Of int8 operands the sums
+    have an offset, and a residual and y are on grids: see `int8_affine_add_act`.
 
     A program owns BLOCK_M output pixels x BLOCK_N output channels of one group. Programs that share pixels are
     neighbours, so that x comes from L2 for all but the first of them.
@@ -120,8 +131,8 @@ def _conv_fprop_kernel(
         r, s, c, w_place, exists = reduction_step(step, lane, group_inputs, S, R * S, FLAT_INPUTS)
         valid = sees_tap(inside, r, s, exists, PADDED, EVEN_K, FLAT_INPUTS > 0, PIXEL_AXIS)
         x_place = x_row + tl.expand_dims((r * dilation_h * W + s * dilation_w) * C + c, PIXEL_AXIS)
-        a = load_tile(x, x_place, valid, PADDED or not EVEN_K)
         channel = group * group_inputs + c
+        a = load_padded(x, x_place, x_zero, channel, valid, exists, PADDED, EVEN_K, PIXEL_AXIS)
         channel_scale = load_vector(x_scale, channel, exists, PIXEL_AXIS)
         channel_shift = load_vector(x_shift, channel, exists, PIXEL_AXIS)
         a = PROLOGUE(a, channel_scale, channel_shift, valid, PADDED)
@@ -133,7 +144,8 @@ def _conv_fprop_kernel(
     stored = n < group_outputs
     place = tl.expand_dims(m * K, 1 - PIXEL_AXIS) + tl.expand_dims(channel, PIXEL_AXIS)
     valid = tl.expand_dims(m < M, 1 - PIXEL_AXIS) & tl.expand_dims(stored, PIXEL_AXIS)
-    value = EPILOGUE(acc, scale, shift, residual, channel, stored, place, valid, ACT, PIXEL_AXIS)
+    grids = (offset, residual_scale, residual_zero, y_steps, y_zero)
+    value = EPILOGUE(acc, scale, shift, residual, grids, channel, stored, place, valid, ACT, PIXEL_AXIS)
     rounded = round_to(value, y.dtype.element_ty)
     tl.store(y + place, rounded, mask=valid)
     if mean is not None:
@@ -149,7 +161,24 @@ def conv_fprop(a: plain.Args, config: ConvConfig) -> Tensor:
         return experimental.conv_fprop(a, config)
     shape = plain.conv_shape(a)
     y = empty_nhwc(a.x, *shape.output)
-    _launch(a.x, a.weight, (a.scale, a.shift, a.residual, None, None), y, (None, None, None), shape, a.act, config)
+    affine = {"scale": a.scale, "shift": a.shift, "residual": a.residual}
+    plain_sums = a.act is None and not any(t is not None for t in affine.values())
+    epilogue = no_epilogue if plain_sums else affine_act if a.residual is None else affine_add_act
+    _launch(a.x, a.weight, y, shape, config, epilogue, a.act, **affine)
+    return y
+
+
+def conv_fprop_int8(a: int8.Args, config: ConvConfig) -> Tensor:
+    """Launch `ops.conv_fprop_int8`; accumulated in int32, finished in fp32."""
+    shape = int8.conv_shape(a)
+    y = empty_nhwc(a.x, *shape.output, dtype=a.dtype)
+    grids: dict[str, Any] = {"x_zero": a.x_zero, "offset": a.offset}
+    if a.residual is not None:  # as floats: of integers triton compiles a kernel for each kind
+        grids |= {"residual_scale": a.residual_scale, "residual_zero": float(a.residual_zero)}
+    if a.dtype == torch.int8:
+        grids |= {"y_steps": 1.0 / a.y_scale, "y_zero": float(a.y_zero)}
+    affine = {"scale": a.scale, "shift": a.shift, "residual": a.residual}
+    _launch(a.x, a.weight, y, shape, config, int8_affine_add_act, a.act, **affine, **grids)
     return y
 
 
@@ -169,7 +198,8 @@ def conv_fprop_stats(a: stats.Args, config: ConvConfig) -> stats.Out:
     new = x.new_zeros if tiles < a.rows else x.new_empty
     mean, m2 = (new((max(tiles, a.rows), shape.k), dtype=dtype) for dtype in (torch.float64, torch.float32))
     count = new(max(tiles, a.rows), dtype=torch.float32)
-    _launch(x, a.weight, (None, None, None, a.x_scale, a.x_shift), y, (mean, m2, count), shape, None, config)
+    sums = {"mean": mean, "m2": m2, "count": count}
+    _launch(x, a.weight, y, shape, config, no_epilogue, None, x_scale=a.x_scale, x_shift=a.x_shift, **sums)
     if tiles > a.rows:
         mean, m2, count = merge_statistics(mean, m2, count, a.rows)
     return stats.Out(y, mean, m2, count)
@@ -178,27 +208,28 @@ def conv_fprop_stats(a: stats.Args, config: ConvConfig) -> stats.Out:
 def _launch(
     x: Tensor,
     weight: Tensor,
-    inputs: tuple[Tensor | None, ...],
     y: Tensor,
-    statistics: tuple[Tensor | None, ...],
     shape: ConvShape,
-    act: str | None,
     config: ConvConfig,
+    epilogue: Any,
+    act: str | None,
+    **given: Any,
 ) -> None:
+    """Launch the kernel; `given` are those of its arguments that are not None."""
     group_inputs, group_outputs = shape.c // shape.groups, shape.k // shape.groups
-    unit = channel_unit(shape.c, group_inputs)
+    unit = channel_unit(shape.c, group_inputs, most=16 if x.dtype == torch.int8 else 8)
     pixels = shape.n * shape.p * shape.q
-    scale, shift, residual, x_scale, _ = inputs
-    plain_sums = scale is None and shift is None and residual is None and act is None
+    prologue, statistics = given.get("x_scale") is not None, "mean" in given
     reduction = shape.r * shape.s * group_inputs if config.flat else group_inputs
     launch(
         _conv_fprop_kernel,
         triton.cdiv(pixels, config.block_m) * triton.cdiv(group_outputs, config.block_n) * shape.groups,
         x,
         weight.contiguous(memory_format=torch.channels_last),
-        *inputs,
+        *map(given.get, ("scale", "shift", "residual", "x_scale", "x_shift")),
+        *map(given.get, ("x_zero", "offset", "residual_scale", "residual_zero", "y_steps", "y_zero")),
         y,
-        *statistics,
+        *map(given.get, ("mean", "m2", "count")),
         pixels,
         shape.h,
         shape.w,
@@ -212,8 +243,8 @@ def _launch(
         shape.groups,
         group_inputs // unit,
         group_outputs,
-        PROLOGUE=no_activation if x_scale is None else activation,
-        EPILOGUE=no_epilogue if plain_sums else affine_act if residual is None else affine_add_act,
+        PROLOGUE=activation if prologue else no_activation,
+        EPILOGUE=epilogue,
         ACT=ACTIVATIONS[act],
         FLAT_INPUTS=group_inputs if config.flat else 0,
         UNIT=unit,
@@ -222,8 +253,8 @@ def _launch(
         PADDED=shape.padding != (0, 0),
         EVEN_K=reduction % config.block_k == 0,
         # Statistics are sums over pixels: along the second axis they need no other warp. wgmma takes 64 rows.
-        PIXEL_AXIS=1 if statistics[0] is not None and config.block_n >= 64 else 0,
-        ACC_DTYPE=accumulator(x_scale is not None),
+        PIXEL_AXIS=1 if statistics and config.block_n >= 64 else 0,
+        ACC_DTYPE=accumulator(x.dtype, prologue),
         PRECISION="tf32" if uses_tf32(x.dtype) else "ieee",
         DOT_DTYPE=dot_dtype(x.dtype),
         INDEX=index_type(x.numel(), y.numel()),

@@ -37,22 +37,58 @@ def scale_shift(acc, scale, shift, channel, exists, AXIS: tl.constexpr = 0):
 
 
 @triton.jit
-def no_epilogue(acc, scale, shift, residual, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr):
+def no_epilogue(
+    acc, scale, shift, residual, grids, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr
+):
     """acc"""
     return sums(acc)
 
 
 @triton.jit
-def affine_act(acc, scale, shift, residual, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr):
+def affine_act(
+    acc, scale, shift, residual, grids, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr
+):
     """ACT(acc * scale + shift)"""
     return ACT(scale_shift(acc, scale, shift, channel, exists, AXIS))
 
 
 @triton.jit
-def affine_add_act(acc, scale, shift, residual, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr):
+def affine_add_act(
+    acc, scale, shift, residual, grids, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr
+):
     """ACT(acc * scale + shift + residual)"""
     acc = scale_shift(acc, scale, shift, channel, exists, AXIS)
     return ACT(acc + to_fp32(tl.load(residual + place, mask=valid, other=0.0)))
+
+
+@triton.jit
+def int8_affine_add_act(
+    acc, scale, shift, residual, grids, channel, exists, place, valid, ACT: tl.constexpr, AXIS: tl.constexpr
+):
+    """ACT((acc + offset) * scale + shift + residual) of sums in int32; the residual is on a grid, the result to be."""
+    offset, residual_scale, residual_zero, steps, zero = grids
+    value = scale_shift(exact_sums(acc, offset, channel, exists, AXIS), scale, shift, channel, exists, AXIS)
+    if residual is not None:
+        value += (to_fp32(tl.load(residual + place, mask=valid, other=0)) - residual_zero) * residual_scale
+    return requantise(ACT(value), steps, zero)
+
+
+# Of int8 operands
+
+
+@triton.jit
+def exact_sums(acc, offset, channel, exists, AXIS: tl.constexpr = 0):
+    """Sums and offset are added in int32, where nothing is lost, and then in fp32."""
+    return (acc + tl.expand_dims(tl.load(offset + channel, mask=exists, other=0), AXIS)).to(tl.float32)
+
+
+@triton.jit
+def requantise(value, steps, zero):
+    """What is to be rounded to int8 on a grid of so many steps to 1; where there is none, the value."""
+    if steps is None:
+        return value
+    else:
+        return value * steps + zero
 
 
 # Of a data gradient

@@ -24,6 +24,16 @@ def per_channel(v: Tensor) -> Tensor:
     return v.view(1, -1, 1, 1)
 
 
+def round_to_grid(value: Tensor, scale: float, zero: int) -> Tensor:
+    """The nearest q in int8 with value ~ scale * (q - zero), ties to even; what lies beyond its ends becomes them."""
+    return (value * (1.0 / scale) + zero).round().clamp(-128, 127).to(torch.int8)
+
+
+def nhwc(value: Tensor) -> Tensor:
+    """`value` in NHWC order, whatever else its strides can be read as."""
+    return torch.empty_like(value, memory_format=torch.channels_last).copy_(value)
+
+
 def like(value: Tensor, x: Tensor) -> Tensor:
     """`value` rounded to the dtype of `x`, in the strides of `x`."""
     return torch.empty_like(x).copy_(value)

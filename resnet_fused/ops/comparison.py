@@ -13,6 +13,7 @@ from resnet_fused import contract
 from resnet_fused.ops.arithmetic import per_channel
 
 A = TypeVar("A", bound=tuple[Any, ...])
+HALF_STEP = 0.5 + 2.0**-10  # the rest is what fp32 makes of a half: some roundings of several times the grid's range
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Comparison:
         plain: plain PyTorch's; None where bits must agree with `truth`.
         truth: float64's.
         terms: of a sum, what the magnitudes of its summands add up to; its floor is measured by that.
+        within: of a result on a grid, how far every element may be from `truth`, in steps; instead of all else.
     """
 
     name: str
@@ -32,11 +34,15 @@ class Comparison:
     plain: Tensor | None
     truth: Tensor
     terms: Tensor | None = None
+    within: float | None = None
 
     def breach(self) -> str | None:
         """How this breaks the numerics contract, or None."""
         if self.actual.shape != self.truth.shape:
             return f"{self.name} is {list(self.actual.shape)}, expected {list(self.truth.shape)}"
+        if self.within is not None:
+            error = float((self.actual.double() - self.truth).abs().max()) if self.truth.numel() else 0.0
+            return None if error <= self.within else f"{self.name} is {error:.5f} steps from float64's"
         if self.plain is None:
             wrong = int((self.actual != self.truth).sum())
             return f"{self.name} differs in {wrong} of {self.truth.numel()} places" if wrong else None
@@ -62,6 +68,19 @@ def each(names: Sequence[str], actual: Any, plain: Any, truth: Any) -> list[Comp
         elif ours.numel() or exact.numel():
             found.append(Comparison(name, ours, other, exact))
     return found
+
+
+def on_grid(a: Any, actual: Tensor, plain: Tensor, truth: Tensor) -> list[Comparison]:
+    """The result of an op that rounds it to int8: `HALF_STEP` from float64's at most.
+
+    Args:
+        a: has `dtype`, of the result, and its grid, `y_scale` and `y_zero`.
+        truth: before it is rounded.
+    """
+    if a.dtype != torch.int8:
+        return each(["the result"], [actual], [plain], [truth])
+    exact = (truth / a.y_scale + a.y_zero).clamp(-128, 127)
+    return [Comparison("the result", actual, None, exact, within=HALF_STEP)]
 
 
 def gradient_sums(

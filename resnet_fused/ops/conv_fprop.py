@@ -14,7 +14,7 @@ from resnet_fused.ops import onednn
 from resnet_fused.ops.activations import ACTIVATIONS, activate
 from resnet_fused.ops.arithmetic import fold, per_channel, up
 from resnet_fused.ops.operands import Operands
-from resnet_fused.ops.refusals import refuse_groups, refuse_like, refuse_operands, refuse_vectors
+from resnet_fused.ops.refusals import refuse_act, refuse_groups, refuse_like, refuse_operands, refuse_vectors
 from resnet_fused.ops.registry import FlopCount, Pair, register
 
 
@@ -76,9 +76,7 @@ def problems(a: Args) -> tuple[Problem, ...]:
 
 
 def refuse(a: Args) -> str | None:
-    if a.act is not None and a.act not in ACTIVATIONS:
-        return f"there is no activation {a.act!r}; choose one of {', '.join(ACTIVATIONS)}, or None"
-    reason = refuse_operands(a.x, a.weight) or refuse_groups(a.weight, a.x.shape[1], a.groups)
+    reason = refuse_act(a.act) or refuse_operands(a.x, a.weight) or refuse_groups(a.weight, a.x.shape[1], a.groups)
     if reason is not None:
         return reason
     shape = conv_shape(a)

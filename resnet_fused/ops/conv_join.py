@@ -67,22 +67,29 @@ def problems(a: Args) -> tuple[Problem, ...]:
 
 
 def refuse(a: Args) -> str | None:
-    reason = refuse_operands(a.x, a.weight) or refuse_operands(a.shortcut, a.shortcut_weight)
-    if reason is not None:
-        return reason
-    outputs, inputs = a.weight.shape[0], a.x.shape[1]
-    if tuple(a.weight.shape[1:]) != (inputs, 1, 1) or 0 in (inputs, outputs):
-        return f"weight must be [outputs, {inputs}, 1, 1], got {tuple(a.weight.shape)}"
-    wanted = (outputs, a.shortcut.shape[1], 1, 1)
-    if tuple(a.shortcut_weight.shape) != wanted or a.shortcut.shape[1] == 0:
-        return f"shortcut_weight must be {wanted}, got {tuple(a.shortcut_weight.shape)}"
-    size = [-(-extent // step) for extent, step in zip(a.shortcut.shape[2:], a.shortcut_stride, strict=True)]
-    if [a.shortcut.shape[0], *size] != [a.x.shape[0], *a.x.shape[2:]]:
-        strided = f"shortcut {tuple(a.shortcut.shape)} with stride {tuple(a.shortcut_stride)}"
-        return f"{strided} does not have the pixels of x {tuple(a.x.shape)}"
-    return refuse_like(a.x, tuple(a.shortcut.shape), shortcut=a.shortcut) or refuse_vectors(
-        a.x.device, outputs, shift=a.shift
+    return (
+        refuse_operands(a.x, a.weight)
+        or refuse_operands(a.shortcut, a.shortcut_weight)
+        or refuse_pointwise(a.x, a.weight, a.shortcut, a.shortcut_weight, a.shortcut_stride)
+        or refuse_vectors(a.x.device, a.weight.shape[0], shift=a.shift)
     )
+
+
+def refuse_pointwise(
+    x: Tensor, weight: Tensor, shortcut: Tensor, shortcut_weight: Tensor, shortcut_stride: Pair
+) -> str | None:
+    """Why operands of two convolutions are not those of 1x1 ones with results alike, or None."""
+    outputs, inputs = weight.shape[0], x.shape[1]
+    if tuple(weight.shape[1:]) != (inputs, 1, 1) or 0 in (inputs, outputs):
+        return f"weight must be [outputs, {inputs}, 1, 1], got {tuple(weight.shape)}"
+    wanted = (outputs, shortcut.shape[1], 1, 1)
+    if tuple(shortcut_weight.shape) != wanted or shortcut.shape[1] == 0:
+        return f"shortcut_weight must be {wanted}, got {tuple(shortcut_weight.shape)}"
+    size = [-(-extent // step) for extent, step in zip(shortcut.shape[2:], shortcut_stride, strict=True)]
+    if [shortcut.shape[0], *size] != [x.shape[0], *x.shape[2:]]:
+        strided = f"shortcut {tuple(shortcut.shape)} with stride {tuple(shortcut_stride)}"
+        return f"{strided} does not have the pixels of x {tuple(x.shape)}"
+    return refuse_like(x, tuple(shortcut.shape), shortcut=shortcut)
 
 
 def flops(a: Args, y: Tensor, count: FlopCount) -> int:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-GUARD = 512  # elements before and after every operand: NaN, or 255
+GUARD = 512  # elements before and after every operand: NaN, or the largest of an integer dtype
 
 
 class Operands:
@@ -40,10 +40,25 @@ class Operands:
         value = self._normal(k, r, s, c) * math.sqrt(2 / (c * r * s))
         return self._guard(value.to(self.dtype)).permute(0, 3, 1, 2)
 
-    def vector(self, *shape: int, positive: bool = False) -> Tensor:
-        """fp32, from -0.5 to 0.5, or from 0.5 to 1.5."""
+    def vector(self, *shape: int, positive: bool = False, factor: float = 1.0) -> Tensor:
+        """fp32, from -0.5 to 0.5, or from 0.5 to 1.5, times a factor."""
         value = torch.rand(shape, generator=self.generator, device=self.device)
-        return self._guard(value + 0.5 if positive else value - 0.5)
+        return self._guard((value + 0.5 if positive else value - 0.5) * factor)
+
+    def int8(self, *size: int) -> Tensor:
+        """An activation in NHWC order, or a weight in KRSC, of all values."""
+        n, c, h, w = size
+        return self.integers(n, h, w, c).permute(0, 3, 1, 2)
+
+    def integers(self, *shape: int, dtype: torch.dtype = torch.int8, end: int = 128) -> Tensor:
+        """From -end to end - 1."""
+        value = torch.randint(-end, end, shape, generator=self.generator, device=self.device, dtype=dtype)
+        return self._guard(value)
+
+    @staticmethod
+    def spread(*filter: int) -> int:
+        """The standard deviation of a sum of so many products of two values of `int8`, about."""
+        return math.isqrt(math.prod(filter)) * 74 * 74
 
     def affine(self, channels: int) -> tuple[Tensor, Tensor]:
         """Scale and shift."""
@@ -67,7 +82,7 @@ class Operands:
         for storage, before in self._made:
             size = before.numel()
             guards = torch.cat([storage[:GUARD], storage[GUARD + size :]])
-            untouched = guards.isnan() if guards.is_floating_point() else guards == 255
+            untouched = guards.isnan() if guards.is_floating_point() else guards == torch.iinfo(guards.dtype).max
             if not bool(untouched.all()):
                 return "it wrote beside an operand"
             if not torch.equal(storage[GUARD : GUARD + size], before.flatten()):
@@ -80,7 +95,7 @@ class Operands:
     def _guard(self, value: Tensor) -> Tensor:
         if not self.guarded:
             return value
-        filler = float("nan") if value.is_floating_point() else 255
+        filler = float("nan") if value.is_floating_point() else torch.iinfo(value.dtype).max
         storage = torch.full((value.numel() + 2 * GUARD,), filler, dtype=value.dtype, device=self.device)
         inner = storage[GUARD : GUARD + value.numel()]
         inner.copy_(value.flatten())

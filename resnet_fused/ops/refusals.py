@@ -7,11 +7,16 @@ The convolutions read NHWC and return NHWC, whatever else the strides of their o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import DTYPES
+from resnet_fused.ops.activations import ACTIVATIONS
 from resnet_fused.ops.arithmetic import is_nhwc
+
+MAX_PRODUCTS = 2**31 // (128 * 256)  # of an int8 weight and an int8 activation less its zero, which has 9 bits
 
 
 def first_line(error: Exception) -> str:
@@ -23,14 +28,14 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refuse_dtype(dtype: torch.dtype) -> str | None:
+def refuse_dtype(dtype: torch.dtype, taken: Sequence[torch.dtype] = DTYPES) -> str | None:
     """Why no kernel takes data of this dtype, or None."""
-    return None if dtype in DTYPES else f"the kernels take {', '.join(map(name_of, DTYPES))}, got {name_of(dtype)}"
+    return None if dtype in taken else f"the kernels take {', '.join(map(name_of, taken))}, got {name_of(dtype)}"
 
 
-def refuse_activations(x: Tensor, **others: Tensor | None) -> str | None:
+def refuse_activations(x: Tensor, taken: Sequence[torch.dtype] = DTYPES, /, **others: Tensor | None) -> str | None:
     """Why `x`, and the activations that must agree with it in all but values, cannot be processed, or None."""
-    reason = refuse_dtype(x.dtype)
+    reason = refuse_dtype(x.dtype, taken)
     if reason is not None:
         return reason
     if x.dim() != 4:
@@ -92,18 +97,18 @@ def refuse_bits(elements: int, device: torch.device, **masks: Tensor | None) -> 
     return None
 
 
-def refuse_nhwc(x: Tensor) -> str | None:
+def refuse_nhwc(x: Tensor, taken: Sequence[torch.dtype] = DTYPES) -> str | None:
     """Why `x` is no activation that a convolution reads, or None."""
-    reason = refuse_activations(x)
+    reason = refuse_activations(x, taken)
     if reason is None and not is_nhwc(x):
         strides, shape = tuple(x.stride()), tuple(x.shape)
         return f"the Triton convolution reads NHWC (channels_last) activations, got strides {strides} for shape {shape}"
     return reason
 
 
-def refuse_operands(x: Tensor, weight: Tensor) -> str | None:
+def refuse_operands(x: Tensor, weight: Tensor, taken: Sequence[torch.dtype] = DTYPES) -> str | None:
     """Why an activation and a weight are no operands of a Triton convolution, or None."""
-    reason = refuse_nhwc(x)
+    reason = refuse_nhwc(x, taken)
     if reason is not None:
         return reason
     if weight.dim() != 4:
@@ -131,6 +136,33 @@ def refuse_like(like: Tensor, shape: tuple[int, ...], **others: Tensor | None) -
         if tuple(other.shape) != shape or not agrees:
             got = f"{name_of(other.dtype)} {tuple(other.shape)} with strides {tuple(other.stride())} on {other.device}"
             return f"{name} must be {name_of(like.dtype)} {shape} in NHWC order on {like.device}, got {got}"
+    return None
+
+
+def refuse_act(act: str | None) -> str | None:
+    """Why there is no activation of this name, or None."""
+    known = act is None or act in ACTIVATIONS
+    return None if known else f"there is no activation {act!r}; choose one of {', '.join(ACTIVATIONS)}, or None"
+
+
+def refuse_grids(dtype: torch.dtype, **grids: tuple[float, int]) -> str | None:
+    """Why a result is not to be of this dtype, or these (scale, zero) say nothing of int8, or None."""
+    reason = refuse_dtype(dtype, (torch.int8, *DTYPES))
+    if reason is not None:
+        return f"of a result {reason}"
+    for name, (scale, zero) in grids.items():
+        if not 0.0 < scale < float("inf"):
+            return f"{name}_scale must be a number above 0, got {scale}"
+        if not -128 <= zero <= 127:
+            return f"{name}_zero must be a value of int8, -128 to 127, got {zero}"
+    return None
+
+
+def refuse_products(weight: Tensor) -> str | None:
+    """Why the sums of an int8 weight [K, C/groups, R, S] may not fit int32, or None."""
+    products = weight[0].numel() if weight.numel() else 0
+    if products > MAX_PRODUCTS:
+        return f"sums of at most {MAX_PRODUCTS} products are sure to fit int32, got {products}"
     return None
 
 

@@ -24,7 +24,14 @@ Pair = Annotated[Sequence[int], "SymInt[2]"]  # (vertical, horizontal)
 Size = Sequence[int]  # (N, C, H, W)
 FlopCount = Callable[..., int]  # PyTorch's, of a convolution: (shape of x, of weight, of y, transposed=False)
 RunOp = Callable[..., Any]  # (name of an op, **arguments) to its results
-_SCHEMA_TYPES = {Tensor: "Tensor", bool: "bool", int: "SymInt", float: "float", str: "str"}
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
 
 
 @dataclass(frozen=True)

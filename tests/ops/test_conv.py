@@ -62,6 +62,7 @@ def test_every_shape(case, dtype, fused):
 
 CONFIGURATIONS = {
     "conv_fprop": (conv_fprop_heuristic, conv_fprop_configurations),
+    "conv_fprop_int8": (conv_fprop_heuristic, conv_fprop_configurations),
     "conv_fprop_stats": (conv_fprop_heuristic, conv_fprop_configurations),
     "conv_dgrad": (conv_dgrad_heuristic, conv_dgrad_configurations),
     "conv_dgrad_join": (conv_dgrad_heuristic, conv_dgrad_configurations),
@@ -71,14 +72,15 @@ CONFIGURATIONS = {
 
 def _flags(op):
     """What a heuristic is told of an op, in every combination."""
-    names = ("x_prologue", "dy_prologue") if op == "conv_wgrad" else ("prologue",)
+    names = ("x_prologue", "dy_prologue") if op == "conv_wgrad" else ("join" if op.endswith("int8") else "prologue",)
     return [dict(zip(names, values, strict=True)) for values in itertools.product((False, True), repeat=len(names))]
 
 
 def _tiles():
     for op, (_, configurations) in CONFIGURATIONS.items():
         found = {}
-        for dtype, flags in itertools.product((torch.float32, torch.float16), _flags(op)):
+        dtypes = (torch.int8,) if op.endswith("int8") else (torch.float32, torch.float16)
+        for dtype, flags in itertools.product(dtypes, _flags(op)):
             for config in configurations(dtype, 90, **flags):
                 found.setdefault((config.block_m, config.block_n, config.block_k, config.flat), config)
         for (m, n, k, flat), config in found.items():
@@ -167,6 +169,8 @@ def test_offsets_are_64_bit_where_a_tensor_has_more_than_2_31_elements(batch, bi
 @pytest.mark.parametrize(("dtype", "tf32"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
 def test_the_heuristic_returns_only_listed_configurations(dtype, tf32, arch, op):
     """What the compile gate compiles is what can be launched."""
+    if op.endswith("int8"):
+        dtype, tf32 = torch.int8, False
     heuristic, configurations = CONFIGURATIONS[op]
     layers = (
         (3, 224, 64, 1),
@@ -204,7 +208,7 @@ def test_the_heuristic_splits_pixels_until_the_gpu_is_full():
     assert few_weights.splits >= 132 and many_weights.splits <= 4 and few_pixels.splits == 1
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("int8")])
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_fp32_is_exact_unless_pytorch_allows_tf32(precision, op, monkeypatch):
     launches = []

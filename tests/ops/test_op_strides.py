@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ VARIANTS: dict[str, list[dict]] = {
     "bn_act_max_pool_backward_reduce": [{"rows": 3}],
     "pack_weight": [{"flip": True}],
     "conv_fprop": [{"scaled": True, "residual": True}],
+    "conv_fprop_int8": [{"residual": True}],
     "conv_fprop_stats": [{"prologue": True, "rows": 3}],
     "conv_dgrad": [{"prologue": True, "epilogue": "masked residual"}, {"epilogue": "batch norm"}],
     "conv_dgrad_join": [{"epilogue": "masked residual", "wgrad": True}],
@@ -97,9 +99,11 @@ def _samples(size: str) -> Iterator[tuple[str, tuple]]:
     image, k, stride = SIZES[size]
     n, c, h, w = image
     conv = ConvShape(n, c, h, w, k, 3, 3, (stride, stride), (1, 1))
-    shapes = {"conv_join": ConvShape(*conv.output, c, 1, 1), "pack_weight": (6, c, 3, 2), "reduce_rows": image}
+    joins = ("conv_join", "conv_join_int8")
+    shapes: dict[str, Any] = {"pack_weight": (6, c, 3, 2), "reduce_rows": image}
+    shapes |= dict.fromkeys(joins, ConvShape(*conv.output, c, 1, 1))
     more: dict[str, dict] = {
-        "conv_join": {"shortcut_channels": c, "shortcut_stride": stride},
+        **dict.fromkeys(joins, {"shortcut_channels": c, "shortcut_stride": stride}),
         "conv_chain": {"outputs": c, "following": k},
     }
     for name, record in ops.OPS.items():

@@ -19,6 +19,7 @@ from resnet_fused.ops.operands import Operands
 SHAPES = {
     "conv_chain": ConvShape(2, 16, 4, 4, 16, 3, 3, padding=(1, 1)),
     "conv_join": ConvShape(2, 16, 4, 4, 32, 1, 1),
+    "conv_join_int8": ConvShape(2, 16, 4, 4, 32, 1, 1),
     "pack_weight": (6, 3, 3, 2),
 }
 CONVOLUTION, ACTIVATION = ConvShape(2, 32, 9, 7, 40, 3, 3, (2, 2), (1, 1)), (2, 16, 5, 6)

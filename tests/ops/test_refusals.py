@@ -17,12 +17,14 @@ pytestmark = runs_kernels
 SHAPES = {
     "conv_chain": problem(1, 16, 4, 4, 16, 3, 3, padding=(1, 1)),
     "conv_join": problem(1, 16, 3, 3, 32, 1, 1),
+    "conv_join_int8": problem(1, 16, 3, 3, 32, 1, 1),
     "pack_weight": (4, 3, 3, 3),
 }
 CONVOLUTION, ACTIVATION = problem(2, 8, 5, 5, 6, 3, 3), (2, 4, 3, 3)
 OPTIONS = {
     "conv_chain": {"outputs": 32, "following": 8},
     "conv_join": {"shortcut_channels": 8, "shortcut_stride": 2},
+    "conv_join_int8": {"shortcut_channels": 8, "shortcut_stride": 2},
     "conv_dgrad_join": {"projection": False},
     "bn_apply": {"residual": ""},
 }
@@ -34,6 +36,10 @@ def nhwc(*size, dtype=torch.float32):
 
 def half(*size):
     return nhwc(*size, dtype=torch.float16)
+
+
+def eight(*size):
+    return nhwc(*size, dtype=torch.int8)
 
 
 X, DY, IMAGE, W, V = nhwc(2, 8, 5, 5), nhwc(2, 6, 3, 3), nhwc(2, 8, 5, 5), torch.zeros(6, 8, 3, 3), torch.zeros(8)
@@ -62,6 +68,33 @@ REFUSED = {
         ({"scale": torch.zeros(5)}, "scale"),
         ({"shift": torch.zeros(12)[::2]}, "shift"),
         ({"act": "gelu"}, "no activation 'gelu'; choose one of relu, silu, hardswish"),
+    ],
+    "conv_fprop_int8": [
+        ({"x": X}, "the kernels take int8, got float32"),
+        ({"x": eight(2, 8, 5, 5).contiguous()}, "NHWC"),
+        ({"weight": W}, "weight is float32, the activations are int8"),
+        ({"weight": eight(6, 5, 3, 3)}, "do not fit 8 input channels"),
+        ({"weight": eight(6, 8, 7, 3)}, "larger than the padded image"),
+        ({"x": eight(1, 2**15, 3, 3), "weight": eight(6, 2**15, 2, 2)}, "at most 65536 products are sure to fit int32"),
+        ({"residual": DY}, "residual must be int8"),
+        ({"x_zero": V}, "x_zero must be a contiguous int8 vector of 8"),
+        ({"offset": torch.zeros(6)}, "offset must be a contiguous int32 vector of 6"),
+        ({"scale": torch.zeros(6).half()}, "scale must be a contiguous float32 vector of 6"),
+        ({"shift": torch.zeros(5)}, "shift"),
+        ({"residual_scale": 0.0}, "residual_scale must be a number above 0, got 0.0"),
+        ({"y_scale": float("nan")}, "y_scale must be a number above 0, got nan"),
+        ({"y_zero": 200}, "y_zero must be a value of int8, -128 to 127, got 200"),
+        ({"dtype": torch.uint8}, "of a result the kernels take int8, float32, float16, bfloat16, got uint8"),
+        ({"act": "gelu"}, "no activation 'gelu'"),
+    ],
+    "conv_join_int8": [
+        ({"x": X}, "the kernels take int8, got float32"),
+        ({"shortcut": half(1, 8, 6, 6)}, "the kernels take int8, got float16"),
+        ({"shortcut_weight": eight(16, 8, 1, 1)}, "shortcut_weight"),
+        ({"shortcut_stride": (1, 2)}, "stride (1, 2)"),
+        ({"shortcut_offset": torch.zeros(32)}, "shortcut_offset must be a contiguous int32 vector of 32"),
+        ({"shortcut_scale": torch.zeros(8)}, "shortcut_scale"),
+        ({"y_zero": -129}, "y_zero"),
     ],
     "conv_fprop_stats": [
         ({"x": X.contiguous()}, "NHWC"),

@@ -44,7 +44,7 @@ def _sample(name: str, seed: int):
     default = ConvShape(2, 16, 5, 4, 24, 3, 3, padding=(1, 1)) if name.startswith("conv") else (2, 16, 5, 6)
     op, make = ops.OPS[name], Operands(torch.device(DEVICE), torch.float16, seed=seed)
     variant = {option: values[-1] for option, values in op.options.items()}
-    if name == "conv_join":
+    if name.startswith("conv_join"):
         default = ConvShape(2, 16, 4, 4, 32, 1, 1)
     return op.case(make, SHAPES.get(name, default), **variant)
 

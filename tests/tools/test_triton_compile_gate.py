@@ -135,11 +135,15 @@ def test_issue_over_mma_counts_the_innermost_loop_with_matrix_instructions():
     assert machine_code._issue_per_mma(loop, "wgmma tf32", 80, 4, False) == pytest.approx(3 / 32)
     assert machine_code.main_loop(SASS.replace("HMMA", "IMAD")) == []
     assert machine_code._issue_per_mma([], "", 80, 4, False) is None
+    eight = machine_code.main_loop(SASS.replace("HMMA.16816.F32.BF16", "IMMA.16832.S8.S8.SAT"))
+    ptx = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
+    assert machine_code._issue_per_mma(eight, ptx, 80, 4, False) == pytest.approx(3 / (2 * 8192 * 4 / 4096))
     wgmma = machine_code.main_loop(SASS.replace("HMMA.16816", "HGMMA.64x128x16"))
     assert machine_code._issue_per_mma(wgmma, "", 90, 8, False) == pytest.approx((3 * 2) / (2 * 2 * 2**18 / 4096))
 
 
 DIVIDES = """
+        /*0016*/                   I2F.S8 R76, R30 ;
         /*0018*/                   I2F.U32.RP R4, UR8 ;
         /*001c*/                   MUFU.RCP R4, R4 ;
 """
@@ -165,6 +169,7 @@ def test_the_shape_of_tcgen05_comes_from_its_instruction_descriptor():
     """
     assert machine_code._tcgen05_flop(ptx) == 2 * 128 * 128 * 16
     assert machine_code._tcgen05_flop(ptx.replace("%rd2,", "[ %r2 + 0 ],")) == 2 * 128 * 128 * 16
+    assert machine_code._tcgen05_flop(ptx.replace("kind::f16", "kind::i8")) == 2 * 128 * 128 * 32
     assert machine_code._tcgen05_flop(ptx.replace("mov", "add")) == 0
 
 

@@ -17,6 +17,7 @@ from resnet_fused.dispatch.conv import (
     conv_dgrad_configurations,
     conv_fprop_configurations,
 )
+from resnet_fused.dispatch.conv_chain import conv_join_configurations
 from resnet_fused.ops import conv_fprop
 from resnet_fused.ops.activations import ACTIVATIONS
 from resnet_fused.tuning.candidates import configurations
@@ -57,6 +58,30 @@ def conv_cases(arch: int, quick: bool) -> Iterator[Case]:
         yield f"bf16 {name} ones", Expect(matrix=True), functools.partial(op, name, args)
     merge = functools.partial(_merge, 6272, 256, 256)
     yield "6272 tiles to 256", Expect(wide_loads=True), merge
+
+
+def int8_cases(arch: int, quick: bool) -> Iterator[Case]:
+    """Every configuration of the convolutions of int8: padded and not, with channels that the tiles divide and others,
+    to int8 and to floats; quickly the widest, and for the stem the flat one.
+    """
+    configs = conv_fprop_configurations(torch.int8, arch)
+    flat = [config for config in configs if config.flat]
+    if quick:
+        configs = [max(configs, key=lambda config: config.block_m * config.block_n * config.block_k), flat[0]]
+    for config in configs:
+        even, odd = (16, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 16)
+        yield _int8(config, odd if config.flat else even, 3, 1)
+        if not quick:
+            yield _int8(config, even, 1, 1)
+            yield _int8(config, even, 3, 2, rounded=False)
+            yield _int8(config, odd, 3, 1)
+            yield _int8(config, odd, 1, 2)
+    if not quick:
+        yield _int8(configs[0], configs[0].block_k, 3, 1, batch=16384)
+    joins = conv_join_configurations(torch.int8, arch)
+    for config in [configs[0]] if quick else joins:
+        for channels, shortcut_channels in ((256, 512),) if quick else ((256, 512), (80, 48)):
+            yield _int8_join(config, channels, shortcut_channels)
 
 
 def candidate_cases(arch: int, quick: bool) -> Iterator[Case]:
@@ -206,7 +231,7 @@ def _case(
     prologue: bool,
     epilogue: str,
 ) -> Case:
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    tile = _tile(config)
     tile += f" r{config.max_registers}" if config.max_registers < MAX_REGISTERS else ""
     what = f"{'tf32' if tf32 else TYPES[dtype]} {tile} c{channels} {filter_size}x{filter_size}/{stride}"
     what += " prologue" * prologue + f" {epilogue}" * bool(epilogue) + " wide" * expect.index64
@@ -216,6 +241,43 @@ def _case(
             return op(name, args, config)
 
     return what, expect, run
+
+
+def _int8(
+    config: ConvConfig, channels: int, filter_size: int, stride: int, rounded: bool = True, batch: int = 64
+) -> Case:
+    """An int8 convolution of [batch, channels, 56, 56] to 256 channels with the whole epilogue."""
+    shape = _shape(batch, channels, 256, filter_size, stride)
+    args = sample("conv_fprop_int8", torch.bfloat16, shape, residual=True, rounded=rounded)
+    large, bits = math.prod(shape.output) > 2**31, _bits(config)
+    expect = Expect(
+        matrix=True,
+        eight=True,
+        copies=not config.flat,
+        wide_loads=bits >= 128,
+        wide_stores=bits * args.dtype.itemsize >= 128,
+        index64=large,
+    )
+    label = f"i8 {_tile(config)} c{channels} {filter_size}x{filter_size}/{stride}"
+    label += " to bf16" * (not rounded) + " wide" * large
+    return label, expect, functools.partial(op, "conv_fprop_int8", args, config)
+
+
+def _int8_join(config: ConvConfig, channels: int, shortcut_channels: int) -> Case:
+    shape = ConvShape(64, channels, 28, 28, 512, 1, 1)
+    args = sample("conv_join_int8", torch.bfloat16, shape, shortcut_channels=shortcut_channels, shortcut_stride=2)
+    expect = Expect(matrix=True, eight=True, copies=True, wide_stores=_bits(config) >= 128)
+    label = f"i8 {_tile(config)} c{channels}+{shortcut_channels}"
+    return label, expect, functools.partial(op, "conv_join_int8", args, config)
+
+
+def _bits(config: ConvConfig) -> int:
+    """Of int8, in a tile of the result what a thread has."""
+    return 8 * config.block_m * config.block_n // (32 * config.num_warps)
+
+
+def _tile(config: ConvConfig) -> str:
+    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
 
 
 def _depthwise() -> object:
@@ -247,7 +309,7 @@ def _conv(
         wide_stores=True,
         index64=math.prod(shape.output) > 2**31,
     )
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    tile = _tile(config)
     what = f"{'tf32' if tf32 else TYPES[dtype]} {tile} c{channels} {filter_size}x{filter_size}"
 
     def run() -> object:

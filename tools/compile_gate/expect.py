@@ -20,6 +20,8 @@ TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
 }
 
 
@@ -28,6 +30,7 @@ class Expect:
     """What the machine code must show beyond fitting and not spilling."""
 
     matrix: bool = False  # the architecture's matrix instruction
+    eight: bool = False  # of 8 bits, and of nothing else
     copies: bool = False  # cp.async
     tma: bool = False  # cp.async.bulk.tensor
     specialized: bool = False  # warps of different roles

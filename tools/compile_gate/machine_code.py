@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # Dense 16-bit FLOP a multiprocessor's tensor cores do in a cycle, fp32 accumulation; TF32 half of it. NVIDIA's peak
-# TFLOP/s over multiprocessors and boost clock (A100, A40, L40S, H100 SXM, B200, RTX PRO 6000).
+# TFLOP/s over multiprocessors and boost clock (A100, A40, L40S, H100 SXM, B200, RTX PRO 6000). Of int8 twice as many.
 FLOP_PER_CYCLE = {80: 2048, 86: 1024, 89: 1024, 90: 4096, 100: 8192, 120: 1024}
 SCHEDULERS = 4  # of a multiprocessor; each issues one instruction a cycle
 
@@ -22,6 +22,7 @@ class MachineCode:
     registers: int = 0
     spills: int = 0
     matrix: str = "-"  # the matrix instruction
+    eight: bool = False  # all of them multiply int8
     copies: int = 0  # cp.async
     tma: int = 0  # cp.async.bulk.tensor
     specialized: bool = False  # warps of different roles
@@ -61,6 +62,7 @@ def read(asm: Any, arch: int, num_warps: int) -> MachineCode:
         registers=int(found[1]),
         spills=count(r"\b(?:STL|LDL)\b") + int(found[2]) // 4,
         matrix=next((kind for kind, pattern in kinds.items() if count(pattern, ptx)), "-"),
+        eight=0 < count(_EIGHT, ptx) == count("|".join(kinds.values()), ptx),
         copies=count(r"cp\.async\.c[ag]", ptx),
         tma=count(r"cp\.async\.bulk\.tensor", ptx),
         specialized=specialized,
@@ -98,7 +100,8 @@ def loops(sass: str) -> list[list[str]]:
     return found
 
 
-_MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b\S*")
+_MATRIX = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|IMMA|IGMMA|UTCIMMA)\b\S*")
+_EIGHT = r"mma\S*\.s8\.s8|tcgen05\.mma\S*\.kind::i8"  # in PTX
 
 
 def main_loop(sass: str) -> list[str]:
@@ -107,8 +110,10 @@ def main_loop(sass: str) -> list[str]:
 
 
 def divisions(loop: list[str]) -> int:
-    """The instructions of which an integer division is made: conversions to floating point, reciprocals."""
-    return sum(bool(re.search(r"\b(?:I2F|MUFU)\b", line)) for line in loop)
+    """The instructions of which an integer division is made: conversions to floating point, but those of 8 or 16 bits,
+    and reciprocals.
+    """
+    return sum(bool(re.search(r"\b(?:I2F(?!\.[SU](?:8|16)\b)|MUFU)\b", line)) for line in loop)
 
 
 def behind_loop(sass: str, loop: list[str]) -> list[str]:
@@ -119,7 +124,7 @@ def behind_loop(sass: str, loop: list[str]) -> list[str]:
 
 def _issue_per_mma(loop: list[str], ptx: str, arch: int, num_warps: int, specialized: bool) -> float | None:
     """Issue cycles over tensor core cycles of the main loop; None without one."""
-    peak = FLOP_PER_CYCLE[arch] / (2 if "tf32" in ptx else 1)
+    peak = FLOP_PER_CYCLE[arch] * _rate(ptx)
     flop = _loop_flop(loop, ptx, num_warps)
     if flop == 0:
         return None
@@ -128,17 +133,22 @@ def _issue_per_mma(loop: list[str], ptx: str, arch: int, num_warps: int, special
     return (len(loop) * warps / SCHEDULERS) / (flop / peak)
 
 
+def _rate(ptx: str) -> float:
+    """Of the products, to 16-bit ones."""
+    return 0.5 if "tf32" in ptx else 2.0 if re.search(_EIGHT, ptx) else 1.0
+
+
 def _loop_flop(loop: list[str], ptx: str, num_warps: int) -> float:
     return sum(_flop(found[0], num_warps, ptx) for line in loop if (found := _MATRIX.search(line)))
 
 
 def _flop(instruction: str, num_warps: int, ptx: str) -> float:
     """What all warps do with one static matrix instruction."""
-    if instruction.startswith("HGMMA"):  # one for every four warps: HGMMA.64xNxK
+    if instruction.startswith(("HGMMA", "IGMMA")):  # one for every four warps: HGMMA.64xNxK
         m, n, k = map(int, re.findall(r"(\d+)x(\d+)x(\d+)", instruction)[0])
         return 2.0 * m * n * k * num_warps / 4
-    if instruction.startswith("HMMA"):  # one for every warp: HMMA.16816 is 16x8x16
-        k = {"16816": 16, "1688": 8, "1684": 4}[re.findall(r"\.(16\d+)", instruction)[0]]
+    if instruction.startswith(("HMMA", "IMMA")):  # one for every warp: HMMA.16816 is 16x8x16
+        k = {"16832": 32, "16816": 16, "1688": 8, "1684": 4}[re.findall(r"\.(16\d+)", instruction)[0]]
         return 2.0 * 16 * 8 * k * num_warps
     return _tcgen05_flop(ptx)
 
@@ -154,4 +164,4 @@ def _tcgen05_flop(ptx: str) -> float:
         return 0.0
     descriptor = max(shapes)
     m, n = (descriptor >> 24 & 31) * 16, (descriptor >> 17 & 63) * 8
-    return 2.0 * m * n * (8 if "kind::tf32" in ptx else 16)
+    return 2.0 * m * n * 16 * _rate(ptx)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from resnet_fused.tuning.launches import SHARED_MEMORY_KB, recording
 from tools.compile_gate.bn_cases import batch_norm_cases
-from tools.compile_gate.conv_cases import candidate_cases, conv_cases
+from tools.compile_gate.conv_cases import candidate_cases, conv_cases, int8_cases
 from tools.compile_gate.expect import TYPES, Expect
 from tools.compile_gate.experimental_cases import experimental_cases
 from tools.compile_gate.machine_code import MachineCode, read
@@ -117,7 +117,10 @@ def jobs(architectures: tuple[int, ...], quick: bool, only: str, model: str | No
     """Every distinct launch of every case, for every architecture; with a model only what the plan launches for it."""
     found: dict[Any, Job] = {}
     for arch in architectures:
-        families = (conv_cases, candidate_cases, wgrad_cases, chain_cases, batch_norm_cases, experimental_cases)
+        families = (
+            *(conv_cases, int8_cases, candidate_cases, wgrad_cases, chain_cases),
+            *(batch_norm_cases, experimental_cases),
+        )
         every = itertools.chain(*(family(arch, quick) for family in families))
         for label, expect, run in every if model is None else network_cases(model, arch):
             with recording() as launches:
@@ -193,6 +196,7 @@ def compile_job(job: Job) -> Report:
             expect.matrix and code.matrix != MATRIX_INSTRUCTION[job.arch],
             f"{code.matrix}, not {MATRIX_INSTRUCTION[job.arch]}",
         ),
+        (expect.eight and not code.eight, f"{code.matrix} not of 8 bits"),
         (not expect.matrix and code.matrix != "-", f"{code.matrix} where exact fp32 was asked for"),
         ("wgmma.mma_async instructions are serialized" in log.getvalue(), "serialised wgmma"),
         # warps of their own may divide beside those that multiply
@@ -219,7 +223,7 @@ def row(report: Report) -> dict[str, Any]:
         "registers": code.registers,
         "spills": code.spills,
         "shared": report.shared,
-        "matrix": code.matrix,
+        "matrix": code.matrix + " int8" * code.eight,
         "loop": code.loop,
         "behind": code.behind,
         "shuffles": code.shuffles,
