@@ -23,7 +23,7 @@ def register(commands: Any) -> None:
     add = parser.add_argument
     add("--batch", default="256", metavar="SIZES", help="images, a comma list; also used for half and twice as many "
         "(default: %(default)s)")  # fmt: skip
-    add("--dtype", default="bf16", help="fp32, bf16 or fp16 (default: %(default)s)")
+    add("--dtype", default="bf16", help="fp32, bf16, fp16, or int8 for inference alone (default: %(default)s)")
     add(
         "--budget",
         metavar="TIME",
@@ -41,12 +41,12 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune, and print what changed."""
-    from resnet_fused.measure import cases
+    from resnet_fused.tuning.problems import DTYPES
 
     def work(reporter: Any, common: dict[str, Any]) -> int:
         from resnet_fused.tuning import tune
 
-        dtype = choose(arguments.dtype, cases.DTYPES, "dtype")
+        dtype = choose(arguments.dtype, DTYPES, "dtype")
         budget = seconds(arguments.budget, "--budget") if arguments.budget else float("inf")
         check_writable("--out", arguments.out)
         common["batch"] = positive_integers(arguments.batch, "--batch")

@@ -25,7 +25,7 @@ def register(commands: Any) -> None:
     add_problems(parser)
     add = parser.add_argument
     add("--batch", default="16", metavar="N", help="images (default: %(default)s)")
-    add("--dtype", default="bf16,fp16,fp32", metavar="DTYPES", help="comma list (default: %(default)s)")
+    add("--dtype", default="bf16,fp16,fp32,int8", metavar="DTYPES", help="comma list (default: %(default)s)")
     add(
         "--every-configuration",
         action="store_true",
@@ -37,14 +37,14 @@ def register(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify; the exit status is 1 where a kernel is wrong."""
-    from resnet_fused.measure import cases
+    from resnet_fused.tuning.problems import DTYPES
 
     def work(reporter: Any, common: dict[str, Any]) -> int:
         from rich.console import Console
 
         from resnet_fused.tuning import verify
 
-        dtypes = choose_many(arguments.dtype, cases.DTYPES, "dtype")
+        dtypes = choose_many(arguments.dtype, DTYPES, "dtype")
         check_writable("--json", arguments.json)
         common["batch"] = positive_integer(arguments.batch, "--batch")
         found = verify.verify(dtypes=dtypes, every_configuration=arguments.every_configuration, **common)

@@ -28,6 +28,7 @@ CHAIN_TILES = (
     (64, 32, 64, 8, 3),
     (128, 128, 32, 8, 3),
 )
+TAILS = ("conv_chain", "conv_join", "conv_join_int8")  # the ops that compete with several convolutions
 _DTYPES = (torch.float16, torch.bfloat16)
 _MIN_CHANNELS_PER_TAP = 32
 

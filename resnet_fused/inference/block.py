@@ -31,7 +31,7 @@ class FrozenBlock(nn.Module):
         self.branch = nn.ModuleList(branch)
         self.shortcut = shortcut
         self.pools = nn.ModuleList(pools)
-        self.join: Join | None = None
+        self.join: Join | nn.Module | None = None
         self.chain: Chain | None = None
         self._look()
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from resnet_fused.inference.conv import FrozenConv, Source
 from resnet_fused.ops import cpu, onednn
-from resnet_fused.ops.arithmetic import fold
+from resnet_fused.ops.arithmetic import fold, round_to_grid
 from resnet_fused.ops.onednn import Grid
 
 
@@ -26,22 +26,24 @@ class Quantised(Tensor):
 
     grid: Grid
     nchw: bool
+    signed: bool
     _eight: Tensor | None
     _dense: Tensor | None
 
     @staticmethod
     def __new__(cls, eight: Tensor, grid: Grid, dtype: torch.dtype, nchw: bool) -> Quantised:
-        """`eight`: q as uint8, NHWC; `nchw`: the float tensor is in that order."""
+        """`eight`: q as uint8, or int8, NHWC; `nchw`: the float tensor is in that order."""
         strides = torch.empty(eight.shape, device="meta").stride() if nchw else eight.stride()
         made: Quantised = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, eight.shape, strides=strides, dtype=dtype, device=eight.device
         )
         made.grid, made.nchw, made._eight, made._dense = grid, nchw, eight, None
+        made.signed = eight.dtype == torch.int8
         return made
 
     def eight(self) -> Tensor:
         """q, as it was made, or rounded again where the float tensor was read."""
-        return quantise(self.dense(), self.grid) if self._eight is None else self._eight
+        return quantise(self.dense(), self.grid, self.signed) if self._eight is None else self._eight
 
     def dense(self) -> Tensor:
         """The float tensor."""
@@ -60,8 +62,10 @@ class Quantised(Tensor):
         return func(*args, **kwargs)
 
 
-def quantise(x: Tensor, grid: Grid) -> Tensor:
-    """`x` as uint8 in NHWC order."""
+def quantise(x: Tensor, grid: Grid, signed: bool = False) -> Tensor:
+    """`x` as uint8, or int8, in NHWC order."""
+    if signed:
+        return round_to_grid(x.float(), *grid)
     if cpu.quantises(x):
         return cpu.quantise(x, grid)
     return onednn.quantise(x.contiguous(memory_format=torch.channels_last), grid)
@@ -91,13 +95,8 @@ class Int8Conv(FrozenConv):
     def __init__(self, source: Source, grids: Grids, keeps_order: bool) -> None:
         super().__init__(source, "aten")
         self.grids, self.keeps_order = grids, keeps_order
-        scale, shift = source.affine()
-        weight = fold(source.conv.weight, scale, torch.float32).contiguous()
-        observer = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_symmetric)
-        observer(weight)
-        scales, zeros = observer.calculate_qparams()
-        weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
-        refusal, bias = cpu.refusal(weight, *self.geometry, self.act), shift.to(torch.float32)
+        weight, scales, bias = int8_weight(source)
+        refusal = cpu.refusal(weight, *self.geometry, self.act)
         self.ours = refusal is None
         how = {"backend": "cpu", "op": "int8_conv"} if self.ours else {"op": "qconv2d_pointwise"}
         self._epilogues: dict[Grid, tuple[Tensor, Tensor]] = {}  # by the input's grid, which a pool may hand on
@@ -115,14 +114,14 @@ class Int8Conv(FrozenConv):
     def _run(self, x: Tensor, residual: Tensor | None, act: str | None, overwrite_residual: bool = False) -> Tensor:
         if x.numel() == 0 or not x.is_cpu:
             self._explain(x)  # oneDNN's op itself minds neither
-        x, x_grid = _on_grid(x, self.grids.x)
+        x, x_grid = on_grid(x, self.grids.x)
         if self.adds and residual is None:  # it is to be added apart, to what was not calibrated
             return self._conv(x, x_grid, None, None, act, None, False)
         added, added_grid = None, None
         if residual is not None:
             assert self.grids.residual is not None
             overwrite_residual |= not isinstance(residual, Quantised)  # then its 8 bits are ours
-            added, added_grid = _on_grid(residual, self.grids.residual)
+            added, added_grid = on_grid(residual, self.grids.residual)
         y = self._conv(x, x_grid, added, added_grid, act, self.grids.y, overwrite_residual)
         return Quantised(y, self.grids.y, self.dtype, self.keeps_order)
 
@@ -154,5 +153,17 @@ class Int8Conv(FrozenConv):
         return f"{super().extra_repr()}, int8"
 
 
-def _on_grid(x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
-    return (x.eight(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid), grid)
+def int8_weight(source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight, scale, shift) of a convolution: int8 [K, C/groups, R, S] with batch norm folded in, fp32 [K] twice."""
+    scale, shift = source.affine()
+    weight = fold(source.conv.weight, scale, torch.float32).contiguous()
+    observer = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_symmetric).to(weight.device)
+    observer(weight)
+    scales, zeros = observer.calculate_qparams()
+    weight = torch.ops.quantized_decomposed.quantize_per_channel(weight, scales, zeros, 0, -128, 127, torch.int8)
+    return weight, scales, shift.to(torch.float32)
+
+
+def on_grid(x: Tensor, grid: Grid, signed: bool = False) -> tuple[Tensor, Grid]:
+    """`x` in 8 bits and what they stand for: its own grid, or of a float tensor this one."""
+    return (x.eight(), x.grid) if isinstance(x, Quantised) else (quantise(x, grid, signed), grid)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
+from resnet_fused import dispatch
 from resnet_fused.functional.common import autocast_dtype
 from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.inference.conv import FoldedConv, keep_nan
@@ -33,7 +34,8 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
     cannot run takes native PyTorch. `print(frozen.plan)` shows it all. On a GPU the network is captured in a CUDA graph
     for each shape of input it meets.
 
-    With `quantize`, on a CPU, its convolutions run in int8: every activation is rounded to one of 256 values
+    With `quantize` its convolutions run in int8, on a CPU, and on our Triton kernels under `use_backend("triton")` or
+    where a table has them as the fastest: every activation is rounded to one of 256 values
 
         x  ~  x_scale * (q - zero_point),    q = clamp(round(x / x_scale) + zero_point, 0, 255)
 
@@ -48,8 +50,8 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
             them a model and an input in that format, or each stage copies on its way in and out.
         example_input: an input such as the callable will get, on the model's device; other sizes work as well.
         quantize: None, or what calibrates an int8 network: a few inputs [N, C, H, W] such as the callable will get, in
-            an iterable, of the example's dtype (float32 or bfloat16) and device; or `Int8`, which also names layers to
-            be kept in float.
+            an iterable, of the example's dtype (float32, bfloat16; on Triton also float16) and device; or `Int8`, which
+            also names layers to be kept in float.
 
     Returns:
         A module whose forward takes one tensor, as that of `model` does. It keeps no gradient. It computes what `model`
@@ -63,13 +65,13 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
         ValueError: there is no calibration input, or all are constant, or one is not finite or not like the example;
             a name in `keep` that is no layer's.
         RuntimeError: `model`, or a part of it, is in training mode; the example has no values (meta device); int8 does
-            not run here (a GPU, a CPU without VNNI, another forced backend) or on no convolution of the model; whatever
-            `model(example_input)` raises.
+            not run here (a GPU that was not asked for it, a CPU without VNNI, another forced backend) or on no
+            convolution of the model; whatever `model(example_input)` raises.
 
     Numerics:
         A NaN or an infinity in the input or in the result gives exactly what the model gives. One that arises inside a
         CPU network on oneDNN by overflow and leaves no trace in the result may read as 0. In int8 a NaN or an infinity
-        in the input raises a ValueError.
+        in the input raises a ValueError; on a GPU, which is not to wait for it, every float of the result is NaN.
 
     Source:
         Int8 arithmetic: Jacob et al. (2018), Quantization and Training of Neural Networks for Efficient
@@ -85,7 +87,9 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
     training = next((name or "the model itself" for name, training in modes if training), None)
     if training is not None:
         raise RuntimeError(f"freeze: the model is in training mode ({training}); call .eval() on it first")
-    chosen = None if quantize is None else check(quantize, example_input)
+    chosen, on_triton = (None, False) if quantize is None else check(quantize, example_input)
+    # what int8 on Triton leaves in float, and calibrates on, is native PyTorch's
+    backend = dispatch.use_backend("aten") if on_triton else contextlib.nullcontext()
     with torch.no_grad():
         network, reasons = prepare(model)
         device, dtype = example_input.device, example_input.dtype
@@ -98,7 +102,8 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
                 raise
             text = f"freeze: a model in {own} got an example_input of {dtype}; {_instead(dtype, own)}"
             raise RuntimeError(text) from error
-        network, plan, sources = freeze_network(network, reasons, seen)
+        with backend:
+            network, plan, sources = freeze_network(network, reasons, seen)
         frozen = Frozen(network, plan, setting).eval()
     try:
         frozen(example_input)
@@ -109,7 +114,7 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
     if chosen is None:
         return frozen
     with frozen.surroundings():
-        network, plan = quantised(network, plan, sources, example_input, chosen)
+        network, plan = quantised(network, plan, sources, example_input, chosen, on_triton)
     frozen = Frozen(network, plan, setting).eval()
     frozen(example_input)
     return frozen

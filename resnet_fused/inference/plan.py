@@ -13,8 +13,10 @@ LAYER_BY_LAYER = "aten runs layer by layer"
 MEANING = {
     "qconv2d_pointwise": "oneDNN's convolution in 8 bits",
     "int8_conv": "our convolution in 8 bits",
+    "conv_fprop_int8": "our convolution in 8 bits",
     "conv_chain": "a bottleneck's 3x3 convolution and the 1x1 convolutions behind it in one kernel",
     "conv_join": "a block's last convolution and its shortcut's projection in one kernel",
+    "conv_join_int8": "a block's last convolution and its shortcut's projection in one kernel, in 8 bits",
 }
 
 
@@ -25,8 +27,8 @@ class PlannedConv:
     Attributes:
         layer: its name in the model.
         backend: of the op that runs it; `"-"` where it is left to the model's own code.
-        op: `"conv_fprop"`, `"conv_chain"`, `"conv_join"`, `"int8_conv"`, `"qconv2d_pointwise"` (oneDNN's, in
-            int8), or `"-"`.
+        op: `"conv_fprop"`, `"conv_chain"`, `"conv_join"`, or `"-"`; in int8 `"int8_conv"`, `"qconv2d_pointwise"`
+            (oneDNN's), `"conv_fprop_int8"` or `"conv_join_int8"`.
         fused: what the op computes beside it.
         reason: why the op does not run on the backend asked for, or does not compute more; empty if nothing was in
             the way.

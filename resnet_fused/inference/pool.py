@@ -24,13 +24,15 @@ class FrozenMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         filter, stride, padding, dilation = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
-        given, quantised = (x.eight() if isinstance(x, Quantised) else x), isinstance(x, Quantised)
-        if self.ceil_mode or dilation != [1, 1] or not (self.ours and cpu.pools(given, filter, padding)):
-            if not quantised:
-                return super().forward(x)
-            y = torch.ops.quantized.max_pool2d(given, filter, stride, padding, dilation, self.ceil_mode)
-        else:
+        given = x.eight() if isinstance(x, Quantised) else x
+        if not self.ceil_mode and dilation == [1, 1] and self.ours and cpu.pools(given, filter, padding):
             y = cpu.max_pool(given, filter, stride, padding)
+        elif not isinstance(x, Quantised):
+            return super().forward(x)
+        elif x.signed:  # fp16 has all of its values, and PyTorch's pool takes no int8 on a GPU
+            y = super().forward(given.half()).to(torch.int8, memory_format=torch.channels_last)
+        else:
+            y = torch.ops.quantized.max_pool2d(given, filter, stride, padding, dilation, self.ceil_mode)
         return Quantised(y, x.grid, x.dtype, x.nchw) if isinstance(x, Quantised) else y
 
 

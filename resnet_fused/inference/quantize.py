@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.ao.quantization.observer import HistogramObserver
 from torch.utils._pytree import tree_map_only
 
-from resnet_fused import dispatch
+from resnet_fused import dispatch, ops
+from resnet_fused.dispatch.conv import DTYPES
 from resnet_fused.inference.conv import FoldedConv, FrozenConv, Source
 from resnet_fused.inference.int8 import Grids, Int8Conv, Quantised
+from resnet_fused.inference.int8_triton import TritonInt8Conv, plan_joins
 from resnet_fused.inference.plan import FreezePlan, PlannedConv
 from resnet_fused.ops import onednn
 from resnet_fused.ops.onednn import Grid
@@ -35,8 +37,8 @@ class Int8:
     keep: Sequence[str] = ()
 
 
-def check(quantize: Any, example: Tensor) -> Int8:
-    """What `quantize` says; nothing has been run yet.
+def check(quantize: Any, example: Tensor) -> tuple[Int8, bool]:
+    """What `quantize` says, and whether our Triton kernels are to run it; nothing has been run yet.
 
     Raises:
         TypeError: it is neither an `Int8` nor an iterable of inputs.
@@ -50,17 +52,23 @@ def check(quantize: Any, example: Tensor) -> Int8:
         raise TypeError(f"freeze: quantize takes an iterable of inputs or resnet_fused.Int8(...), got {kind}")
     if isinstance(chosen.keep, str) or not all(isinstance(name, str) for name in chosen.keep):
         raise TypeError(f"freeze: keep takes a sequence of names, got {chosen.keep!r}")
-    if example.device.type != "cpu":
-        raise RuntimeError(f"freeze: quantize runs on a CPU only, and example_input is on {example.device}")
-    if dispatch.forced_backend() not in (None, "aten"):
-        raise RuntimeError(f"freeze: quantize does not run on the forced backend {dispatch.forced_backend()!r}")
-    if problem := onednn.int8_refusal():
+    forced, device = dispatch.forced_backend(), example.device.type
+    on_triton = (forced or dispatch.default_backend("conv_fprop_int8", device)) == "triton"
+    if not on_triton and device != "cpu":
+        raise RuntimeError(
+            f"freeze: quantize runs on a CPU, and example_input is on {example.device}; on a GPU its Triton kernels "
+            "run where they are asked for, by resnet_fused.use_backend('triton') around freeze, or where `resnet-fused "
+            "tune --dtype int8` has found them right and fast"
+        )
+    if not on_triton and forced not in (None, "aten"):
+        raise RuntimeError(f"freeze: quantize does not run on the forced backend {forced!r}")
+    if problem := ops.unavailable("triton", device) if on_triton else onednn.int8_refusal():
         raise RuntimeError(f"freeze: quantize cannot run here: {problem}")
-    return chosen
+    return chosen, on_triton
 
 
 def quantised(
-    network: nn.Module, plan: FreezePlan, sources: dict[str, Source], example: Tensor, chosen: Int8
+    network: nn.Module, plan: FreezePlan, sources: dict[str, Source], example: Tensor, chosen: Int8, on_triton: bool
 ) -> tuple[nn.Module, FreezePlan]:
     """A frozen float network with its convolutions in int8, and how each now runs.
 
@@ -70,25 +78,30 @@ def quantised(
         sources: what each of its convolutions was made from, by name.
         example: what calibration inputs have to be like.
         chosen: what the user says.
+        on_triton: our Triton kernels run it, not a CPU's convolutions.
     """
     reasons = _kept(chosen.keep, plan)
     convs: dict[str, FoldedConv] = {}
     for module in network.modules():
         if isinstance(module, FrozenConv) and module.layer not in reasons:
-            reason = _float_only(module, sources[module.layer])
+            reason = _float_only(module, sources[module.layer], on_triton)
             if isinstance(module, FoldedConv) and reason is None:
                 convs[module.layer] = module
             else:
                 reasons[module.layer] = str(reason)
-    ranges = _Ranges(convs.values())
+    ranges = _Ranges(convs.values(), torch.qint8 if on_triton else torch.quint8)
     first = ranges.observe(network, chosen.calibration, example)
-    made: dict[str, Int8Conv] = {}
+    made: dict[str, Int8Conv | TritonInt8Conv] = {}
     for name, conv in convs.items():
         grids = ranges.grids(conv)
         if isinstance(grids, str):
             reasons[name] = grids
+            continue
+        twin = TritonInt8Conv(sources[name], grids) if on_triton else Int8Conv(sources[name], grids, conv.keeps_order)
+        if twin.refusal is None:
+            made[name] = twin
         else:
-            made[name] = Int8Conv(sources[name], grids, conv.keeps_order)
+            reasons[name] = twin.refusal
     if not made:
         why = Counter(reasons.values()).most_common(1)
         raise RuntimeError(f"freeze: no convolution can run in int8: {why[0][0] if why else 'none was frozen'}")
@@ -99,6 +112,8 @@ def quantised(
                 setattr(module, child, made[part.layer])
     if isinstance(network, FrozenConv):
         network = made.get(network.layer, network)
+    if on_triton:
+        plan_joins(network)
     rows = [_row(row, made, errors, reasons) for row in plan.layers]
     return Int8Network(network), FreezePlan(tuple(rows))
 
@@ -119,20 +134,24 @@ def _kept(keep: Sequence[str], plan: FreezePlan) -> dict[str, str]:
     return reasons
 
 
-def _float_only(conv: FrozenConv, source: Source) -> str | None:
+def _float_only(conv: FrozenConv, source: Source, on_triton: bool) -> str | None:
     """Why a convolution cannot be in int8, or None."""
-    if isinstance(conv, FoldedConv) and conv.packed is None:
+    if on_triton and conv.dtype not in DTYPES:
+        return f"int8 takes float32, float16 and bfloat16 networks, not {conv.dtype}"
+    if not on_triton and isinstance(conv, FoldedConv) and conv.packed is None:
         return f"int8 takes float32 and bfloat16 networks, not {conv.dtype}"
     if not isinstance(conv, FoldedConv):
         return conv.planned.reason or f"it runs on {conv.backend}"
     if source.add is not None and not conv.adds:
         return conv.planned.reason
-    if conv.adds and source.act not in (None, "relu"):
+    if not on_triton and conv.adds and source.act not in (None, "relu"):
         return f"oneDNN's int8 convolution adds a residual before ReLU, not before {source.act}"
     return None
 
 
-def _row(row: PlannedConv, made: dict[str, Int8Conv], errors: dict[str, float], reasons: dict[str, str]) -> PlannedConv:
+def _row(
+    row: PlannedConv, made: Mapping[str, FrozenConv], errors: dict[str, float], reasons: dict[str, str]
+) -> PlannedConv:
     if row.layer in made:
         return dataclasses.replace(made[row.layer].planned, error=errors.get(row.layer))
     return dataclasses.replace(row, reason=reasons.get(row.layer, row.reason))
@@ -142,10 +161,13 @@ class _Ranges:
     """The range of each convolution's input, result and residual.
 
     A result is observed once, for all that read it: its observer travels with the tensor.
+
+    Args:
+        dtype: of the grids, `torch.quint8` or `torch.qint8`.
     """
 
-    def __init__(self, convs: Iterable[FrozenConv]) -> None:
-        self.convs = list(convs)
+    def __init__(self, convs: Iterable[FrozenConv], dtype: torch.dtype) -> None:
+        self.convs, self.dtype = list(convs), dtype
         self.observers: dict[tuple[FrozenConv, str], HistogramObserver] = {}
         self._made: dict[HistogramObserver, Grid] = {}
 
@@ -176,7 +198,7 @@ class _Ranges:
             known = getattr(t, "observer", None)
             if known is None:
                 key = (conv, role)
-                known = self.observers.get(key) or HistogramObserver(dtype=torch.quint8)
+                known = self.observers.get(key) or HistogramObserver(dtype=self.dtype).to(t.device)
                 known(t.detach().float())
             self.observers[conv, role] = known
         y.observer = self.observers[conv, "y"]  # type: ignore[attr-defined]
@@ -241,7 +263,7 @@ def _watched(convs: Iterable[FrozenConv], see: See) -> Iterator[None]:
             handle.remove()
 
 
-def _errors(network: nn.Module, twins: dict[FrozenConv, Int8Conv], x: Tensor) -> dict[str, float]:
+def _errors(network: nn.Module, twins: Mapping[FrozenConv, FrozenConv], x: Tensor) -> dict[str, float]:
     """|| int8 - float || / || float || of each convolution's result, of the same float input, by name."""
     sums: dict[str, Tensor] = {}
 
@@ -258,8 +280,11 @@ def _errors(network: nn.Module, twins: dict[FrozenConv, Int8Conv], x: Tensor) ->
 class Int8Network(nn.Module):
     """A network with convolutions in int8; what it returns is in the float dtype.
 
+    8 bits have no value for a NaN or an infinity in the input. On a CPU that raises; on a GPU, which nothing is to wait
+    for, all floats that are returned are NaN then.
+
     Raises:
-        ValueError: the input holds a NaN or an infinity, which 8 bits have no value for.
+        ValueError: the input holds one, on a CPU.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -272,4 +297,11 @@ class Int8Network(nn.Module):
                 "the input holds a NaN or an infinity, which int8 has no value for; a model frozen without quantize "
                 "gives what the model gives"
             )
-        return tree_map_only(Quantised, Quantised.dense, self.network(x))
+        y = tree_map_only(Quantised, Quantised.dense, self.network(x))
+        return y if x.is_cpu else poisoned(x, y)
+
+
+def poisoned(x: Tensor, y: Any) -> Any:
+    """`y`, whose floats become NaN where `x` holds a NaN or an infinity; nothing waits for what it holds."""
+    nothing = torch.where(x.isfinite().all(), 0.0, torch.nan)
+    return tree_map_only(Tensor, lambda t: t + nothing.to(t.dtype) if t.is_floating_point() else t, y)

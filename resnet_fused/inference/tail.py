@@ -143,14 +143,14 @@ def plan_join(branch: list[FrozenConv], projection: FrozenConv | None, remake: R
         _check_any("conv_join", conv3)
         flags = join_flags(projection.example.x.shape[1], projection.geometry[0][0])
         backend = _backend("conv_join", flags, conv3, projection)
-        _check_pointwise(conv3, any_stride=False)
-        _check_pointwise(projection, any_stride=True)
+        check_pointwise(conv3, any_stride=False)
+        check_pointwise(projection, any_stride=True)
         join = Join(remake(conv3, backend), remake(projection, backend), backend)
     except Refused as reason:
-        _note(conv3, "conv_join", reason)
+        note(conv3, "conv_join", reason)
         return None
     for conv in branch[1:-1]:
-        _note(conv, "conv_chain", f"{conv3.layer} is joined with {projection.layer} instead")
+        note(conv, "conv_chain", f"{conv3.layer} is joined with {projection.layer} instead")
     return join
 
 
@@ -170,18 +170,18 @@ def plan_chain(branch: list[FrozenConv], head: FrozenConv | None, remake: Remake
         _check_any("conv_chain", conv3)
         if conv2.geometry[3] != 1:
             raise Refused(f"it has {conv2.geometry[3]} groups")
-        _check_pointwise(conv3, any_stride=False)
+        check_pointwise(conv3, any_stride=False)
         if head is not None:
             try:
-                _check_pointwise(head, any_stride=False)
+                check_pointwise(head, any_stride=False)
                 backend = _backend("conv_chain", chain_flags(outputs, head.example.y.shape[1]), conv2, conv3)
                 return Chain(remake(conv2, backend), remake(conv3, backend), remake(head, backend), backend)
             except Refused as reason:
-                _note(head, f"conv_chain of {conv2.layer}", reason)
+                note(head, f"conv_chain of {conv2.layer}", reason)
         backend = _backend("conv_chain", chain_flags(outputs, None), conv2, conv3)
         return Chain(remake(conv2, backend), remake(conv3, backend), None, backend)
     except Refused as reason:
-        _note(conv2, "conv_chain", reason)
+        note(conv2, "conv_chain", reason)
         return None
 
 
@@ -219,7 +219,8 @@ def _planned(op: str, flags: tuple[str, ...], conv: FrozenConv) -> str:
     return planned_backend(op, x, filter, *conv.geometry, flags=flags)
 
 
-def _check_pointwise(conv: FrozenConv, any_stride: bool) -> None:
+def check_pointwise(conv: FrozenConv, any_stride: bool) -> None:
+    """Raise `Refused` where it is no 1x1 convolution that a join or a chain could have."""
     stride, padding, _, groups = conv.geometry
     if tuple(conv.filter) != (1, 1):
         raise Refused(f"{conv.layer} is {conv.filter[0]}x{conv.filter[1]}, not 1x1")
@@ -227,7 +228,7 @@ def _check_pointwise(conv: FrozenConv, any_stride: bool) -> None:
         raise Refused(f"{conv.layer} has stride {stride}, padding {padding}, {groups} groups")
 
 
-def _note(conv: FrozenConv, op: str, refused: Refused | str) -> None:
+def note(conv: FrozenConv, op: str, refused: Refused | str) -> None:
     """Say why a convolution is not in `op`, unless what is said of it already explains that."""
     if str(refused):
         reasons = [*filter(None, [conv.planned.reason]), f"{op}: {refused}"]

@@ -25,8 +25,11 @@ def per_channel(v: Tensor) -> Tensor:
 
 
 def round_to_grid(value: Tensor, scale: float, zero: int) -> Tensor:
-    """The nearest q in int8 with value ~ scale * (q - zero), ties to even; what lies beyond its ends becomes them."""
-    return (value * (1.0 / scale) + zero).round().clamp(-128, 127).to(torch.int8)
+    """The nearest q in int8, NHWC, with value ~ scale * (q - zero), ties to even; what lies beyond its ends becomes
+    them.
+    """
+    q = (value * (1.0 / scale) + zero).round_().clamp_(-128, 127)
+    return q.to(torch.int8, memory_format=torch.channels_last)
 
 
 def nhwc(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.conv_chain import join_flags
 from resnet_fused.dispatch.table import Problem
+from resnet_fused.ops import conv_fprop_int8
 from resnet_fused.ops.arithmetic import per_channel
 from resnet_fused.ops.comparison import on_grid
-from resnet_fused.ops.conv_fprop_int8 import finish
 from resnet_fused.ops.conv_join import refuse_pointwise
 from resnet_fused.ops.operands import Operands
 from resnet_fused.ops.refusals import refuse_grids, refuse_operands, refuse_products, refuse_vectors
@@ -61,7 +62,20 @@ def _computed(a: Args, dtype: torch.dtype) -> Tensor:
     y = product(a.x, a.weight, a.offset, a.scale, (1, 1))
     y = y + product(a.shortcut, a.shortcut_weight, a.shortcut_offset, a.shortcut_scale, a.shortcut_stride)
     y = y + per_channel(a.shift)
-    return finish(y.relu() if a.relu else y, a.y_scale, a.y_zero, a.dtype)
+    return conv_fprop_int8.finish(y.relu() if a.relu else y, a.y_scale, a.y_zero, a.dtype)
+
+
+def sequence(a: Args, fprop: Callable[[conv_fprop_int8.Args], Tensor]) -> Tensor:
+    """The projection, rounded on the grid of the result, and what it is added to, each by `fprop`."""
+    one, zero, grid = (1, 1), (0, 0), (a.y_scale, a.y_zero)
+    x_zero, shortcut_zero = (torch.zeros_like(t[0, :, 0, 0]) for t in (a.x, a.shortcut))  # nothing is padded
+    shift = torch.zeros_like(a.shift)
+    operands = (a.shortcut, shortcut_zero, a.shortcut_weight, a.shortcut_offset, a.shortcut_scale, shift)
+    residual = fprop(
+        conv_fprop_int8.Args(*operands, None, 1.0, 0, a.shortcut_stride, zero, one, 1, None, *grid, torch.int8)
+    )
+    act, operands = "relu" if a.relu else None, (a.x, x_zero, a.weight, a.offset, a.scale, a.shift)
+    return fprop(conv_fprop_int8.Args(*operands, residual, *grid, one, zero, one, 1, act, *grid, a.dtype))
 
 
 def fake(a: Args) -> Tensor:

@@ -14,7 +14,7 @@ from resnet_fused import dispatch, ops
 from resnet_fused.dispatch.choice import ALONE
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.dispatch.table import Choice
-from resnet_fused.ops import OPS, conv_fprop
+from resnet_fused.ops import OPS, conv_fprop, conv_fprop_int8
 from resnet_fused.ops.backends import implementation
 from resnet_fused.ops.operands import Operands
 from resnet_fused.tuning.checks import caller
@@ -98,9 +98,12 @@ def _rows(x: Tensor) -> int:
     return dispatch.partial_rows(n * h * w, c)
 
 
-def _conv(fprop: Backends, a: conv_fprop.Args) -> Tensor:
-    """`conv_fprop` on the backend that a network runs it on."""
-    value: Tensor = implementation(fprop(conv_fprop.conv_shape(a)), "conv_fprop")(*a)
+def _conv(fprop: Backends, a: conv_fprop.Args | conv_fprop_int8.Args) -> Tensor:
+    """`conv_fprop`, or that of int8, on the backend that a network runs it on."""
+    if isinstance(a, conv_fprop.Args):
+        value: Tensor = implementation(fprop(conv_fprop.conv_shape(a)), "conv_fprop")(*a)
+    else:
+        value = implementation(fprop(conv_fprop_int8.conv_shape(a)), "conv_fprop_int8")(*a)
     return value
 
 

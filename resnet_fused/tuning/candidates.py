@@ -73,7 +73,7 @@ def configurations(problem: Problem, arch: int, quick: bool = False, residual: b
             for splits in _splits(tile, first)
         ]
         return list(dict.fromkeys([first, *(config for config in every if _promises(config, first))]))
-    if problem.op == "conv_join":
+    if problem.op in ("conv_join", "conv_join_int8"):
         every = conv_chain.conv_join_configurations(*arguments)
     else:
         every = conv.CONFIGURATIONS[problem.op](*arguments, **flags)

@@ -16,6 +16,7 @@ from resnet_fused._command import UsageError, one_line
 from resnet_fused.dispatch import choice as plans
 from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv_chain import TAILS
 from resnet_fused.dispatch.table import Choice, Problem, Table
 from resnet_fused.measure import roof
 from resnet_fused.measure.cases import DTYPES
@@ -69,7 +70,8 @@ class LocalWorker:
             return {problem.op: one_line(error, kind=True)}
 
     def roofs(self, dtype: torch.dtype) -> Roofs:
-        """What this device does at best in this dtype, measured."""
+        """What this device does at best in this dtype, measured; for int8 in bf16, which it may exceed."""
+        dtype = torch.bfloat16 if dtype == torch.int8 else dtype
         repeats = ROOF_REPEATS if self.rounds is None else self.rounds
         name = next(name for name, value in DTYPES.items() if value == dtype)
         return Roofs(roof.copy_bandwidth(self.device, repeats), roof.measure(name, self.device, repeats).best)
@@ -112,11 +114,12 @@ class LocalWorker:
 def _planned(job: Job, choice: Choice, operands: Any, arch: int, table: Table) -> Callable[[], object]:
     """`make_benchmark_fn`; what competes with a tail runs as the table has it."""
     problem = job.problem
-    if problem.op not in ("conv_chain", "conv_join"):
+    if problem.op not in TAILS:
         return make_benchmark_fn(job, choice, operands)
 
     def fprop(shape: ConvShape) -> str:
-        return plans.choose(Problem("conv_fprop", shape, problem.dtype, problem.tf32), arch).backend
+        op = "conv_fprop_int8" if problem.dtype == torch.int8 else "conv_fprop"
+        return plans.choose(Problem(op, shape, problem.dtype, problem.tf32), arch).backend
 
     def call() -> object:
         with plans.assuming(table):
@@ -202,7 +205,9 @@ def _about(job: Job, table: Table) -> Table:
     """What a process must know of the table for a job: all of it for a block, else what inference would run."""
     if job.problem.op == BLOCK:
         return table
-    entries = {problem: entry for problem, entry in table.entries.items() if problem.op == "conv_fprop"}
-    tail = job.problem.op in ("conv_chain", "conv_join")
+    entries = {
+        problem: entry for problem, entry in table.entries.items() if problem.op in ("conv_fprop", "conv_fprop_int8")
+    }
+    tail = job.problem.op in TAILS
     versions = {"triton": table.provenance.get("triton")}
     return Table(table.gpu, table.arch, versions, table.verified, entries if tail else {})

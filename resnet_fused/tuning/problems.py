@@ -16,10 +16,13 @@ from resnet_fused.dispatch.choice import ALONE, BLOCK
 from resnet_fused.dispatch.conv import MULTIPROCESSORS, BlockShape, ConvShape, cdiv
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.dispatch.table import Choice, Problem
+from resnet_fused.measure import cases
 from resnet_fused.measure.network import Block, Layer, Network
 from resnet_fused.ops import OPS
 from resnet_fused.ops.operands import Operands
 
+DTYPES = cases.DTYPES | {"int8": torch.int8}  # of what `tune` and `verify` look at, by name
+INT8 = {"conv_fprop": "conv_fprop_int8", "conv_join": "conv_join_int8"}  # what inference runs in int8 instead
 CHAIN_CHANNELS = 128
 TILES_PROVEN = 3
 
@@ -58,7 +61,7 @@ def jobs(
         network: what to run.
         modes: of it.
         batch: images.
-        dtype: of the activations.
+        dtype: of the activations; with int8 there is inference alone.
         arch: compute capability times ten.
         tf32: whether fp32 products may be rounded to TF32.
         alternatives: also those that training would have if it were formulated otherwise, with a weight of 0.
@@ -66,7 +69,7 @@ def jobs(
     found: dict[Problem, Job] = {}
     for mode in modes:
         every = _inference(network) if mode == "infer" else _training(network, dtype, arch, alternatives)
-        for job in every:
+        for job in every if dtype != torch.int8 else _in_int8(every):
             problem = dataclasses.replace(job.problem.with_batch(batch), dtype=dtype, tf32=tf32 and _convolves(job))
             found[problem] = _together(found.get(problem), dataclasses.replace(job, problem=problem))
     return list(found.values())
@@ -153,6 +156,12 @@ def _inference(network: Network) -> Iterator[Job]:
             last = layer is block.branch[-1]
             yield _job("conv_fprop", layer.shape, residual=last and block.shortcut is None)
         yield from _tails(block, after)
+
+
+def _in_int8(every: Iterable[Job]) -> Iterator[Job]:
+    for job in every:
+        if job.problem.op in INT8:
+            yield dataclasses.replace(job, problem=dataclasses.replace(job.problem, op=INT8[job.problem.op]))
 
 
 def _tails(block: Block, after: Block | None) -> Iterator[Job]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from resnet_fused.dispatch.conv_chain import TAILS
 from resnet_fused.dispatch.lookup import entry_of
 from resnet_fused.dispatch.table import Choice, Problem, Table
 from resnet_fused.tuning.problems import Job
@@ -53,7 +54,7 @@ def predict(label: str, parts: Iterable[Job], table: Table) -> Prediction:
     measured = total = 0
     for job in parts:
         entry = entry_of(job.problem, table)
-        tail = job.problem.op in ("conv_chain", "conv_join")
+        tail = job.problem.op in TAILS
         total += not tail
         unfused = entry.best("aten") if entry is not None else None
         if entry is None or unfused is None:

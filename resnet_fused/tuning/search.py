@@ -15,6 +15,7 @@ from resnet_fused._command import write_json
 from resnet_fused.dispatch import formulation
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.choice import ALONE, ATEN, BLOCK
+from resnet_fused.dispatch.conv_chain import TAILS
 from resnet_fused.dispatch.lookup import measured
 from resnet_fused.dispatch.table import Choice, Entry, Problem, Table
 from resnet_fused.measure.workers import WorkerCrashed
@@ -346,7 +347,7 @@ def order(job: Job) -> tuple[bool, bool, float]:
     competes with several convolutions after these.
     """
     moved = max(1, job.weight) * elements(job.problem)
-    return job.problem.op in ("conv_chain", "conv_join"), job.weight == 0, -moved
+    return job.problem.op in TAILS, job.weight == 0, -moved
 
 
 def _formulation(choice: Choice) -> str:

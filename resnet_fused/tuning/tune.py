@@ -24,13 +24,13 @@ from resnet_fused.dispatch.conv import tf32_allowed
 from resnet_fused.dispatch.device import arch as arch_of
 from resnet_fused.dispatch.table import Problem
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import DTYPES, MODES
+from resnet_fused.measure.cases import MODES
 from resnet_fused.measure.network import Network, networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.tuning.calls import backends
 from resnet_fused.tuning.device_worker import LocalWorker, ProcessWorker
 from resnet_fused.tuning.precompile import SPARE_CORES, Precompiler
-from resnet_fused.tuning.problems import Job, blocks, jobs, parts
+from resnet_fused.tuning.problems import DTYPES, Job, blocks, jobs, parts
 from resnet_fused.tuning.report import REHEARSAL, Prediction, TuneReport, predict
 from resnet_fused.tuning.search import Search
 
@@ -58,7 +58,7 @@ def tune(
         model: a model, a name (torchvision's, or `timm:<name>`), or several names.
         modes: `"infer"`, `"train"`.
         batch: images, or several numbers of them; a table also speaks for half and for twice as many.
-        dtype: `"fp32"`, `"bf16"` or `"fp16"`.
+        dtype: `"fp32"`, `"bf16"` or `"fp16"`; or `"int8"`, for inference alone.
         image_size: side of the square input.
         budget_s: begin no problem after so many seconds; calling again goes on from there.
         rehearse: run every step on a CPU, on a tiny network, into a table that no plan reads.
@@ -76,7 +76,7 @@ def tune(
         UsageError: there is nothing to tune here, or a choice is unknown; one line.
     """
     choose(dtype, DTYPES, "dtype")
-    modes = choose_many(modes, MODES, "mode")
+    modes = ["infer"] if dtype == "int8" else choose_many(modes, MODES, "mode")
     batches = sorted({batch} if isinstance(batch, int) else set(batch), reverse=True)
     if not batches or min(batches) < 1:
         raise UsageError(f"batch {batch!r} is no number of images")

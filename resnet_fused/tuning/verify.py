@@ -21,7 +21,7 @@ from resnet_fused.dispatch.conv import tf32_allowed
 from resnet_fused.dispatch.device import arch as arch_of
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import provenance
-from resnet_fused.measure.cases import DTYPES, MODES
+from resnet_fused.measure.cases import MODES
 from resnet_fused.measure.network import networks
 from resnet_fused.measure.progress import Silent
 from resnet_fused.measure.provenance import Provenance
@@ -29,7 +29,7 @@ from resnet_fused.measure.workers import TaskFailure, isolated_map
 from resnet_fused.tuning.calls import KERNEL_BACKENDS, backends
 from resnet_fused.tuning.candidates import candidates
 from resnet_fused.tuning.checks import REFUSED, VERIFIED_IMAGES, check_all, unusable
-from resnet_fused.tuning.problems import Job, jobs, wrapping_images
+from resnet_fused.tuning.problems import DTYPES, Job, jobs, wrapping_images
 
 BUILT_IN = ("resnet50", "resnet18")
 
@@ -97,7 +97,7 @@ def verify(
     model: str | torch.nn.Module | Iterable[str] = BUILT_IN,
     *,
     modes: Iterable[str] = ("infer", "train"),
-    dtypes: Iterable[str] = ("bf16", "fp16", "fp32"),
+    dtypes: Iterable[str] = tuple(DTYPES),
     batch: int = VERIFIED_IMAGES,
     image_size: int = 224,
     every_configuration: bool = False,
@@ -115,7 +115,7 @@ def verify(
     Args:
         model: a model, a name (torchvision's, or `timm:<name>`), or several names.
         modes: `"infer"`, `"train"`.
-        dtypes: of `"fp32"`, `"bf16"`, `"fp16"`.
+        dtypes: of `"fp32"`, `"bf16"`, `"fp16"` and, for inference, `"int8"`.
         batch: images.
         image_size: side of the square input.
         every_configuration: all launch configurations that `tune` would try, not only those used without a table.
@@ -150,7 +150,7 @@ def verify(
         if choice.backend != "aten"
     ]
     if not pairs:
-        wanted = ", ".join(dict.fromkeys(problem.op for problem in found))
+        wanted = ", ".join(dict.fromkeys(problem.op for problem in found)) or "training in int8"
         here, missing = ", ".join(backends(device)), _missing(device)
         why = f"; {missing}" if missing else ""
         raise UsageError(f"nothing to verify: of the kernels that run here ({here}), none is for {wanted}{why}")

@@ -103,6 +103,18 @@ def test_a_network_in_int8_counts_the_same(name):
     assert count == _count(plain, x)[0] and ops & {"onednn.qconv2d_pointwise", "resnet_fused_cpu.conv"}
 
 
+@runs_kernels
+def test_a_network_in_int8_on_triton_counts_the_same():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    downsample = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    plain = nn.Sequential(Bottleneck(16, 8, 2, downsample), Bottleneck(32, 8)).eval().to(device)
+    x = torch.randn(1, 16, 4, 4, device=device)
+    with use_backend("triton"):
+        frozen = freeze(plain, x, quantize=[x])
+    count, ops = _count(frozen.network, x)
+    assert count == _count(plain, x)[0] and {"resnet_fused.conv_fprop_int8", "resnet_fused.conv_join_int8"} <= ops
+
+
 @pytest.mark.larger
 def test_the_counter_may_be_imported_before_the_package_or_after_it():
     """Without it, no triton: see `test_importing_is_silent_and_the_package_runs_as_a_module`."""

@@ -100,10 +100,10 @@ def test_a_model_that_cannot_be(x):
         freeze(_model(), x, quantize=[x])
 
 
-def test_a_gpu_has_none_yet(x):
+def test_a_gpu_needs_to_be_asked(x):
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_gpu = torch.empty(2, 3, 16, 16, device="cuda")
-    with pytest.raises(RuntimeError, match="quantize runs on a CPU only, and example_input is on cuda:0"):
+    with pytest.raises(RuntimeError, match="quantize runs on a CPU, and example_input is on cuda:0; on a GPU its"):
         freeze(_model(), on_gpu, quantize=[x])
 
 

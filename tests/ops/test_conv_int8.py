@@ -1,4 +1,4 @@
-"""What the matrices of all ops do not see of the int8 convolutions: exact sums, padding that is zero, rounding to even."""
+"""What the matrices of all ops do not see of the int8 convolutions: exact sums, padding, rounding to even."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from resnet_fused.dispatch import choice
 from resnet_fused.dispatch.conv import ConvConfig
 from resnet_fused.dispatch.conv_chain import conv_join_configurations
 from resnet_fused.dispatch.table import Problem, from_json
+from resnet_fused.ops import OPS
 from resnet_fused.ops.refusals import MAX_PRODUCTS
 
 pytestmark = runs_kernels
@@ -110,6 +111,13 @@ def test_each_sum_of_a_join_has_its_own_scale():
     args = args._replace(**same, scale=torch.ones_like(args.scale), shortcut_scale=-torch.ones_like(args.scale))
     args = args._replace(shift=torch.full_like(args.shift, 2.0))
     assert (launch("conv_join_int8", args, config=NARROW) == round(2.0 / args.y_scale) + args.y_zero).all()
+
+
+def test_a_join_is_the_sequence_of_its_convolutions_but_for_a_rounding():
+    shape, channels, stride = JOINS["stride 2"]
+    args = sample("conv_join_int8", shape, shortcut_channels=channels, shortcut_stride=stride)._replace(y_scale=0.1)
+    apart = OPS["conv_join_int8"].sequence(args, lambda a: launch("conv_fprop_int8", a))
+    assert (apart.int() - launch("conv_join_int8", args).int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100, 120])

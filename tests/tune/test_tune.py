@@ -61,7 +61,15 @@ def test_the_problems_of_a_network():
     assert {job.problem.flags for job in tiny_jobs(arch=100) if job.problem.op == "conv_fprop_stats"} == {()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_in_int8_there_is_inference_alone():
+    found = tiny_jobs(torch.int8, 90)
+    assert {job.problem.op for job in found} == {"conv_fprop_int8", "conv_join_int8"}
+    assert {job.problem.dtype for job in found} == {torch.int8}
+    float_jobs = [job for job in tiny_jobs(torch.bfloat16, 90) if job.problem.op in ("conv_fprop", "conv_join")]
+    assert [(job.problem.shape, job.weight) for job in found] == [(job.problem.shape, job.weight) for job in float_jobs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
 def test_plain_pytorch_keeps_the_contract_everywhere(dtype):
     for job in tiny_jobs(dtype):
         assert {why for why in checks.check_all(job, REFERENCE, CPU).values() if why} == set(), job.problem
@@ -155,7 +163,9 @@ def test_guards_surround_every_operand():
         assert torch.as_strided(flat, (1,), (1,), flat.storage_offset() + place).isnan().all()
 
 
-@pytest.mark.parametrize("dtype,arch", [(torch.bfloat16, 90), (torch.float32, 80), (torch.float16, 120)])
+@pytest.mark.parametrize(
+    "dtype,arch", [(torch.bfloat16, 90), (torch.float32, 80), (torch.float16, 120), (torch.int8, 90)]
+)
 def test_configurations_begin_with_the_heuristic_and_fit_the_problem(dtype, arch):
     for network in [tiny_network(), *networks(["resnet50"], 224)]:
         for job in jobs(network, ("infer", "train"), 32, dtype, arch, False, alternatives=True):
@@ -188,6 +198,8 @@ WIDE = {
     "conv_wgrad": ConvShape(1, 64, 6, 6, 128, 3, 3, (1, 1), (1, 1)),
     "conv_chain": ConvShape(1, 64, 5, 5, 64, 3, 3, (1, 1), (1, 1)),
     "conv_join": ConvShape(1, 64, 5, 5, 128, 1, 1),
+    "conv_fprop_int8": ConvShape(1, 64, 6, 6, 64, 3, 3, (1, 1), (1, 1)),
+    "conv_join_int8": ConvShape(1, 64, 5, 5, 128, 1, 1),
 }
 
 
@@ -195,12 +207,13 @@ WIDE = {
 @pytest.mark.parametrize("op", WIDE)
 def test_configurations_beside_the_heuristics_are_right(op, monkeypatch):
     monkeypatch.setattr(candidate_list, "_promises", lambda config, first: True)
-    following = {"conv_chain": (64, 64), "conv_join": (64, 1)}.get(op, (0, 0))
-    told = {"conv_chain": chain_flags, "conv_join": join_flags}
+    following = {"conv_chain": (64, 64), "conv_join": (64, 1), "conv_join_int8": (64, 1)}.get(op, (0, 0))
+    told = {"conv_chain": chain_flags, "conv_join": join_flags, "conv_join_int8": join_flags}
     flags = told[op](*following) if op in told else ("prologue",) if op == "conv_fprop_stats" else ()
-    job = Job(Problem(op, WIDE[op], torch.float16, False, flags), epilogue=op == "conv_dgrad", following=following)
+    dtype = torch.int8 if op.endswith("int8") else torch.float16
+    job = Job(Problem(op, WIDE[op], dtype, False, flags), epilogue=op == "conv_dgrad", following=following)
     found = [config for config in configurations(job.problem, 90) if config.kernel == "pointer"]
-    assert len(found) > 5
+    assert len(found) > (5 if dtype == torch.float16 else 2)
     for config in found[1:]:
         if config.splits == found[0].splits or config.flat:
             assert checks.check_all(job, Choice("triton", config), CPU) == dict.fromkeys((op, *also(job))), config

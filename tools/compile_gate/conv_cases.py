@@ -67,7 +67,7 @@ def int8_cases(arch: int, quick: bool) -> Iterator[Case]:
     configs = conv_fprop_configurations(torch.int8, arch)
     flat = [config for config in configs if config.flat]
     if quick:
-        configs = [max(configs, key=lambda config: config.block_m * config.block_n * config.block_k), flat[0]]
+        configs = [_widest(configs), flat[0]]
     for config in configs:
         even, odd = (16, 3) if config.flat else (2 * config.block_k, 2 * config.block_k - 16)
         yield _int8(config, odd if config.flat else even, 3, 1)
@@ -79,7 +79,7 @@ def int8_cases(arch: int, quick: bool) -> Iterator[Case]:
     if not quick:
         yield _int8(configs[0], configs[0].block_k, 3, 1, batch=16384)
     joins = conv_join_configurations(torch.int8, arch)
-    for config in [configs[0]] if quick else joins:
+    for config in [_widest(joins)] if quick else joins:
         for channels, shortcut_channels in ((256, 512),) if quick else ((256, 512), (80, 48)):
             yield _int8_join(config, channels, shortcut_channels)
 
@@ -269,6 +269,10 @@ def _int8_join(config: ConvConfig, channels: int, shortcut_channels: int) -> Cas
     expect = Expect(matrix=True, eight=True, copies=True, wide_stores=_bits(config) >= 128)
     label = f"i8 {_tile(config)} c{channels}+{shortcut_channels}"
     return label, expect, functools.partial(op, "conv_join_int8", args, config)
+
+
+def _widest(configs: list[ConvConfig]) -> ConvConfig:
+    return max(configs, key=lambda config: config.block_m * config.block_n * config.block_k)
 
 
 def _bits(config: ConvConfig) -> int:
