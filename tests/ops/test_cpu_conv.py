@@ -306,6 +306,56 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
     torch.library.opcheck(ops.quantise.default, (nhwc, 0.5, 3), test_utils=checks)
     torch.library.opcheck(ops.max_pool.default, (x, [3, 3], [2, 2], [1, 1]), test_utils=checks)
     torch.library.opcheck(ops.conv_add_.default, (residual, x, packed, None, bias, *geometry), test_utils=checks)
+    two = _two_convolutions()
+    torch.library.opcheck(ops.convs.default, (nhwc, two._tensors, two._numbers, two._scales), test_utils=checks)
+
+
+def _two_convolutions():
+    convs, ones = cpu.Convs(), cpu.pack(torch.ones(16, 16, 3, 3))
+    first = convs.add(0, None, (ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1, "relu")
+    assert (first, convs.add(first, 0, (ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1, None)) == (1, 2)
+    return convs
+
+
+def test_convolutions_in_one_call_read_what_was_made_before_them_and_no_more():
+    x = torch.ones(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    y = _two_convolutions()(x)
+    assert float(y[0, 0, 0, 0]) == 1 + 16 * (64 + 96 + 96 + 144) and torch.equal(x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_residual_that_is_read_again_is_not_overwritten(readers):
+    convs, identity = cpu.Convs(), cpu.pack(torch.eye(16).reshape(16, 16, 1, 1))
+    same = ((identity, None, torch.ones(32)), 16, (1, 1), (1, 1), (0, 0), 1, None)
+    a = convs.add(0, None, *same)  # x + 1
+    b = convs.add(a, None, *same)  # x + 2
+    c = convs.add(b, a, *same)  # x + 3 + a
+    convs.add(c, a if readers == 2 else None, *same)
+    x = torch.arange(16.0).reshape(1, 16, 1, 1)
+    assert torch.equal(convs(x), 2 * x + 5 if readers == 1 else 3 * x + 6)
+
+
+@pytest.mark.parametrize(
+    "part, value, message",
+    [
+        ("numbers", {0: -1}, "step 0 reads a value that no step before it made"),
+        ("numbers", {1: 1}, "step 0 reads a value that no step before it made"),
+        ("numbers", {14: 2}, "step 1 reads a value that no step before it made"),
+        ("numbers", {-1: None}, "steps of 14 numbers, got 27"),
+        ("tensors", {-1: None}, "a weight, a scale and a bias"),
+        ("scales", {-1: None}, "a weight, a scale and a bias"),
+    ],
+)
+def test_bad_steps_are_refused_before_anything_runs(part, value, message):
+    convs = _two_convolutions()
+    ((place, new),) = value.items()
+    listed = getattr(convs, f"_{part}")
+    if new is None:
+        listed.pop()
+    else:
+        listed[place] = new
+    with pytest.raises(RuntimeError, match=message):
+        convs(torch.ones(1, 16, 4, 4))
 
 
 def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
