@@ -156,8 +156,8 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   c.r = a.filter.h, c.s = a.filter.w;
   c.stride_h = a.stride.h, c.stride_w = a.stride.w, c.pad_h = a.padding.h, c.pad_w = a.padding.w;
   STD_TORCH_CHECK(c.r > 0 && c.s > 0 && c.stride_h > 0 && c.stride_w > 0 && c.pad_h >= 0 && c.pad_w >= 0 && c.k > 0 &&
-                      c.k % 16 == 0 && c.h + 2 * c.pad_h >= c.r && c.w + 2 * c.pad_w >= c.s && c.c > 0,
-                  "conv: the filter must fit into the padded image, and the output channels be a multiple of 16");
+                      c.h + 2 * c.pad_h >= c.r && c.w + 2 * c.pad_w >= c.s && c.c > 0,
+                  "conv: the filter must fit into the padded image");
   c.oh = (c.h + 2 * c.pad_h - c.r) / c.stride_h + 1;
   c.ow = (c.w + 2 * c.pad_w - c.s) / c.stride_w + 1;
 
@@ -321,6 +321,24 @@ Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
   return q;
 }
 
+Tensor mean(const Tensor& x, double scale, int64_t zero_point) {
+  check_image("x", x);
+  const int64_t pixels = x.size(2) * x.size(3), blocks = (x.size(1) + 15) / 16;
+  constexpr int64_t kMost = int64_t{1} << 23;  // of 8 bits, that a sum of 32 holds
+  STD_TORCH_CHECK(instructions().int8 && x.scalar_type() == ScalarType::Byte && pixels > 0 && pixels <= kMost,
+                  "mean: no kernel on this CPU takes ", pixels, " pixels of ",
+                  torch::headeronly::toString(x.scalar_type()));
+  const Tensor y = empty_nhwc({x.size(0), x.size(1), 1, 1}, ScalarType::Float);
+  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+  const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(4096 / pixels, 1);
+  torch::stable::parallel_for(0, x.size(0) * blocks, grain, [&](int64_t begin, int64_t end) {
+    avx512::mean(from, grid, pixels, x.size(1), to, begin, end);
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace resnet_fused::cpu
 
@@ -337,6 +355,7 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
   m.def("convs(Tensor x, Tensor?[] tensors, int[] numbers, float[] scales, bool amx=True) -> Tensor");
   m.def("quantise(Tensor x, float scale, int zero_point) -> Tensor");
+  m.def("mean(Tensor x, float scale, int zero_point) -> Tensor");
   m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");
 }
 
@@ -345,6 +364,7 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("conv_add_", TORCH_BOX(&resnet_fused::cpu::conv_add_));
   m.impl("convs", TORCH_BOX(&resnet_fused::cpu::convs));
   m.impl("quantise", TORCH_BOX(&resnet_fused::cpu::quantise));
+  m.impl("mean", TORCH_BOX(&resnet_fused::cpu::mean));
   m.impl("max_pool", TORCH_BOX(&resnet_fused::cpu::max_pool));
 }
 

@@ -50,14 +50,23 @@ def _supported() -> frozenset[str]:
 def _register() -> None:
     """What torch.compile and FakeTensorMode need to know of the ops."""
 
+    def refuse_device(x: Tensor, weight: Tensor) -> None:
+        if x.device != weight.device:
+            raise RuntimeError(f"conv: x is on {x.device}, the weight on {weight.device}")
+
     def conv(x: Tensor, weight: Tensor, scale: object, bias: object, residual: object, channels: int, *rest: object,
              to_float32: bool = False, **named: object) -> Tensor:  # fmt: skip
+        refuse_device(x, weight)
         filter, stride, padding = rest[:3]
         size = [(x.shape[2 + i] + 2 * padding[i] - filter[i]) // stride[i] + 1 for i in (0, 1)]  # type: ignore[index]
         dtype = torch.float32 if to_float32 else x.dtype
         return x.new_empty((x.shape[0], channels, *size), dtype=dtype).contiguous(memory_format=torch.channels_last)
 
-    def convs(x: Tensor, tensors: object, numbers: Sequence[int], *rest: object, **named: object) -> Tensor:
+    def conv_add_(residual: Tensor, x: Tensor, weight: Tensor, *rest: object, **named: object) -> None:
+        refuse_device(x, weight)
+
+    def convs(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *rest: object, **named: object) -> Tensor:
+        refuse_device(x, tensors[0])
         return x.new_empty(step_shapes(x.shape, numbers)[-1]).contiguous(memory_format=torch.channels_last)
 
     def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -65,11 +74,14 @@ def _register() -> None:
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused_cpu::conv", "Meta"):
         torch.library.register_fake("resnet_fused_cpu::conv", conv)
-        torch.library.register_fake("resnet_fused_cpu::conv_add_", lambda *_args, **_named: None)
+        torch.library.register_fake("resnet_fused_cpu::conv_add_", conv_add_)
         torch.library.register_fake("resnet_fused_cpu::convs", convs)
         torch.library.register_fake("resnet_fused_cpu::max_pool", max_pool)
         torch.library.register_fake(
             "resnet_fused_cpu::quantise", lambda x, *grid: torch.empty_like(x, dtype=torch.uint8)
+        )
+        torch.library.register_fake(
+            "resnet_fused_cpu::mean", lambda x, *grid: _nhwc(x.new_empty(*x.shape[:2], 1, 1, dtype=torch.float32))
         )
 
 
@@ -105,8 +117,6 @@ def refusal(
         limit = "no dilation"
     elif act not in (None, "relu"):
         limit = f"no {act}"
-    elif channels % 16 != 0:
-        limit = f"multiples of 16 output channels, not {channels}"
     elif per_group % word != 0 and (groups != 1 or padding[1] == 0):
         limit = f"multiples of {word} input channels in {dtype}, not {per_group}, where nothing is padded or grouped"
     return None if limit is None else f"our CPU kernel takes {limit}"
@@ -149,6 +159,16 @@ def quantise(x: Tensor, grid: Grid) -> Tensor:
         x: float32, finite; in any other order than NHWC it is copied.
     """
     result: Tensor = torch.ops.resnet_fused_cpu.quantise(_nhwc(x), *grid)
+    return result
+
+
+def mean(x: Tensor, grid: Grid) -> Tensor:
+    """The means [N, C, 1, 1] over all pixels, in float32.
+
+    Args:
+        x: uint8, in NHWC order, on `grid`; with VNNI alone.
+    """
+    result: Tensor = torch.ops.resnet_fused_cpu.mean(x, *grid)
     return result
 
 

@@ -174,11 +174,11 @@ def _pooled():
     return nn.Sequential(first, *others)
 
 
-def _narrow():
-    return nn.Sequential(BasicBlock(16, 24, 2, _projection(16, 24, 2)), BasicBlock(24, 24))
+def _dilated():
+    return nn.Sequential(Bottleneck(16, 4, dilation=2), Bottleneck(16, 4))
 
 
-@pytest.mark.parametrize("stage, others", [(_pooled, [2, 2]), (_narrow, [])])
+@pytest.mark.parametrize("stage, others", [(_pooled, [2, 2]), (_dilated, [3])])
 def test_a_block_with_what_our_kernels_do_not_run_runs_one_by_one(stage, others, calls):
     model, x = stage(), torch.randn(2, 16, 8, 8)
     frozen = freeze(randomised(model).eval(), x)
