@@ -11,24 +11,42 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, __m512 v, int32_t) { _mm512_storeu_ps(p, v); }
+// The values of all sixteen channels, or of those that `which` has a bit for.
+struct All {};
 
-inline __m512 load(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+inline __m512 load(const float* p, All = {}) { return _mm512_loadu_ps(p); }
+inline __m512 load(const float* p, __mmask16 which) { return _mm512_maskz_loadu_ps(which, p); }
+inline void store(float* p, __m512 v, int32_t, All = {}) { _mm512_storeu_ps(p, v); }
+inline void store(float* p, __m512 v, int32_t, __mmask16 which) { _mm512_mask_storeu_ps(p, which, v); }
+
+inline __m256i load_bits(const BFloat16* p, All) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline __m256i load_bits(const BFloat16* p, __mmask16 which) { return _mm256_maskz_loadu_epi16(which, p); }
+inline void store_bits(BFloat16* p, __m256i v, All) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline void store_bits(BFloat16* p, __m256i v, __mmask16 which) { _mm256_mask_storeu_epi16(p, which, v); }
+
+template <class Which = All>
+inline __m512 load(const BFloat16* p, Which which = {}) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_bits(p, which)), 16));
 }
-inline void store(BFloat16* p, __m512 v, int32_t) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+template <class Which = All>
+inline void store(BFloat16* p, __m512 v, int32_t, Which which = {}) {
+  store_bits(p, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)), which);
 }
+
+inline __m128i load_bits(const uint8_t* p, All) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline __m128i load_bits(const uint8_t* p, __mmask16 which) { return _mm_maskz_loadu_epi8(which, p); }
+inline void store_bits(uint8_t* p, __m128i v, All) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v); }
+inline void store_bits(uint8_t* p, __m128i v, __mmask16 which) { _mm_mask_storeu_epi8(p, which, v); }
 
 // 8 bits as they are: finish folds the grids into scale and bias.
-inline __m512 load(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+template <class Which = All>
+inline __m512 load(const uint8_t* p, Which which = {}) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_bits(p, which)));
 }
-inline void store(uint8_t* p, __m512 v, int32_t least) {
+template <class Which = All>
+inline void store(uint8_t* p, __m512 v, int32_t least, Which which = {}) {
   const __m512i q = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(least));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(q));
+  store_bits(p, _mm512_cvtusepi32_epi8(q), which);
 }
 
 inline __m512 as_float(__m512 sum) { return sum; }
@@ -45,9 +63,9 @@ inline void fetch_result(const Tile& tile, int run, int pixel) {
   }
 }
 
-// Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from `column` on.
-template <class Out, int kPixels, int kVectors, class Sum>
-[[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors]) {
+template <class Out, class Last, int kPixels, int kVectors, class Sum>
+[[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors],
+                                          Last last) {
   constexpr bool kEight = sizeof(Out) == 1;
   const int64_t at = pixel * c.k + column;
   // On y's grid: steps of y_grid.scale from its zero point.
@@ -72,7 +90,8 @@ template <class Out, int kPixels, int kVectors, class Sum>
     for (int i = 0; i < kPixels; i++)
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; j++) {
-        const __m512 added = load(residual + i * c.k + 16 * j);
+        const Out* from = residual + i * c.k + 16 * j;
+        const __m512 added = j + 1 == kVectors ? load(from, last) : load(from, All{});
         v[i][j] = kEight ? _mm512_fmadd_ps(added, _mm512_set1_ps(residual_step), v[i][j]) : _mm512_add_ps(v[i][j], added);
       }
   }
@@ -87,7 +106,27 @@ template <class Out, int kPixels, int kVectors, class Sum>
 #pragma GCC unroll 7
   for (int i = 0; i < kPixels; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; j++) store(y + i * c.k + 16 * j, v[i][j], least);
+    for (int j = 0; j < kVectors; j++) {
+      Out* to = y + i * c.k + 16 * j;
+      j + 1 == kVectors ? store(to, v[i][j], least, last) : store(to, v[i][j], least, All{});
+    }
+}
+
+template <class Out, int kPixels, int kVectors, class Sum>
+[[gnu::noinline]] void finish_some(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors]) {
+  const int64_t left = c.k - column - 16 * (kVectors - 1);
+  finish<Out>(c, pixel, column, sums, static_cast<__mmask16>((1u << left) - 1));
+}
+
+// Sums of kPixels pixels from `pixel` on, by kVectors times 16 columns from `column` on, of which the last 16 may be
+// less.
+template <class Out, int kPixels, int kVectors, class Sum>
+[[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors]) {
+  if (column + 16 * kVectors <= c.k) {
+    finish<Out>(c, pixel, column, sums, All{});
+  } else {
+    finish_some<Out>(c, pixel, column, sums);
+  }
 }
 
 }  // namespace resnet_fused::cpu

@@ -4,8 +4,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -107,13 +109,22 @@ Tensor empty_nhwc(const Sizes& sizes, ScalarType dtype) {
   return torch::stable::from_blob(take(std::max<int64_t>(bytes, 1)), sizes, strides, cpu, dtype, give_back);
 }
 
+struct Pair {
+  int64_t h, w;
+};
+
+Pair pair(const Sizes& values) {
+  STD_TORCH_CHECK(values.size() == 2, "conv: filter, stride and padding must have two values each");
+  return {values[0], values[1]};
+}
+
 struct Arguments {
   const Tensor &x, &weight;
   const OptionalTensor& scale;
   const Tensor& bias;
   const OptionalTensor& residual;
   int64_t channels;
-  const Sizes &filter, &stride, &padding;
+  Pair filter, stride, padding;
   int64_t groups;
   bool relu;
   int64_t x_zero_point;
@@ -133,7 +144,7 @@ const Kernel* find_grouped(const Conv& c, ScalarType x, ScalarType y) {
 }
 
 const Kernel* find_winograd(const Arguments& a, ScalarType y) {
-  const bool fits = a.stride[0] == 1 && a.stride[1] == 1 && a.x.size(1) % 16 == 0 && a.groups == 1;
+  const bool fits = a.stride.h == 1 && a.stride.w == 1 && a.x.size(1) % 16 == 0 && a.groups == 1;
   const bool floats = a.x.scalar_type() == ScalarType::Float && y == ScalarType::Float && !a.scale;
   return fits && floats && instructions().float32 ? &avx512::winograd : nullptr;
 }
@@ -141,14 +152,12 @@ const Kernel* find_winograd(const Arguments& a, ScalarType y) {
 // `y` is what is overwritten, or null for a new tensor.
 Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   check_image("x", a.x);
-  STD_TORCH_CHECK(a.filter.size() == 2 && a.stride.size() == 2 && a.padding.size() == 2,
-                  "conv: filter, stride and padding must have two values each");
   Conv c{.n = a.x.size(0), .h = a.x.size(2), .w = a.x.size(3), .c = a.x.size(1), .k = a.channels};
-  c.r = a.filter[0], c.s = a.filter[1];
-  c.stride_h = a.stride[0], c.stride_w = a.stride[1], c.pad_h = a.padding[0], c.pad_w = a.padding[1];
+  c.r = a.filter.h, c.s = a.filter.w;
+  c.stride_h = a.stride.h, c.stride_w = a.stride.w, c.pad_h = a.padding.h, c.pad_w = a.padding.w;
   STD_TORCH_CHECK(c.r > 0 && c.s > 0 && c.stride_h > 0 && c.stride_w > 0 && c.pad_h >= 0 && c.pad_w >= 0 && c.k > 0 &&
-                      c.k % 16 == 0 && c.h + 2 * c.pad_h >= c.r && c.w + 2 * c.pad_w >= c.s && c.c > 0,
-                  "conv: the filter must fit into the padded image, and the output channels be a multiple of 16");
+                      c.h + 2 * c.pad_h >= c.r && c.w + 2 * c.pad_w >= c.s && c.c > 0,
+                  "conv: the filter must fit into the padded image");
   c.oh = (c.h + 2 * c.pad_h - c.r) / c.stride_h + 1;
   c.ow = (c.w + 2 * c.pad_w - c.s) / c.stride_w + 1;
 
@@ -204,9 +213,8 @@ Tensor conv(const Tensor& x, const Tensor& weight, const OptionalTensor& scale, 
             const OptionalTensor& residual, int64_t channels, const Sizes& filter, const Sizes& stride,
             const Sizes& padding, int64_t groups, bool relu, int64_t x_zero_point, double residual_scale,
             int64_t residual_zero_point, double y_scale, int64_t y_zero_point, bool to_float32, bool amx) {
-  const Arguments a{x,      weight,  scale, bias,         residual,       channels,            filter,
-                    stride, padding, groups, relu, x_zero_point, residual_scale, residual_zero_point, y_scale,
-                    y_zero_point};
+  const Arguments a{x, weight, scale, bias, residual, channels, pair(filter), pair(stride), pair(padding), groups, relu,
+                    x_zero_point, residual_scale, residual_zero_point, y_scale, y_zero_point};
   return run(a, to_float32 ? ScalarType::Float : x.scalar_type(), amx, nullptr);
 }
 
@@ -214,10 +222,62 @@ void conv_add_(Tensor residual, const Tensor& x, const Tensor& weight, const Opt
                int64_t channels, const Sizes& filter, const Sizes& stride, const Sizes& padding, int64_t groups, bool relu,
                int64_t x_zero_point, double residual_scale, int64_t residual_zero_point, double y_scale,
                int64_t y_zero_point, bool amx) {
-  const Arguments a{x,      weight,  scale, bias,         std::nullopt,   channels,            filter,
-                    stride, padding, groups, relu, x_zero_point, residual_scale, residual_zero_point, y_scale,
-                    y_zero_point};
+  const Arguments a{x, weight, scale, bias, std::nullopt, channels, pair(filter), pair(stride), pair(padding), groups,
+                    relu, x_zero_point, residual_scale, residual_zero_point, y_scale, y_zero_point};
   run(a, residual.scalar_type(), amx, &residual);
+}
+
+// One convolution of `convs`: its numbers in their order. Value 0 is the input of the whole, value i the result of the
+// convolution i - 1.
+struct Step {
+  int64_t x, residual;  // values; residual is -1 for none
+  int64_t channels;
+  Pair filter, stride, padding;
+  int64_t groups, relu, x_zero_point, residual_zero_point, y_zero_point;
+};
+constexpr size_t kNumbers = sizeof(Step) / sizeof(int64_t), kTensors = 3, kScales = 2;
+
+std::vector<Step> steps_of(const Sizes& numbers) {
+  STD_TORCH_CHECK(!numbers.empty() && numbers.size() % kNumbers == 0, "convs: steps of ", kNumbers, " numbers, got ",
+                  numbers.size());
+  std::vector<Step> steps(numbers.size() / kNumbers);
+  std::memcpy(steps.data(), numbers.data(), numbers.size() * sizeof(int64_t));
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto known = static_cast<int64_t>(i);
+    STD_TORCH_CHECK(steps[i].x >= 0 && steps[i].x <= known && steps[i].residual >= -1 && steps[i].residual <= known,
+                    "convs: step ", i, " reads a value that no step before it made");
+  }
+  return steps;
+}
+
+Tensor convs(const Tensor& x, const std::vector<OptionalTensor>& tensors, const Sizes& numbers,
+             const std::vector<double>& scales, bool amx) {
+  const std::vector<Step> steps = steps_of(numbers);
+  STD_TORCH_CHECK(tensors.size() == kTensors * steps.size() && scales.size() == kScales * steps.size(),
+                  "convs: a weight, a scale and a bias, and the scales of residual and result for each step");
+  std::vector<OptionalTensor> values(steps.size() + 1);
+  std::vector<size_t> last_reader(values.size(), steps.size());
+  values[0] = x;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    last_reader[steps[i].x] = i;
+    if (steps[i].residual >= 0) last_reader[steps[i].residual] = i;
+  }
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Step& s = steps[i];
+    const OptionalTensor *const tensor = &tensors[kTensors * i], none;
+    STD_TORCH_CHECK(tensor[0] && tensor[2], "convs: step ", i, " has no weight or no bias");
+    const bool overwrites = s.residual > 0 && s.residual != s.x && last_reader[s.residual] == i;
+    const Tensor& from = *values[s.x];
+    const OptionalTensor& added = overwrites || s.residual < 0 ? none : std::as_const(values[s.residual]);
+    const double* const scale = &scales[kScales * i];
+    const Arguments a{from, *tensor[0], tensor[1], *tensor[2], added, s.channels, s.filter, s.stride, s.padding, s.groups,
+                      s.relu != 0, s.x_zero_point, scale[0], s.residual_zero_point, scale[1], s.y_zero_point};
+    values[i + 1] = run(a, from.scalar_type(), amx, overwrites ? &*values[s.residual] : nullptr);
+    for (const int64_t value : {s.x, s.residual}) {
+      if (value >= 0 && last_reader[value] == i) values[value].reset();
+    }
+  }
+  return *values.back();
 }
 
 Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const Sizes& padding) {
@@ -261,6 +321,24 @@ Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
   return q;
 }
 
+Tensor mean(const Tensor& x, double scale, int64_t zero_point) {
+  check_image("x", x);
+  const int64_t pixels = x.size(2) * x.size(3), blocks = (x.size(1) + 15) / 16;
+  constexpr int64_t kMost = int64_t{1} << 23;  // of 8 bits, that a sum of 32 holds
+  STD_TORCH_CHECK(instructions().int8 && x.scalar_type() == ScalarType::Byte && pixels > 0 && pixels <= kMost,
+                  "mean: no kernel on this CPU takes ", pixels, " pixels of ",
+                  torch::headeronly::toString(x.scalar_type()));
+  const Tensor y = empty_nhwc({x.size(0), x.size(1), 1, 1}, ScalarType::Float);
+  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+  const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
+  auto* to = static_cast<float*>(y.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(4096 / pixels, 1);
+  torch::stable::parallel_for(0, x.size(0) * blocks, grain, [&](int64_t begin, int64_t end) {
+    avx512::mean(from, grid, pixels, x.size(1), to, begin, end);
+  });
+  return y;
+}
+
 }  // namespace
 }  // namespace resnet_fused::cpu
 
@@ -275,14 +353,18 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "conv_add_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? scale, Tensor bias, int channels, int[] filter, "
       "int[] stride, int[] padding, int groups, bool relu, int x_zero_point=0, float residual_scale=1.0, "
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
+  m.def("convs(Tensor x, Tensor?[] tensors, int[] numbers, float[] scales, bool amx=True) -> Tensor");
   m.def("quantise(Tensor x, float scale, int zero_point) -> Tensor");
+  m.def("mean(Tensor x, float scale, int zero_point) -> Tensor");
   m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("conv", TORCH_BOX(&resnet_fused::cpu::conv));
   m.impl("conv_add_", TORCH_BOX(&resnet_fused::cpu::conv_add_));
+  m.impl("convs", TORCH_BOX(&resnet_fused::cpu::convs));
   m.impl("quantise", TORCH_BOX(&resnet_fused::cpu::quantise));
+  m.impl("mean", TORCH_BOX(&resnet_fused::cpu::mean));
   m.impl("max_pool", TORCH_BOX(&resnet_fused::cpu::max_pool));
 }
 

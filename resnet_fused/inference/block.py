@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.fusion.plans import SequencePlan
-from resnet_fused.inference.conv import FrozenConv, in_format
+from resnet_fused.inference.conv import FrozenConv, Value, in_format
+from resnet_fused.inference.one_call import OneCall
 from resnet_fused.inference.tail import Chain, Join, Remake, Result, plan_chain, plan_join
 from resnet_fused.nn import call
 from resnet_fused.nn.sums import PLUS
+from resnet_fused.ops import cpu
 
 
 class FrozenBlock(nn.Module):
@@ -33,6 +35,7 @@ class FrozenBlock(nn.Module):
         self.pools = nn.ModuleList(pools)
         self.join: Join | nn.Module | None = None
         self.chain: Chain | None = None
+        self.one_call: OneCall | None = None
         self._look()
 
     def _look(self) -> None:
@@ -88,6 +91,8 @@ class FrozenBlock(nn.Module):
             following: what comes after, and nothing else gets the result.
             overwrite_input: the result may take the place of `x` in memory.
         """
+        if self.one_call is not None and first is None and (result := self.one_call(x)) is not None:
+            return result, None
         if self.join is None and self.chain is None:
             return self._layers(x, first, overwrite_input), None
         y = self.branch[0](x) if first is None else first
@@ -117,6 +122,18 @@ class FrozenBlock(nn.Module):
         result: Tensor = last(y, residual, overwrite_residual=self.shortcut is not None or overwrite_input)
         return result
 
+    def join_call(self, convs: cpu.Convs, x: Value) -> Value | None:
+        """Add the block to the convolutions of one call; its result there, or None where it does not run so."""
+        if self.join is not None or self.chain is not None or len(self.pools) > 0:
+            return None
+        branch: list[FrozenConv] = list(self.branch)  # type: ignore[arg-type]
+        residual = x if self.shortcut is None else self.shortcut.join_call(convs, x, None)
+        y: Value | None = x
+        for conv in branch:
+            added = residual if conv is branch[-1] else None
+            y = None if y is None or residual is None else conv.join_call(convs, y, added)
+        return y
+
 
 class FrozenStage(nn.Sequential):
     """A Sequential that alone sees what its blocks pass on.
@@ -124,9 +141,13 @@ class FrozenStage(nn.Sequential):
     A block may overwrite the result of the one before it, and make the first activation of the one after it.
     """
 
+    one_call: OneCall | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         blocks = [module for module in self if isinstance(module, FrozenBlock)]
         blocks[0].check_autocast()
+        if self.one_call is not None and (result := self.one_call(x)) is not None:
+            return result
         if len(blocks) == len(self) and all(block.nhwc for block in blocks):
             return through_nhwc(self._run, x, all(block.nchw for block in blocks))
         return self._run(x)
@@ -142,6 +163,18 @@ class FrozenStage(nn.Sequential):
                 x, first = module(x), None
             before = module
         return x
+
+
+def use_one_call(network: nn.Module) -> None:
+    """Let the convolutions of each stage, else of each block, run in one call where their kernels do; nothing may be
+    put in their place after it.
+    """
+    for module in network.modules():
+        if isinstance(module, FrozenBlock):
+            module.one_call = OneCall([module])
+        elif isinstance(module, FrozenStage):
+            blocks = [block for block in module if isinstance(block, FrozenBlock)]
+            module.one_call = OneCall(blocks) if len(blocks) == len(module) else None
 
 
 def through_nhwc(run: Callable[[Tensor], Tensor], x: Tensor, nchw: bool) -> Tensor:

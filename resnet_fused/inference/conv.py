@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,11 +164,19 @@ class Constants(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
         twin = copy.copy(self)
         memo[id(self)] = twin
+        twin.__dict__.update({name: copy.copy(of) for name, of in vars(self).items() if isinstance(of, dict)})
         return twin
 
     def constant(self, name: str, value: Tensor) -> None:
         """A buffer that no state_dict holds: a weight may be prepacked, and so opaque and of this machine only."""
         self.register_buffer(name, value.detach(), persistent=False)
+
+
+class Value(NamedTuple):
+    """A result within one call of `cpu.Convs`: its number, and in int8 what its 8 bits stand for."""
+
+    number: int
+    grid: onednn.Grid | None = None
 
 
 class FrozenConv(Constants):
@@ -237,6 +245,10 @@ class FrozenConv(Constants):
         `residual` has the shape and the dtype of the convolution's result.
         """
         raise NotImplementedError
+
+    def join_call(self, convs: cpu.Convs, x: Value, residual: Value | None) -> Value | None:
+        """Add it to the convolutions of one call; its result there, or None where it does not run so."""
+        return None
 
     def _operand(self, x: Tensor) -> Tensor:
         self.check_autocast()
@@ -347,6 +359,13 @@ class FoldedConv(FrozenConv):
         if fused is not act:
             y = activate(y, act, inplace=True)
         return in_format(y, x, self.nchw) if self.keeps_order else y
+
+    def join_call(self, convs: cpu.Convs, x: Value, residual: Value | None) -> Value | None:
+        if self.packed != "cpu" or self.keeps_order or self.adds != (residual is not None):
+            return None
+        shape = (self.like.shape[0], self.filter, *self.geometry[:2], self.geometry[3])
+        added = None if residual is None else residual.number
+        return Value(convs.add(x.number, added, (self.weight, None, self.bias), *shape, self.act))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {f'prepacked for {self.packed}' if self.packed else 'folded'}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.utils._pytree import tree_map_only
 
-from resnet_fused.inference.conv import FrozenConv, Source
+from resnet_fused.inference.conv import FrozenConv, Source, Value
 from resnet_fused.ops import cpu, onednn
 from resnet_fused.ops.arithmetic import fold, round_to_grid
 from resnet_fused.ops.onednn import Grid
@@ -138,9 +138,7 @@ class Int8Conv(FrozenConv):
         """The result on `y_grid`, or without one in the float dtype."""
         stride, padding, _, groups = self.geometry
         if self.ours:
-            if x_grid not in self._epilogues:
-                self._epilogues[x_grid] = cpu.int8_epilogue(self.weight_sums, self.weight_scale, self.bias, x_grid)
-            args = (x, x_grid, self.weight, *self._epilogues[x_grid], residual, residual_grid)
+            args = (x, x_grid, self.weight, *self._epilogue(x_grid), residual, residual_grid)
             shape = (self.like.shape[0], self.filter, stride, padding)
             y = cpu.int8_conv(*args, *shape, act, y_grid, overwrite_residual, groups=groups)  # type: ignore[arg-type]
             return y if y_grid is not None else y.to(self.dtype)
@@ -148,6 +146,19 @@ class Int8Conv(FrozenConv):
             residual = residual.clone()
         args = (x, x_grid, self.weight, self.weight_scale, self.bias, residual, residual_grid)
         return onednn.int8_conv(*args, *self.geometry, act, y_grid or self.dtype)  # type: ignore[arg-type]
+
+    def _epilogue(self, x_grid: Grid) -> tuple[Tensor, Tensor]:
+        if x_grid not in self._epilogues:
+            self._epilogues[x_grid] = cpu.int8_epilogue(self.weight_sums, self.weight_scale, self.bias, x_grid)
+        return self._epilogues[x_grid]
+
+    def join_call(self, convs: cpu.Convs, x: Value, residual: Value | None) -> Value | None:
+        if not self.ours or self.keeps_order or self.adds != (residual is not None) or x.grid is None:
+            return None
+        shape = (self.like.shape[0], self.filter, *self.geometry[:2], self.geometry[3])
+        added, added_grid = (None, None) if residual is None else residual
+        tensors, grids = (self.weight, *self._epilogue(x.grid)), (x.grid, added_grid, self.grids.y)
+        return Value(convs.add(x.number, added, tensors, *shape, self.act, grids), self.grids.y)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8"

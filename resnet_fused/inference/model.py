@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from resnet_fused import dispatch
 from resnet_fused.functional.common import autocast_dtype
 from resnet_fused.fusion.nodes import is_holder
+from resnet_fused.inference.block import use_one_call
 from resnet_fused.inference.conv import FoldedConv, keep_nan
 from resnet_fused.inference.graph import Graphs, leaves
 from resnet_fused.inference.network import freeze_network, observe, prepare
@@ -111,12 +112,12 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
         if not frozen.keep_order():
             raise
         frozen(example_input)
-    if chosen is None:
-        return frozen
-    with frozen.surroundings():
-        network, plan = quantised(network, plan, sources, example_input, chosen, on_triton)
-    frozen = Frozen(network, plan, setting).eval()
-    frozen(example_input)
+    if chosen is not None:
+        with frozen.surroundings():
+            network, plan = quantised(network, plan, sources, example_input, chosen, on_triton)
+        frozen = Frozen(network, plan, setting).eval()
+        frozen(example_input)
+    use_one_call(network)
     return frozen
 
 

@@ -16,6 +16,7 @@ from resnet_fused.fusion.recognise import is_native, recognise
 from resnet_fused.fusion.swap import Binding, current, is_fused, swap_in
 from resnet_fused.inference.block import FrozenBlock, FrozenSequence, FrozenStage
 from resnet_fused.inference.conv import EpilogueConv, Example, FrozenConv, Source, freeze_conv
+from resnet_fused.inference.linear import freeze_linears
 from resnet_fused.inference.plan import FreezePlan, PlannedConv
 from resnet_fused.inference.pool import freeze_pools
 from resnet_fused.inference.tail import Join
@@ -80,6 +81,7 @@ def freeze_network(
     network = freezer.replace(network)
     freezer.plan_tails(network)
     freeze_pools(network)
+    freeze_linears(network)
     planned: dict[str, PlannedConv] = {}
     for module in network.modules():
         if isinstance(module, FrozenConv):

@@ -1,4 +1,4 @@
-"""Max pooling in frozen networks."""
+"""Pooling in frozen networks."""
 
 from __future__ import annotations
 
@@ -36,10 +36,23 @@ class FrozenMaxPool2d(nn.MaxPool2d):
         return Quantised(y, x.grid, x.dtype, x.nchw) if isinstance(x, Quantised) else y
 
 
+class FrozenGlobalAvgPool2d(nn.AdaptiveAvgPool2d):
+    """`nn.AdaptiveAvgPool2d(1)`, which sums a tensor in 8 bits as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Quantised) and not x.signed:
+            if 0 < x.shape[2:].numel() <= 1 << 23 and "int8" in cpu.supported():
+                return cpu.mean(x.eight(), x.grid).to(x.dtype)
+        return super().forward(x)
+
+
 def freeze_pools(network: nn.Module) -> None:
-    """Every plain `nn.MaxPool2d` of the network becomes a `FrozenMaxPool2d`."""
+    """Every plain `nn.MaxPool2d` of the network becomes a `FrozenMaxPool2d`, and global average pools likewise."""
     for module in network.modules():
-        if type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
+        if type(module) is nn.AdaptiveAvgPool2d and untouched(module, nn.AdaptiveAvgPool2d):
+            if module.output_size in (1, (1, 1)):
+                module.__class__ = FrozenGlobalAvgPool2d
+        elif type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
             module.__class__ = FrozenMaxPool2d
             module.ours = dispatch.forced_backend() is None  # type: ignore[assignment]
 

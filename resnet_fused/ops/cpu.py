@@ -10,6 +10,7 @@ import functools
 import mmap
 import threading
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +50,38 @@ def _supported() -> frozenset[str]:
 def _register() -> None:
     """What torch.compile and FakeTensorMode need to know of the ops."""
 
+    def refuse_device(x: Tensor, weight: Tensor) -> None:
+        if x.device != weight.device:
+            raise RuntimeError(f"conv: x is on {x.device}, the weight on {weight.device}")
+
     def conv(x: Tensor, weight: Tensor, scale: object, bias: object, residual: object, channels: int, *rest: object,
              to_float32: bool = False, **named: object) -> Tensor:  # fmt: skip
+        refuse_device(x, weight)
         filter, stride, padding = rest[:3]
         size = [(x.shape[2 + i] + 2 * padding[i] - filter[i]) // stride[i] + 1 for i in (0, 1)]  # type: ignore[index]
         dtype = torch.float32 if to_float32 else x.dtype
         return x.new_empty((x.shape[0], channels, *size), dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def conv_add_(residual: Tensor, x: Tensor, weight: Tensor, *rest: object, **named: object) -> None:
+        refuse_device(x, weight)
+
+    def convs(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *rest: object, **named: object) -> Tensor:
+        refuse_device(x, tensors[0])
+        return x.new_empty(step_shapes(x.shape, numbers)[-1]).contiguous(memory_format=torch.channels_last)
 
     def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
         return _nhwc(F.max_pool2d(x, list(filter), list(stride), list(padding)))
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused_cpu::conv", "Meta"):
         torch.library.register_fake("resnet_fused_cpu::conv", conv)
-        torch.library.register_fake("resnet_fused_cpu::conv_add_", lambda *_args, **_named: None)
+        torch.library.register_fake("resnet_fused_cpu::conv_add_", conv_add_)
+        torch.library.register_fake("resnet_fused_cpu::convs", convs)
         torch.library.register_fake("resnet_fused_cpu::max_pool", max_pool)
         torch.library.register_fake(
             "resnet_fused_cpu::quantise", lambda x, *grid: torch.empty_like(x, dtype=torch.uint8)
+        )
+        torch.library.register_fake(
+            "resnet_fused_cpu::mean", lambda x, *grid: _nhwc(x.new_empty(*x.shape[:2], 1, 1, dtype=torch.float32))
         )
 
 
@@ -100,8 +117,6 @@ def refusal(
         limit = "no dilation"
     elif act not in (None, "relu"):
         limit = f"no {act}"
-    elif channels % 16 != 0:
-        limit = f"multiples of 16 output channels, not {channels}"
     elif per_group % word != 0 and (groups != 1 or padding[1] == 0):
         limit = f"multiples of {word} input channels in {dtype}, not {per_group}, where nothing is padded or grouped"
     return None if limit is None else f"our CPU kernel takes {limit}"
@@ -144,6 +159,16 @@ def quantise(x: Tensor, grid: Grid) -> Tensor:
         x: float32, finite; in any other order than NHWC it is copied.
     """
     result: Tensor = torch.ops.resnet_fused_cpu.quantise(_nhwc(x), *grid)
+    return result
+
+
+def mean(x: Tensor, grid: Grid) -> Tensor:
+    """The means [N, C, 1, 1] over all pixels, in float32.
+
+    Args:
+        x: uint8, in NHWC order, on `grid`; with VNNI alone.
+    """
+    result: Tensor = torch.ops.resnet_fused_cpu.mean(x, *grid)
     return result
 
 
@@ -282,6 +307,83 @@ def int8_conv(
         ops.conv_add_(residual, x, weight, scale, bias, *geometry, amx=amx)
         return residual
     return ops.conv(x, weight, scale, bias, residual, *geometry, to_float32=result is None, amx=amx)
+
+
+class Step(NamedTuple):
+    """The numbers of one convolution of `convs`, as csrc/cpu/ops.cpp reads them."""
+
+    x: int  # 0 is the input of the whole, i the result of step i - 1
+    residual: int  # likewise, or -1
+    channels: int
+    filter_h: int
+    filter_w: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    groups: int
+    relu: int
+    x_zero_point: int
+    residual_zero_point: int
+    y_zero_point: int
+
+
+class Convs:
+    """Convolutions that read each other's results, of one dtype, as one call: `conv` or `int8_conv` of each in turn."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor | None] = []
+        self._numbers: list[int] = []
+        self._scales: list[float] = []
+
+    def add(
+        self,
+        x: int,
+        residual: int | None,
+        tensors: tuple[Tensor, Tensor | None, Tensor],
+        channels: int,
+        filter: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        groups: int,
+        act: str | None,
+        grids: tuple[Grid | None, Grid | None, Grid | None] = (None, None, None),
+    ) -> int:
+        """Add one; the number of its result.
+
+        Args:
+            x, residual: numbers of results, or 0 for the input; a residual that nobody reads later is overwritten.
+            tensors: weight, scale (None but in int8), bias.
+            grids: of x, residual and result, in int8.
+        """
+        x_grid, residual_grid, y_grid = (grid or Grid(1.0, 0) for grid in grids)
+        zero_points = (x_grid.zero_point, residual_grid.zero_point, y_grid.zero_point)
+        added, geometry = -1 if residual is None else residual, (*filter, *stride, *padding, groups)
+        self._tensors += tensors
+        self._numbers += Step._make((x, added, channels, *geometry, int(act == "relu"), *zero_points))
+        self._scales += (residual_grid.scale, y_grid.scale)
+        return len(self._numbers) // len(Step._fields)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The last result, of an input that is copied where it is not in NHWC order."""
+        result: Tensor = torch.ops.resnet_fused_cpu.convs(_nhwc(x), self._tensors, self._numbers, self._scales)
+        return result
+
+
+def steps(numbers: Sequence[int]) -> list[Step]:
+    size = len(Step._fields)
+    return [Step._make(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+
+
+def step_shapes(x: Sequence[int], numbers: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shapes of the values of `convs`: the input's, then those of the results."""
+    shapes = [tuple(x)]
+    for step in steps(numbers):
+        n, _, h, w = shapes[step.x]
+        oh = (h + 2 * step.pad_h - step.filter_h) // step.stride_h + 1
+        ow = (w + 2 * step.pad_w - step.filter_w) // step.stride_w + 1
+        shapes.append((n, step.channels, oh, ow))
+    return shapes
 
 
 def int8_epilogue(sums: Tensor, weight_scale: Tensor, bias: Tensor, x_grid: Grid) -> tuple[Tensor, Tensor]:

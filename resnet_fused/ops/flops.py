@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_fused import _library
+from resnet_fused.ops import cpu
 from resnet_fused.ops.registry import OPS, Op
 
 _COUNTER = "torch.utils.flop_counter"
@@ -42,13 +43,20 @@ def register_formulas(counter: ModuleType) -> None:
     def onednn_int8(*args: Any, out_val: Tensor, **_: Any) -> int:
         return int(conv(args[0].shape, args[3].shape, out_val.shape))  # (x, scale, zero point, weight, ...)
 
-    def cpu(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor, **_: Any) -> int:
+    def cpu_conv(x: Tensor, weight: Tensor, *args: Any, out_val: Tensor, **_: Any) -> int:
         channels, filter, _, _, groups = args[3:8]  # behind scale, bias and residual
         return int(conv(x.shape, (channels, x.shape[1] // groups, *filter), out_val.shape))
 
-    def cpu_add(residual: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
+    def cpu_conv_add_(residual: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
         channels, filter, _, _, groups = args[2:7]  # behind scale and bias
         return int(conv(x.shape, (channels, x.shape[1] // groups, *filter), residual.shape))
+
+    def cpu_convs(x: Tensor, _tensors: object, numbers: Sequence[int], *_: object, **_named: object) -> int:
+        shapes = cpu.step_shapes(x.shape, numbers)
+        return sum(
+            conv(shapes[step.x], (y[1], shapes[step.x][1] // step.groups, step.filter_h, step.filter_w), y)
+            for step, y in zip(cpu.steps(numbers), shapes[1:], strict=True)
+        )
 
     formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):
@@ -57,7 +65,8 @@ def register_formulas(counter: ModuleType) -> None:
     if hasattr(torch.ops.onednn, "qconv2d_pointwise"):
         formulas[torch.ops.onednn.qconv2d_pointwise] = onednn_int8
     if _library.load_cpu() is None:
-        formulas |= {torch.ops.resnet_fused_cpu.conv: cpu, torch.ops.resnet_fused_cpu.conv_add_: cpu_add}
+        ops = torch.ops.resnet_fused_cpu
+        formulas |= {ops.conv: cpu_conv, ops.conv_add_: cpu_conv_add_, ops.convs: cpu_convs}
     for op, formula in formulas.items():
         if op not in counter.flop_registry:
             counter.register_flop_formula(op, get_raw=True)(formula)

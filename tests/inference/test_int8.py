@@ -16,7 +16,7 @@ from resnet_fused import Int8, freeze
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.inference import Int8Conv
 from resnet_fused.inference.int8 import Quantised
-from resnet_fused.inference.pool import FrozenMaxPool2d
+from resnet_fused.inference.pool import FrozenGlobalAvgPool2d, FrozenMaxPool2d, freeze_pools
 from resnet_fused.nn import BasicBlock, Bottleneck
 from resnet_fused.ops import onednn
 from resnet_fused.ops.activations import ACTIVATIONS, activate
@@ -413,3 +413,18 @@ def test_the_op_against_float64(geometry, residual_grid, result, act):
     else:
         floor = torch.finfo(result).eps * 2 * truth.abs().max()
         assert y.dtype == result and (y.double() - truth).abs().max() <= floor
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 47, 3, 5), (3, 16, 1, 1), (0, 16, 4, 4)])
+def test_a_global_average_sums_8_bits_and_rounds_once(shape, dtype):
+    eight = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    grid, pools = Grid(0.37, 100), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((1, 2)))
+    freeze_pools(pools)
+    assert [type(pool) for pool in pools] == [FrozenGlobalAvgPool2d, nn.AdaptiveAvgPool2d]
+    y = pools[0](Quantised(eight, grid, dtype, nchw=False))
+    truth = ((eight.double() - grid.zero_point) * grid.scale).mean((2, 3), keepdim=True)
+    assert type(y) is torch.Tensor and y.shape == (*shape[:2], 1, 1) and y.dtype == dtype
+    torch.testing.assert_close(y, truth.to(dtype), rtol=0 if dtype == torch.bfloat16 else 1e-6, atol=1e-5)
+    floats = torch.randn(2, 8, 3, 3)
+    assert torch.equal(pools[0](floats), nn.functional.adaptive_avg_pool2d(floats, 1))

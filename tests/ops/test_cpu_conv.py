@@ -53,6 +53,11 @@ SHAPES = [
     (2, 3, 21, 18, 64, (7, 7), (2, 2), (3, 3), 1),
     (1, 3, 5, 40, 48, (3, 3), (1, 1), (1, 1), 1),
     (2, 5, 6, 7, 16, (1, 5), (1, 2), (0, 1), 1),
+    (2, 64, 7, 5, 1, (1, 1), (1, 1), (0, 0), 1),
+    (1, 32, 9, 8, 24, (3, 3), (1, 1), (1, 1), 1),
+    (2, 16, 6, 15, 40, (3, 3), (2, 2), (1, 1), 1),
+    (3, 2048, 1, 1, 1000, (1, 1), (1, 1), (0, 0), 1),
+    (1, 20, 8, 8, 47, (3, 3), (1, 1), (1, 1), 1),
 ]
 
 
@@ -139,6 +144,20 @@ def test_int8_results_are_those_of_float64(shape, amx):
             kinds = {"overwrite_residual": True, "amx": amx, "groups": groups}
             over = cpu.int8_conv(x, x_grid, *packed, again, residual_grid, *call, **kinds)
             assert over is again and torch.equal(over, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [1, 17, 47])
+def test_nothing_is_written_behind_the_last_channel(K, dtype):
+    eight = dtype == torch.int8
+    memory = torch.full((6 * K + 64,), 77).to(torch.uint8 if eight else dtype)
+    y = memory[: 6 * K].view(1, 2, 3, K).permute(0, 3, 1, 2)
+    x, weight = torch.ones(1, 16, 2, 3).to(y.dtype), torch.ones(K, 16, 1, 1).to(dtype)
+    scale = cpu.pack_channels(torch.ones(K)) if eight else None
+    geometry = (K, (1, 1), (1, 1), (0, 0), 1, False)
+    ops = torch.ops.resnet_fused_cpu
+    ops.conv_add_(y, cpu._nhwc(x), cpu.pack(weight), scale, cpu.pack_channels(torch.ones(K)), *geometry)
+    assert memory.tolist() == [77 + 16 + 1] * (6 * K) + [77] * 64
 
 
 PACKED = [
@@ -304,8 +323,62 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
     torch.library.opcheck(ops.conv.default, (x, packed, None, bias, residual, *geometry), test_utils=checks)
     nhwc = x.contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(ops.quantise.default, (nhwc, 0.5, 3), test_utils=checks)
+    if "int8" in SUPPORTED:
+        torch.library.opcheck(ops.mean.default, (cpu.quantise(nhwc, Grid(0.5, 3)), 0.5, 3), test_utils=checks)
+        with pytest.raises(RuntimeError, match="mean: no kernel on this CPU takes 42 pixels of Float"):
+            ops.mean(nhwc, 0.5, 3)
     torch.library.opcheck(ops.max_pool.default, (x, [3, 3], [2, 2], [1, 1]), test_utils=checks)
     torch.library.opcheck(ops.conv_add_.default, (residual, x, packed, None, bias, *geometry), test_utils=checks)
+    two = _two_convolutions()
+    torch.library.opcheck(ops.convs.default, (nhwc, two._tensors, two._numbers, two._scales), test_utils=checks)
+
+
+def _two_convolutions():
+    convs, ones = cpu.Convs(), cpu.pack(torch.ones(16, 16, 3, 3))
+    first = convs.add(0, None, (ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1, "relu")
+    assert (first, convs.add(first, 0, (ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1, None)) == (1, 2)
+    return convs
+
+
+def test_convolutions_in_one_call_read_what_was_made_before_them_and_no_more():
+    x = torch.ones(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    y = _two_convolutions()(x)
+    assert float(y[0, 0, 0, 0]) == 1 + 16 * (64 + 96 + 96 + 144) and torch.equal(x, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_a_residual_that_is_read_again_is_not_overwritten(readers):
+    convs, identity = cpu.Convs(), cpu.pack(torch.eye(16).reshape(16, 16, 1, 1))
+    same = ((identity, None, torch.ones(32)), 16, (1, 1), (1, 1), (0, 0), 1, None)
+    a = convs.add(0, None, *same)  # x + 1
+    b = convs.add(a, None, *same)  # x + 2
+    c = convs.add(b, a, *same)  # x + 3 + a
+    convs.add(c, a if readers == 2 else None, *same)
+    x = torch.arange(16.0).reshape(1, 16, 1, 1)
+    assert torch.equal(convs(x), 2 * x + 5 if readers == 1 else 3 * x + 6)
+
+
+@pytest.mark.parametrize(
+    "part, value, message",
+    [
+        ("numbers", {0: -1}, "step 0 reads a value that no step before it made"),
+        ("numbers", {1: 1}, "step 0 reads a value that no step before it made"),
+        ("numbers", {14: 2}, "step 1 reads a value that no step before it made"),
+        ("numbers", {-1: None}, "steps of 14 numbers, got 27"),
+        ("tensors", {-1: None}, "a weight, a scale and a bias"),
+        ("scales", {-1: None}, "a weight, a scale and a bias"),
+    ],
+)
+def test_bad_steps_are_refused_before_anything_runs(part, value, message):
+    convs = _two_convolutions()
+    ((place, new),) = value.items()
+    listed = getattr(convs, f"_{part}")
+    if new is None:
+        listed.pop()
+    else:
+        listed[place] = new
+    with pytest.raises(RuntimeError, match=message):
+        convs(torch.ones(1, 16, 4, 4))
 
 
 def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
@@ -313,7 +386,7 @@ def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
     assert cpu.refusal(ones, *geometry, None) is None and cpu.refusal(ones, *geometry, "relu") is None
     takes = "our CPU kernel takes "
     assert cpu.refusal(ones, *geometry, "silu") == takes + "no silu"
-    assert cpu.refusal(ones[:8], *geometry, None) == takes + "multiples of 16 output channels, not 8"
+    assert cpu.refusal(ones[:8], *geometry, None) is None
     assert cpu.refusal(ones, (1, 1), (1, 1), (2, 2), 1, None) == takes + "no dilation"
     groups = cpu.refusal(ones, *geometry[:3], 4, None)
     assert (
@@ -334,7 +407,8 @@ def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
         ((x, packed, bias[:16], *args), "bias"),
         ((x[0], packed, bias, *args), "4-D|rank"),
         ((x, packed, bias, x, *args[1:]), "residual"),
-        ((x, packed, bias, None, 24, *args[2:]), "multiple of 16"),
+        ((x, packed, bias, None, 40, *args[2:]), "not packed"),
+        ((x, packed, bias, None, 0, *args[2:]), "fit"),
         ((x, packed, bias, None, 32, (3, 3), (1, 1), (-1, 1), None), "fit"),
         ((x.double(), packed, bias, *args), "no kernel"),
     ]:
