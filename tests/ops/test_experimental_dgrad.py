@@ -12,10 +12,12 @@ import torch
 pytest.importorskip("triton")
 
 import gluon_simulator as simulator
-from conv_cases import DEVICE, check, problem, runs_kernels, sample, tensors
+from conv_cases import ARCHITECTURES, DEVICE, check, problem, runs_kernels, sample, tensors
 
 from resnet_fused import kernels
 from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.experimental import GRADIENTS, configurations, refuse_shape
+from resnet_fused.kernels import experimental
 from resnet_fused.kernels.experimental import _gluon, wgmma, wgmma_dgrad
 from resnet_fused.ops import OPS, comparison
 from resnet_fused.ops.operands import Operands
@@ -72,6 +74,7 @@ def _simulate(monkeypatch, seed=0, modules=MODULES):
     monkeypatch.setattr(_gluon, "launch", launch)
     for module in (_gluon, wgmma_dgrad):
         monkeypatch.setattr(module, "descriptor", simulator.descriptor)
+    monkeypatch.setattr(wgmma_dgrad, "SUM_TILE", 16)  # two steps of the sums
 
 
 def _exact(op, shape, seed=0, poke=None, **options):
@@ -79,6 +82,8 @@ def _exact(op, shape, seed=0, poke=None, **options):
     a = OPS[op].case(Integers(torch.device("cpu"), torch.float16, seed=seed), shape, **options)
     if poke is not None:
         a.dy[0, 0, 0, 0] = poke
+        if getattr(a, "x", None) is not None:
+            a.x[0, 0, -1, -1] = poke
     return tensors(kernels.run(op, a, CONFIG)), tensors(OPS[op].reference(comparison.double(a)))
 
 
@@ -132,10 +137,19 @@ MUTATIONS = {
     "bits from the other end": (wgmma_dgrad, r">> lane\[None, None, :\]", ">> (7 - lane)[None, None, :]"),
     "bits of other channels": (wgmma_dgrad, r"octet = c0 // 8 \+", "octet ="),
     "bits outside the image": (wgmma_dgrad, r"valid = inside\[:, None\] & ", "valid = "),
-    "the residual unmasked": (wgmma_dgrad, r"tile_dx.store\(gl.where\(passes, (.*), 0.0\)\)", r"tile_dx.store(\1)"),
-    "zero passes ReLU": (wgmma_dgrad, r"<= 0.0", "< 0.0"),
-    "the activation not rectified": (wgmma_dgrad, r"gl.where\(passes, normalised, 0.0\)", "normalised"),
-    "what is stored not masked": (wgmma_dgrad, r"\n +tile_dx.store\(dz\)\n", "\n"),
+    "the residual unmasked": (wgmma_dgrad, r"gl.where\(passes, some.load\(rows\), 0.0\)", "some.load(rows)"),
+    "the first pixels' residual alone": (wgmma_dgrad, r"tile_dx.slice\(first, ROWS\)\n", "tile_dx.slice(0, ROWS)\n"),
+    "bits of the first pixels": (wgmma_dgrad, r"m = first \+ (.*bytes)", r"m = \1"),
+    "a NaN does not pass": (
+        wgmma_dgrad,
+        r"(gl.where\(normalised) <= 0.0, 0.0, normalised\)",
+        r"\1 > 0.0, normalised, 0.0)",
+    ),
+    "ReLU's mask the other way": (wgmma_dgrad, r"activated != 0.0", "activated == 0.0"),
+    "the activation not rectified": (wgmma_dgrad, r"store\(activated.to", "store(normalised.to"),
+    "what is stored not masked": (wgmma_dgrad, r"\n +tile_dx.slice\(first, ROWS\).store\(dz\)\n", "\n"),
+    "no fence behind the mask": (wgmma_dgrad, r"\n +if mask is None:\n +fence_async_shared\(\)\n", "\n"),
+    "the shortcut of the first pixels": (wgmma_dgrad, r"tile_shortcut.slice\(first", "tile_shortcut.slice(0"),
     "taps forwards": (_gluon, r"\(R \* S - 1 - tap\)", "tap"),
     "the weight's first columns": (_gluon, r"tap\) \* K \+ k0", "tap) * K"),
     "a pixel's other row": (_gluon, r"\(n \* P \+ p\) \* Q", "(n * Q + p) * Q"),
@@ -156,11 +170,103 @@ def test_it_is_noticed(what, monkeypatch, tmp_path):
     names = ["3x3, boxes overhang, C too", "1x1, one step a tile"]
     for seed in range(40):
         _simulate(monkeypatch, seed, modules)
+        shape, poke = SHAPES[names[seed % 2]], float("nan") if seed % 4 > 1 else None
         for op, options in asked:
             try:
-                noticed = not _alike(*_exact(op, SHAPES[names[seed % 2]], seed, **options))
+                noticed = not _alike(*_exact(op, shape, seed, poke, **options))
             except (AssertionError, IndexError):
                 noticed = True
             if noticed:
                 return
     pytest.fail("no schedule showed it")
+
+
+# ---- what it is asked for, and what it refuses -----------------------------------------------------------------------
+
+GOOD = problem(2, 64, 8, 8, 64, 3, 3, padding=(1, 1))
+
+
+@pytest.mark.parametrize("config", configurations(90, "conv_dgrad"), ids=str)
+def test_listed_configurations_suit_and_no_other_architecture_has_any(config):
+    assert config.kernel in GRADIENTS
+    assert refuse_shape(GOOD, torch.bfloat16, 90, config, "conv_dgrad") is None
+    assert not any(configurations(arch, "conv_dgrad") for arch in ARCHITECTURES if arch != 90)
+
+
+@pytest.mark.parametrize(
+    "kernel, arch, dtype, changes, message",
+    [
+        ("tma_conv", 90, torch.float16, {}, "tma_conv has no data gradient; choose 'pointer' or one of wgmma_conv"),
+        ("tcgen05_conv", 100, torch.float16, {}, "no data gradient"),
+        ("wgmma_conv", 100, torch.float16, {}, "sm_100"),
+        ("wgmma_conv", 90, torch.float32, {}, "float32"),
+        ("wgmma_conv", 90, torch.float16, {"stride": (2, 2)}, "stride 1, got (2, 2)"),
+        (
+            "wgmma_conv",
+            90,
+            torch.float16,
+            {"stride": (1, 2), "r": 1, "s": 1, "padding": (0, 0)},
+            "stride 1, got (1, 2)",
+        ),
+        ("wgmma_conv", 90, torch.float16, {"groups": 2}, "groups, got 2"),
+        ("wgmma_conv", 90, torch.float16, {"c": 20}, "20"),
+        ("wgmma_conv", 90, torch.float16, {"k": 20}, "20"),
+        ("wgmma_conv", 90, torch.float16, {"k": 24}, "does not divide 24"),
+        ("wgmma_conv", 90, torch.float16, {"n": 0}, "nothing"),
+        ("wgmma_conv", 90, torch.float16, {"r": 1, "s": 1}, "only without padding, got (1, 1)"),
+        ("wgmma_conv", 90, torch.float16, {"c": 24}, None),  # which it does not reduce over
+        ("wgmma_conv", 90, torch.float16, {"dilation": (2, 1)}, None),
+    ],
+)
+def test_refusals_name_the_value(kernel, arch, dtype, changes, message):
+    reason = refuse_shape(replace(GOOD, **changes), dtype, arch, replace(CONFIG, kernel=kernel), "conv_dgrad")
+    assert reason is None if message is None else message in reason
+
+
+def _refuse(monkeypatch, a):
+    monkeypatch.setattr(experimental, "INTERPRETED", False)
+    monkeypatch.setattr(experimental, "arch", lambda device: 90)
+    return experimental.refuse(a, CONFIG)
+
+
+@every_variant
+def test_every_variant_is_accepted_and_none_behind_a_prologue(op, options, monkeypatch):
+    assert _refuse(monkeypatch, sample(op, GOOD, torch.float16, **options)) is None
+    behind = sample(op, GOOD, torch.float16, **options | {"prologue": True})
+    assert "'wgmma_conv' has no prologue" in _refuse(monkeypatch, behind)
+    with pytest.raises(ValueError, match="has no prologue"):
+        kernels.run(op, behind, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["dy", "residual", "x", "shortcut"])
+def test_operands_that_are_not_aligned_are_refused(name, monkeypatch):
+    a = sample("conv_dgrad_join", GOOD, torch.float16, epilogue="masked residual", projection=True)
+    value = getattr(a, name).permute(0, 2, 3, 1)
+    odd = torch.cat([value.flatten()[:1], value.flatten()])[1:].view(value.shape).permute(0, 3, 1, 2)
+    assert f"{name} starts at" in _refuse(monkeypatch, a._replace(**{name: odd}))
+
+
+def test_a_planned_gradient_that_these_operands_refuse_falls_back(monkeypatch):
+    """A measured winner of the plan, and a dy behind a prologue: the pointer kernel runs."""
+    monkeypatch.setattr(kernels, "conv_config", lambda *args: CONFIG)
+    ran = []
+    monkeypatch.setattr(experimental, "conv_dgrad", lambda *args: ran.append("experimental"))
+    check("conv_dgrad", sample("conv_dgrad", SHAPES["1x1"], torch.float16, prologue=True))
+    assert not ran
+
+
+def test_a_planned_gradient_runs_in_every_op_of_its_problem(monkeypatch):
+    """And is never replayed, for its descriptors hold addresses."""
+    _simulate(monkeypatch)
+    monkeypatch.setattr(experimental, "refuse", lambda *args: None)
+    planned = kernels.conv_config
+    gradient = lambda problem, arch: CONFIG if problem.op == "conv_dgrad" else planned(problem, arch)  # noqa: E731
+    monkeypatch.setattr(kernels, "conv_config", gradient)
+    ran = []
+    run = wgmma_dgrad.run
+    monkeypatch.setattr(wgmma_dgrad, "run", lambda *args: (ran.append(1), run(*args)))
+    for op in {parameter.values[0] for parameter in _variants()}:
+        a = sample(op, SHAPES["1x1"], torch.float16)
+        for _ in range(2):
+            kernels.checked(op)(*a)
+    assert len(ran) == 2 * len({parameter.values[0] for parameter in _variants()})

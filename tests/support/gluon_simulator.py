@@ -96,6 +96,9 @@ class Memory:
     def index(self, i):
         return self._view(self.data[int(i)])
 
+    def slice(self, start, length):
+        return self._view(self.data[start : start + length])
+
     def reshape(self, shape):
         view = self.data.reshape(shape)
         assert np.shares_memory(view, self.data)

@@ -70,6 +70,7 @@ def refuse(a: Any, config: ConvConfig) -> str | None:
         return f"{config.kernel} is written in Gluon, which Triton's interpreter does not run"
     record = next(record for record in OPS.values() if type(a) is record.args)
     problem, *_ = record.problems(a)
+    assert isinstance(problem.shape, ConvShape)
     if "prologue" in problem.flags:
         return _no_prologue(config)
     if getattr(a, "act", None) not in (None, "relu"):

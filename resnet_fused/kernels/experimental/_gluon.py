@@ -88,20 +88,8 @@ def affine(acc, scale, shift, n, K):
 
 
 @gluon.jit
-def pixels_of(
-    n0,
-    p0,
-    q0,
-    N,
-    P,
-    Q,
-    layout: gl.constexpr,
-    BOX_N: gl.constexpr,
-    BOX_P: gl.constexpr,
-    BOX_Q: gl.constexpr,
-):
-    """The index of each of a box's pixels in the output, and which are inside."""
-    m = gl.arange(0, BOX_N * BOX_P * BOX_Q, layout=layout)
+def pixels_of(m, n0, p0, q0, N, P, Q, BOX_P: gl.constexpr, BOX_Q: gl.constexpr):
+    """The index in the output of a box's pixels m, and which are inside."""
     n, p, q = n0 + m // (BOX_P * BOX_Q), p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
     return (n * P + p) * Q + q, (n < N) & (p < P) & (q < Q)
 
@@ -128,8 +116,8 @@ def store_statistics(
     """Row `row` of the statistics, of the pixels of a box that are inside the output: `store_tile_statistics` of values
     in fp16 or bf16.
     """
-    layout: gl.constexpr = gl.SliceLayout(1, value.type.layout)
-    _, inside = pixels_of(n0, p0, q0, N, P, Q, layout, BOX_N, BOX_P, BOX_Q)
+    m = gl.arange(0, BOX_N * BOX_P * BOX_Q, layout=gl.SliceLayout(1, value.type.layout))
+    _, inside = pixels_of(m, n0, p0, q0, N, P, Q, BOX_P, BOX_Q)
     pixels = gl.minimum(N - n0, BOX_N) * gl.minimum(P - p0, BOX_P) * gl.minimum(Q - q0, BOX_Q) * 1.0
     inverse = gl.cast(1.0 / pixels, gl.float64)
     inverse = inverse * (2.0 - gl.cast(pixels, gl.float64) * inverse)  # Newton's step, for a division in fp64

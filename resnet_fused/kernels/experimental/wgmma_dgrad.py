@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.experimental import adjoint, gradient_tiling
+from resnet_fused.kernels._dgrad import SUM_TILE
 from resnet_fused.kernels.experimental._gluon import (
     copy_in,
     copy_out,
@@ -31,6 +32,7 @@ from resnet_fused.kernels.experimental.wgmma import product
 @gluon.jit
 def _passes_bits(
     mask,
+    first,
     n0,
     h0,
     w0,
@@ -39,39 +41,42 @@ def _passes_bits(
     H,
     W,
     C,
-    BOX_N: gl.constexpr,
     BOX_P: gl.constexpr,
     BOX_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
+    ROWS: gl.constexpr,
     rows: gl.constexpr,
 ):
-    """A tile of the ReLU mask as `bn_apply` has stored it: a byte for the eight channels of a thread of the layout
-    `rows`. Nothing outside the image passes.
+    """ROWS pixels, from `first` on, of a tile of the ReLU mask as `bn_apply` has stored it: a byte for the eight
+    channels of a thread of the layout `rows`. Nothing outside the image passes.
     """
     octets: gl.constexpr = gl.BlockedLayout(
-        [1, 1, 8], [256 // BLOCK_N, BLOCK_N // 8, 1], [gl.num_warps(), 1, 1], [2, 1, 0]
+        [1, 1, 8], [4, 8, 1], [gl.num_warps() * 64 // BLOCK_N, BLOCK_N // 64, 1], [2, 1, 0]
     )
     bytes: gl.constexpr = gl.SliceLayout(2, octets)
-    pixel, inside = pixels_of(n0, h0, w0, N, H, W, gl.SliceLayout(1, bytes), BOX_N, BOX_P, BOX_Q)
+    m = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, bytes))
+    pixel, inside = pixels_of(m, n0, h0, w0, N, H, W, BOX_P, BOX_Q)
     octet = c0 // 8 + gl.arange(0, BLOCK_N // 8, layout=gl.SliceLayout(0, bytes))
     valid = inside[:, None] & (octet < C // 8)[None, :]
     byte = gl.load(mask + (pixel[:, None] * (C // 8) + octet[None, :]), mask=valid, other=0).to(gl.int32)
     lane = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, octets)))
     bit = (byte[:, :, None] >> lane[None, None, :]) & 1
-    return gl.convert_layout((bit != 0).reshape([BOX_N * BOX_P * BOX_Q, BLOCK_N]), rows)
+    return gl.convert_layout((bit != 0).reshape([ROWS, BLOCK_N]), rows)
 
 
 @gluon.jit
 def _vector(values, c, C):
-    """Of a tile's channels c."""
-    return gl.load(values + c, mask=c < C, other=0.0)
+    """Of a tile's channels c, as a row."""
+    return gl.load(values + c, mask=c < C, other=0.0)[None, :]
 
 
 @gluon.jit
-def _store_sum_xhat(to, row, dz, value, mean, invstd, c, C):
-    """sum(dz * (value - mean) * invstd) of a tile's channels c, over its pixels, to row `row`."""
-    total = gl.sum(dz * (value.to(gl.float32) - _vector(mean, c, C)[None, :]), axis=0)
-    gl.store(to + (row * C + c), total * _vector(invstd, c, C), mask=c < C)
+def _store_sum(total, factor, to, row, c, C):
+    """The sum over rows, times factor[c], to row `row`."""
+    value = gl.sum(total, axis=0)
+    if factor is not None:
+        value = value * gl.load(factor + c, mask=c < C, other=0.0)
+    gl.store(to + (row * C + c), value, mask=c < C)
 
 
 @gluon.jit
@@ -108,19 +113,20 @@ def _multiply(
     BOX_Q: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    ROWS: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
     """The warps that multiply, and finish and store every tile.
 
-    What needs vectors or bits of channels happens to the tile as it lies in shared memory, rounded: a thread then has
-    eight channels, not a quarter of them all, and a select before or after rounding is the same.
+    What needs vectors or bits of channels happens to the tile as it lies in shared memory, rounded, ROWS pixels at a
+    time: a thread then has eight channels, not a quarter of them all; a select before or after rounding is the same.
     """
     BLOCK_M: gl.constexpr = BOX_N * BOX_P * BOX_Q
     OPERANDS: gl.constexpr = (residual is not None) + (x is not None) + (shortcut is not None)
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BLOCK_N, 16]
     )
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_N, BLOCK_N // 8], [gl.num_warps(), 1], [1, 0])
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps() * 64 // BLOCK_N, BLOCK_N // 64], [1, 0])
     staged = gl.allocate_shared_memory(dx.dtype, dx.block_type.shape, dx.layout)
     tile_dx = staged.reshape([BLOCK_M, BLOCK_N])
     if x is not None:
@@ -154,40 +160,56 @@ def _multiply(
             tma.store_wait(pendings=0)
         at = (n0, h0, w0, c0, N, H, W, C)
         if residual_mask is not None:
-            passes = _passes_bits(residual_mask, *at, BOX_N, BOX_P, BOX_Q, BLOCK_N, rows)
-            tile_dx.store(gl.where(passes, tile_dx.load(rows), 0.0))
+            for first in gl.static_range(0, BLOCK_M, ROWS):
+                some = tile_dx.slice(first, ROWS)
+                passes = _passes_bits(residual_mask, first, *at, BOX_P, BOX_Q, BLOCK_N, ROWS, rows)
+                some.store(gl.where(passes, some.load(rows), 0.0))
         if residual is not None:
             acc = acc + tile_dx.load(layout).to(gl.float32)
         tile_dx.store(acc.to(dx.dtype))
+        fence_async_shared()  # what the warps wrote, before they join and the copy engine reads it
         if x is not None:
             c = c0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, rows))
-            dz = tile_dx.load(rows)
-            value = tile_x.load(rows)
-            _, inside = pixels_of(n0, h0, w0, N, H, W, gl.SliceLayout(1, rows), BOX_N, BOX_P, BOX_Q)
-            counts = inside[:, None]
             if mask is None:
-                factor, offset = _vector(scale, c, C)[None, :], _vector(shift, c, C)[None, :]
-                normalised = gl.fma(value.to(gl.float32), factor, offset).to(x.dtype)
-                passes = (normalised.to(gl.float32) <= 0.0) == 0  # a NaN does
-                dz = gl.where(passes, dz, 0.0)
-                tile_dx.store(dz)
-                if activation is not None:
-                    tile_x.store(gl.where(passes, normalised, 0.0))
-            else:
-                counts = _passes_bits(mask, *at, BOX_N, BOX_P, BOX_Q, BLOCK_N, rows)
+                factor, offset = _vector(scale, c, C), _vector(shift, c, C)
+            centre = _vector(mean, c, C)
+            total = gl.zeros([ROWS, BLOCK_N], gl.float32, rows)
+            total_x = gl.zeros([ROWS, BLOCK_N], gl.float32, rows)
             if shortcut is not None:
-                other = tile_shortcut.load(rows)
-        fence_async_shared()  # what the warps wrote, before the copy engine reads it
+                other_centre = _vector(shortcut_mean, c, C)
+                total_shortcut = gl.zeros([ROWS, BLOCK_N], gl.float32, rows)
+            for first in gl.static_range(0, BLOCK_M, ROWS):
+                dz = tile_dx.slice(first, ROWS).load(rows)
+                value = tile_x.slice(first, ROWS).load(rows).to(gl.float32)
+                if mask is None:
+                    normalised = gl.fma(value, factor, offset).to(x.dtype).to(gl.float32)
+                    activated = gl.where(normalised <= 0.0, 0.0, normalised)  # a NaN stays
+                    dz = gl.where(activated != 0.0, dz, 0.0)
+                    tile_dx.slice(first, ROWS).store(dz)
+                    if activation is not None:
+                        tile_x.slice(first, ROWS).store(activated.to(x.dtype))
+                    m = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows))
+                    _, inside = pixels_of(m, n0, h0, w0, N, H, W, BOX_P, BOX_Q)
+                    counts = inside[:, None]
+                else:
+                    counts = _passes_bits(mask, first, *at, BOX_P, BOX_Q, BLOCK_N, ROWS, rows)
+                dz = gl.where(counts, dz.to(gl.float32), 0.0)
+                total = total + dz
+                total_x = gl.fma(dz, value - centre, total_x)
+                if shortcut is not None:
+                    other = tile_shortcut.slice(first, ROWS).load(rows).to(gl.float32)
+                    total_shortcut = gl.fma(dz, other - other_centre, total_shortcut)
+            if mask is None:
+                fence_async_shared()
         copy_out(dx, [n0, h0, w0, c0], staged)
         if activation is not None:
             copy_out(activation, [n0, h0, w0, c0], staged_x)
         if x is not None:
             row = tile // gl.cdiv(C, BLOCK_N)
-            dz = gl.where(counts, dz.to(gl.float32), 0.0)
-            gl.store(sum_dx + (row * C + c), gl.sum(dz, axis=0), mask=c < C)
-            _store_sum_xhat(sum_dx_xhat, row, dz, value, mean, invstd, c, C)
+            _store_sum(total, None, sum_dx, row, c, C)
+            _store_sum(total_x, invstd, sum_dx_xhat, row, c, C)
             if shortcut is not None:
-                _store_sum_xhat(sum_dx_shortcut, row, dz, other, shortcut_mean, shortcut_invstd, c, C)
+                _store_sum(total_shortcut, shortcut_invstd, sum_dx_shortcut, row, c, C)
     tma.store_wait(pendings=0)
 
 
@@ -223,6 +245,7 @@ def _wgmma_dgrad_kernel(
     dilation_w,
     R: gl.constexpr,
     S: gl.constexpr,
+    ROWS: gl.constexpr,  # of pixels, of a step of the sums
     BOX_N: gl.constexpr,
     BOX_P: gl.constexpr,
     BOX_Q: gl.constexpr,
@@ -244,7 +267,7 @@ def _wgmma_dgrad_kernel(
             (_multiply, (residual, residual_mask, x, scale, shift, mean, invstd, mask, shortcut, shortcut_mean,
                          shortcut_invstd, dx, sum_dx, sum_dx_xhat, sum_dx_shortcut, activation,
                          a_slots, b_slots, empty, full, arrived, N, H, W, C, tiles, steps,
-                         BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
+                         BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, ROWS, SLOTS)),
             (produce, (dy, weight, a_slots, b_slots, empty, full, H, W, K, C, tiles, pad_h, pad_w,
                        dilation_h, dilation_w, R, S, False, True, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
         ],
@@ -279,4 +302,5 @@ def run(
     boxes = gradient_tiling(shape, config)
     given = (t if t is None or t.dim() < 4 else descriptor(t, boxes.y) for t in operands)
     arguments = (*given, descriptor(dx, boxes.y), *sums, descriptor(activation, boxes.y))
-    launch_boxes(_wgmma_dgrad_kernel, dy, krsc, arguments, adjoint(shape), boxes, config)
+    rows = min(config.block_m, SUM_TILE * config.num_warps // config.block_n)
+    launch_boxes(_wgmma_dgrad_kernel, dy, krsc, arguments, adjoint(shape), boxes, config, ROWS=rows)
