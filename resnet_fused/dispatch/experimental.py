@@ -18,7 +18,7 @@ ARCHITECTURES = {
     "tma_conv": (90, 100),  # any filter as boxes of pixels, one box a tap
     "tma_gemm_ws": (100,),  # the same, warp-specialised by the compiler
     "tma_conv_ws": (100,),
-    "wgmma_conv": (90,),  # Gluon: boxes by a producer warp, wgmma
+    "wgmma_conv": (90,),  # Gluon: boxes by a producer warp, wgmma; forward and data gradient
     "tcgen05_conv": (100,),  # Gluon: boxes by a producer warp, tcgen05 with the accumulator in tensor memory
 }
 KERNELS = tuple(ARCHITECTURES)
