@@ -71,8 +71,8 @@ class Tiles {
   template <int kRuns, int kHalves>
   void multiply(const Tile& tile) {
     const Conv& conv = tile.conv;
-    for (int run = 0; run < kRuns; run++)
-      for (int i = 0; i < length_; i++) fetch_result<Out>(tile, run, i);
+    Results<Out> results(tile, length_);
+    for (int i = 0; i < kRuns * length_; i++) results.fetch();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -61,17 +61,19 @@ struct Vectors {
                     ((tile.block * conv.r + part.r0) * words + part.k0) * kColumns;
     const auto* ahead = w + tile.halves_ahead * (part.r1 - part.r0) * length * (kColumns / 2);
     const auto* next = tile.next ? tile.next : reinterpret_cast<const char*>(w);
-    // Between steps some of the results' lines are asked for: all at once would hold up the weights.
+    // Between steps some of the results' lines are asked for: all at once would hold up the weights. A block that
+    // begins within a line is in one that the block before it asked for.
     constexpr int kPixels = kRuns * kLength;
+    const bool fetches = part.last && tile.block * kColumns * sizeof(Out) % 64 == 0;
     const int64_t step = std::min<int64_t>(length, 32), all_steps = (part.r1 - part.r0) * ((length + step - 1) / step);
-    int64_t steps = 0, fetched = part.last ? 0 : kPixels;
+    int64_t steps = 0, fetched = fetches ? 0 : kPixels;
+    Results<Out> results(tile, kLength);
     for (int64_t r = part.r0; r < part.r1; r++) {
       const char* x0 = tile.runs[0].x + r * tile.row_pitch;
       const char* x1 = tile.runs[1].x + r * tile.row_pitch;
       for (int64_t begin = 0; begin < length; begin += step) {
         const int64_t end = std::min(begin + step, length);
-        for (steps++; fetched * all_steps < steps * kPixels; fetched++)
-          fetch_result<Out>(tile, static_cast<int>(fetched / kLength), static_cast<int>(fetched % kLength));
+        for (steps++; fetched * all_steps < steps * kPixels; fetched++) results.fetch();
         const bool partial = kPartial && part.k0 + end == words;
         const auto multiply_word = [&](int32_t mask) __attribute__((always_inline)) {
           _mm_prefetch(ahead, _MM_HINT_T1);

@@ -52,16 +52,33 @@ inline void store(uint8_t* p, __m512 v, int32_t least, Which which = {}) {
 inline __m512 as_float(__m512 sum) { return sum; }
 inline __m512 as_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
 
-// Asks for what the epilogue of a pixel will read and write, while the sums are formed.
+// What the epilogue of a tile will read and write, asked for pixel by pixel while the sums are formed.
 template <class Out>
-inline void fetch_result(const Tile& tile, int run, int pixel) {
-  const Conv& c = tile.conv;
-  const int64_t at = ((tile.runs[run].pixel + pixel) * c.k + tile.block * kColumns) * sizeof(Out);
-  for (size_t line = 0; line < kColumns * sizeof(Out); line += 64) {
-    __builtin_prefetch(static_cast<char*>(c.y) + at + line, 1, 3);
-    if (c.residual) __builtin_prefetch(static_cast<const char*>(c.residual) + at + line, 0, 3);
+class Results {
+ public:
+  Results(const Tile& tile, int length) : step_(tile.conv.k * sizeof(Out)), left_(length) {
+    const Conv& c = tile.conv;
+    const int64_t column = tile.block * kColumns * static_cast<int64_t>(sizeof(Out));
+    y_ = static_cast<char*>(c.y) + tile.runs[0].pixel * step_ + column;
+    if (c.residual) residual_ = static_cast<const char*>(c.residual) + tile.runs[0].pixel * step_ + column;
+    jump_ = (tile.runs[1].pixel - tile.runs[0].pixel - length) * step_;
   }
-}
+
+  void fetch() {
+    for (size_t line = 0; line < kColumns * sizeof(Out); line += 64) {
+      __builtin_prefetch(y_ + line, 1, 3);
+      if (residual_) __builtin_prefetch(residual_ + line, 0, 3);
+    }
+    const int64_t step = --left_ == 0 ? step_ + jump_ : step_;
+    y_ += step;
+    if (residual_) residual_ += step;
+  }
+
+ private:
+  int64_t step_, jump_, left_;  // to the next pixel, more at the end of a run, pixels until then
+  char* y_;
+  const char* residual_ = nullptr;
+};
 
 template <class Out, class Last, int kPixels, int kVectors, class Sum>
 [[gnu::always_inline]] inline void finish(const Conv& c, int64_t pixel, int64_t column, Sum (&sums)[kPixels][kVectors],
@@ -125,7 +142,9 @@ template <class Out, int kPixels, int kVectors, class Sum>
   if (column + 16 * kVectors <= c.k) {
     finish<Out>(c, pixel, column, sums, All{});
   } else {
-    finish_some<Out>(c, pixel, column, sums);
+    Sum copy[kPixels][kVectors];  // so that the sums themselves may stay in registers
+    std::memcpy(copy, sums, sizeof(copy));
+    finish_some<Out>(c, pixel, column, copy);
   }
 }
 

@@ -5,7 +5,7 @@ of their boxes. Pure functions; nothing here is ever a default.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,10 +18,11 @@ ARCHITECTURES = {
     "tma_conv": (90, 100),  # any filter as boxes of pixels, one box a tap
     "tma_gemm_ws": (100,),  # the same, warp-specialised by the compiler
     "tma_conv_ws": (100,),
-    "wgmma_conv": (90,),  # Gluon: boxes by a producer warp, wgmma
+    "wgmma_conv": (90,),  # Gluon: boxes by a producer warp, wgmma; forward and data gradient
     "tcgen05_conv": (100,),  # Gluon: boxes by a producer warp, tcgen05 with the accumulator in tensor memory
 }
 KERNELS = tuple(ARCHITECTURES)
+GRADIENTS = ("wgmma_conv",)  # those that have the data gradient too
 DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # 16-bit elements in the 16 bytes to which every stride of a TMA descriptor is a multiple
 
@@ -102,8 +103,27 @@ def tiling(shape: ConvShape, config: ConvConfig) -> Tiling:
     )
 
 
-def refuse_shape(shape: ConvShape, dtype: torch.dtype, arch: int, config: ConvConfig) -> str | None:
-    """Why `config` cannot run a problem on an architecture, or None."""
+def adjoint(shape: ConvShape) -> ConvShape:
+    """The convolution of dy, under the filter turned around, that is the data gradient of one of stride 1."""
+    filter = zip((shape.r, shape.s), shape.padding, shape.dilation, strict=True)
+    pad_h, pad_w = (dilation * (size - 1) - pad for size, pad, dilation in filter)
+    n, k, p, q = shape.output
+    return ConvShape(n, k, p, q, shape.c, shape.r, shape.s, padding=(pad_h, pad_w), dilation=shape.dilation)
+
+
+def gradient_tiling(shape: ConvShape, config: ConvConfig) -> Tiling:
+    """`tiling` of the data gradient of a problem that `refuse_shape` does not refuse for it: x is dy, y is dx, and the
+    weight is read as it lies, [K, R*S*C], so that a box is block_k rows of block_n input channels of one tap.
+    """
+    columns = shape.r * shape.s * shape.c
+    weight = View((shape.k, columns), (columns, 1), (config.block_k, config.block_n))
+    return replace(tiling(adjoint(shape), config), weight=weight)
+
+
+def refuse_shape(
+    shape: ConvShape, dtype: torch.dtype, arch: int, config: ConvConfig, op: str = "conv_fprop"
+) -> str | None:
+    """Why `config` cannot run a problem of an op on an architecture, or None."""
     if config.kernel not in ARCHITECTURES:
         return f"no experimental kernel {config.kernel!r}; choose one of {', '.join(KERNELS)}"
     if arch not in ARCHITECTURES[config.kernel]:
@@ -117,13 +137,19 @@ def refuse_shape(shape: ConvShape, dtype: torch.dtype, arch: int, config: ConvCo
         return f"TMA needs channels in multiples of {ALIGNMENT}, got {shape.c} and {shape.k}"
     if min(shape.n, shape.p, shape.q) < 1:
         return f"nothing to compute: the output is {shape.n}x{shape.p}x{shape.q} pixels"
+    gradient = op == "conv_dgrad"
+    if gradient and config.kernel not in GRADIENTS:
+        return f"{config.kernel} has no data gradient; choose 'pointer' or one of {', '.join(GRADIENTS)}"
+    if gradient and shape.stride != (1, 1):
+        return f"{config.kernel} takes data gradients of stride 1, got {shape.stride}"
     unpadded_1x1 = (shape.r, shape.s, *shape.padding) == (1, 1, 0, 0)
     if config.kernel.startswith("tma_gemm"):
         if not unpadded_1x1 or shape.stride != (1, 1):
             return f"{config.kernel} is for 1x1 filters of stride 1 without padding"
         return None
-    if shape.c % config.block_k:
-        return f"{config.kernel} reduces {config.block_k} channels at a time, which does not divide {shape.c}"
+    reduced = shape.k if gradient else shape.c
+    if reduced % config.block_k:
+        return f"{config.kernel} reduces {config.block_k} channels at a time, which does not divide {reduced}"
     if (shape.r, shape.s) == (1, 1):
         return None if unpadded_1x1 else f"{config.kernel} takes 1x1 filters only without padding, got {shape.padding}"
     if shape.stride == (1, 1):
@@ -136,14 +162,16 @@ def refuse_shape(shape: ConvShape, dtype: torch.dtype, arch: int, config: ConvCo
     )
 
 
-def configurations(arch: int) -> list[ConvConfig]:
-    """Every candidate configuration of an architecture, with or without statistics: what `tune` measures and the
-    compile gate compiles.
+def configurations(arch: int, op: str = "conv_fprop") -> list[ConvConfig]:
+    """Every candidate configuration of an op on an architecture, forward with or without statistics: what `tune`
+    measures and the compile gate compiles.
     """
     # (block_m, block_n, block_k, num_warps, num_stages)
     small = (64, 64, 64, 4, 4)
     hopper = [(128, 128, 64, 4, 4), (128, 128, 64, 8, 4), (256, 64, 64, 8, 3), (128, 64, 64, 4, 4), small]
-    wgmma = [(128, 128, 64, 8, 4), (256, 64, 64, 8, 4), (128, 64, 64, 4, 6), (64, 64, 64, 4, 8)]
+    narrow = [(128, 64, 64, 4, 6), (64, 64, 64, 4, 8)]
+    wgmma = [(128, 128, 64, 8, 4), (256, 64, 64, 8, 4), *narrow]
+    gradient = [(128, 128, 64, 8, 4), (256, 64, 64, 8, 3), *narrow]  # with operands of the epilogue in shared memory
     blackwell = [(128, 128, 64, 8, 4), (128, 64, 64, 4, 4)]
     specialized = [(128, 128, 64, 8, 3), (128, 64, 64, 4, 4)]
     tiles = {
@@ -156,4 +184,6 @@ def configurations(arch: int) -> list[ConvConfig]:
             "tcgen05_conv": [(128, 128, 64, 8, 4), (128, 64, 64, 4, 6)],
         },
     }
+    if op == "conv_dgrad":
+        tiles = {90: {"wgmma_conv": gradient}}
     return [ConvConfig(*tile, kernel=kernel) for kernel, listed in tiles.get(arch, {}).items() for tile in listed]

@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.experimental import gradient_tiling
+from resnet_fused.kernels import experimental
 from resnet_fused.kernels._conv import (
     accumulator,
     add_product,
@@ -208,12 +210,19 @@ def run(
     groups, tf32 = a.groups, uses_tf32(dy.dtype)
     krsc = a.weight.contiguous(memory_format=torch.channels_last)
     dx = empty_nhwc(dy, *shape.image)
-    classes = shape.stride[0] * shape.stride[1]
-    pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
-    tiles = triton.cdiv(pixels, config.block_m) * classes
+    if config.kernel == "pointer":
+        classes = shape.stride[0] * shape.stride[1]
+        pixels = shape.n * triton.cdiv(shape.h, shape.stride[0]) * triton.cdiv(shape.w, shape.stride[1])
+        tiles = triton.cdiv(pixels, config.block_m) * classes
+    else:
+        tiles = gradient_tiling(shape, config).tiles
     # The sums of tiles, to be added in a fixed order.
     count = 0 if a.x is None else 2 if getattr(a, "shortcut", None) is None else 3
     partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(count)]
+    sums = (*partials, *(None,) * (3 - count))
+    if config.kernel != "pointer":
+        experimental.conv_dgrad(dy, krsc, operands, dx, sums, activation, shape, config)
+        return dx, *partials
     masks = a.x is not None and isinstance(a, Args)  # with the ReLU recomputed from x
     epilogue = apply_relu_mask if masks else no_gradient_epilogue if a.residual is None else add_residual
     group_inputs, group_outputs = shape.c // groups, shape.k // groups
@@ -225,8 +234,7 @@ def run(
         krsc,
         *operands,
         dx,
-        *partials,
-        *(None,) * (3 - count),
+        *sums,
         activation,
         shape.n,
         shape.h,

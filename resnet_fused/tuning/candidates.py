@@ -82,12 +82,12 @@ def configurations(problem: Problem, arch: int, quick: bool = False, residual: b
     every += [config for config in more if config.block_m * config.block_n < 128 * 256 or not residual]
     _, outputs = conv.channels_of(problem.op, shape)
     every = [c for c in every if _promises(c, first) and c.block_n <= max(16, conv.next_power_of_2(outputs))]
-    if problem.op in ("conv_fprop", "conv_fprop_stats") and not flags:
-        listed = experimental.configurations(arch)
+    if problem.op in conv.CONFIGURATIONS and not flags:
+        listed = experimental.configurations(arch, problem.op)
         product = (shape.r, shape.s, shape.stride) == (1, 1, (1, 1))  # which boxes of pixels would only cut up
         listed = [c for c in listed if not (product and c.kernel.startswith("tma_conv"))]
-        listed = [c for c in listed if c.block_n <= max(64, shape.k)]
-        every += [c for c in listed if experimental.refuse_shape(shape, problem.dtype, arch, c) is None]
+        listed = [c for c in listed if c.block_n <= max(64, outputs)]
+        every += [c for c in listed if experimental.refuse_shape(shape, problem.dtype, arch, c, problem.op) is None]
     return list(dict.fromkeys([first, *every]))
 
 

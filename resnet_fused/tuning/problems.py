@@ -118,7 +118,8 @@ def wrapping_images(problem: Problem, choice: Choice, arch: int) -> int:
     if config is None or config.kernel == "pointer" or not isinstance(shape, ConvShape):
         return 1
     tiles = TILES_PROVEN * MULTIPROCESSORS[arch]
-    return cdiv(tiles * config.block_m * config.block_n, shape.p * shape.q * shape.k)
+    size = shape.h * shape.w * shape.c if problem.op == "conv_dgrad" else shape.p * shape.q * shape.k
+    return cdiv(tiles * config.block_m * config.block_n, size)
 
 
 def parts(network: Network, mode: str, batch: int, dtype: torch.dtype, arch: int, tf32: bool) -> list[Job]:

@@ -10,13 +10,16 @@ of products.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
+import re
 import threading
 from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 
 
 class Tensor(np.ndarray):
@@ -27,8 +30,8 @@ class Tensor(np.ndarray):
         return SimpleNamespace(layout=None)
 
     def to(self, dtype):
-        if str(dtype) in ("fp64", "fp32"):
-            return self.astype({"fp64": np.float64, "fp32": np.float32}[dtype]).view(Tensor)
+        if str(dtype) in ("fp64", "fp32", "int32"):
+            return self.astype({"fp64": np.float64, "fp32": np.float32, "int32": np.int32}[dtype]).view(Tensor)
         return self.astype(np.float16).astype(np.float32).view(Tensor) if "16" in str(dtype) else self
 
 
@@ -75,6 +78,10 @@ class Descriptor:
             self.array[target] = box[inside]
 
 
+def descriptor(tensor, view):
+    return None if tensor is None else Descriptor(tensor, view)
+
+
 class Memory:
     """Shared or tensor memory, or a view of it."""
 
@@ -88,6 +95,9 @@ class Memory:
 
     def index(self, i):
         return self._view(self.data[int(i)])
+
+    def slice(self, start, length):
+        return self._view(self.data[start : start + length])
 
     def reshape(self, shape):
         view = self.data.reshape(shape)
@@ -319,7 +329,7 @@ class Machine:
 
         def load(pointer, mask, other):
             values = np.where(mask, pointer.values[np.where(mask, pointer.at, 0)], other)
-            return _tensor(values)
+            return values.astype(pointer.values.dtype).view(Tensor)
 
         def store(pointer, value, mask=True):
             at, value, mask = np.broadcast_arrays(pointer.at, value, mask)
@@ -328,6 +338,7 @@ class Machine:
         gl = SimpleNamespace(
             float32="fp32",
             float64="fp64",
+            int32="int32",
             int64="int64",
             constexpr=lambda value: value,
             program_id=lambda axis: self.program,
@@ -342,11 +353,14 @@ class Machine:
             minimum=min,
             cast=lambda value, dtype: np.float64(value),
             sum=lambda value, axis: value.sum(axis),
+            fma=lambda a, b, c: (np.float64(a) * b + c).astype(np.float32).view(Tensor),
+            convert_layout=lambda value, layout: value,
             static_range=range,
             allocate_shared_memory=self.allocate,
             warp_specialize=lambda roles, warps, registers: self.run_roles(roles),
             NVMMADistributedLayout=lambda **options: None,
             SliceLayout=lambda dim, parent: None,
+            BlockedLayout=lambda *sizes: None,
         )
         mbarrier = SimpleNamespace(
             MBarrierLayout=lambda: None,
@@ -384,7 +398,7 @@ def run(modules, kernel, programs, arguments, constants, seed=0):
         seed: of the schedule.
     """
     arguments = [
-        Pointer((a.float() if a.element_size() < 4 else a).numpy().reshape(-1)) if hasattr(a, "numpy") else a
+        Pointer((a.float() if a.dtype == torch.bfloat16 else a).numpy().reshape(-1)) if hasattr(a, "numpy") else a
         for a in arguments
     ]
     before = [(module, dict(vars(module))) for module in modules]
@@ -403,3 +417,16 @@ def run(modules, kernel, programs, arguments, constants, seed=0):
         for module, original in before:
             for name, value in original.items():
                 setattr(module, name, value)
+
+
+def broken(module, pattern, replacement, folder):
+    """A module in which the first match of a pattern is replaced."""
+    with open(module.__file__) as file:
+        source, count = re.subn(pattern, replacement, file.read(), count=1)
+    assert count == 1, "nothing to break"
+    path = folder / "broken.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location("broken", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

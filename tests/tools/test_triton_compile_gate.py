@@ -96,7 +96,7 @@ for defined in (False, True):
     assert done.stdout.splitlines() == ["[]", "['serialised wgmma']"]
 
 
-@pytest.mark.parametrize("kernel, arch", [("wgmma_conv", "90"), ("tcgen05_conv", "100")])
+@pytest.mark.parametrize("kernel, arch", [("wgmma_conv", "90"), ("wgmma_dgrad", "90"), ("tcgen05_conv", "100")])
 @pytest.mark.larger
 def test_the_experimental_kernels_are_what_they_should_be(kernel, arch, tmp_path):
     """And the rows that the documentation is made of say so."""

@@ -11,6 +11,7 @@ import resnet_fused
 from resnet_fused import cli, dispatch, ops
 from resnet_fused._command import UsageError, seconds
 from resnet_fused.dispatch import choice as plans
+from resnet_fused.dispatch import experimental
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
@@ -22,7 +23,7 @@ from resnet_fused.tuning import candidates as candidate_list
 from resnet_fused.tuning import device_worker as device_process
 from resnet_fused.tuning import search as tune_search
 from resnet_fused.tuning.candidates import candidates, configurations
-from resnet_fused.tuning.problems import Job, also, blocks, jobs
+from resnet_fused.tuning.problems import Job, also, blocks, jobs, wrapping_images
 from resnet_fused.tuning.report import REHEARSAL
 
 CPU = torch.device("cpu")
@@ -264,6 +265,22 @@ def test_experimental_formulations_compete_where_they_can_run():
     assert {config.kernel for config in configurations(pointwise.problem, 80)} == {"pointer"}
     behind = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.flags == ("prologue",))
     assert {config.kernel for config in configurations(behind.problem, 90)} == {"pointer"}
+
+
+def test_the_gluon_gradient_competes_where_it_can_run():
+    job = next(j for j in tiny_jobs(torch.bfloat16, 90) if j.problem.op == "conv_dgrad" and j.epilogue)
+    shape = dataclasses.replace(job.problem.shape, c=64, k=64, stride=(1, 1))
+    problem = dataclasses.replace(job.problem, shape=shape)
+    gluon = experimental.configurations(90, "conv_dgrad")
+    assert [c for c in configurations(problem, 90) if c.kernel != "pointer"] == [c for c in gluon if c.block_n <= 64]
+    for changes in ({"stride": (2, 2)}, {"k": 40}):
+        other = dataclasses.replace(problem, shape=dataclasses.replace(shape, **changes))
+        assert {config.kernel for config in configurations(other, 90)} == {"pointer"}
+    behind = dataclasses.replace(problem, flags=("prologue",))
+    assert {config.kernel for config in configurations(behind, 90)} == {"pointer"}
+    # Every program computes several tiles of the image.
+    images = wrapping_images(problem, Choice("triton", gluon[0]), 90)
+    assert images * shape.h * shape.w * shape.c >= 3 * 132 * gluon[0].block_m * gluon[0].block_n
 
 
 @pytest.mark.skipif(not ops.available("triton", "cpu"), reason="Triton does not interpret here")

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_fused.dispatch.conv import ConvConfig
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape
 from resnet_fused.dispatch.device import arch
-from resnet_fused.dispatch.experimental import KERNELS, refuse_shape, tiling
+from resnet_fused.dispatch.experimental import GRADIENTS, KERNELS, refuse_shape, tiling
 from resnet_fused.kernels._launch import INTERPRETED, empty_nhwc, refuse_device
 from resnet_fused.ops import conv_fprop as plain
 from resnet_fused.ops import conv_fprop_stats as stats
+from resnet_fused.ops.registry import OPS
 
 _MODULES = {
     "tma_gemm": "tma",
@@ -30,9 +32,12 @@ _MODULES = {
 }
 
 
+GRADIENT = "_dgrad"  # behind the name of a module, that of its data gradient
+
+
 @functools.cache
-def _module(kernel: str) -> Any:
-    return importlib.import_module(f"resnet_fused.kernels.experimental.{_MODULES[kernel]}")
+def _module(kernel: str, which: str = "") -> Any:
+    return importlib.import_module(f"resnet_fused.kernels.experimental.{_MODULES[kernel]}{which}")
 
 
 @functools.cache
@@ -42,6 +47,8 @@ def available(kernel: str) -> str | None:
         return f"no experimental kernel {kernel!r}; choose one of {', '.join(KERNELS)}"
     try:
         _module(kernel)
+        if kernel in GRADIENTS:
+            _module(kernel, GRADIENT)
     except Exception as error:  # an experimental API may be missing, renamed or broken in any way
         import triton
 
@@ -49,32 +56,33 @@ def available(kernel: str) -> str | None:
     return None
 
 
-Forward = plain.Args | stats.Args  # the arguments of `conv_fprop`, or of `conv_fprop_stats`
+_COPIED = ("x", "dy", "weight", "residual", "shortcut")  # by TMA: operands of all these ops, by their names
 
 
-def refuse(a: Forward, config: ConvConfig) -> str | None:
-    """Why the formulation of `config` cannot run on arguments that the op's own launcher accepts, or None."""
-    reason = available(config.kernel) or refuse_device(a.x.device)
+def refuse(a: Any, config: ConvConfig) -> str | None:
+    """Why the formulation of `config` cannot run the first convolution of an op on arguments, as its record has them,
+    that the op's own launcher accepts, or None.
+    """
+    reason = available(config.kernel) or refuse_device(a[0].device)
     if reason is not None:
         return reason
     if INTERPRETED and not config.kernel.startswith("tma"):
         return f"{config.kernel} is written in Gluon, which Triton's interpreter does not run"
-    if isinstance(a, stats.Args):
-        shape, operands = stats.conv_shape(a), {"x": a.x, "weight": a.weight}
-        if a.x_scale is not None:
-            return _no_prologue(config)
-    else:
-        shape, operands = plain.conv_shape(a), {"x": a.x, "weight": a.weight}
-        if a.residual is not None:
-            operands["residual"] = a.residual
-        if a.act not in (None, "relu"):
-            return f"the formulation {config.kernel!r} has no {a.act}; choose 'pointer'"
+    record = next(record for record in OPS.values() if type(a) is record.args)
+    problem, *_ = record.problems(a)
+    assert isinstance(problem.shape, ConvShape)
+    if "prologue" in problem.flags:
+        return _no_prologue(config)
+    if getattr(a, "act", None) not in (None, "relu"):
+        return f"the formulation {config.kernel!r} has no {a.act}; choose 'pointer'"
     # The interpreter copies boxes on any machine.
-    reason = refuse_shape(shape, a.x.dtype, 90 if INTERPRETED else arch(a.x.device), config)
+    capability = 90 if INTERPRETED else arch(a[0].device)
+    reason = refuse_shape(problem.shape, problem.dtype, capability, config, problem.op)
     if reason is not None:
         return reason
-    for name, tensor in operands.items():
-        if tensor.data_ptr() % 16:
+    for name in _COPIED:
+        tensor = getattr(a, name, None)
+        if tensor is not None and tensor.data_ptr() % 16:
             return f"TMA needs tensors that start at a multiple of 16 bytes, {name} starts at {tensor.data_ptr():#x}"
     return None
 
@@ -105,4 +113,23 @@ def conv_fprop_stats(a: stats.Args, config: ConvConfig) -> stats.Out:
     return stats.Out(y, mean, m2, count)
 
 
-__all__ = ["KERNELS", "available", "conv_fprop", "conv_fprop_stats", "refuse"]
+def conv_dgrad(
+    dy: Tensor,
+    krsc: Tensor,
+    operands: Sequence[Tensor | None],
+    dx: Tensor,
+    sums: Sequence[Tensor | None],
+    activation: Tensor | None,
+    shape: ConvShape,
+    config: ConvConfig,
+) -> None:
+    """Launch `kernels.conv_dgrad.run` likewise, with a row of sums for each of the boxes that
+    `dispatch.experimental.gradient_tiling` cuts the image into.
+    """
+    dy_x, _, *others = operands
+    if dy_x is not None:
+        raise ValueError(f"conv_dgrad: {_no_prologue(config)}")
+    _module(config.kernel, GRADIENT).run(dy, krsc, others, dx, sums, activation, shape, config)
+
+
+__all__ = ["KERNELS", "available", "conv_dgrad", "conv_fprop", "conv_fprop_stats", "refuse"]

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape
-from resnet_fused.dispatch.experimental import View, tiling
+from resnet_fused.dispatch.experimental import Tiling, View, tiling
 from resnet_fused.kernels.experimental._grid import launch
 
 # Renamed after Triton 3.6.
@@ -26,8 +26,10 @@ copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
-    """A host descriptor of `view`, whose boxes lie in shared memory as wgmma and tcgen05 read them."""
+def descriptor(tensor: Tensor | None, view: View) -> TensorDescriptor | None:
+    """A host descriptor of `view`, whose boxes lie in shared memory as wgmma and tcgen05 read them; None of None."""
+    if tensor is None:
+        return None
     layout = gl.NVMMASharedLayout.get_default_for(list(view.box), _TYPES[tensor.dtype])
     return TensorDescriptor(tensor, list(view.shape), list(view.strides), list(view.box), layout)
 
@@ -60,6 +62,22 @@ def advance(slot, phase, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def ring(x, weight, SLOTS: gl.constexpr):
+    """SLOTS slots of shared memory through which operands pass, and their barriers, of one arrival each: empty[i], by
+    what multiplies, says that slot i has been multiplied; full[i], with the bytes of both copies, that it holds
+    operands.
+    """
+    a_slots = gl.allocate_shared_memory(x.dtype, [SLOTS] + x.block_type.shape, x.layout)
+    b_slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(full.index(i), count=1)
+    return a_slots, b_slots, empty, full
+
+
+@gluon.jit
 def affine(acc, scale, shift, n, K):
     """scale[n] * acc + shift[n], for a tile's columns n."""
     if scale is not None:
@@ -67,6 +85,13 @@ def affine(acc, scale, shift, n, K):
     if shift is not None:
         acc = acc + gl.load(shift + n, mask=n < K, other=0.0).to(gl.float32)[None, :]
     return acc
+
+
+@gluon.jit
+def pixels_of(m, n0, p0, q0, N, P, Q, BOX_P: gl.constexpr, BOX_Q: gl.constexpr):
+    """The index in the output of a box's pixels m, and which are inside."""
+    n, p, q = n0 + m // (BOX_P * BOX_Q), p0 + m // BOX_Q % BOX_P, q0 + m % BOX_Q
+    return (n * P + p) * Q + q, (n < N) & (p < P) & (q < Q)
 
 
 @gluon.jit
@@ -92,7 +117,7 @@ def store_statistics(
     in fp16 or bf16.
     """
     m = gl.arange(0, BOX_N * BOX_P * BOX_Q, layout=gl.SliceLayout(1, value.type.layout))
-    inside = (n0 + m // (BOX_P * BOX_Q) < N) & (p0 + m // BOX_Q % BOX_P < P) & (q0 + m % BOX_Q < Q)
+    _, inside = pixels_of(m, n0, p0, q0, N, P, Q, BOX_P, BOX_Q)
     pixels = gl.minimum(N - n0, BOX_N) * gl.minimum(P - p0, BOX_P) * gl.minimum(Q - q0, BOX_Q) * 1.0
     inverse = gl.cast(1.0 / pixels, gl.float64)
     inverse = inverse * (2.0 - gl.cast(pixels, gl.float64) * inverse)  # Newton's step, for a division in fp64
@@ -123,6 +148,7 @@ def produce(
     R: gl.constexpr,
     S: gl.constexpr,
     STRIDE2: gl.constexpr,
+    GRADIENT: gl.constexpr,
     BOX_N: gl.constexpr,
     BOX_P: gl.constexpr,
     BOX_Q: gl.constexpr,
@@ -130,7 +156,8 @@ def produce(
     BLOCK_K: gl.constexpr,
     SLOTS: gl.constexpr,
 ):
-    """The warp that copies: for every tile, tap and BLOCK_K channels, a box of pixels and a box of weights.
+    """The warp that copies: for every tile, tap and BLOCK_K channels, a box of pixels and a box of weights; of a
+    GRADIENT those of the convolution itself, [C, R*S*K], from the last tap to the first.
 
     A slot's first use does not wait: an mbarrier that no phase has completed counts as one whose phase 1 has.
     """
@@ -152,7 +179,10 @@ def produce(
                 copy_in(x, at, ready, a_slots.index(slot))
             else:
                 copy_in(x, [n0, p0 + h, q0 + w, c], ready, a_slots.index(slot))
-            copy_in(weight, [k0, tap * C + c], ready, b_slots.index(slot))
+            if GRADIENT:
+                copy_in(weight, [c, (R * S - 1 - tap) * K + k0], ready, b_slots.index(slot))
+            else:
+                copy_in(weight, [k0, tap * C + c], ready, b_slots.index(slot))
             slot, phase = advance(slot, phase, SLOTS)
 
 
@@ -171,18 +201,29 @@ def run_conv(
 ) -> None:
     """Write y, and statistics = (mean, m2, count) if they are not None, by a Gluon kernel; all take these arguments."""
     boxes = tiling(shape, config)
+    vectors = (scale, shift, descriptor(residual, boxes.y), descriptor(y, boxes.y), *statistics)
+    launch_boxes(kernel, x, krsc, vectors, shape, boxes, config, STRIDE2=boxes.stride2, ACTIVATE=relu)
+
+
+def launch_boxes(
+    kernel: Any,
+    x: Tensor,
+    krsc: Tensor,
+    arguments: tuple[Any, ...],
+    shape: ConvShape,
+    boxes: Tiling,
+    config: ConvConfig,
+    **constants: Any,
+) -> None:
+    """Launch a Gluon kernel: descriptors of x and weight, its own arguments, then the sizes of a forward problem."""
     tiles = boxes.tiles * triton.cdiv(shape.k, config.block_n)
     launch(
         kernel,
         x,
         tiles,
-        _descriptor(x, boxes.x),
-        _descriptor(krsc, boxes.weight),
-        scale,
-        shift,
-        None if residual is None else _descriptor(residual, boxes.y),
-        _descriptor(y, boxes.y),
-        *statistics,
+        descriptor(x, boxes.x),
+        descriptor(krsc, boxes.weight),
+        *arguments,
         *boxes.grid,
         shape.c,
         shape.k,
@@ -191,8 +232,7 @@ def run_conv(
         *shape.dilation,
         R=shape.r,
         S=shape.s,
-        STRIDE2=boxes.stride2,
-        ACTIVATE=relu,
+        **constants,
         BOX_N=boxes.box[0],
         BOX_P=boxes.box[1],
         BOX_Q=boxes.box[2],

@@ -29,6 +29,7 @@ from resnet_fused.kernels.experimental._gluon import (
     copy_out,
     place,
     produce,
+    ring,
     run_conv,
     store_statistics,
 )
@@ -175,24 +176,16 @@ def _tcgen05_conv_kernel(
     """y[n, p, q, k] = act(scale[k] * sum over (r, s, c) of x[n, p + r, q + s, c] * weight[k, r, s, c] + shift[k] +
     residual[n, p, q, k]), where x starts at minus the padding.
 
-    Operands pass through SLOTS slots of shared memory, results through two accumulators in tensor memory. Barriers,
-    each of one arrival: full[i], by the copies: slot i holds operands; empty[i], by the product: they have been
-    multiplied; done[j], by all products of a tile: accumulator j holds it; free[j], by the warps that finish: they have
-    loaded it.
+    Operands pass through a `ring`, results through two accumulators in tensor memory. Barriers, each of one arrival:
+    done[j], by all products of a tile: accumulator j holds it; free[j], by the warps that finish: they have loaded it.
     """
     BLOCK_M: gl.constexpr = BOX_N * BOX_P * BOX_Q
-    a_slots = gl.allocate_shared_memory(x.dtype, [SLOTS] + x.block_type.shape, x.layout)
-    b_slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
+    a_slots, b_slots, empty, full = ring(x, weight, SLOTS)
     tensor_memory: gl.constexpr = TensorMemoryLayout([BLOCK_M, BLOCK_N], col_stride=1)
     accumulators = allocate_tensor_memory(gl.float32, [ACCUMULATORS, BLOCK_M, BLOCK_N], tensor_memory)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [ACCUMULATORS, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [ACCUMULATORS, 1], mbarrier.MBarrierLayout())
     arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(empty.index(i), count=1)
-        mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(ACCUMULATORS):
         mbarrier.init(free.index(i), count=1)
         mbarrier.init(done.index(i), count=1)
@@ -207,7 +200,7 @@ def _tcgen05_conv_kernel(
             (_multiply, (a_slots, b_slots, empty, full, accumulators, free, done, tiles, steps,
                          BLOCK_M, BLOCK_K, SLOTS)),
             (produce, (x, weight, a_slots, b_slots, empty, full, P, Q, C, K, tiles, pad_h, pad_w,
-                       dilation_h, dilation_w, R, S, STRIDE2, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
+                       dilation_h, dilation_w, R, S, STRIDE2, False, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
         ],
         [1, 1],  # warps of the second role and those after it,
         [24, 24],  # and their registers

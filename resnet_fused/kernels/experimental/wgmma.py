@@ -25,9 +25,47 @@ from resnet_fused.kernels.experimental._gluon import (
     copy_out,
     place,
     produce,
+    ring,
     run_conv,
     store_statistics,
 )
+
+
+@gluon.jit
+def product(
+    a_slots,
+    b_slots,
+    empty,
+    full,
+    slot,
+    phase,
+    steps,
+    layout: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    GRADIENT: gl.constexpr,
+    SLOTS: gl.constexpr,
+):
+    """The sums of a tile, from `steps` slots on; and the slot behind them, with its phase."""
+    acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
+    previous = slot
+    for step in range(steps):
+        mbarrier.wait(full.index(slot), phase)
+        a = a_slots.index(slot).reshape([BLOCK_M, BLOCK_K])
+        b = b_slots.index(slot)
+        if not GRADIENT:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        # All products but the one just issued are done, so the slot before is free. The compiler joins the warps
+        # before one thread of them arrives: without that, another warp group might still be reading.
+        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+        mbarrier.arrive(empty.index(previous), count=1, pred=step > 0)
+        previous = slot
+        slot, phase = advance(slot, phase, SLOTS)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    mbarrier.arrive(empty.index(previous), count=1)
+    return acc, slot, phase
 
 
 @gluon.jit
@@ -74,20 +112,9 @@ def _multiply(
             tma.store_wait(pendings=0)
             mbarrier.expect(arrived, residual.block_type.nbytes)
             copy_in(residual, [n0, p0, q0, k0], arrived, staged)
-        acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout)
-        previous = slot
-        for step in range(steps):
-            mbarrier.wait(full.index(slot), phase)
-            a = a_slots.index(slot).reshape([BLOCK_M, BLOCK_K])
-            acc = warpgroup_mma(a, b_slots.index(slot).permute((1, 0)), acc, is_async=True)
-            # All products but the one just issued are done, so the slot before is free. The compiler joins the warps
-            # before one thread of them arrives: without that, another warp group might still be reading.
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            mbarrier.arrive(empty.index(previous), count=1, pred=step > 0)
-            previous = slot
-            slot, phase = advance(slot, phase, SLOTS)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.arrive(empty.index(previous), count=1)
+        acc, slot, phase = product(
+            a_slots, b_slots, empty, full, slot, phase, steps, layout, BLOCK_M, BLOCK_N, BLOCK_K, False, SLOTS
+        )
         k = k0 + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
         acc = affine(acc, scale, shift, k, K)
         if residual is not None:
@@ -144,18 +171,9 @@ def _wgmma_conv_kernel(
 ):
     """y[n, p, q, k] = act(scale[k] * sum over (r, s, c) of x[n, p + r, q + s, c] * weight[k, r, s, c] + shift[k] +
     residual[n, p, q, k]), where x starts at minus the padding.
-
-    Operands pass through SLOTS slots of shared memory. Barrier full[i]: one arrival, with the bytes of both copies,
-    says that slot i holds operands; empty[i]: one arrival says that they have been multiplied.
     """
-    a_slots = gl.allocate_shared_memory(x.dtype, [SLOTS] + x.block_type.shape, x.layout)
-    b_slots = gl.allocate_shared_memory(weight.dtype, [SLOTS] + weight.block_type.shape, weight.layout)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    a_slots, b_slots, empty, full = ring(x, weight, SLOTS)
     arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(empty.index(i), count=1)
-        mbarrier.init(full.index(i), count=1)
     mbarrier.init(arrived, count=1)
     fence_async_shared()  # the initialised barriers, before a copy signals one
     steps = R * S * (C // BLOCK_K)
@@ -165,7 +183,7 @@ def _wgmma_conv_kernel(
             (_multiply, (scale, shift, residual, y, mean, m2, count, a_slots, b_slots, empty, full, arrived,
                          N, P, Q, K, tiles, steps, ACTIVATE, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
             (produce, (x, weight, a_slots, b_slots, empty, full, P, Q, C, K, tiles, pad_h, pad_w,
-                       dilation_h, dilation_w, R, S, STRIDE2, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
+                       dilation_h, dilation_w, R, S, STRIDE2, False, BOX_N, BOX_P, BOX_Q, BLOCK_N, BLOCK_K, SLOTS)),
         ],
         [1],  # warps of the second role and those after it,
         [24],  # and their registers

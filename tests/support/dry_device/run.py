@@ -20,7 +20,10 @@ from dry_device import dry_device, jitted
 from resnet_fused import freeze, fuse, kernels, use_backend
 from resnet_fused.dispatch.conv import ConvConfig, ConvShape, conv_fprop_heuristic
 from resnet_fused.dispatch.experimental import configurations, refuse_shape
+from resnet_fused.kernels import conv_dgrad as dgrad
+from resnet_fused.ops import conv_dgrad, conv_dgrad_join
 from resnet_fused.ops.conv_fprop import Args
+from resnet_fused.ops.operands import Operands
 
 NHWC = torch.channels_last
 
@@ -63,6 +66,8 @@ def boxes() -> list[str]:
         for config in configurations(_arch()):
             if refuse_shape(shape, torch.bfloat16, _arch(), config) is None:
                 refused += _attempt(str(config), lambda shape=shape, config=config: _forward(shape, config))
+        for config in configurations(_arch(), "conv_dgrad"):
+            refused += _attempt(str(config), lambda shape=shape, config=config: _backward(shape, config))
     return refused
 
 
@@ -83,6 +88,15 @@ def _forward(shape: ConvShape, config: ConvConfig) -> object:
     shift = torch.empty(s.k, device="meta")
     a = Args(x, weight, None, shift, None, s.stride, s.padding, s.dilation, 1, "relu")
     return kernels.run("conv_fprop", a, config)
+
+
+def _backward(shape: ConvShape, config: ConvConfig) -> None:
+    """The data gradient alone, behind a batch norm with the activation written, and behind a block's end."""
+    make = Operands(torch.device("meta"), torch.bfloat16)
+    norm = conv_dgrad.case(make, shape, epilogue="batch norm")
+    dgrad.run(norm, shape, config, make.activation(*shape.image))
+    dgrad.run(conv_dgrad_join.case(make, shape, epilogue="masked residual"), shape, config)
+    dgrad.run(conv_dgrad.case(make, shape), shape, config)
 
 
 def _attempt(label: str, run: Callable[[], object]) -> list[str]:
