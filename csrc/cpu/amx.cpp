@@ -33,7 +33,7 @@ class Tiles {
   static constexpr int kRun = 16;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = 64;
   static constexpr int64_t kPartWords = int64_t{1} << 32;  // sums do not leave their tiles
-  static constexpr bool kByTap = false;
+  static constexpr bool kByTap = false, kByRow = false;
 
   ~Tiles() {
     if (length_ != 0) _tile_release();

@@ -40,7 +40,7 @@ struct Vectors {
   static constexpr int kRun = 7;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
   static constexpr int64_t kPartWords = 512;  // longer sums lose digits
-  static constexpr bool kByTap = false;
+  static constexpr bool kByTap = false, kByRow = true;
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
     const bool partial = kInBytes == 2 && tile.conv.s * tile.conv.c % 2 != 0;

@@ -14,7 +14,7 @@ struct Groups {
   static constexpr int kRun = 7;
   static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
   static constexpr int64_t kPartWords = int64_t{1} << 32;  // sums do not leave their registers
-  static constexpr bool kByTap = true;
+  static constexpr bool kByTap = true, kByRow = true;
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
     const bool several = tile.conv.k / (tile.conv.c / tile.conv.group) < 16;
@@ -40,13 +40,14 @@ struct Groups {
     const int64_t column = tile.block * kColumns + half * 16;
     const int64_t words = c.group * kInBytes / kWord, outputs = c.k / (c.c / c.group);
     const int64_t first = column / outputs * c.group * kInBytes;
-    const auto* w = static_cast<const int32_t*>(c.weight) + tile.block * c.r * c.s * words * kColumns + half * 16;
+    const auto* w = static_cast<const int32_t*>(c.weight) +
+                    (tile.block * c.r + tile.part.r0) * c.s * words * kColumns + half * 16;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     // In each lane the first word of its group: both are powers of two.
     const __m512i groups = _mm512_srli_epi32(lanes, __builtin_ctzll(outputs));
     const __m512i begin = _mm512_slli_epi32(groups, __builtin_ctzll(words));
     typename Product::Sum sums[kRuns][kLength][1] = {};
-    for (int64_t r = 0; r < c.r; r++)
+    for (int64_t r = tile.part.r0; r < tile.part.r1; r++)
       for (int64_t s = 0; s < c.s; s += kTaps, w += (kTaps - 1) * words * kColumns) {
         const int64_t tap = r * tile.row_pitch + s * tile.tap_pitch + first;
         const char *x0 = tile.runs[0].x + tap, *x1 = tile.runs[1].x + tap;

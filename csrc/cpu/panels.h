@@ -5,16 +5,19 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "conv.h"
 
 namespace resnet_fused::cpu {
 
-// Neighbouring pixels of an output row: what the first one reads first, and its number.
+// Neighbouring pixels of an output row: what the first one reads first, its number, and the rows [r0, r1) of the filter
+// that are to be multiplied: the others read zeros alone.
 struct Run {
   const char* x;
   int64_t pixel;
+  int64_t r0, r1;
 };
 
 // A part of a sum's products: rows [r0, r1) of the filter, of each the words [k0, k1).
@@ -54,7 +57,7 @@ class Ahead {
 
   Bytes next() {
     const int64_t i = i_++;
-    if (slices_ == 0) return {nullptr, 0};
+    if (i >= slices_) return {nullptr, 0};
     return i < of_x_ ? slice(x_, i, of_x_) : slice(y_, i - of_x_, slices_ - of_x_);
   }
 
@@ -78,7 +81,8 @@ char* scratch(size_t bytes) {
 
 // A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
 // kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most products of a part of a sum, in words;
-// kByTap, whether it finds each column of the filter by itself; and operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
+// kByTap, whether it finds each column of the filter by itself; kByRow, whether it multiplies no rows but a part's; and
+// operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
 template <class Micro>
 class Panels {
  public:
@@ -149,24 +153,41 @@ class Panels {
 
   void multiply(Micro& micro, int64_t block, const Part& part, bool fresh) {
     const bool narrow = conv_.k - block * kColumns <= kColumns / 2;
-    const int64_t steps = (part.r1 - part.r0) * ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
+    const int64_t steps = ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
+    const bool ends = part.k1 >= ceil_div(conv_.s * pixel_bytes_, kWord);  // the rows of the filter
     const int64_t x = part.k0 * kWord + part.k0 * kWord / pixel_bytes_ * gap_;
     int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
-      for (size_t i = 0; i < runs.size(); i += 2, tiles++) {
-        const int count = i + 1 < runs.size() ? 2 : 1;
-        const Run first{runs[i].x + x, runs[i].pixel}, last{runs[i + count - 1].x + x, runs[i + count - 1].pixel};
+      for (size_t i = 0, count; i < runs.size(); i += count) {
+        Run first = runs[i], last = i + 1 < runs.size() ? runs[i + 1] : first;
+        count = i + 1 < runs.size() && last.r0 == first.r0 && last.r1 == first.r1 ? 2 : 1;
+        if (count == 1) last = first;
+        Part rows = part;
+        rows.r0 = std::max(part.r0, first.r0), rows.r1 = std::min(part.r1, first.r1);
+        rows.first = part.k0 == 0 && part.r0 <= first.r0;
+        rows.last = ends && part.r1 >= first.r1;
+        if (rows.r0 >= rows.r1) continue;
+        first.x += x, last.x += x;
         Bytes next = ahead_.next();
         if (fresh && !padded_ && !apart_) next = {last.x + lengths_[kind] * pitch_, 2 * Micro::kRun * pitch_};
         // the first tile fetches one half of the weights of the next part, the second the other
         const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
-        float* sums = sums_ + tiles * 2 * Micro::kRun * kColumns;
-        micro(Tile{conv_, {first, last}, block, part, sums, pitch_, pixel_bytes_ + gap_, row_pitch_, next.from,
-                   ceil_div(next.count, steps), ahead},
-              lengths_[kind], count, narrow);
+        float* sums = sums_ + (kind * runs_[0].size() + i) * Micro::kRun * kColumns;
+        micro(Tile{conv_, {first, last}, block, rows, sums, pitch_, pixel_bytes_ + gap_, row_pitch_, next.from,
+                   ceil_div(next.count, (rows.r1 - rows.r0) * steps), ahead},
+              lengths_[kind], static_cast<int>(count), narrow);
+        tiles++;
       }
     }
+  }
+
+  // The rows of the filter, laid on the image from row `top` on, that do not lie on zeros alone.
+  std::pair<int64_t, int64_t> rows_inside(int64_t top) const {
+    const Conv& c = conv_;
+    const bool zeros = Micro::kInBytes != 1 || c.x_grid.zero_point == 0;
+    const int64_t r0 = std::max<int64_t>(-top, 0), r1 = std::min(c.r, c.h - top);
+    return Micro::kByRow && zeros && r0 < r1 ? std::pair{r0, r1} : std::pair{int64_t{0}, c.r};
   }
 
   // A row is split evenly, into runs of two lengths: a short run costs as many loads of weights as a long one.
@@ -186,13 +207,14 @@ class Panels {
     for (int64_t row = row0; row < row1; row++) {
       const int64_t image = row / c.oh, oy = row % c.oh;
       if (row != row0) copied += oy == 0 ? c.r : c.stride_h;
+      const auto [r0, r1] = rows_inside(oy * c.stride_h - c.pad_h);
       const char* x = padded_ ? copy_ + copied * row_pitch_
                               : static_cast<const char*>(c.x) + (image * c.h + oy * c.stride_h) * row_pitch_;
       int64_t ox = column0;
       for (int64_t i = 0; i < count; i++) {
         const int kind = i < longer ? 0 : 1;
         const char* from = x + ox * c.stride_w * (pixel_bytes_ + gap_);
-        runs_[kind].push_back({apart_ ? to : from, row * c.ow + ox});
+        runs_[kind].push_back({apart_ ? to : from, row * c.ow + ox, r0, r1});
         for (int pixel = 0; apart_ && pixel < lengths_[kind]; pixel++, to += pitch_)
           std::memcpy(to, from + pixel * c.stride_w * pixel_bytes_, pixel_bytes_);
         next_x_.from = from + lengths_[kind] * c.stride_w * pixel_bytes_;

@@ -119,7 +119,7 @@ class Winograd {
           const char* x = x_ + tile * pitch_ + k * kWord;
           // the first call fetches one half of the weights of the next part, the second the other
           const int64_t ahead = calls < 2 ? 2 + calls : 0;
-          micro(Tile{products_, {{x, 0}, {x + (count - 1) * length * pitch_, 0}}, block, part,
+          micro(Tile{products_, {{x, 0, 0, 0}, {x + (count - 1) * length * pitch_, 0, 0, 0}}, block, part,
                      sums_ + (element * count_ + tile) * columns, pitch_, 0, plane_, nullptr, 0, ahead},
                 length, count, narrow);
           tile += count * length;

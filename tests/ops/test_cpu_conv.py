@@ -58,6 +58,10 @@ SHAPES = [
     (2, 16, 6, 15, 40, (3, 3), (2, 2), (1, 1), 1),
     (3, 2048, 1, 1, 1000, (1, 1), (1, 1), (0, 0), 1),
     (1, 20, 8, 8, 47, (3, 3), (1, 1), (1, 1), 1),
+    (2, 64, 3, 4, 32, (3, 3), (1, 1), (4, 1), 1),
+    (3, 256, 7, 7, 64, (3, 3), (1, 1), (1, 1), 1),
+    (2, 1040, 2, 9, 32, (5, 3), (2, 1), (3, 1), 1),
+    (2, 64, 3, 7, 64, (3, 3), (1, 1), (2, 1), 2),
 ]
 
 
@@ -112,14 +116,15 @@ def _check_float_results(shape, dtype, pack, amx=False):
 
 
 @pytest.mark.parametrize("amx", AMX)
+@pytest.mark.parametrize("zero_point", [0, 3])  # of 0, rows of the filter that lie on padding are left out
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.skipif("int8" not in SUPPORTED, reason="this CPU has no VNNI")
-def test_int8_results_are_those_of_float64(shape, amx):
+def test_int8_results_are_those_of_float64(shape, zero_point, amx):
     N, C, H, W, K, filter, stride, padding, groups = shape
     x = _integers((N, C, H, W), 0, 255, 0, torch.uint8)
     weight = _integers((K, C // groups, *filter), -128, 127, 1, torch.int8)
     x_grid, y_grid, residual_grid = (
-        Grid(0.5, 3),
+        Grid(0.5, zero_point),
         Grid(64.0, 5),
         Grid(32.0, 9),
     )  # powers of two: nothing is rounded twice
