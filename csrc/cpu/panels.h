@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -106,13 +107,12 @@ class Panels {
     // Weights that do not stay are read once a panel, which is large then.
     const int64_t weights = c.r * c.s * c.k * c.group * Micro::kInBytes;
     const int64_t budget = weights > 4 * kCacheBytes ? 2 * kCacheBytes
-                           : weights <= kCacheBytes && !padded_ ? kCacheBytes / 8
+                           : weights <= kCacheBytes ? kCacheBytes / (padded_ ? 4 : 8)
                                                                 : kCacheBytes;
     const int64_t bytes = c.stride_h * c.stride_w * pixel_bytes_ + c.k * Micro::kOutBytes;
     const int64_t pixels = std::max<int64_t>(budget / bytes, 4 * Micro::kRun);
     const int64_t rows = c.n * c.oh;
-    columns_ = ceil_div(c.ow, std::max<int64_t>((c.ow + pixels / 2) / pixels, 1));
-    if (columns_ < c.ow) columns_ = ceil_div(columns_, 2 * Micro::kRun) * (2 * Micro::kRun);
+    columns_ = even_columns(pixels);
     rows_ = columns_ < c.ow ? 1 : std::max<int64_t>(pixels / c.ow, 1);
     rows_ = ceil_div(rows, ceil_div(rows, rows_));  // panels of even size
     across_ = ceil_div(c.ow, columns_);
@@ -139,6 +139,20 @@ class Panels {
 
  private:
   static constexpr int64_t kCacheBytes = 512 * 1024, kPage = 4096, kLine = 64;
+
+  // The width of panels of whole tiles, from half to twice `pixels`, that leaves the least of the last one empty: threads
+  // get equal numbers of panels.
+  int64_t even_columns(int64_t pixels) const {
+    const int64_t row = conv_.ow, wanted = std::max<int64_t>((row + pixels / 2) / pixels, 1), tile = 2 * Micro::kRun;
+    int64_t best = row, best_empty = row, best_off = 0;
+    for (int64_t panels = ceil_div(wanted, 2); panels <= 2 * wanted; panels++) {
+      const int64_t columns = panels == 1 ? row : ceil_div(ceil_div(row, panels), tile) * tile;
+      const int64_t empty = ceil_div(row, columns) * columns - row, off = std::abs(panels - wanted);
+      if (empty < best_empty || (empty == best_empty && off < best_off))
+        best = columns, best_empty = empty, best_off = off;
+    }
+    return best;
+  }
 
   // By parts of the sums, whose weights stay in the cache while all tiles of the panel meet them.
   void multiply(Micro& micro, int64_t block, bool fresh) {
