@@ -153,8 +153,11 @@ def wgrad_refusal(shape: ConvShape) -> str | None:
     return reason
 
 
+TRAINING_OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")  # of a layer
+
+
 def training_refusal(shape: ConvShape, dtype: torch.dtype) -> str | None:
-    """Why the Triton training family (conv_fprop_stats, conv_dgrad, conv_wgrad) cannot run a geometry, or None."""
+    """Why the Triton kernels of `TRAINING_OPS` cannot run a geometry, or None."""
     if dtype not in DTYPES:
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         return f"the kernels take {names}, got {str(dtype).removeprefix('torch.')}"
@@ -305,10 +308,15 @@ def conv_dgrad_configurations(
     return list(dict.fromkeys(found))
 
 
+def is_gradient(op: str) -> bool:
+    """Whether it is the data gradient, which writes an image."""
+    return op == "conv_dgrad"
+
+
 def channels_of(op: str, shape: ConvShape) -> tuple[int, int]:
     """Of a group, those that an op reduces over and those that it writes."""
     channels, outputs = shape.c // shape.groups, shape.k // shape.groups
-    return (outputs, channels) if op == "conv_dgrad" else (channels, outputs)
+    return (outputs, channels) if is_gradient(op) else (channels, outputs)
 
 
 def conv_candidates(
@@ -324,7 +332,7 @@ def conv_candidates(
     if dtype in (torch.float32, torch.int8) or arch not in (80, 90, 100):
         return []
     tiles = [(256, 64, 8), (64, 128, 4), (64, 256, 8)]
-    if op != "conv_dgrad":  # whose epilogue needs the registers
+    if not is_gradient(op):  # whose epilogue needs the registers
         tiles += [(256, 128, 8)]
     if op == "conv_fprop_stats":  # without a residual
         tiles += [(128, 128, 4), (128, 256, 8)]
@@ -334,7 +342,7 @@ def conv_candidates(
     if op == "conv_fprop_stats" and arch != 80 and outputs >= 128:  # where it would spill
         wide = _configure((128, 128, 8), channels, dtype, arch, tf32)
         found.append(replace(wide, num_stages=2, max_registers=128))
-    if op != "conv_dgrad" and taps > 1 and MIN_CHANNELS_PER_TAP <= channels <= 64:
+    if not is_gradient(op) and taps > 1 and MIN_CHANNELS_PER_TAP <= channels <= 64:
         found += [
             _configure(tile, channels, dtype, arch, tf32, flat=True) for tile in _tiles(dtype, arch, tf32, prologue)[:2]
         ]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_fused.dispatch.conv import ConvConfig, ConvShape
+from resnet_fused.dispatch.conv import ConvConfig, ConvShape, is_gradient
 
 # Formulation -> compute capabilities, times ten, that it is for. sm_120 has TMA, but no instruction that multiplies
 # from shared memory to gain by it, and the ptxas of Triton 3.6 puts calls with stack frames around its copies.
@@ -137,7 +137,7 @@ def refuse_shape(
         return f"TMA needs channels in multiples of {ALIGNMENT}, got {shape.c} and {shape.k}"
     if min(shape.n, shape.p, shape.q) < 1:
         return f"nothing to compute: the output is {shape.n}x{shape.p}x{shape.q} pixels"
-    gradient = op == "conv_dgrad"
+    gradient = is_gradient(op)
     if gradient and config.kernel not in GRADIENTS:
         return f"{config.kernel} has no data gradient; choose 'pointer' or one of {', '.join(GRADIENTS)}"
     if gradient and shape.stride != (1, 1):
@@ -184,6 +184,6 @@ def configurations(arch: int, op: str = "conv_fprop") -> list[ConvConfig]:
             "tcgen05_conv": [(128, 128, 64, 8, 4), (128, 64, 64, 4, 6)],
         },
     }
-    if op == "conv_dgrad":
+    if is_gradient(op):
         tiles = {90: {"wgmma_conv": gradient}}
     return [ConvConfig(*tile, kernel=kernel) for kernel, listed in tiles.get(arch, {}).items() for tile in listed]

@@ -1,9 +1,8 @@
 """How a convolution of a training block runs - which backends, which fusions - from measured times: pure functions.
 
 A convolution stands between passes of memory-bound kernels, and a fusion replaces a pass. Whether it pays is a sum: the
-fused kernel against the plain one and the pass. The table's entries are measured that way: of `conv_fprop_stats`,
-`conv_dgrad` and `conv_wgrad` native PyTorch's time includes the passes that a block runs around it. What is left to add
-here are the passes that write a normalised activation where no convolution normalises on its way in: one forward, and
+fused kernel against the plain one and the pass. The table's entries are measured that way: of a training layer's
+convolutions native PyTorch's time includes the passes that a block runs around it. What is left to add here are the passes that write a normalised activation where no convolution normalises on its way in: one forward, and
 one backward, of which the data gradient spares the reading where it runs together with the weight gradient
 (`conv_backward`).
 """
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_fused.dispatch.conv import ConvShape
+from resnet_fused.dispatch.conv import TRAINING_OPS, ConvShape
 from resnet_fused.dispatch.heuristics import Fusion, training
 from resnet_fused.dispatch.lookup import entry_of, measured
 from resnet_fused.dispatch.table import Choice, Problem, Table
@@ -24,7 +23,7 @@ from resnet_fused.dispatch.table import Choice, Problem, Table
 # Of the pass that writes an activation, where the data gradient does, which reads what it normalises anyway.
 WRITTEN_ALONG = 0.5
 
-OPS = ("conv_fprop_stats", "conv_dgrad", "conv_wgrad")  # of a layer in training
+OPS = TRAINING_OPS
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def run(
     partials = [dy.new_empty((tiles, shape.c), dtype=torch.float32) for _ in range(count)]
     sums = (*partials, *(None,) * (3 - count))
     if config.kernel != "pointer":
-        experimental.conv_dgrad(dy, krsc, operands, dx, sums, activation, shape, config)
+        experimental.data_gradient(dy, krsc, operands, dx, sums, activation, shape, config)
         return dx, *partials
     masks = a.x is not None and isinstance(a, Args)  # with the ReLU recomputed from x
     epilogue = apply_relu_mask if masks else no_gradient_epilogue if a.residual is None else add_residual

@@ -13,7 +13,7 @@ import torch
 
 from resnet_fused.dispatch import formulation
 from resnet_fused.dispatch.choice import ALONE, BLOCK
-from resnet_fused.dispatch.conv import MULTIPROCESSORS, BlockShape, ConvShape, cdiv
+from resnet_fused.dispatch.conv import MULTIPROCESSORS, BlockShape, ConvShape, cdiv, is_gradient
 from resnet_fused.dispatch.conv_chain import chain_flags, join_flags
 from resnet_fused.dispatch.table import Choice, Problem
 from resnet_fused.measure import cases
@@ -118,8 +118,8 @@ def wrapping_images(problem: Problem, choice: Choice, arch: int) -> int:
     if config is None or config.kernel == "pointer" or not isinstance(shape, ConvShape):
         return 1
     tiles = TILES_PROVEN * MULTIPROCESSORS[arch]
-    size = shape.h * shape.w * shape.c if problem.op == "conv_dgrad" else shape.p * shape.q * shape.k
-    return cdiv(tiles * config.block_m * config.block_n, size)
+    _, *written = shape.image if is_gradient(problem.op) else shape.output
+    return cdiv(tiles * config.block_m * config.block_n, math.prod(written))
 
 
 def parts(network: Network, mode: str, batch: int, dtype: torch.dtype, arch: int, tf32: bool) -> list[Job]:

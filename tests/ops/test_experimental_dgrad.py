@@ -252,7 +252,7 @@ def test_a_planned_gradient_that_these_operands_refuse_falls_back(monkeypatch):
     """A measured winner of the plan, and a dy behind a prologue: the pointer kernel runs."""
     monkeypatch.setattr(kernels, "conv_config", lambda *args: CONFIG)
     ran = []
-    monkeypatch.setattr(experimental, "conv_dgrad", lambda *args: ran.append("experimental"))
+    monkeypatch.setattr(experimental, "data_gradient", lambda *args: ran.append("experimental"))
     check("conv_dgrad", sample("conv_dgrad", SHAPES["1x1"], torch.float16, prologue=True))
     assert not ran
 

@@ -113,7 +113,7 @@ def conv_fprop_stats(a: stats.Args, config: ConvConfig) -> stats.Out:
     return stats.Out(y, mean, m2, count)
 
 
-def conv_dgrad(
+def data_gradient(
     dy: Tensor,
     krsc: Tensor,
     operands: Sequence[Tensor | None],
@@ -123,13 +123,13 @@ def conv_dgrad(
     shape: ConvShape,
     config: ConvConfig,
 ) -> None:
-    """Launch `kernels.conv_dgrad.run` likewise, with a row of sums for each of the boxes that
+    """Launch the data gradient likewise, of the arguments of its kernel, with a row of sums for each of the boxes that
     `dispatch.experimental.gradient_tiling` cuts the image into.
     """
     dy_x, _, *others = operands
     if dy_x is not None:
-        raise ValueError(f"conv_dgrad: {_no_prologue(config)}")
+        raise ValueError(f"data gradient: {_no_prologue(config)}")
     _module(config.kernel, GRADIENT).run(dy, krsc, others, dx, sums, activation, shape, config)
 
 
-__all__ = ["KERNELS", "available", "conv_dgrad", "conv_fprop", "conv_fprop_stats", "refuse"]
+__all__ = ["KERNELS", "available", "conv_fprop", "conv_fprop_stats", "data_gradient", "refuse"]

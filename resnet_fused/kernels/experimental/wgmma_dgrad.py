@@ -254,7 +254,7 @@ def _wgmma_dgrad_kernel(
     SLOTS: gl.constexpr,
 ):
     """dx[n, h, w, c] = sum over (r, s, k) of dy[n, h + r, w + s, k] * weight[k, R - 1 - r, S - 1 - s, c], where dy
-    starts at minus the padding; with the residual or the mask, and the sums, of `conv_dgrad`.
+    starts at minus the padding; with the residual or the mask, and the sums, of the record.
     """
     a_slots, b_slots, empty, full = ring(dy, weight, SLOTS)
     arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
