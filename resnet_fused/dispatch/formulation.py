@@ -2,9 +2,9 @@
 
 A convolution stands between passes of memory-bound kernels, and a fusion replaces a pass. Whether it pays is a sum: the
 fused kernel against the plain one and the pass. The table's entries are measured that way: of a training layer's
-convolutions native PyTorch's time includes the passes that a block runs around it. What is left to add here are the passes that write a normalised activation where no convolution normalises on its way in: one forward, and
-one backward, of which the data gradient spares the reading where it runs together with the weight gradient
-(`conv_backward`).
+convolutions native PyTorch's time includes the passes that a block runs around it. What is left to add here are the
+passes that write a normalised activation where no convolution normalises on its way in: one forward, and one backward,
+of which the data gradient spares the reading where it runs together with the weight gradient (`conv_backward`).
 """
 
 from __future__ import annotations
