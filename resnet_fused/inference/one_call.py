@@ -43,16 +43,15 @@ class OneCall:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """The result, or None where the blocks are to run it one by one."""
-        quantised = isinstance(x, Quantised)
-        if torch.compiler.is_compiling() or {x.dtype} != self._dtypes or not (quantised or type(x) is Tensor):
-            return None
-        if any(part._forward_hooks or part._forward_pre_hooks for part in self._parts):
+        if torch.compiler.is_compiling() or type(x) not in (Tensor, Quantised):
             return None
         grid = x.grid if isinstance(x, Quantised) else None
         if grid not in self._calls:
             self._calls[grid] = self._call(grid)
         made = self._calls[grid]
-        if made is None:
+        if made is None or {x.dtype} != self._dtypes:
+            return None
+        if any(part._forward_hooks or part._forward_pre_hooks for part in self._parts):
             return None
         convs, result = made
         try:
