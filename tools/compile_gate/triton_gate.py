@@ -48,6 +48,14 @@ HELPERS = ("_reduce_rows_kernel", "_merge_statistics_kernel", "_pack_weight_kern
 OPTIONS = ("num_warps", "num_stages", "maxnreg")  # of a launch, beside the kernel's own arguments
 
 
+def matrix_instruction(arch: int, eight: bool) -> str:
+    """What multiplies tiles there; of 8 bits, Triton before 3.8 has no tcgen05."""
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    return "mma.sync" if eight and old and arch == 100 else MATRIX_INSTRUCTION[arch]
+
+
 @dataclass(frozen=True)
 class Job:
     label: str
@@ -189,13 +197,11 @@ def compile_job(job: Job) -> Report:
     report.seconds = time.monotonic() - start
 
     expect, limit = job.expect, SHARED_MEMORY_KB[job.arch] * 1024
+    instruction = matrix_instruction(job.arch, expect.eight)
     checks = (
         (code.spills > 0, f"spills ({code.spills})"),
         (report.shared > limit, f"{report.shared} bytes of shared memory, sm_{job.arch} has {limit}"),
-        (
-            expect.matrix and code.matrix != MATRIX_INSTRUCTION[job.arch],
-            f"{code.matrix}, not {MATRIX_INSTRUCTION[job.arch]}",
-        ),
+        (expect.matrix and code.matrix != instruction, f"{code.matrix}, not {instruction}"),
         (expect.eight and not code.eight, f"{code.matrix} not of 8 bits"),
         (not expect.matrix and code.matrix != "-", f"{code.matrix} where exact fp32 was asked for"),
         ("wgmma.mma_async instructions are serialized" in log.getvalue(), "serialised wgmma"),
