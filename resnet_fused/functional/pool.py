@@ -54,7 +54,7 @@ def batch_norm_act_max_pool(
     vectors = (running_mean, running_var, weight, bias)
     backend = choose_batch_norm("bn_act_max_pool", "batch_norm_act_max_pool", x, (), vectors, training, eps)
     if backend == "aten":
-        return F.max_pool2d(F.batch_norm(x, *vectors, training, momentum, eps).relu(), 3, 2, 1)  # type: ignore[arg-type]
+        return F.max_pool2d(F.batch_norm(x, *vectors, training, momentum, eps).relu_(), 3, 2, 1)  # type: ignore[arg-type]
     x = dense(x)
     affine = affine_of(x, *vectors, training, momentum, eps, backend)
     return BatchNormActMaxPool.apply(x, weight, bias, *affine, eps if training else None, backend)
