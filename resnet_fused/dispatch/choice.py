@@ -18,7 +18,7 @@ import torch
 from resnet_fused.dispatch import device, formulation
 from resnet_fused.dispatch import table as tables
 from resnet_fused.dispatch.conv import HEURISTICS, BlockShape, ConvConfig, ConvShape
-from resnet_fused.dispatch.conv_chain import chain_heuristic, join_heuristic
+from resnet_fused.dispatch.conv_chain import TAILS, chain_heuristic, join_heuristic
 from resnet_fused.dispatch.conv_wgrad import conv_wgrad_heuristic
 from resnet_fused.dispatch.formulation import LayerPlan
 from resnet_fused.dispatch.lookup import measured
@@ -44,7 +44,7 @@ def heuristic(problem: Problem, arch: int) -> ConvConfig | None:
     if problem.op not in CONVOLUTIONS or not isinstance(problem.shape, ConvShape):
         return None
     arguments = (problem.shape, problem.dtype, arch, problem.tf32)
-    if CONVOLUTIONS[problem.op] in (chain_heuristic, join_heuristic):
+    if problem.op in TAILS:
         return CONVOLUTIONS[problem.op](*arguments, problem.flags)
     flags = dict.fromkeys((flag for flag in problem.flags if flag not in _UNSEEN), True)
     return CONVOLUTIONS[problem.op](*arguments, **flags)

@@ -10,7 +10,7 @@ import functools
 import mmap
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from resnet_fused import _library, dispatch
 from resnet_fused._compiling import constant
+from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops.onednn import Grid
 
 COLUMNS = 32  # output channels of a block of packed weights; the others of csrc/cpu/conv.h follow from it
@@ -54,20 +55,19 @@ def _register() -> None:
         if x.device != weight.device:
             raise RuntimeError(f"conv: x is on {x.device}, the weight on {weight.device}")
 
-    def conv(x: Tensor, weight: Tensor, scale: object, bias: object, residual: object, channels: int, *rest: object,
+    def conv(x: Tensor, weight: Tensor, scale: object, bias: object, residual: object, channels: int, *rest: Any,
              to_float32: bool = False, **named: object) -> Tensor:  # fmt: skip
         refuse_device(x, weight)
-        filter, stride, padding = rest[:3]
-        size = [(x.shape[2 + i] + 2 * padding[i] - filter[i]) // stride[i] + 1 for i in (0, 1)]  # type: ignore[index]
-        dtype = torch.float32 if to_float32 else x.dtype
-        return x.new_empty((x.shape[0], channels, *size), dtype=dtype).contiguous(memory_format=torch.channels_last)
+        filter, stride, padding, groups = rest[:4]
+        shape = ConvShape.of(x.shape, (channels, 0, *filter), stride, padding, (1, 1), groups)
+        return _nhwc(x.new_empty(shape.output, dtype=torch.float32 if to_float32 else x.dtype))
 
     def conv_add_(residual: Tensor, x: Tensor, weight: Tensor, *rest: object, **named: object) -> None:
         refuse_device(x, weight)
 
     def convs(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *rest: object, **named: object) -> Tensor:
         refuse_device(x, tensors[0])
-        return x.new_empty(step_shapes(x.shape, numbers)[-1]).contiguous(memory_format=torch.channels_last)
+        return _nhwc(x.new_empty(step_problems(x.shape, numbers)[-1].output))
 
     def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
         return _nhwc(F.max_pool2d(x, list(filter), list(stride), list(padding)))
@@ -370,20 +370,16 @@ class Convs:
         return result
 
 
-def steps(numbers: Sequence[int]) -> list[Step]:
-    size = len(Step._fields)
-    return [Step._make(numbers[i : i + size]) for i in range(0, len(numbers), size)]
-
-
-def step_shapes(x: Sequence[int], numbers: Sequence[int]) -> list[tuple[int, ...]]:
-    """The shapes of the values of `convs`: the input's, then those of the results."""
-    shapes = [tuple(x)]
-    for step in steps(numbers):
-        n, _, h, w = shapes[step.x]
-        oh = (h + 2 * step.pad_h - step.filter_h) // step.stride_h + 1
-        ow = (w + 2 * step.pad_w - step.filter_w) // step.stride_w + 1
-        shapes.append((n, step.channels, oh, ow))
-    return shapes
+def step_problems(x: Sequence[int], numbers: Sequence[int]) -> list[ConvShape]:
+    """The problems that `convs` runs in turn, of an input of this shape."""
+    size, values, problems = len(Step._fields), [tuple(x)], []
+    for i in range(0, len(numbers), size):
+        step = Step._make(numbers[i : i + size])
+        filter, stride = (step.channels, 0, step.filter_h, step.filter_w), (step.stride_h, step.stride_w)
+        padding = (step.pad_h, step.pad_w)
+        problems.append(ConvShape.of(values[step.x], filter, stride, padding, (1, 1), step.groups))
+        values.append(problems[-1].output)
+    return problems
 
 
 def int8_epilogue(sums: Tensor, weight_scale: Tensor, bias: Tensor, x_grid: Grid) -> tuple[Tensor, Tensor]:

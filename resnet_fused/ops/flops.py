@@ -52,11 +52,7 @@ def register_formulas(counter: ModuleType) -> None:
         return int(conv(x.shape, (channels, x.shape[1] // groups, *filter), residual.shape))
 
     def cpu_convs(x: Tensor, _tensors: object, numbers: Sequence[int], *_: object, **_named: object) -> int:
-        shapes = cpu.step_shapes(x.shape, numbers)
-        return sum(
-            conv(shapes[step.x], (y[1], shapes[step.x][1] // step.groups, step.filter_h, step.filter_w), y)
-            for step, y in zip(cpu.steps(numbers), shapes[1:], strict=True)
-        )
+        return sum(conv(s.image, s.filter, s.output) for s in cpu.step_problems(x.shape, numbers))
 
     formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):
