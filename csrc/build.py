@@ -31,7 +31,7 @@ COMMON_FLAGS = ("-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 # Of the kernels for CPUs: the instructions that a file may use. What this CPU has is asked for when it runs.
 AVX512_FLAGS = tuple(f"-m{name}" for name in "avx512f avx512bw avx512vl avx512dq avx512vnni avx512bf16 prfchw".split())
 AMX_FLAGS = (*AVX512_FLAGS, "-mamx-tile", "-mamx-int8", "-mamx-bf16")
-INSTRUCTIONS = {"avx512": AVX512_FLAGS, "max_pool": AVX512_FLAGS, "quantise": AVX512_FLAGS, "amx": AMX_FLAGS}
+INSTRUCTIONS = {"avx2": ("-mavx2", "-mfma"), "avx512": AVX512_FLAGS, "amx": AMX_FLAGS}
 # GCC's own headers of these instructions warn of the registers that they leave undefined on purpose.
 CPU_FLAGS = ("-O3", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 HOST_FLAGS = (
@@ -266,7 +266,7 @@ def choose_cpu() -> Target:
     command = [compiler, *AMX_FLAGS, "-x", "c++", "-E", os.devnull]
     if subprocess.run(command, capture_output=True).returncode != 0:
         raise Unusable(f"{compiler} does not know AVX-512 and AMX: GCC 12 or newer does")
-    return Target("cpu", "convolutions of frozen networks, for CPUs with AVX-512")
+    return Target("cpu", "convolutions of frozen networks, for CPUs with AVX2 or AVX-512")
 
 
 def choose_all() -> list[Target]:
@@ -360,7 +360,8 @@ def compile_library(
     """
     sources = [*sorted(csrc.glob("*.cu")), csrc / "ops.cpp"]
     if target.kind == "cpu":
-        sources = sorted((csrc / "cpu").glob("*.cpp"))
+        # Of a function that several objects have the linker takes the first: that with the fewest instructions.
+        sources = sorted((csrc / "cpu").glob("*.cpp"), key=lambda source: (len(_instructions(source)), source))
     if target.kind == "host":
         sources += sorted((csrc / "host").glob("*.cpp"))
     work.mkdir(parents=True, exist_ok=True)

@@ -88,8 +88,8 @@ def _frozen_on_cpu() -> str:
         return f"oneDNN, not our kernels: {problem}"
     found, names = cpu.supported(), {"float32": "fp32", "bfloat16": "bf16", "int8": "int8"}
     dtypes = ", ".join(short for name, short in names.items() if name in found)
-    vnni, amx = ("yes" if name in found else "no" for name in ("int8", "amx"))
-    return f"our kernels: {dtypes}; AVX-512 yes, VNNI {vnni}, AMX {amx}"
+    wide, vnni, amx = ("yes" if yes else "no" for yes in (cpu.wide(), "int8" in found, "amx" in found))
+    return f"our kernels: {dtypes}; AVX-512 {wide}, VNNI {vnni}, AMX {amx}"
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,8 @@
 namespace resnet_fused::cpu {
 namespace {
 
+using namespace avx512;
+
 // The number of a tile is part of its instruction, so that neither a loop nor a template can name it.
 #define RESNET_FUSED_MULTIPLY(sum, x, w)        \
   do {                                          \
@@ -30,8 +32,10 @@ struct Int8 {
 template <class Product, class Out>
 class Tiles {
  public:
+  using X = typename Product::In;
+  using In = typename Product::In;
   static constexpr int kRun = 16;
-  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = 64;
+  static constexpr int kInBytes = sizeof(In), kOutBytes = sizeof(Out), kStepBytes = 64;
   static constexpr int64_t kPartWords = int64_t{1} << 32;  // sums do not leave their tiles
   static constexpr bool kByTap = false, kByRow = false;
 
@@ -123,9 +127,9 @@ class Tiles {
 
 }  // namespace
 
-namespace amx {
-const Kernel bfloat16 = kernel_of<Panels<Tiles<Bfloat16, BFloat16>>>;
-const Kernel int8 = kernel_of<Panels<Tiles<Int8, uint8_t>>>;
-const Kernel int8_to_float32 = kernel_of<Panels<Tiles<Int8, float>>>;
-}  // namespace amx
+const Algorithm amx_tiles{
+    .bfloat16 = kernel_of<Panels<Tiles<Bfloat16, BFloat16>>>,
+    .int8 = kernel_of<Panels<Tiles<Int8, uint8_t>>>,
+    .int8_to_float32 = kernel_of<Panels<Tiles<Int8, float>>>,
+};
 }  // namespace resnet_fused::cpu

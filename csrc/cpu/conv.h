@@ -5,7 +5,6 @@
 
 namespace resnet_fused::cpu {
 
-constexpr int kColumns = 32;  // output channels of one block of packed weights
 constexpr int kWord = 4;      // bytes of x that one step of a dot product takes: 1 float, 2 bfloat16 or 4 uint8
 
 // What 8 bits stand for: scale * (q - zero_point).
@@ -14,8 +13,8 @@ struct Grid {
   int32_t zero_point = 0;
 };
 
-// Sizes count images, pixels and channels. Weights are packed [K / 32, R, S * group / g, 32, g] with g values to a word,
-// zeros where K ends within a block; for Winograd's algorithm the 16 elements of G w G' in place of R x S.
+// Sizes count images, pixels and channels. Weights are packed [K / columns, R, S * group / g, columns, g] with g values
+// to a word, zeros where K ends within a block; for Winograd's algorithm the 16 elements of G w G' in place of R x S.
 struct Conv {
   int64_t n, h, w, c, k, r, s, oh, ow;
   int64_t group;  // the input channels that an output channel sees: c, or those of its group
@@ -34,13 +33,36 @@ struct Kernel {
   void (*run)(const Conv&, int64_t begin, int64_t end);
 };
 
-// One kernel for each (type of x, type of y), by the instructions it needs.
-namespace avx512 {
-extern const Kernel float32, winograd, bfloat16, int8, int8_to_float32;
-extern const Kernel grouped_float32, grouped_bfloat16, grouped_int8, grouped_int8_to_float32;
-}
-namespace amx {
-extern const Kernel bfloat16, int8, int8_to_float32;
-}
+// A kernel for each (type of x, type of y); without functions where there is none.
+struct Algorithm {
+  Kernel float32, bfloat16, int8, int8_to_float32;
+};
+
+// Max pooling in NHWC order; padding is no value, a NaN within a window is its result. Sizes count images, pixels and
+// channels, which are a multiple of 16.
+struct MaxPool {
+  int64_t n, h, w, c, r, s, oh, ow;
+  int64_t stride_h, stride_w, pad_h, pad_w;
+  const void* x;
+  void* y;
+};
+
+// What is written for vectors of one width.
+struct Kernels {
+  int columns;  // output channels of one block of packed weights
+  Algorithm direct, grouped;
+  bool widens;  // bfloat16 is multiplied in float32, which its weights are packed in
+  Algorithm winograd;
+
+  // Output rows [begin, end), counted through all images; `bytes` of a value: 4 is float32, 2 bfloat16, 1 uint8.
+  void (*max_pool)(const MaxPool& pool, int bytes, int64_t begin, int64_t end);
+  // Values [begin, end) of x as the nearest points of a grid of 256, what lies beyond its ends becoming them.
+  void (*quantise)(const float* x, Grid grid, uint8_t* q, int64_t begin, int64_t end);
+  // A vector of channels a unit, image by image: the means of 8 bits over its pixels.
+  void (*mean)(const uint8_t* x, Grid grid, int64_t pixels, int64_t channels, float* y, int64_t begin, int64_t end);
+};
+
+extern const Kernels avx2_kernels, avx512_kernels;
+extern const Algorithm amx_tiles;  // direct
 
 }  // namespace resnet_fused::cpu

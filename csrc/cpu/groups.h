@@ -1,4 +1,4 @@
-// The micro-kernel of grouped convolutions: of each of up to 14 pixels a word of its group, by the words of 16 columns.
+// The micro-kernel of grouped convolutions: of each of up to 14 pixels a word of its group, by a vector of columns.
 #pragma once
 
 #include <array>
@@ -6,18 +6,20 @@
 
 #include "epilogue.h"
 
-namespace resnet_fused::cpu {
+namespace resnet_fused::cpu::RESNET_FUSED_LANES {
 
-// Sixteen columns are of one group, or of several whole ones, which then have as many inputs as outputs.
+// The columns of a vector are of one group, or of several whole ones, which then have as many inputs as outputs.
 template <class Product, class Out>
 struct Groups {
-  static constexpr int kRun = 7;
-  static constexpr int kInBytes = sizeof(typename Product::In), kOutBytes = sizeof(Out), kStepBytes = kWord;
+  static constexpr int kRun = kLanes == 16 ? 7 : 5;  // with the weights of three taps they fill the registers
+  using X = typename Product::X;
+  using In = typename Product::In;
+  static constexpr int kInBytes = sizeof(In), kOutBytes = sizeof(Out), kStepBytes = kWord;
   static constexpr int64_t kPartWords = int64_t{1} << 32;  // sums do not leave their registers
   static constexpr bool kByTap = true, kByRow = true;
 
   void operator()(const Tile& tile, int length, int runs, bool narrow) const {
-    const bool several = tile.conv.k / (tile.conv.c / tile.conv.group) < 16;
+    const bool several = tile.conv.k / (tile.conv.c / tile.conv.group) < kLanes;
     const bool three_taps = tile.conv.s == 3 && tile.tap_pitch == tile.pitch;
     const Function multiply = kTable[(((length - 1) * 2 + runs - 1) * 2 + several) * 2 + three_taps];
     for (int half = 0; half < (narrow ? 1 : 2); half++) multiply(tile, half);
@@ -26,44 +28,36 @@ struct Groups {
  private:
   using Function = void (*)(const Tile&, int half);
 
-  // The 16 channels of several groups.
-  static __m512i load_groups(const char* x) {
-    if constexpr (kInBytes == 4) return _mm512_loadu_si512(x);
-    if constexpr (kInBytes == 2) return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-    return _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-  }
-
   // With kTaps taps at once a pixel is read once for all sums that it is in.
   template <int kLength, int kRuns, bool kSeveral, int kTaps>
   static void multiply(const Tile& tile, int half) {
     const Conv& c = tile.conv;
-    const int64_t column = tile.block * kColumns + half * 16;
+    const int64_t column = tile.block * kColumns + half * kLanes;
     const int64_t words = c.group * kInBytes / kWord, outputs = c.k / (c.c / c.group);
     const int64_t first = column / outputs * c.group * kInBytes;
     const auto* w = static_cast<const int32_t*>(c.weight) +
-                    (tile.block * c.r + tile.part.r0) * c.s * words * kColumns + half * 16;
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                    (tile.block * c.r + tile.part.r0) * c.s * words * kColumns + half * kLanes;
     // In each lane the first word of its group: both are powers of two.
-    const __m512i groups = _mm512_srli_epi32(lanes, __builtin_ctzll(outputs));
-    const __m512i begin = _mm512_slli_epi32(groups, __builtin_ctzll(words));
+    const Ints groups = shift_right(lanes(), __builtin_ctzll(outputs));
+    const Ints begin = shift_left(groups, __builtin_ctzll(words));
     typename Product::Sum sums[kRuns][kLength][1] = {};
     for (int64_t r = tile.part.r0; r < tile.part.r1; r++)
       for (int64_t s = 0; s < c.s; s += kTaps, w += (kTaps - 1) * words * kColumns) {
         const int64_t tap = r * tile.row_pitch + s * tile.tap_pitch + first;
         const char *x0 = tile.runs[0].x + tap, *x1 = tile.runs[1].x + tap;
         for (int64_t k = 0; k < words; k++, w += kColumns) {
-          __m512i weights[kTaps];
+          Ints weights[kTaps];
 #pragma GCC unroll 3
-          for (int t = 0; t < kTaps; t++) weights[t] = _mm512_loadu_si512(w + t * words * kColumns);
-          const __m512i index = _mm512_add_epi32(begin, _mm512_set1_epi32(static_cast<int>(k)));
+          for (int t = 0; t < kTaps; t++) weights[t] = load_words(w + t * words * kColumns);
+          const Ints index = add(begin, set1(static_cast<int>(k)));
 #pragma GCC unroll 2
           for (int run = 0; run < kRuns; run++)
 #pragma GCC unroll 9
             for (int pixel = 0; pixel < kLength + kTaps - 1; pixel++) {
               const char* from = (run == 0 ? x0 : x1) + pixel * tile.pitch;
-              const __m512i x = kSeveral
-                                    ? _mm512_permutexvar_epi32(index, load_groups(from))
-                                    : _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(from + k * kWord));
+              const Ints x = kSeveral
+                                    ? permute(load_values<kInBytes>(from), index)
+                                    : set1(*reinterpret_cast<const int32_t*>(from + k * kWord));
 #pragma GCC unroll 3
               for (int t = 0; t < kTaps; t++)
                 if (const int i = pixel - t; i >= 0 && i < kLength)
@@ -82,4 +76,4 @@ struct Groups {
   static constexpr auto kTable = table(std::make_index_sequence<kRun * 8>());
 };
 
-}  // namespace resnet_fused::cpu
+}  // namespace resnet_fused::cpu::RESNET_FUSED_LANES

@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -15,9 +17,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "conv.h"
-#include "max_pool.h"
 #include "memory.h"
-#include "quantise.h"
 
 namespace resnet_fused::cpu {
 namespace {
@@ -36,12 +36,20 @@ bool asks_for_tiles() {
   return (edx & kAll) == kAll && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+// The widest vectors that PyTorch was told to use.
+std::string_view capability() {
+  const char* most = std::getenv("ATEN_CPU_CAPABILITY");
+  return most != nullptr ? most : "";
+}
+
 struct Instructions {
-  bool float32 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  bool bfloat16 = float32 && __builtin_cpu_supports("avx512bf16");
-  bool int8 = float32 && __builtin_cpu_supports("avx512vnni");
-  bool amx = bfloat16 && int8 && asks_for_tiles();
+  bool avx2 = capability() != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && capability() != "avx2" && __builtin_cpu_supports("avx512f") &&
+                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512dq");
+  bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  bool amx = bfloat16 && vnni && asks_for_tiles();
 };
 
 const Instructions& instructions() {
@@ -49,36 +57,50 @@ const Instructions& instructions() {
   return found;
 }
 
-// Which of float32, bfloat16, int8 and amx this CPU has the instructions for.
-std::string supported() {
+// For x of this type: those of the widest vectors that have its products; null where there are none.
+const Kernels* kernels_for(ScalarType x) {
   const Instructions& found = instructions();
+  if (x == ScalarType::Byte) return found.vnni ? &avx512_kernels : nullptr;
+  if (x == ScalarType::BFloat16 ? found.bfloat16 : found.avx512) return &avx512_kernels;
+  return found.avx2 ? &avx2_kernels : nullptr;
+}
+
+// AVX-512's other kernels are compiled for the instructions of bfloat16, too.
+const Kernels* other_kernels() { return kernels_for(ScalarType::BFloat16); }
+
+int bytes_of(ScalarType t) {
+  return t == ScalarType::Byte || t == ScalarType::Char ? 1 : t == ScalarType::BFloat16 ? 2 : 4;
+}
+
+// The type of packed weights for x.
+ScalarType weight_type(ScalarType x) {
+  if (x == ScalarType::Byte) return ScalarType::Char;
+  return x == ScalarType::BFloat16 && kernels_for(x)->widens ? ScalarType::Float : x;
+}
+
+// For each of float32, bfloat16 and int8 that this CPU multiplies: name/columns of a block of weights/their bytes; and
+// "amx" where it is.
+std::string supported() {
   std::string names;
-  if (found.float32) names += "float32 ";
-  if (found.bfloat16) names += "bfloat16 ";
-  if (found.int8) names += "int8 ";
-  if (found.amx) names += "amx ";
+  for (const auto& [name, x] : {std::pair{"float32", ScalarType::Float}, std::pair{"bfloat16", ScalarType::BFloat16},
+                                std::pair{"int8", ScalarType::Byte}}) {
+    if (const Kernels* kernels = kernels_for(x)) {
+      names += std::string(name) + "/" + std::to_string(kernels->columns) + "/" +
+               std::to_string(bytes_of(weight_type(x))) + " ";
+    }
+  }
+  if (instructions().amx) names += "amx";
   return names;
 }
 
-// Of one algorithm, by (type of x, type of y).
-struct Kernels {
-  const Kernel &float32, &bfloat16, &int8, &int8_to_float32;
-
-  // The one for these types, or null where this CPU has not the instructions.
-  const Kernel* find(ScalarType x, ScalarType y) const {
-    const Instructions& found = instructions();
-    if (x == ScalarType::Float && y == x && found.float32) return &float32;
-    if (x == ScalarType::BFloat16 && y == x && found.bfloat16) return &bfloat16;
-    if (x == ScalarType::Byte && y == x && found.int8) return &int8;
-    if (x == ScalarType::Byte && y == ScalarType::Float && found.int8) return &int8_to_float32;
-    return nullptr;
-  }
-};
-
-const Kernel* find_direct(ScalarType x, ScalarType y, int64_t row_bytes, bool amx) {
-  const Kernels vectors{avx512::float32, avx512::bfloat16, avx512::int8, avx512::int8_to_float32};
-  const Kernels tiles{avx512::float32, amx::bfloat16, amx::int8, amx::int8_to_float32};
-  return (amx && instructions().amx && row_bytes % 64 == 0 ? tiles : vectors).find(x, y);
+// The kernel of an algorithm for these types, or null where there is none.
+const Kernel* find(const Algorithm& algorithm, ScalarType x, ScalarType y) {
+  const Kernel* found = nullptr;
+  if (x == ScalarType::Float && y == x) found = &algorithm.float32;
+  if (x == ScalarType::BFloat16 && y == x) found = &algorithm.bfloat16;
+  if (x == ScalarType::Byte && y == x) found = &algorithm.int8;
+  if (x == ScalarType::Byte && y == ScalarType::Float) found = &algorithm.int8_to_float32;
+  return found != nullptr && found->run != nullptr ? found : nullptr;
 }
 
 bool is_nhwc(const Tensor& t) {
@@ -90,16 +112,13 @@ bool is_nhwc(const Tensor& t) {
   return true;
 }
 
-int bytes_of(ScalarType t) { return t == ScalarType::Byte ? 1 : t == ScalarType::BFloat16 ? 2 : 4; }
-
 void check_image(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4 && is_nhwc(t), name, " must be 4-D and dense in NHWC order");
 }
 
-void check_channels(const char* name, const Tensor& t, int64_t blocks) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == blocks * kColumns && t.scalar_type() == ScalarType::Float &&
-                      t.is_contiguous(),
-                  "conv: ", name, " must be a contiguous float32 vector of ", blocks * kColumns, " values");
+void check_channels(const char* name, const Tensor& t, int64_t channels) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= channels && t.scalar_type() == ScalarType::Float && t.is_contiguous(),
+                  "conv: ", name, " must be a contiguous float32 vector of ", channels, " values");
 }
 
 Tensor empty_nhwc(const Sizes& sizes, ScalarType dtype) {
@@ -134,19 +153,22 @@ struct Arguments {
   int64_t y_zero_point;
 };
 
-const Kernel* find_grouped(const Conv& c, ScalarType x, ScalarType y) {
-  const int64_t outputs = c.k / (c.c / c.group);
-  const bool several = outputs < 16 && 16 % outputs == 0 && outputs == c.group;
-  if (!several && outputs % 16 != 0) return nullptr;
-  const Kernels grouped{avx512::grouped_float32, avx512::grouped_bfloat16, avx512::grouped_int8,
-                        avx512::grouped_int8_to_float32};
-  return grouped.find(x, y);
-}
-
-const Kernel* find_winograd(const Arguments& a, ScalarType y) {
-  const bool fits = a.stride.h == 1 && a.stride.w == 1 && a.x.size(1) % 16 == 0 && a.groups == 1;
-  const bool floats = a.x.scalar_type() == ScalarType::Float && y == ScalarType::Float && !a.scale;
-  return fits && floats && instructions().float32 ? &avx512::winograd : nullptr;
+// The kernel for a convolution with weights of this kind, or null where there is none.
+const Kernel* find_kernel(const Arguments& a, const Conv& c, bool winograd, ScalarType y, bool amx) {
+  const ScalarType x = a.x.scalar_type();
+  const Kernels* kernels = kernels_for(x);
+  if (kernels == nullptr) return nullptr;
+  if (winograd) {
+    const bool fits = c.stride_h == 1 && c.stride_w == 1 && c.c % 16 == 0 && a.groups == 1 && !a.scale;
+    return fits ? find(kernels->winograd, x, y) : nullptr;
+  }
+  if (a.groups > 1) {
+    const int64_t outputs = c.k / a.groups;
+    const bool several = outputs < 16 && 16 % outputs == 0 && outputs == c.group;
+    return several || outputs % 16 == 0 ? find(kernels->grouped, x, y) : nullptr;
+  }
+  const bool tiles = amx && instructions().amx && x != ScalarType::Float && c.s * c.c * bytes_of(x) % 64 == 0;
+  return find(tiles ? amx_tiles : kernels->direct, x, y);
 }
 
 // `y` is what is overwritten, or null for a new tensor.
@@ -166,23 +188,22 @@ Tensor run(const Arguments& a, ScalarType y_dtype, bool amx, const Tensor* y) {
   c.group = c.c / a.groups;
   const ScalarType x_dtype = a.x.scalar_type();
   const Tensor& w = a.weight;
-  const int64_t blocks = (c.k + kColumns - 1) / kColumns, values = kWord / bytes_of(x_dtype);
   const bool winograd = c.r == 3 && c.s == 3 && w.dim() == 5 && w.size(1) == 16;
   const int64_t rows = winograd ? 16 : c.r, columns = winograd ? 1 : c.s;
-  const Kernel* kernel = winograd       ? find_winograd(a, y_dtype)
-                         : a.groups > 1 ? find_grouped(c, x_dtype, y_dtype)
-                                        : find_direct(x_dtype, y_dtype, c.s * c.c * bytes_of(x_dtype), amx);
+  const Kernel* kernel = find_kernel(a, c, winograd, y_dtype, amx);
   STD_TORCH_CHECK(kernel != nullptr, "conv: no kernel on this CPU takes ", torch::headeronly::toString(x_dtype), " to ",
                   torch::headeronly::toString(y_dtype), " by this weight, stride and number of groups");
+  const int64_t block = kernels_for(x_dtype)->columns, blocks = (c.k + block - 1) / block;
+  const int64_t values = kWord / bytes_of(weight_type(x_dtype));
   const int64_t words = (columns * c.group + values - 1) / values;  // read together, of each row of the filter
   const bool inside = c.group % values == 0 || (a.groups == 1 && c.pad_w > 0);
   STD_TORCH_CHECK(inside, "conv: the channels of a pixel must fill words of 4 bytes where nothing is padded or grouped");
   STD_TORCH_CHECK(w.dim() == 5 && w.is_contiguous() && w.size(0) == blocks && w.size(1) == rows &&
-                      w.size(2) == words && w.size(3) == kColumns && w.size(4) == values &&
-                      w.scalar_type() == (x_dtype == ScalarType::Byte ? ScalarType::Char : x_dtype),
-                  "conv: weight is not packed for this x and filter");
-  check_channels("bias", a.bias, blocks);
-  if (a.scale) check_channels("scale", *a.scale, blocks);
+                      w.size(2) == words && w.size(3) == block && w.size(4) == values &&
+                      w.scalar_type() == weight_type(x_dtype),
+                  "conv: weight is not packed for this CPU, x and filter");
+  check_channels("bias", a.bias, blocks * block);
+  if (a.scale) check_channels("scale", *a.scale, blocks * block);
 
   const Sizes sizes = {c.n, c.k, c.oh, c.ow};
   const Tensor result = y ? *y : empty_nhwc(sizes, y_dtype);
@@ -292,7 +313,7 @@ Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const
                       p.w + 2 * p.pad_w >= p.s && p.c > 0 && p.c % 16 == 0,
                   "max_pool: the filter must fit into the padded image, padding be at most half of it, and the "
                   "channels be a multiple of 16");
-  STD_TORCH_CHECK(instructions().bfloat16 && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+  STD_TORCH_CHECK(other_kernels() != nullptr && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                                               dtype == ScalarType::Byte),
                   "max_pool: no kernel on this CPU takes ", torch::headeronly::toString(dtype));
   p.oh = (p.h + 2 * p.pad_h - p.r) / p.stride_h + 1;
@@ -301,14 +322,14 @@ Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const
   p.x = x.const_data_ptr();
   p.y = y.mutable_data_ptr();
   torch::stable::parallel_for(0, p.n * p.oh, 1, [&](int64_t begin, int64_t end) {
-    avx512::max_pool(p, bytes_of(dtype), begin, end);
+    other_kernels()->max_pool(p, bytes_of(dtype), begin, end);
   });
   return y;
 }
 
 Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
   check_image("x", x);
-  STD_TORCH_CHECK(instructions().int8 && instructions().bfloat16 && x.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(other_kernels() != nullptr && x.scalar_type() == ScalarType::Float,
                   "quantise: no kernel on this CPU takes ", torch::headeronly::toString(x.scalar_type()));
   const Tensor q = empty_nhwc({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Byte);
   const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
@@ -316,25 +337,26 @@ Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
   auto* to = static_cast<uint8_t*>(q.mutable_data_ptr());
   constexpr int64_t kGrain = 16384;
   torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    avx512::quantise(from, grid, to, begin, end);
+    other_kernels()->quantise(from, grid, to, begin, end);
   });
   return q;
 }
 
 Tensor mean(const Tensor& x, double scale, int64_t zero_point) {
   check_image("x", x);
-  const int64_t pixels = x.size(2) * x.size(3), blocks = (x.size(1) + 15) / 16;
+  const int64_t pixels = x.size(2) * x.size(3);
   constexpr int64_t kMost = int64_t{1} << 23;  // of 8 bits, that a sum of 32 holds
-  STD_TORCH_CHECK(instructions().int8 && x.scalar_type() == ScalarType::Byte && pixels > 0 && pixels <= kMost,
+  STD_TORCH_CHECK(other_kernels() != nullptr && x.scalar_type() == ScalarType::Byte && pixels > 0 && pixels <= kMost,
                   "mean: no kernel on this CPU takes ", pixels, " pixels of ",
                   torch::headeronly::toString(x.scalar_type()));
   const Tensor y = empty_nhwc({x.size(0), x.size(1), 1, 1}, ScalarType::Float);
   const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
   const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(4096 / pixels, 1);
-  torch::stable::parallel_for(0, x.size(0) * blocks, grain, [&](int64_t begin, int64_t end) {
-    avx512::mean(from, grid, pixels, x.size(1), to, begin, end);
+  const int64_t lanes = other_kernels()->columns / 2, grain = std::max<int64_t>(4096 / pixels, 1);
+  const int64_t units = x.size(0) * ((x.size(1) + lanes - 1) / lanes);
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    other_kernels()->mean(from, grid, pixels, x.size(1), to, begin, end);
   });
   return y;
 }

@@ -1,5 +1,5 @@
 // How a convolution is split: into panels of output pixels that fit in a core's cache with what they read, each panel
-// into runs of neighbouring pixels, and each run by blocks of 32 output channels.
+// into runs of neighbouring pixels, and each run by blocks of two vectors of output channels.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,11 @@
 #include <vector>
 
 #include "conv.h"
+#include "lanes.h"
 
-namespace resnet_fused::cpu {
+namespace resnet_fused::cpu::RESNET_FUSED_LANES {
+
+constexpr int kColumns = 2 * kLanes;  // output channels of one block of packed weights
 
 // Neighbouring pixels of an output row: what the first one reads first, its number, and the rows [r0, r1) of the filter
 // that are to be multiplied: the others read zeros alone.
@@ -52,21 +55,22 @@ struct Bytes {
 class Ahead {
  public:
   void start(Bytes x, Bytes y, int64_t slices) {
-    x_ = x, y_ = y, i_ = 0, slices_ = slices;
-    of_x_ = slices * x.count / std::max<int64_t>(x.count + y.count, 1);
+    const int64_t of_x = slices * x.count / std::max<int64_t>(x.count + y.count, 1), of_y = slices - of_x;
+    x_ = {x.from, of_x ? x.count / of_x : 0}, x_left_ = of_x;
+    y_ = {y.from, of_y ? y.count / of_y : 0}, y_left_ = of_y;
   }
 
   Bytes next() {
-    const int64_t i = i_++;
-    if (i >= slices_) return {nullptr, 0};
-    return i < of_x_ ? slice(x_, i, of_x_) : slice(y_, i - of_x_, slices_ - of_x_);
+    Bytes& of = x_left_ > 0 ? x_ : y_;
+    if ((x_left_ > 0 ? x_left_ : y_left_)-- <= 0) return {nullptr, 0};
+    const Bytes slice = of;
+    of.from += of.count;
+    return slice;
   }
 
  private:
-  static Bytes slice(Bytes all, int64_t i, int64_t n) { return {all.from + i * (all.count / n), all.count / n}; }
-
-  Bytes x_, y_;
-  int64_t i_ = 0, slices_ = 0, of_x_ = 0;
+  Bytes x_{}, y_{};  // the next slice of each
+  int64_t x_left_ = 0, y_left_ = 0;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -80,16 +84,17 @@ char* scratch(size_t bytes) {
   return memory.data() + (-reinterpret_cast<uintptr_t>(memory.data()) & (kLine - 1));
 }
 
-// A Micro is a micro-kernel: kRun, the most pixels of a run; kInBytes and kOutBytes, of a value of x and of y;
-// kStepBytes, of each pixel that a step of its loop takes; kPartWords, the most products of a part of a sum, in words;
-// kByTap, whether it finds each column of the filter by itself; kByRow, whether it multiplies no rows but a part's; and
-// operator()(tile, pixels of a run, number of runs, whether only 16 columns are left).
+// A Micro is a micro-kernel: X, the type of x; In, the one it is multiplied in; kInBytes and kOutBytes, of an In and of
+// a value of y; kRun, the most pixels of a run; kStepBytes, of each pixel that a step of its loop takes; kPartWords, the
+// most products of a part of a sum, in words; kByTap, whether it finds each column of the filter by itself; kByRow,
+// whether it multiplies no rows but a part's; and operator()(tile, pixels of a run, number of runs, whether only one
+// vector of columns is left).
 template <class Micro>
 class Panels {
  public:
   explicit Panels(const Conv& conv) : conv_(conv) {
     Conv& c = conv_;
-    padded_ = c.pad_h != 0 || c.pad_w != 0;
+    padded_ = c.pad_h != 0 || c.pad_w != 0 || (kWidens && c.r * c.s != 1);
     if (c.r == 1 && c.s == 1 && !padded_ && c.stride_h == 1 && c.stride_w == 1) {  // all pixels are one row
       c.w = c.ow = c.n * c.h * c.w;
       c.n = c.h = c.oh = 1;
@@ -97,7 +102,7 @@ class Panels {
     pixel_bytes_ = c.c * Micro::kInBytes;
     pitch_ = c.stride_w * pixel_bytes_;
     // Pixels a page apart lie in one set of L1, which has not the ways for those of a tile: copied, they do not.
-    apart_ = c.s == 1 && c.r == 1 && !padded_ && pitch_ % kPage == 0;
+    apart_ = c.s == 1 && c.r == 1 && !padded_ && (kWidens || pitch_ % kPage == 0);
     const bool divisible = Micro::kByTap || pixel_bytes_ % (Micro::kPartWords * kWord) == 0;
     gap_ = padded_ && pitch_ % kPage == 0 && divisible ? kLine : 0;
     pitch_ = apart_ ? pixel_bytes_ + kLine : c.stride_w * (pixel_bytes_ + gap_);
@@ -138,7 +143,10 @@ class Panels {
   }
 
  private:
-  static constexpr int64_t kCacheBytes = 512 * 1024, kPage = 4096, kLine = 64;
+  using X = typename Micro::X;
+  using In = typename Micro::In;
+  static constexpr bool kWidens = sizeof(X) != sizeof(In);  // x is copied, then
+  static constexpr int64_t kCacheBytes = 32 * 1024 * kLanes, kPage = 4096, kLine = 64;
 
   // The width of panels of whole tiles, from half to twice `pixels`, that leaves the least of the last one empty: threads
   // get equal numbers of panels.
@@ -199,7 +207,7 @@ class Panels {
   // The rows of the filter, laid on the image from row `top` on, that do not lie on zeros alone.
   std::pair<int64_t, int64_t> rows_inside(int64_t top) const {
     const Conv& c = conv_;
-    const bool zeros = Micro::kInBytes != 1 || c.x_grid.zero_point == 0;
+    const bool zeros = sizeof(X) != 1 || c.x_grid.zero_point == 0;
     const int64_t r0 = std::max<int64_t>(-top, 0), r1 = std::min(c.r, c.h - top);
     return Micro::kByRow && zeros && r0 < r1 ? std::pair{r0, r1} : std::pair{int64_t{0}, c.r};
   }
@@ -222,23 +230,34 @@ class Panels {
       const int64_t image = row / c.oh, oy = row % c.oh;
       if (row != row0) copied += oy == 0 ? c.r : c.stride_h;
       const auto [r0, r1] = rows_inside(oy * c.stride_h - c.pad_h);
+      const int64_t pixel_pitch = padded_ ? pixel_bytes_ + gap_ : c.c * sizeof(X);
       const char* x = padded_ ? copy_ + copied * row_pitch_
-                              : static_cast<const char*>(c.x) + (image * c.h + oy * c.stride_h) * row_pitch_;
+                              : static_cast<const char*>(c.x) + (image * c.h + oy * c.stride_h) * c.w * pixel_pitch;
       int64_t ox = column0;
       for (int64_t i = 0; i < count; i++) {
         const int kind = i < longer ? 0 : 1;
-        const char* from = x + ox * c.stride_w * (pixel_bytes_ + gap_);
+        const char* from = x + ox * c.stride_w * pixel_pitch;
         runs_[kind].push_back({apart_ ? to : from, row * c.ow + ox, r0, r1});
         for (int pixel = 0; apart_ && pixel < lengths_[kind]; pixel++, to += pitch_)
-          std::memcpy(to, from + pixel * c.stride_w * pixel_bytes_, pixel_bytes_);
-        next_x_.from = from + lengths_[kind] * c.stride_w * pixel_bytes_;
+          copy(to, from + pixel * c.stride_w * pixel_pitch, c.c);
+        next_x_.from = from + lengths_[kind] * c.stride_w * pixel_pitch;
         ox += lengths_[kind];
       }
     }
-    if (padded_) next_x_.from = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * pixel_bytes_;
+    const int64_t source_bytes = c.c * sizeof(X);
+    if (padded_) next_x_.from = static_cast<const char*>(c.x) + row1 * c.stride_h * c.w * source_bytes;
     const int64_t pixels = (row1 - row0) * width, next_pixel = (row1 - 1) * c.ow + column0 + width;
-    next_x_.count = pixels * c.stride_h * c.stride_w * pixel_bytes_;
+    next_x_.count = pixels * c.stride_h * c.stride_w * source_bytes;
     next_y_ = {static_cast<const char*>(c.y) + next_pixel * c.k * Micro::kOutBytes, pixels * c.k * Micro::kOutBytes};
+  }
+
+  // `count` values of x as they are multiplied.
+  static void copy(char* to, const char* from, int64_t count) {
+    if constexpr (kWidens) {
+      widen(reinterpret_cast<In*>(to), reinterpret_cast<const X*>(from), count);
+    } else {
+      std::memcpy(to, from, count * sizeof(In));
+    }
   }
 
   // The rows that output rows [row0, row1) read, with their padding; those that two of an image share, once.
@@ -246,7 +265,7 @@ class Panels {
     const Conv& c = conv_;
     char* to = scratch<0>(((row1 - row0) * std::max(c.r, c.stride_h) + c.r) * row_pitch_);
     copy_ = to;
-    const int fill = Micro::kInBytes == 1 ? c.x_grid.zero_point : 0;
+    const int fill = sizeof(X) == 1 ? c.x_grid.zero_point : 0;
     const int64_t side = c.pad_w * (pixel_bytes_ + gap_), middle = c.w * (pixel_bytes_ + gap_);
     int64_t next = 0;  // the first row of the image that has not been copied
     for (int64_t row = row0; row < row1; row++) {
@@ -257,11 +276,11 @@ class Panels {
           std::memset(to, fill, row_pitch_);
           continue;
         }
-        const char* from = static_cast<const char*>(c.x) + (image * c.h + next) * c.w * pixel_bytes_;
+        const char* from = static_cast<const char*>(c.x) + (image * c.h + next) * c.w * c.c * sizeof(X);
         std::memset(to, fill, side);
-        if (gap_ == 0) std::memcpy(to + side, from, middle);
+        if (gap_ == 0) copy(to + side, from, c.w * c.c);
         for (int64_t i = 0; gap_ != 0 && i < c.w; i++)
-          std::memcpy(to + side + i * (pixel_bytes_ + gap_), from + i * pixel_bytes_, pixel_bytes_);
+          copy(to + side + i * (pixel_bytes_ + gap_), from + i * c.c * sizeof(X), c.c);
         std::memset(to + side + middle, fill, side);
       }
     }
@@ -283,4 +302,4 @@ template <class Algorithm>
 constexpr Kernel kernel_of{[](const Conv& conv) { return Algorithm(conv).units(); },
                            [](const Conv& conv, int64_t begin, int64_t end) { Algorithm(conv).run(begin, end); }};
 
-}  // namespace resnet_fused::cpu
+}  // namespace resnet_fused::cpu::RESNET_FUSED_LANES

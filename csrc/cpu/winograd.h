@@ -7,11 +7,11 @@
 #include "epilogue.h"
 #include "panels.h"
 
-namespace resnet_fused::cpu {
+namespace resnet_fused::cpu::RESNET_FUSED_LANES {
 
 // As Panels, with tiles for pixels: for each of the 16 elements, the micro-kernel multiplies those of a panel's tiles,
 // [tiles, C], by those of a block of weights, [C, 32].
-template <class Micro>
+template <class Micro, class In, class Out>
 class Winograd {
  public:
   explicit Winograd(const Conv& conv) : conv_(conv), products_(conv) {
@@ -59,7 +59,7 @@ class Winograd {
     return {i / (tall_ * wide_), i / wide_ % tall_ * 2, i % wide_ * 2};
   }
 
-  using Pixels = const float* [4][4];
+  using Pixels = const In* [4][4];
 
   // The channels of the pixels that a tile reads.
   void find_pixels(const Place& at, Pixels& d) const {
@@ -68,7 +68,7 @@ class Winograd {
       for (int j = 0; j < 4; j++) {
         const int64_t y = at.y + i - c.pad_h, x = at.x + j - c.pad_w;
         const bool inside = y >= 0 && y < c.h && x >= 0 && x < c.w;
-        d[i][j] = inside ? static_cast<const float*>(c.x) + ((at.image * c.h + y) * c.w + x) * c.c : zeros();
+        d[i][j] = inside ? static_cast<const In*>(c.x) + ((at.image * c.h + y) * c.w + x) * c.c : zeros();
       }
   }
 
@@ -77,31 +77,31 @@ class Winograd {
     Pixels d;
     find_pixels(place(tile), d);
     char* to = x_ + tile * pitch_;
-    __m512 zero = {};  // until something that is not finite is multiplied by it
-    for (int64_t k = 0; k < conv_.c; k += 16, to += kLine) {
-      __m512 v[4][4];
+    Floats zero = {};  // until something that is not finite is multiplied by it
+    for (int64_t k = 0; k < conv_.c; k += kLanes, to += kLanes * kWord) {
+      Floats v[4][4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        const __m512 d0 = _mm512_loadu_ps(d[0][j] + k), d1 = _mm512_loadu_ps(d[1][j] + k);
-        const __m512 d2 = _mm512_loadu_ps(d[2][j] + k), d3 = _mm512_loadu_ps(d[3][j] + k);
+        const Floats d0 = load(d[0][j] + k), d1 = load(d[1][j] + k);
+        const Floats d2 = load(d[2][j] + k), d3 = load(d[3][j] + k);
         v[0][j] = d0 - d2, v[1][j] = d1 + d2, v[2][j] = d2 - d1, v[3][j] = d1 - d3;
       }
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const __m512 element[4] = {v[i][0] - v[i][2], v[i][1] + v[i][2], v[i][2] - v[i][1], v[i][1] - v[i][3]};
+        const Floats element[4] = {v[i][0] - v[i][2], v[i][1] + v[i][2], v[i][2] - v[i][1], v[i][1] - v[i][3]};
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-          _mm512_storeu_ps(to + (4 * i + j) * plane_, element[j]);
-          if (i != 2 && j != 2) zero = _mm512_fmadd_ps(element[j], __m512{}, zero);  // these have all of d in them
+          store(reinterpret_cast<float*>(to + (4 * i + j) * plane_), element[j]);
+          if (i != 2 && j != 2) zero = fmadd(element[j], Floats{}, zero);  // these have all of d in them
         }
       }
     }
-    return _mm512_cmp_ps_mask(zero, __m512{}, _CMP_NEQ_UQ) == 0;
+    return is_zero(zero);
   }
 
   // Zeros for the channels of a pixel outside of the image.
-  const float* zeros() const {
-    thread_local std::vector<float> memory;
+  const In* zeros() const {
+    thread_local std::vector<In> memory;
     if (static_cast<int64_t>(memory.size()) < conv_.c) memory.resize(conv_.c);
     return memory.data();
   }
@@ -132,33 +132,33 @@ class Winograd {
   void finish_tile(int64_t tile, int64_t block) {
     const Conv& c = conv_;
     const Place at = place(tile);
-    __m512 y[2][2][kVectors];
+    Floats y[2][2][kVectors];
     finite_[tile] ? transform_sums(tile, y) : sum_directly(at, block, y);
     const int64_t height = std::min<int64_t>(2, c.oh - at.y);
     for (int64_t i = 0; i < height; i++) {
       const int64_t pixel = (at.image * c.oh + at.y + i) * c.ow + at.x;
       if (at.x + 1 < c.ow) {
-        finish<float>(c, pixel, block * kColumns, y[i]);
+        finish<Out>(c, pixel, block * kColumns, y[i]);
       } else {
-        __m512 single[1][kVectors];
+        Floats single[1][kVectors];
         std::copy(y[i][0], y[i][0] + kVectors, single[0]);
-        finish<float>(c, pixel, block * kColumns, single);
+        finish<Out>(c, pixel, block * kColumns, single);
       }
     }
   }
 
   // A' sums A.
   template <int kVectors>
-  void transform_sums(int64_t tile, __m512 (&y)[2][2][kVectors]) const {
-    const float* from = sums_ + tile * kVectors * 16;
-    const int64_t next = count_ * kVectors * 16;
+  void transform_sums(int64_t tile, Floats (&y)[2][2][kVectors]) const {
+    const float* from = sums_ + tile * kVectors * kLanes;
+    const int64_t next = count_ * kVectors * kLanes;
 #pragma GCC unroll 2
-    for (int vector = 0; vector < kVectors; vector++, from += 16) {
-      __m512 rows[2][4];
+    for (int vector = 0; vector < kVectors; vector++, from += kLanes) {
+      Floats rows[2][4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) {
-        const __m512 m0 = _mm512_loadu_ps(from + j * next), m1 = _mm512_loadu_ps(from + (4 + j) * next);
-        const __m512 m2 = _mm512_loadu_ps(from + (8 + j) * next), m3 = _mm512_loadu_ps(from + (12 + j) * next);
+        const Floats m0 = load(from + j * next), m1 = load(from + (4 + j) * next);
+        const Floats m2 = load(from + (8 + j) * next), m3 = load(from + (12 + j) * next);
         rows[0][j] = m0 + m1 + m2, rows[1][j] = m1 - m2 - m3;
       }
 #pragma GCC unroll 2
@@ -171,25 +171,25 @@ class Winograd {
 
   // The 36 products, of w as it is in G w G'. The 16 would spread what is not finite to pixels that do not see it.
   template <int kVectors>
-  void sum_directly(const Place& at, int64_t block, __m512 (&y)[2][2][kVectors]) const {
+  void sum_directly(const Place& at, int64_t block, Floats (&y)[2][2][kVectors]) const {
     Pixels d;
     find_pixels(at, d);
-    std::fill_n(&y[0][0][0], 4 * kVectors, __m512{});
+    std::fill_n(&y[0][0][0], 4 * kVectors, Floats{});
     const auto* weight = static_cast<const float*>(conv_.weight) + block * kElements * conv_.c * kColumns;
     for (int64_t k = 0; k < conv_.c; k++, weight += kColumns)
       for (int vector = 0; vector < kVectors; vector++) {
-        __m512 rows[3][4];
+        Floats rows[3][4];
         for (int j = 0; j < 4; j++) {
-          __m512 u[4];
+          Floats u[4];
           for (int i = 0; i < 4; i++)
-            u[i] = _mm512_loadu_ps(weight + (4 * i + j) * conv_.c * kColumns + 16 * vector);
+            u[i] = load(weight + (4 * i + j) * conv_.c * kColumns + kLanes * vector);
           rows[0][j] = u[0], rows[1][j] = u[1] - u[2], rows[2][j] = u[3];
         }
         for (int r = 0; r < 3; r++) {
-          const __m512 w[3] = {rows[r][0], rows[r][1] - rows[r][2], rows[r][3]};
+          const Floats w[3] = {rows[r][0], rows[r][1] - rows[r][2], rows[r][3]};
           for (int s = 0; s < 3; s++)
             for (int i = 0; i < 2; i++)
-              for (int j = 0; j < 2; j++) y[i][j][vector] += w[s] * _mm512_set1_ps(d[i + r][j + s][k]);
+              for (int j = 0; j < 2; j++) y[i][j][vector] += w[s] * set1(to_float(d[i + r][j + s][k]));
         }
       }
   }
@@ -202,4 +202,4 @@ class Winograd {
   std::vector<char> finite_;  // whether all that a tile reads is
 };
 
-}  // namespace resnet_fused::cpu
+}  // namespace resnet_fused::cpu::RESNET_FUSED_LANES

@@ -17,16 +17,17 @@ class FrozenLinear(Constants, nn.Linear):
     """`nn.Linear` of rows as a 1x1 convolution of single pixels, on our kernel for CPUs.
 
     Attributes:
-        packed_weight, packed_bias: of `cpu.pack` and `cpu.pack_channels`, in the dtype that autocast gave when the
-            model was frozen.
+        dtype: the one that autocast gave when the model was frozen.
+        packed_weight, packed_bias: of `cpu.pack` and `cpu.pack_channels`, for it.
     """
 
+    dtype: torch.dtype
     packed_weight: Tensor
     packed_bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         (rows,) = autocast(x)
-        if rows.dim() != 2 or rows.shape[1] != self.in_features or rows.dtype is not self.packed_weight.dtype:
+        if rows.dim() != 2 or rows.shape[1] != self.in_features or rows.dtype is not self.dtype:
             return super().forward(x)
         pixels = rows.contiguous().view(*rows.shape, 1, 1)
         one = ((1, 1), (1, 1), (0, 0))
@@ -44,6 +45,7 @@ def freeze_linears(network: nn.Module) -> None:
         if cpu.refusal(kernel, (1, 1), (0, 0), (1, 1), 1, None) is None:
             module.__class__ = FrozenLinear
             assert isinstance(module, FrozenLinear)
+            module.dtype = kernel.dtype
             module.constant("packed_weight", cpu.pack(kernel))
             values = torch.zeros(module.out_features) if bias is None else bias.detach().to(kernel.dtype)
             module.constant("packed_bias", cpu.pack_channels(values))

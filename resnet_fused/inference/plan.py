@@ -59,7 +59,7 @@ class FreezePlan:
             for (op, backend), n in counts.items()
         )
         how = how.replace(" on aten", " on aten (native PyTorch kernels, layer by layer)", 1)
-        how = how.replace(" on cpu", " on cpu (our kernels for AVX-512)", 1)
+        how = how.replace(" on cpu", " on cpu (our kernels)", 1)
         lines = textwrap.wrap(f"{len(self.layers)} convolutions: {how}", 120, subsequent_indent="  ")
         lines += [f"{op}: {text}" for op, text in MEANING.items() if any(row.op == op for row in self.layers)]
         worst = sorted((row for row in self.layers if row.error is not None), key=lambda row: -(row.error or 0.0))[:3]

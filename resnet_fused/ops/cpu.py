@@ -1,4 +1,4 @@
-"""Our convolution for frozen networks on a CPU with AVX-512 (csrc/cpu): fp32, bf16 and int8, on AMX where it is.
+"""Our convolution for frozen networks on a CPU with AVX2 or AVX-512 (csrc/cpu): fp32, bf16, int8, on AMX where it is.
 
 Its sums run over the filter's rows, columns and channels in this order, whatever the number of threads.
 """
@@ -21,31 +21,61 @@ from resnet_fused._compiling import constant
 from resnet_fused.dispatch.conv import ConvShape
 from resnet_fused.ops.onednn import Grid
 
-COLUMNS = 32  # output channels of a block of packed weights; the others of csrc/cpu/conv.h follow from it
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
-_POOLED = dict.fromkeys((torch.float32, torch.bfloat16, torch.uint8), "bfloat16")  # what the kernel is compiled for
+_MOST_COLUMNS = 32  # of a block of packed weights
+
+
+class Packing(NamedTuple):
+    """How this CPU's kernel for a dtype takes weights.
+
+    Attributes:
+        columns: output channels of a block.
+        dtype: the packed weight's: float32 where bf16 is multiplied in it.
+    """
+
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def word(self) -> int:
+        """Input channels that the kernel reads together: of 4 bytes."""
+        return 4 // self.dtype.itemsize
 
 
 @functools.cache
 def unavailable() -> str | None:
     """Why none of our kernels for CPUs can run here, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
-    problem = None if capability == "AVX512" else f"they need AVX-512, and PyTorch runs on {capability} here"
+    usable = capability in ("AVX2", "AVX512")
+    problem = None if usable else f"they need AVX2 or AVX-512, and PyTorch runs on {capability} here"
     return problem or _library.load_cpu()
 
 
 @constant
 def supported() -> frozenset[str]:
     """What this CPU and this build can multiply, of float32, bfloat16 and int8, and "amx"; nothing if `unavailable`."""
-    return _supported()
+    return frozenset(_supported())
 
 
 @functools.cache
-def _supported() -> frozenset[str]:
+def _supported() -> dict[str, list[int]]:
+    """Of each name its columns and the bytes of its packed weights."""
     if unavailable() is not None:
-        return frozenset()
+        return {}
     _register()
-    return frozenset(torch.ops.resnet_fused_cpu.supported().split())
+    names = (name.split("/") for name in torch.ops.resnet_fused_cpu.supported().split())
+    return {name: [int(number) for number in numbers] for name, *numbers in names}
+
+
+def wide() -> bool:
+    """Whether fp32 is multiplied by AVX-512, not AVX2."""
+    return "float32" in supported() and packing(torch.float32).columns == _MOST_COLUMNS
+
+
+def packing(dtype: torch.dtype) -> Packing:
+    """Of weights in a dtype that is `supported`."""
+    columns, width = _supported()[_NAMES[dtype]]
+    return Packing(columns, dtype if width == dtype.itemsize else torch.float32)
 
 
 def _register() -> None:
@@ -106,7 +136,6 @@ def refusal(
         return "our CPU kernels cannot run here: see resnet-fused info"
     dtype, names = str(weight.dtype).removeprefix("torch."), sorted(supported() & set(_NAMES.values()))
     channels, per_group = weight.shape[:2]
-    word = 4 // weight.dtype.itemsize  # input channels, which the kernel reads together
     limit = None
     if dtype not in names:
         limit = f"{', '.join(names)}, not {dtype}"
@@ -117,7 +146,7 @@ def refusal(
         limit = "no dilation"
     elif act not in (None, "relu"):
         limit = f"no {act}"
-    elif per_group % word != 0 and (groups != 1 or padding[1] == 0):
+    elif per_group % (word := packing(weight.dtype).word) != 0 and (groups != 1 or padding[1] == 0):
         limit = f"multiples of {word} input channels in {dtype}, not {per_group}, where nothing is padded or grouped"
     return None if limit is None else f"our CPU kernel takes {limit}"
 
@@ -134,7 +163,8 @@ def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return False  # PyTorch's result would be in another order
     fits = all(2 * pad <= size <= n + 2 * pad for n, size, pad in zip(x.shape[2:], filter, padding, strict=True))
-    return fits and x.shape[1] % 16 == 0 and _POOLED.get(x.dtype) in supported()
+    pooled = x.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    return fits and x.shape[1] % 16 == 0 and pooled and bool(supported())
 
 
 def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -149,7 +179,7 @@ def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: S
 
 def quantises(x: Tensor) -> bool:
     """Whether `quantise` takes it."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and {"int8", "bfloat16"} <= supported()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and bool(supported())
 
 
 def quantise(x: Tensor, grid: Grid) -> Tensor:
@@ -166,7 +196,7 @@ def mean(x: Tensor, grid: Grid) -> Tensor:
     """The means [N, C, 1, 1] over all pixels, in float32.
 
     Args:
-        x: uint8, in NHWC order, on `grid`; with VNNI alone.
+        x: uint8, in NHWC order, on `grid`.
     """
     result: Tensor = torch.ops.resnet_fused_cpu.mean(x, *grid)
     return result
@@ -213,31 +243,37 @@ def winograd(weight: Tensor, stride: Sequence[int], result: Sequence[int]) -> bo
     N, _, OH, OW = result
     tiles = N * -(-OH // 2) * -(-OW // 2)
     pays = tiles >= 4 and 16 * tiles <= 0.75 * 9 * N * OH * OW
-    three = weight.dtype == torch.float32 and weight.shape[2:] == (3, 3) and tuple(stride) == (1, 1)
+    floats = packing(weight.dtype).dtype == torch.float32
+    three = floats and weight.shape[2:] == (3, 3) and tuple(stride) == (1, 1)
     return pays and three and weight.shape[1] % 16 == 0 and bool(weight.isfinite().all())
 
 
 def pack_winograd(weight: Tensor) -> Tensor:
-    """G w G' of a weight [K, C, 3, 3], as `pack` packs it: [K / 32, 16, C, 32, 1]."""
+    """G w G' of a weight [K, C, 3, 3], as `pack` packs it: [K / columns, 16, C, columns, 1]."""
     G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
-    elements = (G @ weight.double() @ G.T).to(weight.dtype)
-    return pack(elements.flatten(2).unsqueeze(-1))
+    elements = G @ weight.double() @ G.T
+    return _pack(elements.flatten(2).unsqueeze(-1), packing(weight.dtype))
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [K, C, R, S] as [K / 32, R, S * C / g, 32, g], g values to a word of 4 bytes; with zeros where one ends.
+    """A weight [K, C, R, S] as [K / columns, R, S * C / g, columns, g], g values to a word; with zeros where one ends.
 
-    C are the channels of a group.
+    C are the channels of a group, and `packing` has the other numbers.
     """
+    return _pack(weight, packing(weight.dtype))
+
+
+def _pack(weight: Tensor, to: Packing) -> Tensor:
     K, C, R, S = weight.shape
-    g = 4 // weight.dtype.itemsize
-    rows = F.pad(weight.permute(0, 2, 3, 1).reshape(K, R, S * C), (0, -S * C % g, 0, 0, 0, -K % COLUMNS))
-    return _LARGE_PAGES.copy(rows.reshape(-1, COLUMNS, R, rows.shape[-1] // g, g).permute(0, 2, 3, 1, 4))
+    rows = weight.permute(0, 2, 3, 1).reshape(K, R, S * C).to(to.dtype)
+    rows = F.pad(rows, (0, -S * C % to.word, 0, 0, 0, -K % to.columns))
+    blocks = rows.reshape(-1, to.columns, R, rows.shape[-1] // to.word, to.word)
+    return _LARGE_PAGES.copy(blocks.permute(0, 2, 3, 1, 4))
 
 
 def pack_channels(values: Tensor) -> Tensor:
     """A value for each output channel, fp32, with zeros up to a whole block."""
-    return F.pad(values.float(), (0, -len(values) % COLUMNS))
+    return F.pad(values.float(), (0, -len(values) % _MOST_COLUMNS))
 
 
 def conv(

@@ -17,7 +17,7 @@ from resnet_fused.nn import BasicBlock, Bottleneck
 from resnet_fused.ops import cpu
 
 SUPPORTED = cpu.supported()
-pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no AVX-512, or the kernels for CPUs are not built")
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no AVX2, or the kernels for CPUs are not built")
 
 KINDS = [
     pytest.param(name, marks=pytest.mark.skipif(name not in SUPPORTED, reason=f"this CPU has no {name}"))

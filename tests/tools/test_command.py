@@ -127,11 +127,12 @@ def test_info_says_what_runs_frozen_models_on_a_cpu(monkeypatch):
     monkeypatch.setattr(cpu, "unavailable", lambda: "they need AVX-512")
     assert info().frozen == "oneDNN, not our kernels: they need AVX-512"
     monkeypatch.setattr(cpu, "unavailable", lambda: None)
-    for found, text in [
-        ({"float32"}, "fp32; AVX-512 yes, VNNI no, AMX no"),
-        ({"int8", "amx", "bfloat16", "float32"}, "fp32, bf16, int8; AVX-512 yes, VNNI yes, AMX yes"),
+    for found, columns, text in [
+        ({"float32", "bfloat16"}, 16, "fp32, bf16; AVX-512 no, VNNI no, AMX no"),
+        ({"float32"}, 32, "fp32; AVX-512 yes, VNNI no, AMX no"),
+        ({"int8", "amx", "bfloat16", "float32"}, 32, "fp32, bf16, int8; AVX-512 yes, VNNI yes, AMX yes"),
     ]:
-        monkeypatch.setattr(cpu, "supported", lambda found=found: frozenset(found))
+        monkeypatch.setattr(cpu, "_supported", lambda f=found, c=columns: dict.fromkeys(f, [c, 4]))
         assert " ".join(str(info()).splitlines()[-1].split()) == f"frozen on a CPU our kernels: {text}"
 
 
