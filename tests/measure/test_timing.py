@@ -40,6 +40,13 @@ def test_percentiles_are_numpys():
     assert timing.p50 == 3.5  # an outlier does not move the median
 
 
+def test_a_roof_comes_from_a_smaller_product_where_one_would_take_seconds(monkeypatch):
+    monkeypatch.setattr(roof, "clock_for", lambda device: lambda call: 10.0)  # milliseconds, whatever is called
+    found = roof.measure("fp32", CPU, repeats=1)
+    assert found.gemm == 2 * 256**3 / 0.01  # one of 2048 is 512 times as much
+    assert found.conv == 2 * 8 * 28 * 28 * 9 * 128**2 / 0.01
+
+
 def test_interleaving_calls_everyone_once_per_round_after_warming_up():
     log: list[str] = []
     calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
