@@ -84,7 +84,7 @@ class Tiles {
     constexpr int64_t kStep = 16 * kColumns * kWord;  // bytes of weights that 64 bytes of x meet
     const int64_t steps = conv.s * conv.c * kInBytes / 64;
     const auto* w = static_cast<const char*>(conv.weight) + tile.block * conv.r * steps * kStep;
-    const auto* ahead = w + tile.halves_ahead * conv.r * steps * (kStep / 2);
+    const auto* ahead = w + (2 + tile.slice) * conv.r * steps * (kStep / 2);
     const auto* next = tile.next;
     for (int64_t r = 0; r < conv.r; r++) {
       const char *x0 = tile.runs[0].x + r * tile.row_pitch, *x1 = tile.runs[1].x + r * tile.row_pitch;
@@ -101,7 +101,7 @@ class Tiles {
           RESNET_FUSED_MULTIPLY(2, 5, 6);
           if constexpr (kHalves == 2) RESNET_FUSED_MULTIPLY(3, 5, 7);
         }
-        if (tile.halves_ahead != 0) fetch<16>(ahead);
+        if (tile.slices != 0) fetch<16>(ahead);
         for (int line = 0; next && line < tile.next_step; line += 64) _mm_prefetch(next + line, _MM_HINT_T1);
         w += kStep;
         ahead += kStep / 2;

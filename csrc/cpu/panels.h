@@ -15,6 +15,8 @@
 namespace resnet_fused::cpu::RESNET_FUSED_LANES {
 
 constexpr int kColumns = 2 * kLanes;  // output channels of one block of packed weights
+// By how many tiles the weights of the next part are fetched at most: evenly where memory is slow for the arithmetic.
+constexpr int64_t kMostSlices = kLanes == 16 ? 2 : 1 << 20;
 
 // Neighbouring pixels of an output row: what the first one reads first, its number, and the rows [r0, r1) of the filter
 // that are to be multiplied: the others read zeros alone.
@@ -42,7 +44,7 @@ struct Tile {
   int64_t row_pitch;  // ... from one row of the filter to the next
   const char* next;   // what is to be fetched of x and y: for the next tile, or for the next panel; or null
   int64_t next_step;  // bytes of it that go with one word of each pixel, or with one AMX tile of them
-  int64_t halves_ahead;  // from this part's weights to those to be fetched, in halves of its length; 0 if none are
+  int64_t slice, slices;  // of the next part's weights, the one to be fetched, of how many; none if 0
 };
 
 struct Bytes {
@@ -114,7 +116,8 @@ class Panels {
     const int64_t budget = weights > 4 * kCacheBytes ? 2 * kCacheBytes
                            : weights <= kCacheBytes ? kCacheBytes / (padded_ ? 4 : 8)
                                                                 : kCacheBytes;
-    const int64_t bytes = c.stride_h * c.stride_w * pixel_bytes_ + c.k * Micro::kOutBytes;
+    const int64_t reads = c.r * c.s == 1 ? 1 : c.stride_h * c.stride_w;  // pixels for each that is written
+    const int64_t bytes = reads * pixel_bytes_ + c.k * Micro::kOutBytes;
     const int64_t pixels = std::max<int64_t>(budget / bytes, 4 * Micro::kRun);
     const int64_t rows = c.n * c.oh;
     columns_ = even_columns(pixels);
@@ -136,8 +139,7 @@ class Panels {
       const int64_t first = begin % blocks_, last = std::min(blocks_, first + end - begin);
       find_runs(begin / blocks_);
       begin += last - first;
-      const int64_t tiles = (runs_[0].size() + 1) / 2 + (runs_[1].size() + 1) / 2;
-      ahead_.start(next_x_, next_y_, begin < end ? (last - first) * parts_ * tiles : 0);
+      ahead_.start(next_x_, next_y_, begin < end ? (last - first) * parts_ * tiles_of_panel() : 0);
       for (int64_t block = first; block < last; block++) multiply(micro, block, block == first && !fetched);
     }
   }
@@ -162,6 +164,8 @@ class Panels {
     return best;
   }
 
+  int64_t tiles_of_panel() const { return (runs_[0].size() + 1) / 2 + (runs_[1].size() + 1) / 2; }
+
   // By parts of the sums, whose weights stay in the cache while all tiles of the panel meet them.
   void multiply(Micro& micro, int64_t block, bool fresh) {
     const int64_t words = ceil_div(conv_.s * pixel_bytes_, kWord);
@@ -178,6 +182,7 @@ class Panels {
     const int64_t steps = ceil_div((part.k1 - part.k0) * kWord, Micro::kStepBytes);
     const bool ends = part.k1 >= ceil_div(conv_.s * pixel_bytes_, kWord);  // the rows of the filter
     const int64_t x = part.k0 * kWord + part.k0 * kWord / pixel_bytes_ * gap_;
+    const int64_t slices = std::min(kMostSlices, tiles_of_panel());
     int64_t tiles = 0;
     for (int kind = 0; kind < 2; kind++) {
       const auto& runs = runs_[kind];
@@ -193,11 +198,10 @@ class Panels {
         first.x += x, last.x += x;
         Bytes next = ahead_.next();
         if (fresh && !padded_ && !apart_) next = {last.x + lengths_[kind] * pitch_, 2 * Micro::kRun * pitch_};
-        // the first tile fetches one half of the weights of the next part, the second the other
-        const int64_t ahead = tiles < 2 && !(part.last && block + 1 == blocks_) ? 2 + tiles : 0;
+        const bool fetches = tiles < slices && !(part.last && block + 1 == blocks_);
         float* sums = sums_ + (kind * runs_[0].size() + i) * Micro::kRun * kColumns;
         micro(Tile{conv_, {first, last}, block, rows, sums, pitch_, pixel_bytes_ + gap_, row_pitch_, next.from,
-                   ceil_div(next.count, (rows.r1 - rows.r0) * steps), ahead},
+                   ceil_div(next.count, (rows.r1 - rows.r0) * steps), tiles, fetches ? slices : 0},
               lengths_[kind], static_cast<int>(count), narrow);
         tiles++;
       }

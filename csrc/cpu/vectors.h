@@ -74,7 +74,9 @@ struct Vectors {
     const int64_t words = ceil_div(conv.s * conv.c * kInBytes, kWord), length = part.k1 - part.k0, pitch = tile.pitch;
     const auto* w = static_cast<const int32_t*>(conv.weight) +
                     ((tile.block * conv.r + part.r0) * words + part.k0) * kColumns;
-    const auto* ahead = w + tile.halves_ahead * (part.r1 - part.r0) * length * (kColumns / 2);
+    const int64_t bytes = (part.r1 - part.r0) * length * kColumns * kWord;
+    const auto* ahead = reinterpret_cast<const char*>(w) + (tile.slices ? bytes + tile.slice * bytes / tile.slices : 0);
+    const int64_t ahead_step = tile.slices ? ceil_div(kColumns * kWord, tile.slices) : 0;
     const auto* next = tile.next ? tile.next : reinterpret_cast<const char*>(w);
     // Between steps some of the results' lines are asked for: all at once would hold up the weights. A block that
     // begins within a line is in one that the block before it asked for.
@@ -106,15 +108,15 @@ struct Vectors {
             }
         };
         const auto fetch_and_advance = [&](int count) __attribute__((always_inline)) {
-          if (kWords == 1 || tile.halves_ahead != 0)
-            for (int line = 0; line < count * kColumns / 2; line += 16) _mm_prefetch(ahead + line, _MM_HINT_T1);
+          _mm_prefetch(ahead, _MM_HINT_T1);
           _mm_prefetch(next, _MM_HINT_T1);
+          for (int64_t byte = 64; byte < count * ahead_step; byte += 64) _mm_prefetch(ahead + byte, _MM_HINT_T1);
           for (int64_t byte = 64; count > 1 && byte < count * tile.next_step; byte += 64)
             _mm_prefetch(next + byte, _MM_HINT_T1);
           x0 += count * kWord;
           x1 += count * kWord;
           w += count * kColumns;
-          ahead += count * kColumns / 2;
+          ahead += count * ahead_step;
           next += count * tile.next_step;
         };
         int64_t k = begin;

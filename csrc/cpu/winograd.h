@@ -109,6 +109,7 @@ class Winograd {
   void multiply(Micro& micro, int64_t block, bool narrow) {
     const int64_t columns = narrow ? kColumns / 2 : kColumns, words = conv_.c;
     const int64_t runs = ceil_div(count_, Micro::kRun), shorter = count_ / runs, longer = count_ % runs;
+    const int64_t slices = std::min(kMostSlices, (longer + 1) / 2 + (runs - longer + 1) / 2);
     for (int64_t element = 0; element < kElements; element++)
       for (int64_t k = 0; k < words; k += Micro::kPartWords) {
         const Part part{element, element + 1, k, std::min(k + Micro::kPartWords, words), k == 0, false};
@@ -117,10 +118,9 @@ class Winograd {
           const int length = static_cast<int>(shorter + (i < longer));
           const int count = i + 1 < runs && length == shorter + (i + 1 < longer) ? 2 : 1;
           const char* x = x_ + tile * pitch_ + k * kWord;
-          // the first call fetches one half of the weights of the next part, the second the other
-          const int64_t ahead = calls < 2 ? 2 + calls : 0;
           micro(Tile{products_, {{x, 0, 0, 0}, {x + (count - 1) * length * pitch_, 0, 0, 0}}, block, part,
-                     sums_ + (element * count_ + tile) * columns, pitch_, 0, plane_, nullptr, 0, ahead},
+                     sums_ + (element * count_ + tile) * columns, pitch_, 0, plane_, nullptr, 0, calls,
+                     calls < slices ? slices : 0},
                 length, count, narrow);
           tile += count * length;
           i += count;

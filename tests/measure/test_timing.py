@@ -47,6 +47,11 @@ def test_a_roof_comes_from_a_smaller_product_where_one_would_take_seconds(monkey
     assert found.conv == 2 * 8 * 28 * 28 * 9 * 128**2 / 0.01
 
 
+def test_a_narrow_dtype_has_at_least_the_roof_of_fp32_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(roof, "clock_for", lambda device: lambda call: 10.0 if call().dtype == torch.bfloat16 else 1.0)
+    assert roof.measure("bf16", CPU, repeats=1) == roof.measure("fp32", CPU, repeats=1)
+
+
 def test_interleaving_calls_everyone_once_per_round_after_warming_up():
     log: list[str] = []
     calls = {name: (lambda name=name: log.append(name)) for name in "abc"}
