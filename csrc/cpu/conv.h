@@ -5,7 +5,7 @@
 
 namespace resnet_fused::cpu {
 
-constexpr int kWord = 4;      // bytes of x that one step of a dot product takes: 1 float, 2 bfloat16 or 4 uint8
+constexpr int kWord = 4;  // bytes of x that one step of a dot product takes: 1 float, 2 bfloat16 or 4 uint8
 
 // What 8 bits stand for: scale * (q - zero_point).
 struct Grid {

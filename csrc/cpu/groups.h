@@ -1,4 +1,4 @@
-// The micro-kernel of grouped convolutions: of each of up to 14 pixels a word of its group, by a vector of columns.
+// The micro-kernel of grouped convolutions: of each pixel of up to two runs a word of its group, by a vector of columns.
 #pragma once
 
 #include <array>
@@ -55,9 +55,8 @@ struct Groups {
 #pragma GCC unroll 9
             for (int pixel = 0; pixel < kLength + kTaps - 1; pixel++) {
               const char* from = (run == 0 ? x0 : x1) + pixel * tile.pitch;
-              const Ints x = kSeveral
-                                    ? permute(load_values<kInBytes>(from), index)
-                                    : set1(*reinterpret_cast<const int32_t*>(from + k * kWord));
+              const Ints x = kSeveral ? permute(load_values<kInBytes>(from), index)
+                                      : set1(*reinterpret_cast<const int32_t*>(from + k * kWord));
 #pragma GCC unroll 3
               for (int t = 0; t < kTaps; t++)
                 if (const int i = pixel - t; i >= 0 && i < kLength)

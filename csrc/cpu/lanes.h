@@ -214,6 +214,7 @@ inline Ints load_values(const char* p) {
 inline float to_float(float v) { return v; }
 inline float to_float(BFloat16 v) { return std::bit_cast<float>(uint32_t{v.bits} << 16); }
 
+// `count` values as float32.
 inline void widen(float* to, const BFloat16* from, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));

@@ -10,7 +10,7 @@
 namespace resnet_fused::cpu::RESNET_FUSED_LANES {
 
 // As Panels, with tiles for pixels: for each of the 16 elements, the micro-kernel multiplies those of a panel's tiles,
-// [tiles, C], by those of a block of weights, [C, 32].
+// [tiles, C], by those of a block of weights, [C, kColumns].
 template <class Micro, class In, class Out>
 class Winograd {
  public:
@@ -107,7 +107,7 @@ class Winograd {
   }
 
   void multiply(Micro& micro, int64_t block, bool narrow) {
-    const int64_t columns = narrow ? kColumns / 2 : kColumns, words = conv_.c;
+    const int64_t columns = narrow ? kLanes : kColumns, words = conv_.c;
     const int64_t runs = ceil_div(count_, Micro::kRun), shorter = count_ / runs, longer = count_ % runs;
     const int64_t slices = std::min(kMostSlices, (longer + 1) / 2 + (runs - longer + 1) / 2);
     for (int64_t element = 0; element < kElements; element++)
