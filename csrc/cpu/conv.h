@@ -47,19 +47,28 @@ struct MaxPool {
   void* y;
 };
 
-// What is written for vectors of one width.
+// Means over the pixels of each image, in NHWC order.
+struct Mean {
+  int64_t pixels, channels;
+  const void* x;
+  void* y;
+  Grid x_grid;  // of 8 bits
+};
+
+// What is written for vectors of one width; `bytes` of a value: 4 is float32, 2 bfloat16, 1 uint8.
 struct Kernels {
   int columns;  // output channels of one block of packed weights
   Algorithm direct, grouped;
   bool widens;  // bfloat16 is multiplied in float32, which its weights are packed in
   Algorithm winograd;
 
-  // Output rows [begin, end), counted through all images; `bytes` of a value: 4 is float32, 2 bfloat16, 1 uint8.
+  // Output rows [begin, end), counted through all images.
   void (*max_pool)(const MaxPool& pool, int bytes, int64_t begin, int64_t end);
-  // Values [begin, end) of x as the nearest points of a grid of 256, what lies beyond its ends becoming them.
-  void (*quantise)(const float* x, Grid grid, uint8_t* q, int64_t begin, int64_t end);
-  // A vector of channels a unit, image by image: the means of 8 bits over its pixels.
-  void (*mean)(const uint8_t* x, Grid grid, int64_t pixels, int64_t channels, float* y, int64_t begin, int64_t end);
+  // Values [begin, end) of x as the nearest points of a grid of 256, what lies beyond its ends becoming them; whether
+  // all are finite.
+  bool (*quantise)(const void* x, int bytes, Grid grid, uint8_t* q, int64_t begin, int64_t end);
+  // A vector of channels a unit, image by image. y is float32 or bfloat16, and x's type where x is no 8 bits.
+  void (*mean)(const Mean& mean, int x_bytes, int y_bytes, int64_t begin, int64_t end);
 };
 
 extern const Kernels avx2_kernels, avx512_kernels;

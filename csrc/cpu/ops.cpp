@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -259,66 +260,11 @@ void conv_add_(Tensor residual, const Tensor& x, const Tensor& weight, const Opt
   run(a, residual.scalar_type(), amx, &residual);
 }
 
-// One convolution of `convs`: its numbers in their order. Value 0 is the input of the whole, value i the result of the
-// convolution i - 1.
-struct Step {
-  int64_t x, residual;  // values; residual is -1 for none
-  int64_t channels;
-  Pair filter, stride, padding;
-  int64_t groups, relu, x_zero_point, residual_zero_point, y_zero_point;
-};
-constexpr size_t kNumbers = sizeof(Step) / sizeof(int64_t), kTensors = 3, kScales = 2;
-
-std::vector<Step> steps_of(const Sizes& numbers) {
-  STD_TORCH_CHECK(!numbers.empty() && numbers.size() % kNumbers == 0, "convs: steps of ", kNumbers, " numbers, got ",
-                  numbers.size());
-  std::vector<Step> steps(numbers.size() / kNumbers);
-  std::memcpy(steps.data(), numbers.data(), numbers.size() * sizeof(int64_t));
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const auto known = static_cast<int64_t>(i);
-    STD_TORCH_CHECK(steps[i].x >= 0 && steps[i].x <= known && steps[i].residual >= -1 && steps[i].residual <= known,
-                    "convs: step ", i, " reads a value that no step before it made");
-  }
-  return steps;
-}
-
-Tensor convs(const Tensor& x, const std::vector<OptionalTensor>& tensors, const Sizes& numbers,
-             const std::vector<double>& scales, bool amx) {
-  const std::vector<Step> steps = steps_of(numbers);
-  STD_TORCH_CHECK(tensors.size() == kTensors * steps.size() && scales.size() == kScales * steps.size(),
-                  "convs: a weight, a scale and a bias, and the scales of residual and result for each step");
-  std::vector<OptionalTensor> values(steps.size() + 1);
-  std::vector<size_t> last_reader(values.size(), steps.size());
-  values[0] = x;
-  for (size_t i = 0; i < steps.size(); ++i) {
-    last_reader[steps[i].x] = i;
-    if (steps[i].residual >= 0) last_reader[steps[i].residual] = i;
-  }
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const Step& s = steps[i];
-    const OptionalTensor *const tensor = &tensors[kTensors * i], none;
-    STD_TORCH_CHECK(tensor[0] && tensor[2], "convs: step ", i, " has no weight or no bias");
-    const bool overwrites = s.residual > 0 && s.residual != s.x && last_reader[s.residual] == i;
-    const Tensor& from = *values[s.x];
-    const OptionalTensor& added = overwrites || s.residual < 0 ? none : std::as_const(values[s.residual]);
-    const double* const scale = &scales[kScales * i];
-    const Arguments a{from, *tensor[0], tensor[1], *tensor[2], added, s.channels, s.filter, s.stride, s.padding, s.groups,
-                      s.relu != 0, s.x_zero_point, scale[0], s.residual_zero_point, scale[1], s.y_zero_point};
-    values[i + 1] = run(a, from.scalar_type(), amx, overwrites ? &*values[s.residual] : nullptr);
-    for (const int64_t value : {s.x, s.residual}) {
-      if (value >= 0 && last_reader[value] == i) values[value].reset();
-    }
-  }
-  return *values.back();
-}
-
-Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const Sizes& padding) {
+Tensor max_pool_of(const Tensor& x, Pair filter, Pair stride, Pair padding) {
   check_image("x", x);
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(filter.size() == 2 && stride.size() == 2 && padding.size() == 2,
-                  "max_pool: filter, stride and padding must have two values each");
-  MaxPool p{.n = x.size(0), .h = x.size(2), .w = x.size(3), .c = x.size(1), .r = filter[0], .s = filter[1]};
-  p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1];
+  MaxPool p{.n = x.size(0), .h = x.size(2), .w = x.size(3), .c = x.size(1), .r = filter.h, .s = filter.w};
+  p.stride_h = stride.h, p.stride_w = stride.w, p.pad_h = padding.h, p.pad_w = padding.w;
   STD_TORCH_CHECK(p.r > 0 && p.s > 0 && p.stride_h > 0 && p.stride_w > 0 && p.pad_h >= 0 && p.pad_w >= 0 &&
                       2 * p.pad_h <= p.r && 2 * p.pad_w <= p.s && p.h + 2 * p.pad_h >= p.r &&
                       p.w + 2 * p.pad_w >= p.s && p.c > 0 && p.c % 16 == 0,
@@ -338,38 +284,127 @@ Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const
   return y;
 }
 
-Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
+Tensor max_pool(const Tensor& x, const Sizes& filter, const Sizes& stride, const Sizes& padding) {
+  return max_pool_of(x, pair(filter), pair(stride), pair(padding));
+}
+
+// And whether all of x is finite, which 8 bits cannot say.
+std::pair<Tensor, bool> quantise_of(const Tensor& x, Grid grid) {
   check_image("x", x);
-  STD_TORCH_CHECK(other_kernels() != nullptr && x.scalar_type() == ScalarType::Float,
-                  "quantise: no kernel on this CPU takes ", torch::headeronly::toString(x.scalar_type()));
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(other_kernels() != nullptr && (dtype == ScalarType::Float || dtype == ScalarType::BFloat16),
+                  "quantise: no kernel on this CPU takes ", torch::headeronly::toString(dtype));
   const Tensor q = empty_nhwc({x.size(0), x.size(1), x.size(2), x.size(3)}, ScalarType::Byte);
-  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
-  const auto* from = static_cast<const float*>(x.const_data_ptr());
-  auto* to = static_cast<uint8_t*>(q.mutable_data_ptr());
+  const void* const from = x.const_data_ptr();
+  auto* const to = static_cast<uint8_t*>(q.mutable_data_ptr());
+  std::atomic<bool> finite = true;
   constexpr int64_t kGrain = 16384;
   torch::stable::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    other_kernels()->quantise(from, grid, to, begin, end);
+    if (!other_kernels()->quantise(from, bytes_of(dtype), grid, to, begin, end)) finite = false;
   });
+  return {q, finite};
+}
+
+Tensor quantise(const Tensor& x, double scale, int64_t zero_point) {
+  return quantise_of(x, {static_cast<float>(scale), static_cast<int32_t>(zero_point)}).first;
+}
+
+Tensor mean_of(const Tensor& x, Grid x_grid, ScalarType y_dtype) {
+  check_image("x", x);
+  const ScalarType dtype = x.scalar_type();
+  Mean mean{.pixels = x.size(2) * x.size(3), .channels = x.size(1), .x = x.const_data_ptr(), .x_grid = x_grid};
+  constexpr int64_t kMost = int64_t{1} << 23;  // of 8 bits, that a sum of 32 holds
+  const bool floats = y_dtype == ScalarType::Float || y_dtype == ScalarType::BFloat16;
+  const bool known = floats && (dtype == y_dtype || (dtype == ScalarType::Byte && mean.pixels <= kMost));
+  STD_TORCH_CHECK(other_kernels() != nullptr && known && mean.pixels > 0, "mean: no kernel on this CPU takes ",
+                  mean.pixels, " pixels of ", torch::headeronly::toString(dtype), " to ",
+                  torch::headeronly::toString(y_dtype));
+  const Tensor y = empty_nhwc({x.size(0), x.size(1), 1, 1}, y_dtype);
+  mean.y = y.mutable_data_ptr();
+  const int64_t lanes = other_kernels()->columns / 2, grain = std::max<int64_t>(4096 / mean.pixels, 1);
+  const int64_t units = x.size(0) * ((x.size(1) + lanes - 1) / lanes);
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    other_kernels()->mean(mean, bytes_of(dtype), bytes_of(y_dtype), begin, end);
+  });
+  return y;
+}
+
+Tensor mean(const Tensor& x, double scale, int64_t zero_point, bool to_bfloat16) {
+  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
+  return mean_of(x, grid, to_bfloat16 ? ScalarType::BFloat16 : ScalarType::Float);
+}
+
+// One op of `steps`: its numbers in their order. Value 0 is the input of the whole, value i the result of step i - 1.
+struct Step {
+  int64_t op, dtype;    // the result's, of kOps and kDtypes
+  int64_t x, residual;  // values; residual is -1 for none
+  int64_t channels;
+  Pair filter, stride, padding;
+  int64_t groups, relu, x_zero_point, residual_zero_point, y_zero_point;
+};
+constexpr size_t kNumbers = sizeof(Step) / sizeof(int64_t), kTensors = 3, kScales = 3;
+enum Op : int64_t { kConv, kMaxPool, kMean, kQuantise, kOps };
+constexpr ScalarType kDtypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Byte};
+
+std::vector<Step> steps_of(const Sizes& numbers) {
+  STD_TORCH_CHECK(!numbers.empty() && numbers.size() % kNumbers == 0, "steps: ", kNumbers, " numbers each, got ",
+                  numbers.size());
+  std::vector<Step> steps(numbers.size() / kNumbers);
+  std::memcpy(steps.data(), numbers.data(), numbers.size() * sizeof(int64_t));
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Step& s = steps[i];
+    const auto known = static_cast<int64_t>(i);
+    STD_TORCH_CHECK(s.op >= 0 && s.op < kOps && s.dtype >= 0 && s.dtype < std::ssize(kDtypes), "steps: step ", i,
+                    " is of no known op or dtype");
+    STD_TORCH_CHECK(s.x >= 0 && s.x <= known && s.residual >= -1 && s.residual <= known, "steps: step ", i,
+                    " reads a value that no step before it made");
+  }
+  return steps;
+}
+
+// A step that is no convolution; `scale` of x and, behind the residual's, of the result.
+Tensor run_other(const Step& s, const Tensor& x, const double* scale) {
+  if (s.op == kMaxPool) return max_pool_of(x, s.filter, s.stride, s.padding);
+  const Grid x_grid{static_cast<float>(scale[0]), static_cast<int32_t>(s.x_zero_point)};
+  if (s.op == kMean) return mean_of(x, x_grid, kDtypes[s.dtype]);
+  const auto [q, finite] = quantise_of(x, {static_cast<float>(scale[2]), static_cast<int32_t>(s.y_zero_point)});
+  STD_TORCH_CHECK(finite, "quantise: 8 bits have no value for a NaN or an infinity");
   return q;
 }
 
-Tensor mean(const Tensor& x, double scale, int64_t zero_point) {
-  check_image("x", x);
-  const int64_t pixels = x.size(2) * x.size(3);
-  constexpr int64_t kMost = int64_t{1} << 23;  // of 8 bits, that a sum of 32 holds
-  STD_TORCH_CHECK(other_kernels() != nullptr && x.scalar_type() == ScalarType::Byte && pixels > 0 && pixels <= kMost,
-                  "mean: no kernel on this CPU takes ", pixels, " pixels of ",
-                  torch::headeronly::toString(x.scalar_type()));
-  const Tensor y = empty_nhwc({x.size(0), x.size(1), 1, 1}, ScalarType::Float);
-  const Grid grid{static_cast<float>(scale), static_cast<int32_t>(zero_point)};
-  const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
-  auto* to = static_cast<float*>(y.mutable_data_ptr());
-  const int64_t lanes = other_kernels()->columns / 2, grain = std::max<int64_t>(4096 / pixels, 1);
-  const int64_t units = x.size(0) * ((x.size(1) + lanes - 1) / lanes);
-  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    other_kernels()->mean(from, grid, pixels, x.size(1), to, begin, end);
-  });
-  return y;
+Tensor steps(const Tensor& x, const std::vector<OptionalTensor>& tensors, const Sizes& numbers,
+             const std::vector<double>& scales, bool amx) {
+  const std::vector<Step> steps = steps_of(numbers);
+  STD_TORCH_CHECK(tensors.size() == kTensors * steps.size() && scales.size() == kScales * steps.size(),
+                  "steps: a weight, a scale and a bias, and the scales of x, residual and result for each step");
+  std::vector<OptionalTensor> values(steps.size() + 1);
+  std::vector<size_t> last_reader(values.size(), steps.size());
+  values[0] = x;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    last_reader[steps[i].x] = i;
+    if (steps[i].residual >= 0) last_reader[steps[i].residual] = i;
+  }
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const Step& s = steps[i];
+    const Tensor& from = *values[s.x];
+    const double* const scale = &scales[kScales * i];
+    if (s.op == kConv) {
+      const OptionalTensor *const tensor = &tensors[kTensors * i], none;
+      STD_TORCH_CHECK(tensor[0] && tensor[2], "steps: step ", i, " has no weight or no bias");
+      const bool overwrites = s.residual > 0 && s.residual != s.x && last_reader[s.residual] == i;
+      const OptionalTensor& added = overwrites || s.residual < 0 ? none : std::as_const(values[s.residual]);
+      const Arguments a{from, *tensor[0], tensor[1], *tensor[2], added, s.channels, s.filter, s.stride, s.padding,
+                        s.groups, s.relu != 0, s.x_zero_point, scale[1], s.residual_zero_point, scale[2],
+                        s.y_zero_point};
+      values[i + 1] = run(a, kDtypes[s.dtype], amx, overwrites ? &*values[s.residual] : nullptr);
+    } else {
+      values[i + 1] = run_other(s, from, scale);
+    }
+    for (const int64_t value : {s.x, s.residual}) {
+      if (value >= 0 && last_reader[value] == i) values[value].reset();
+    }
+  }
+  return *values.back();
 }
 
 }  // namespace
@@ -386,16 +421,16 @@ STABLE_TORCH_LIBRARY(resnet_fused_cpu, m) {
       "conv_add_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? scale, Tensor bias, int channels, int[] filter, "
       "int[] stride, int[] padding, int groups, bool relu, int x_zero_point=0, float residual_scale=1.0, "
       "int residual_zero_point=0, float y_scale=1.0, int y_zero_point=0, bool amx=True) -> ()");
-  m.def("convs(Tensor x, Tensor?[] tensors, int[] numbers, float[] scales, bool amx=True) -> Tensor");
+  m.def("steps(Tensor x, Tensor?[] tensors, int[] numbers, float[] scales, bool amx=True) -> Tensor");
   m.def("quantise(Tensor x, float scale, int zero_point) -> Tensor");
-  m.def("mean(Tensor x, float scale, int zero_point) -> Tensor");
+  m.def("mean(Tensor x, float scale=1.0, int zero_point=0, bool to_bfloat16=False) -> Tensor");
   m.def("max_pool(Tensor x, int[] filter, int[] stride, int[] padding) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("conv", TORCH_BOX(&resnet_fused::cpu::conv));
   m.impl("conv_add_", TORCH_BOX(&resnet_fused::cpu::conv_add_));
-  m.impl("convs", TORCH_BOX(&resnet_fused::cpu::convs));
+  m.impl("steps", TORCH_BOX(&resnet_fused::cpu::steps));
   m.impl("quantise", TORCH_BOX(&resnet_fused::cpu::quantise));
   m.impl("mean", TORCH_BOX(&resnet_fused::cpu::mean));
   m.impl("max_pool", TORCH_BOX(&resnet_fused::cpu::max_pool));

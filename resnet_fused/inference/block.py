@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from resnet_fused.fusion.nodes import is_holder
 from resnet_fused.fusion.plans import SequencePlan
-from resnet_fused.inference.conv import FrozenConv, Value, in_format
-from resnet_fused.inference.one_call import OneCall
+from resnet_fused.inference.conv import FrozenConv, in_format
+from resnet_fused.inference.one_call import OneCall, StandIn, in_turn, join
 from resnet_fused.inference.tail import Chain, Join, Remake, Result, plan_chain, plan_join
+from resnet_fused.inference.value import Apart, Value
 from resnet_fused.nn import call
 from resnet_fused.nn.sums import PLUS
-from resnet_fused.ops import cpu
 
 
 class FrozenBlock(nn.Module):
@@ -122,17 +122,12 @@ class FrozenBlock(nn.Module):
         result: Tensor = last(y, residual, overwrite_residual=self.shortcut is not None or overwrite_input)
         return result
 
-    def join_call(self, convs: cpu.Convs, x: Value) -> Value | None:
-        """Add the block to the convolutions of one call; its result there, or None where it does not run so."""
+    def join_call(self, x: Value) -> Value:
         if self.join is not None or self.chain is not None or len(self.pools) > 0:
-            return None
-        branch: list[FrozenConv] = list(self.branch)  # type: ignore[arg-type]
-        residual = x if self.shortcut is None else self.shortcut.join_call(convs, x, None)
-        y: Value | None = x
-        for conv in branch:
-            added = residual if conv is branch[-1] else None
-            y = None if y is None or residual is None else conv.join_call(convs, y, added)
-        return y
+            raise Apart
+        residual = x if self.shortcut is None else join(self.shortcut, x)
+        *inner, last = self.branch
+        return join(last, in_turn(inner, x), residual)
 
 
 class FrozenStage(nn.Sequential):
@@ -152,6 +147,9 @@ class FrozenStage(nn.Sequential):
             return through_nhwc(self._run, x, all(block.nchw for block in blocks))
         return self._run(x)
 
+    def join_call(self, x: Value) -> Value:
+        return in_turn(self, x)
+
     def _run(self, x: Tensor) -> Tensor:
         before: nn.Module | None = None
         first: Tensor | None = None
@@ -166,15 +164,12 @@ class FrozenStage(nn.Sequential):
 
 
 def use_one_call(network: nn.Module) -> None:
-    """Let the convolutions of each stage, else of each block, run in one call where their kernels do; nothing may be
-    put in their place after it.
+    """Let what has `join_call` run in one call where the kernels of all of it do: the network, else each stage, else
+    each block; nothing may be put in their place after it.
     """
     for module in network.modules():
-        if isinstance(module, FrozenBlock):
-            module.one_call = OneCall([module])
-        elif isinstance(module, FrozenStage):
-            blocks = [block for block in module if isinstance(block, FrozenBlock)]
-            module.one_call = OneCall(blocks) if len(blocks) == len(module) else None
+        if hasattr(module, "one_call"):
+            module.one_call = OneCall(module)  # type: ignore[assignment]
 
 
 def through_nhwc(run: Callable[[Tensor], Tensor], x: Tensor, nchw: bool) -> Tensor:
@@ -206,6 +201,7 @@ class FrozenSequence(nn.Module):
         for name, value in vars(module).items():
             if isinstance(value, Tensor):  # a plain tensor attribute, which the forward may read
                 setattr(self, name, value)
+        self.one_call: OneCall | None = None
         self._frozen_convs = nn.ModuleDict({str(k): conv for k, conv in frozen.items()})
         self._kept_units = kept  # the modules of the other units, which are children of their own
         self._plan = plan
@@ -218,7 +214,22 @@ class FrozenSequence(nn.Module):
         for conv in self._frozen_convs.values():
             conv.check_autocast()  # type: ignore[operator]
             break  # nothing changes it within a planned forward
+        if self.one_call is not None and len(inputs) == 1 and (result := self.one_call(inputs[0])) is not None:
+            return result
         return body(self, *inputs)
+
+    def join_call(self, x: Value) -> Value:
+        for forward in self._plan.forwards:
+            if forward.training is not True and (forward.inputs, forward.arity) == ("any", 1):
+                return forward.function(StandIn(self), x)  # type: ignore[no-any-return]
+        raise Apart
+
+    def join_unit(self, k: int, x: Value, residual: Value | None) -> Value:
+        """Unit `k` in one call."""
+        if str(k) not in self._frozen_convs:
+            raise Apart
+        y, pool = join(self._frozen_convs[str(k)], x, residual), self._plan.units[k].pool
+        return y if pool is None else join(self.get_submodule(pool), y)
 
     def _run_unit(self, k: int, x: Tensor, residual: Tensor | None = None) -> Tensor:
         unit = self._plan.units[k]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from resnet_fused.functional.common import (
 from resnet_fused.functional.statistics import constant_affine
 from resnet_fused.inference import cudnn
 from resnet_fused.inference.plan import PlannedConv
+from resnet_fused.inference.value import Apart, Value
 from resnet_fused.nn.convs import Conv
 from resnet_fused.nn.norms import BatchNorm
 from resnet_fused.nn.sums import PLUS, Sum
@@ -172,13 +173,6 @@ class Constants(nn.Module):
         self.register_buffer(name, value.detach(), persistent=False)
 
 
-class Value(NamedTuple):
-    """A result within one call of `cpu.Convs`: its number, and in int8 what its 8 bits stand for."""
-
-    number: int
-    grid: onednn.Grid | None = None
-
-
 class FrozenConv(Constants):
     """act(bn(conv(x)) + residual).
 
@@ -246,9 +240,9 @@ class FrozenConv(Constants):
         """
         raise NotImplementedError
 
-    def join_call(self, convs: cpu.Convs, x: Value, residual: Value | None) -> Value | None:
-        """Add it to the convolutions of one call; its result there, or None where it does not run so."""
-        return None
+    def join_call(self, x: Value, residual: Value | None = None) -> Value:
+        """Its result in one call; `Apart` where it does not run so."""
+        raise Apart
 
     def _operand(self, x: Tensor) -> Tensor:
         self.check_autocast()
@@ -360,12 +354,13 @@ class FoldedConv(FrozenConv):
             y = activate(y, act, inplace=True)
         return in_format(y, x, self.nchw) if self.keeps_order else y
 
-    def join_call(self, convs: cpu.Convs, x: Value, residual: Value | None) -> Value | None:
+    def join_call(self, x: Value, residual: Value | None = None) -> Value:
         if self.packed != "cpu" or self.keeps_order or self.adds != (residual is not None):
-            return None
-        shape = (self.like.shape[0], self.filter, *self.geometry[:2], self.geometry[3])
-        added = None if residual is None else residual.number
-        return Value(convs.add(x.number, added, (self.weight, None, self.bias), *shape, self.act))
+            raise Apart
+        added = None if residual is None else residual.floats(self.dtype)
+        shape = (self.like.shape[0], self.filter, *self.geometry[:2], self.geometry[3], self.act)
+        y = x.steps.conv(x.floats(self.dtype), added, (self.weight, None, self.bias), *shape, self.dtype)
+        return Value(x.steps, y, self.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {f'prepacked for {self.packed}' if self.packed else 'folded'}"

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 from torch.utils._pytree import tree_map_only
 
-from resnet_fused.inference.conv import FrozenConv, Source, Value
+from resnet_fused.inference.conv import FrozenConv, Source
+from resnet_fused.inference.value import Apart, Value
 from resnet_fused.ops import cpu, onednn
 from resnet_fused.ops.arithmetic import fold, round_to_grid
 from resnet_fused.ops.onednn import Grid
@@ -152,13 +153,15 @@ class Int8Conv(FrozenConv):
             self._epilogues[x_grid] = cpu.int8_epilogue(self.weight_sums, self.weight_scale, self.bias, x_grid)
         return self._epilogues[x_grid]
 
-    def join_call(self, convs: cpu.Convs, x: Value, residual: Value | None) -> Value | None:
-        if not self.ours or self.keeps_order or self.adds != (residual is not None) or x.grid is None:
-            return None
-        shape = (self.like.shape[0], self.filter, *self.geometry[:2], self.geometry[3])
-        added, added_grid = (None, None) if residual is None else residual
-        tensors, grids = (self.weight, *self._epilogue(x.grid)), (x.grid, added_grid, self.grids.y)
-        return Value(convs.add(x.number, added, tensors, *shape, self.act, grids), self.grids.y)
+    def join_call(self, x: Value, residual: Value | None = None) -> Value:
+        if not self.ours or self.keeps_order or self.adds != (residual is not None) or x.dtype is not self.dtype:
+            raise Apart
+        read, x_grid = x.eight(self.grids.x)
+        added, added_grid = (None, None) if residual is None else residual.eight(self.grids.residual or x_grid)
+        tensors, grids = (self.weight, *self._epilogue(x_grid)), (x_grid, added_grid, self.grids.y)
+        shape = (self.like.shape[0], self.filter, *self.geometry[:2], self.geometry[3], self.act)
+        y = x.steps.conv(read, added, tensors, *shape, torch.uint8, grids)
+        return Value(x.steps, y, self.dtype, self.grids.y)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8"

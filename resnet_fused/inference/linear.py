@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from resnet_fused.functional.common import autocast, operand_dtype
 from resnet_fused.inference.conv import Constants
+from resnet_fused.inference.value import Apart, Value
 from resnet_fused.nn.eligibility import untouched
 from resnet_fused.ops import cpu
 
@@ -33,6 +36,13 @@ class FrozenLinear(Constants, nn.Linear):
         one = ((1, 1), (1, 1), (0, 0))
         y = cpu.conv(pixels, self.packed_weight, self.packed_bias, None, self.out_features, *one, None)
         return y.view(len(rows), self.out_features)
+
+    def join_call(self, x: Value) -> Value:
+        if x.pixels != "none" or x.dtype is not self.dtype:
+            raise Apart
+        tensors, one = (self.packed_weight, None, self.packed_bias), ((1, 1), (1, 1), (0, 0), 1)
+        y = x.steps.conv(x.number, None, tensors, self.out_features, *one, None, self.dtype)
+        return replace(x, number=y)
 
 
 def freeze_linears(network: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from resnet_fused import dispatch
 from resnet_fused.inference.int8 import Quantised
+from resnet_fused.inference.value import Apart, Value
 from resnet_fused.nn.eligibility import untouched
 from resnet_fused.ops import cpu
 
@@ -35,15 +37,32 @@ class FrozenMaxPool2d(nn.MaxPool2d):
             y = torch.ops.quantized.max_pool2d(given, filter, stride, padding, dilation, self.ceil_mode)
         return Quantised(y, x.grid, x.dtype, x.nchw) if isinstance(x, Quantised) else y
 
+    def join_call(self, x: Value) -> Value:
+        filter, stride, padding, dilation = map(_pair, (self.kernel_size, self.stride, self.padding, self.dilation))
+        if self.ceil_mode or dilation != [1, 1] or not self.ours or x.pixels == "none":
+            raise Apart
+        return replace(x, number=x.steps.max_pool(x.number, filter, stride, padding, x.element), pixels="many")
+
 
 class FrozenGlobalAvgPool2d(nn.AdaptiveAvgPool2d):
-    """`nn.AdaptiveAvgPool2d(1)`, which sums a tensor in 8 bits as it is."""
+    """`nn.AdaptiveAvgPool2d(1)` on our kernel where it takes the operands; it sums a tensor in 8 bits as it is.
+
+    Attributes:
+        ours: no backend was forced when the model was frozen.
+    """
+
+    ours = True
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Quantised) and not x.signed:
-            if 0 < x.shape[2:].numel() <= 1 << 23 and cpu.supported():
-                return cpu.mean(x.eight(), x.grid).to(x.dtype)
+        given = x.eight() if isinstance(x, Quantised) else x
+        if self.ours and cpu.averages(given):
+            return cpu.mean(given, x.grid if isinstance(x, Quantised) else None, x.dtype)
         return super().forward(x)
+
+    def join_call(self, x: Value) -> Value:
+        if not self.ours or x.pixels == "none":
+            raise Apart
+        return replace(x, number=x.steps.mean(x.number, x.grid, x.dtype), grid=None, pixels="one")
 
 
 def freeze_pools(network: nn.Module) -> None:
@@ -52,6 +71,7 @@ def freeze_pools(network: nn.Module) -> None:
         if type(module) is nn.AdaptiveAvgPool2d and untouched(module, nn.AdaptiveAvgPool2d):
             if module.output_size in (1, (1, 1)):
                 module.__class__ = FrozenGlobalAvgPool2d
+                module.ours = dispatch.forced_backend() is None  # type: ignore[assignment]
         elif type(module) is nn.MaxPool2d and untouched(module, nn.MaxPool2d) and not module.return_indices:
             module.__class__ = FrozenMaxPool2d
             module.ours = dispatch.forced_backend() is None  # type: ignore[assignment]

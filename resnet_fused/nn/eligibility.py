@@ -17,7 +17,8 @@ POOLS: tuple[type[nn.Module], ...] = tuple(
     if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
 )
 _ACTIVATIONS = tuple(act.module for act in ACTIVATIONS.values())
-_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Linear, *_ACTIVATIONS, nn.Identity, nn.Sequential, *POOLS)
+_HEADS = (nn.Linear, nn.Dropout, nn.Flatten)
+_CLASSES = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, *_ACTIVATIONS, nn.Identity, nn.Sequential, *POOLS, *_HEADS)
 _METHODS = ("__call__", "forward", "_conv_forward")
 _ACCESS = ("__getattr__", "__getattribute__")
 

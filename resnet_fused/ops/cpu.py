@@ -9,7 +9,7 @@ import contextlib
 import functools
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,9 +95,14 @@ def _register() -> None:
     def conv_add_(residual: Tensor, x: Tensor, weight: Tensor, *rest: object, **named: object) -> None:
         refuse_device(x, weight)
 
-    def convs(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *rest: object, **named: object) -> Tensor:
-        refuse_device(x, tensors[0])
-        return _nhwc(x.new_empty(step_problems(x.shape, numbers)[-1].output))
+    def steps(x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], *rest: Any, **named: Any) -> Tensor:
+        for tensor in tensors:
+            refuse_device(x, x if tensor is None else tensor)
+        *_, (step, problem) = step_problems(x.shape, numbers)
+        return _nhwc(x.new_empty(problem.output, dtype=_DTYPES[step.dtype]))
+
+    def mean(x: Tensor, scale: float = 1.0, zero_point: int = 0, to_bfloat16: bool = False) -> Tensor:
+        return _nhwc(x.new_empty(*x.shape[:2], 1, 1, dtype=torch.bfloat16 if to_bfloat16 else torch.float32))
 
     def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
         return _nhwc(F.max_pool2d(x, list(filter), list(stride), list(padding)))
@@ -105,13 +110,11 @@ def _register() -> None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("resnet_fused_cpu::conv", "Meta"):
         torch.library.register_fake("resnet_fused_cpu::conv", conv)
         torch.library.register_fake("resnet_fused_cpu::conv_add_", conv_add_)
-        torch.library.register_fake("resnet_fused_cpu::convs", convs)
+        torch.library.register_fake("resnet_fused_cpu::steps", steps)
+        torch.library.register_fake("resnet_fused_cpu::mean", mean)
         torch.library.register_fake("resnet_fused_cpu::max_pool", max_pool)
         torch.library.register_fake(
             "resnet_fused_cpu::quantise", lambda x, *grid: torch.empty_like(x, dtype=torch.uint8)
-        )
-        torch.library.register_fake(
-            "resnet_fused_cpu::mean", lambda x, *grid: _nhwc(x.new_empty(*x.shape[:2], 1, 1, dtype=torch.float32))
         )
 
 
@@ -158,13 +161,17 @@ def _takes_groups(inputs: int, outputs: int) -> bool:
 
 def pools(x: Tensor, filter: Sequence[int], padding: Sequence[int]) -> bool:
     """Whether our max pooling takes these operands, which are in NHWC order alone; under a forced backend, none."""
-    if x.device.type != "cpu" or x.dim() != 4 or dispatch.forced_backend() is not None:
+    if not _pools_dtype(x) or dispatch.forced_backend() is not None:
         return False
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return False  # PyTorch's result would be in another order
     fits = all(2 * pad <= size <= n + 2 * pad for n, size, pad in zip(x.shape[2:], filter, padding, strict=True))
-    pooled = x.dtype in (torch.float32, torch.bfloat16, torch.uint8)
-    return fits and x.shape[1] % 16 == 0 and pooled and bool(supported())
+    return fits and x.shape[1] % 16 == 0
+
+
+def _pools_dtype(x: Tensor) -> bool:
+    pooled = x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    return pooled and bool(supported())
 
 
 def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
@@ -179,26 +186,33 @@ def max_pool(x: Tensor, filter: Sequence[int], stride: Sequence[int], padding: S
 
 def quantises(x: Tensor) -> bool:
     """Whether `quantise` takes it."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 4 and bool(supported())
+    return _pools_dtype(x) and x.dtype != torch.uint8
 
 
 def quantise(x: Tensor, grid: Grid) -> Tensor:
     """The nearest points of the grid, uint8 in NHWC order; what lies beyond its ends becomes them.
 
     Args:
-        x: float32, finite; in any other order than NHWC it is copied.
+        x: float32 or bfloat16, finite; in any other order than NHWC it is copied.
     """
     result: Tensor = torch.ops.resnet_fused_cpu.quantise(_nhwc(x), *grid)
     return result
 
 
-def mean(x: Tensor, grid: Grid) -> Tensor:
-    """The means [N, C, 1, 1] over all pixels, in float32.
+def averages(x: Tensor) -> bool:
+    """Whether `mean` takes it: in NHWC order, with pixels whose sum 32 bits hold."""
+    pixels = x.shape[2:].numel()
+    return _pools_dtype(x) and 0 < pixels <= 1 << 23 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def mean(x: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
+    """The means [N, C, 1, 1] over all pixels.
 
     Args:
-        x: uint8, in NHWC order, on `grid`.
+        x: float32 or bfloat16, or uint8 on `grid`; in NHWC order.
+        dtype: of the result, float32 or bfloat16; that of `x` where it is no uint8.
     """
-    result: Tensor = torch.ops.resnet_fused_cpu.mean(x, *grid)
+    result: Tensor = torch.ops.resnet_fused_cpu.mean(x, *(grid or Grid(1.0, 0)), dtype == torch.bfloat16)
     return result
 
 
@@ -345,34 +359,50 @@ def int8_conv(
     return ops.conv(x, weight, scale, bias, residual, *geometry, to_float32=result is None, amx=amx)
 
 
+CONV, MAX_POOL, MEAN, QUANTISE = range(4)  # the ops of `steps`, as csrc/cpu/ops.cpp counts them
+_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # likewise
+
+
 class Step(NamedTuple):
-    """The numbers of one convolution of `convs`, as csrc/cpu/ops.cpp reads them."""
+    """The numbers of one op of `steps`, as csrc/cpu/ops.cpp reads them."""
 
+    op: int
+    dtype: int  # of the result
     x: int  # 0 is the input of the whole, i the result of step i - 1
-    residual: int  # likewise, or -1
-    channels: int
-    filter_h: int
-    filter_w: int
-    stride_h: int
-    stride_w: int
-    pad_h: int
-    pad_w: int
-    groups: int
-    relu: int
-    x_zero_point: int
-    residual_zero_point: int
-    y_zero_point: int
+    residual: int = -1  # likewise, or -1
+    channels: int = 0
+    filter_h: int = 1
+    filter_w: int = 1
+    stride_h: int = 1
+    stride_w: int = 1
+    pad_h: int = 0
+    pad_w: int = 0
+    groups: int = 1
+    relu: int = 0
+    x_zero_point: int = 0
+    residual_zero_point: int = 0
+    y_zero_point: int = 0
 
 
-class Convs:
-    """Convolutions that read each other's results, of one dtype, as one call: `conv` or `int8_conv` of each in turn."""
+class Steps:
+    """Ops that read each other's results, as one call: what `conv`, `max_pool`, `mean` and `quantise` give in turn.
+
+    Each method adds one and returns the number of its result; 0 is that of the input. A residual that nobody reads
+    later is overwritten.
+    """
 
     def __init__(self) -> None:
         self._tensors: list[Tensor | None] = []
         self._numbers: list[int] = []
         self._scales: list[float] = []
 
-    def add(
+    def __len__(self) -> int:
+        return len(self._numbers) // len(Step._fields)
+
+    def __iter__(self) -> Iterator[Step]:
+        return _split(self._numbers)
+
+    def conv(
         self,
         x: int,
         residual: int | None,
@@ -383,39 +413,78 @@ class Convs:
         padding: Sequence[int],
         groups: int,
         act: str | None,
+        dtype: torch.dtype,
         grids: tuple[Grid | None, Grid | None, Grid | None] = (None, None, None),
     ) -> int:
-        """Add one; the number of its result.
+        """`conv` or `int8_conv`.
 
         Args:
-            x, residual: numbers of results, or 0 for the input; a residual that nobody reads later is overwritten.
+            x, residual: the numbers of results.
             tensors: weight, scale (None but in int8), bias.
+            dtype: of the result, torch.uint8 in int8.
             grids: of x, residual and result, in int8.
         """
-        x_grid, residual_grid, y_grid = (grid or Grid(1.0, 0) for grid in grids)
-        zero_points = (x_grid.zero_point, residual_grid.zero_point, y_grid.zero_point)
         added, geometry = -1 if residual is None else residual, (*filter, *stride, *padding, groups)
+        numbers = (CONV, _DTYPES.index(dtype), x, added, channels, *geometry, int(act == "relu"), *_zero_points(grids))
+        return self._add(Step._make(numbers), grids, tensors)
+
+    def max_pool(
+        self, x: int, filter: Sequence[int], stride: Sequence[int], padding: Sequence[int], dtype: torch.dtype
+    ) -> int:
+        """`max_pool` of values of `dtype`."""
+        return self._add(Step(MAX_POOL, _DTYPES.index(dtype), x, -1, 0, *filter, *stride, *padding))
+
+    def mean(self, x: int, grid: Grid | None, dtype: torch.dtype) -> int:
+        """`mean`, to `dtype`."""
+        grids = (grid, None, None)
+        return self._add(Step(MEAN, _DTYPES.index(dtype), x, x_zero_point=_zero_points(grids)[0]), grids)
+
+    def quantise(self, x: int, grid: Grid) -> int:
+        """`quantise`; a NaN or an infinity raises a RuntimeError."""
+        return self._add(
+            Step(QUANTISE, _DTYPES.index(torch.uint8), x, y_zero_point=grid.zero_point), (None, None, grid)
+        )
+
+    def _add(
+        self,
+        step: Step,
+        grids: tuple[Grid | None, Grid | None, Grid | None] = (None, None, None),
+        tensors: tuple[Tensor | None, ...] = (None, None, None),
+    ) -> int:
         self._tensors += tensors
-        self._numbers += Step._make((x, added, channels, *geometry, int(act == "relu"), *zero_points))
-        self._scales += (residual_grid.scale, y_grid.scale)
-        return len(self._numbers) // len(Step._fields)
+        self._numbers += step
+        self._scales += [1.0 if grid is None else grid.scale for grid in grids]
+        return len(self)
 
     def __call__(self, x: Tensor) -> Tensor:
         """The last result, of an input that is copied where it is not in NHWC order."""
-        result: Tensor = torch.ops.resnet_fused_cpu.convs(_nhwc(x), self._tensors, self._numbers, self._scales)
+        result: Tensor = torch.ops.resnet_fused_cpu.steps(_nhwc(x), self._tensors, self._numbers, self._scales)
         return result
 
 
-def step_problems(x: Sequence[int], numbers: Sequence[int]) -> list[ConvShape]:
-    """The problems that `convs` runs in turn, of an input of this shape."""
-    size, values, problems = len(Step._fields), [tuple(x)], []
-    for i in range(0, len(numbers), size):
-        step = Step._make(numbers[i : i + size])
-        filter, stride = (step.channels, 0, step.filter_h, step.filter_w), (step.stride_h, step.stride_w)
-        padding = (step.pad_h, step.pad_w)
-        problems.append(ConvShape.of(values[step.x], filter, stride, padding, (1, 1), step.groups))
-        values.append(problems[-1].output)
-    return problems
+def _zero_points(grids: Sequence[Grid | None]) -> list[int]:
+    return [0 if grid is None else grid.zero_point for grid in grids]
+
+
+def _split(numbers: Sequence[int]) -> Iterator[Step]:
+    size = len(Step._fields)
+    return (Step._make(numbers[i : i + size]) for i in range(0, len(numbers), size))
+
+
+def step_problems(x: Sequence[int], numbers: Sequence[int]) -> list[tuple[Step, ConvShape]]:
+    """The steps that `steps` runs in turn, of an input of this shape, each with the problem of its convolution, or of
+    the one that makes as large a result.
+    """
+    values, found = [tuple(x)], []
+    for step in _split(numbers):
+        image = values[step.x]
+        channels = step.channels if step.op == CONV else image[1]
+        filter = image[2:] if step.op == MEAN else (step.filter_h, step.filter_w)
+        geometry = ((step.stride_h, step.stride_w), (step.pad_h, step.pad_w), (1, 1), step.groups)
+        problem = ConvShape.of(image, (channels, 0, *filter), *geometry)
+        found.append((step, problem))
+        values.append(problem.output)
+    return found
 
 
 def int8_epilogue(sums: Tensor, weight_scale: Tensor, bias: Tensor, x_grid: Grid) -> tuple[Tensor, Tensor]:

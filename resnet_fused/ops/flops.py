@@ -51,8 +51,9 @@ def register_formulas(counter: ModuleType) -> None:
         channels, filter, _, _, groups = args[2:7]  # behind scale and bias
         return int(conv(x.shape, (channels, x.shape[1] // groups, *filter), residual.shape))
 
-    def cpu_convs(x: Tensor, _tensors: object, numbers: Sequence[int], *_: object, **_named: object) -> int:
-        return sum(conv(s.image, s.filter, s.output) for s in cpu.step_problems(x.shape, numbers))
+    def cpu_steps(x: Tensor, _tensors: object, numbers: Sequence[int], *_: object, **_named: object) -> int:
+        problems = (problem for step, problem in cpu.step_problems(x.shape, numbers) if step.op == cpu.CONV)
+        return sum(conv(p.image, p.filter, p.output) for p in problems)
 
     formulas = {getattr(torch.ops.resnet_fused, op.name): ours(op) for op in OPS.values() if op.flops is not None}
     for name in ("_convolution_pointwise", "_convolution_pointwise_"):
@@ -62,7 +63,7 @@ def register_formulas(counter: ModuleType) -> None:
         formulas[torch.ops.onednn.qconv2d_pointwise] = onednn_int8
     if _library.load_cpu() is None:
         ops = torch.ops.resnet_fused_cpu
-        formulas |= {ops.conv: cpu_conv, ops.conv_add_: cpu_conv_add_, ops.convs: cpu_convs}
+        formulas |= {ops.conv: cpu_conv, ops.conv_add_: cpu_conv_add_, ops.steps: cpu_steps}
     for op, formula in formulas.items():
         if op not in counter.flop_registry:
             counter.register_flop_formula(op, get_raw=True)(formula)

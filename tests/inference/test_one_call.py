@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 from networks import randomised
 from torch import nn
 
-from resnet_fused import freeze
-from resnet_fused.inference import FrozenBlock, FrozenStage
+from resnet_fused import Int8, freeze
 from resnet_fused.inference.int8 import Quantised
 from resnet_fused.inference.one_call import OneCall
 from resnet_fused.nn import BasicBlock, Bottleneck
@@ -77,20 +77,20 @@ def _frozen(kind, stage="bottlenecks"):
 @pytest.fixture
 def calls(monkeypatch):
     """The number of convolutions in each call."""
-    made, original = [], cpu.Convs.__call__
+    made, original = [], cpu.Steps.__call__
 
     def counted(self, x):
-        made.append(len(self._scales) // 2)
+        made.append(sum(step.op == cpu.CONV for step in self))
         return original(self, x)
 
-    monkeypatch.setattr(cpu.Convs, "__call__", counted)
+    monkeypatch.setattr(cpu.Steps, "__call__", counted)
     return made
 
 
 def _one_by_one(frozen):
     frozen = copy.deepcopy(frozen)
     for module in frozen.modules():
-        if isinstance(module, (FrozenBlock, FrozenStage)):
+        if hasattr(module, "one_call"):
             module.one_call = None
     return frozen
 
@@ -101,7 +101,7 @@ def _dense(y):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stage_is_one_call_that_gives_the_bits_of_its_convolutions_one_by_one(kind, stage, calls):
+def test_a_network_is_one_call_that_gives_the_bits_of_its_convolutions_one_by_one(kind, stage, calls):
     frozen, x = _frozen(kind, stage)
     kept, apart = x.clone(), _one_by_one(frozen)
     calls.clear()
@@ -109,7 +109,7 @@ def test_a_stage_is_one_call_that_gives_the_bits_of_its_convolutions_one_by_one(
         expected, found = apart(given), frozen(given)
         assert found.shape == expected.shape and found.dtype == expected.dtype and torch.equal(found, expected)
         assert found.is_contiguous() == expected.is_contiguous()
-    convolutions = {"basic": 7, "bottlenecks": 10, "grouped": 7, "identity_first": 4, "twice": 9}
+    convolutions = {"basic": 8, "bottlenecks": 11, "grouped": 8, "identity_first": 5, "twice": 10}
     assert calls == [convolutions[stage]] * 4 and torch.equal(x, kept)
 
 
@@ -129,7 +129,18 @@ def test_a_copy_runs_its_own_convolutions(calls):
     twin.network.stage[0].branch[0].register_forward_hook(lambda *_: seen.append(1))
     calls.clear()
     assert torch.equal(twin(x), frozen(x))
-    assert seen == [1] and calls == [3, 3, 10], "the block with a hook runs one by one"
+    assert seen == [1] and calls == [3, 3, 11], "the block with a hook runs one by one"
+
+
+class _EveryModule:
+    """A hook on all modules there are."""
+
+    def __init__(self):
+        self.seen = set()
+        self.handle = nn.modules.module.register_module_forward_hook(lambda module, *_: self.seen.add(module))
+
+    def close(self):
+        self.handle.remove()
 
 
 def test_hooks_run_whenever_they_come(calls):
@@ -140,7 +151,10 @@ def test_hooks_run_whenever_they_come(calls):
     assert torch.equal(frozen(x), expected) and seen == [1]
     assert calls == [4, 3], "the block with a hook runs one by one"
     handle.remove()
-    assert torch.equal(frozen(x), expected) and seen == [1] and calls == [4, 3, 10]
+    assert torch.equal(frozen(x), expected) and seen == [1] and calls == [4, 3, 11]
+    with contextlib.closing(_EveryModule()) as every:
+        assert torch.equal(frozen(x), expected) and calls == [4, 3, 11]
+    assert frozen.network.stage[0].branch[0] in every.seen
 
 
 @pytest.mark.parametrize("bad", ["channels", "rank", "dtype", "too small"])
@@ -190,9 +204,98 @@ def test_a_block_with_what_our_kernels_do_not_run_runs_one_by_one(stage, others,
 
 def test_a_call_is_made_once_for_what_the_input_stands_for():
     frozen, x = _frozen("float32")
-    one_call = frozen.network.stage.one_call
+    one_call = frozen.network.one_call
     assert isinstance(one_call, OneCall)
     frozen(x)
-    made = one_call._calls[None]
+    kind = (torch.float32, None)
+    made = one_call._calls[kind]
     frozen(torch.cat([x, x]))
-    assert one_call._calls == {None: made}
+    assert one_call._calls == {kind: made}
+
+
+class _Classifier(nn.Module):
+    """A stem, two blocks and a head, called as torchvision does."""
+
+    def __init__(self, head, flatten, pool=None):
+        super().__init__()
+        self.conv1, self.bn1, self.relu = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+        self.maxpool, self.layer1 = nn.MaxPool2d(3, 2, 1), _identity_first()
+        self.avgpool, self.fc, self._flatten = pool or nn.AdaptiveAvgPool2d((1, 1)), head, flatten
+
+    def forward(self, x):
+        x = self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        return self.fc(self._flatten(self.avgpool(x)))
+
+
+FLATTENS = {
+    "function": lambda x: torch.flatten(x, 1),
+    "method": lambda x: x.flatten(1),
+    "keyword": lambda x: torch.flatten(x, start_dim=1),
+}
+HEADS = {
+    "linear": lambda: nn.Linear(16, 10),
+    "two": lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(16, 24), nn.Identity(), nn.Linear(24, 10)),
+}
+
+
+def _classifier(kind, head="linear", flatten="function", pool=None):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model = randomised(_Classifier(HEADS[head](), FLATTENS[flatten], pool)).eval().to(dtype)
+    x = torch.randn(2, 3, 33, 30).to(dtype)
+    return model, freeze(model, x, quantize=[x] if kind == "int8" else None), x
+
+
+@pytest.mark.parametrize("flatten, head", [*((name, "linear") for name in FLATTENS), ("function", "two")])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_classifier_is_one_call_from_its_input_to_its_logits(kind, flatten, head, calls):
+    model, frozen, x = _classifier(kind, head, flatten)
+    apart, kept = _one_by_one(frozen), x.clone()
+    calls.clear()
+    for given in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(3, 3, 20, 47).to(x.dtype), x[:0]):
+        found, expected = frozen(given), apart(given)
+        assert found.shape == (len(given), 10) and found.dtype == x.dtype and torch.equal(found, expected)
+    assert calls == [{"linear": 6, "two": 7}[head]] * 4 and torch.equal(x, kept)
+    with torch.no_grad():
+        difference = (frozen(x) - model(x)).float().norm() / model(x).float().norm()
+    assert difference < {"float32": 1e-5, "bfloat16": 3e-2, "int8": 0.1}[kind]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"flatten": lambda x: x.view(len(x), -1)},
+        {"flatten": lambda x: torch.flatten(x, 1).relu()},
+        {"flatten": lambda x: torch.flatten(x, 2).mean(2)},
+        {"pool": nn.AvgPool2d(8)},
+        {"pool": nn.AdaptiveMaxPool2d(1)},
+    ],
+)
+def test_a_forward_that_does_more_keeps_its_stage_in_one_call_and_its_results(part, calls, monkeypatch):
+    monkeypatch.setitem(FLATTENS, "this", part.get("flatten", FLATTENS["function"]))
+    model, frozen, x = _classifier("float32", flatten="this", pool=part.get("pool"))
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+    assert calls == [4]
+
+
+@pytest.mark.skipif("int8" not in SUPPORTED, reason="this CPU has no int8")
+def test_an_input_that_8_bits_cannot_hold_gets_the_error_of_one_by_one():
+    _, frozen, x = _classifier("int8")
+    x[1, 2, 3, 4] = float("inf")
+    with pytest.raises(ValueError, match="the input holds a NaN or an infinity"):
+        frozen(x)
+
+
+@pytest.mark.skipif("int8" not in SUPPORTED, reason="this CPU has no int8")
+def test_a_layer_kept_in_float_is_in_the_call_too_behind_a_check_of_the_input(calls):
+    torch.manual_seed(0)
+    model = randomised(_Classifier(nn.Linear(16, 10), FLATTENS["function"])).eval()
+    x = torch.randn(2, 3, 33, 30)
+    frozen = freeze(model, x, quantize=Int8([x], keep=("conv1",)))
+    calls.clear()
+    assert torch.equal(frozen(x), _one_by_one(frozen)(x)) and calls == [6]
+    x[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="the input holds a NaN or an infinity"):
+        frozen(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -345,21 +347,59 @@ def test_the_ops_are_as_their_schemas_and_fake_kernels_say():
     torch.library.opcheck(ops.conv.default, (x, packed, None, bias, residual, *geometry), test_utils=checks)
     nhwc = x.contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(ops.quantise.default, (nhwc, 0.5, 3), test_utils=checks)
-    if "int8" in SUPPORTED:
-        torch.library.opcheck(ops.mean.default, (cpu.quantise(nhwc, Grid(0.5, 3)), 0.5, 3), test_utils=checks)
-        with pytest.raises(RuntimeError, match="mean: no kernel on this CPU takes 42 pixels of Float"):
-            ops.mean(nhwc, 0.5, 3)
+    torch.library.opcheck(ops.mean.default, (cpu.quantise(nhwc, Grid(0.5, 3)), 0.5, 3), test_utils=checks)
+    torch.library.opcheck(ops.mean.default, (nhwc.bfloat16(), 1.0, 0, True), test_utils=checks)
+    with pytest.raises(RuntimeError, match="mean: no kernel on this CPU takes 42 pixels of Float to BFloat16"):
+        ops.mean(nhwc, to_bfloat16=True)
     torch.library.opcheck(ops.max_pool.default, (x, [3, 3], [2, 2], [1, 1]), test_utils=checks)
     torch.library.opcheck(ops.conv_add_.default, (residual, x, packed, None, bias, *geometry), test_utils=checks)
     two = _two_convolutions()
-    torch.library.opcheck(ops.convs.default, (nhwc, two._tensors, two._numbers, two._scales), test_utils=checks)
+    torch.library.opcheck(ops.steps.default, (nhwc, two._tensors, two._numbers, two._scales), test_utils=checks)
+    pooled = cpu.Steps()
+    eight = pooled.max_pool(pooled.quantise(0, Grid(0.5, 3)), (3, 3), (2, 2), (1, 1), torch.uint8)
+    assert (pooled.mean(eight, Grid(0.5, 3), torch.bfloat16), len(pooled)) == (3, 3)
+    torch.library.opcheck(
+        ops.steps.default, (nhwc, pooled._tensors, pooled._numbers, pooled._scales), test_utils=checks
+    )
 
 
 def _two_convolutions():
-    convs, ones = cpu.Convs(), cpu.pack(torch.ones(16, 16, 3, 3))
-    first = convs.add(0, None, (ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1, "relu")
-    assert (first, convs.add(first, 0, (ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1, None)) == (1, 2)
-    return convs
+    steps, ones = cpu.Steps(), cpu.pack(torch.ones(16, 16, 3, 3))
+    geometry = ((ones, None, torch.zeros(32)), 16, (3, 3), (1, 1), (1, 1), 1)
+    assert steps.conv(0, None, *geometry, "relu", torch.float32) == 1
+    assert steps.conv(1, 0, *geometry, None, torch.float32) == 2
+    return steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 40, 7, 7), (1, 16, 1, 1), (3, 7, 5, 31), (1, 16, 128, 96), (0, 16, 4, 4)])
+def test_means_over_pixels_are_those_of_float64(size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(size, generator=generator) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert cpu.averages(x)
+    y, truth = cpu.mean(x, None, dtype), x.double().mean((2, 3), keepdim=True)
+    assert y.dtype == dtype and y.shape == (*size[:2], 1, 1)
+    half_a_step = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(y.double(), truth, rtol=half_a_step + 8 * torch.finfo(torch.float32).eps, atol=0)
+    if x.numel() > 0:
+        x[0, 3, 0, 0] = math.nan
+        assert cpu.mean(x, None, dtype).isnan().nonzero().tolist() == [[0, 3, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_input_of_8_bits_is_rounded_as_pytorch_does_and_refused_within_a_call_if_not_finite(dtype):
+    grid, generator = Grid(0.03125, 120), torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(2, 5, 9, 7, generator=generator)).to(dtype).contiguous(memory_format=torch.channels_last)
+    expected = torch.ops.quantized_decomposed.quantize_per_tensor(x.float(), *grid, 0, 255, torch.uint8)
+    steps = cpu.Steps()
+    assert steps.quantise(0, grid) == 1
+    assert torch.equal(cpu.quantise(x, grid), expected) and torch.equal(steps(x), expected)
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in (0, -1):
+            spoilt = x.clone()
+            spoilt[place, place, place, place] = bad
+            with pytest.raises(RuntimeError, match="8 bits have no value for a NaN or an infinity"):
+                steps(spoilt)
 
 
 def test_convolutions_in_one_call_read_what_was_made_before_them_and_no_more():
@@ -370,37 +410,40 @@ def test_convolutions_in_one_call_read_what_was_made_before_them_and_no_more():
 
 @pytest.mark.parametrize("readers", [1, 2])
 def test_a_residual_that_is_read_again_is_not_overwritten(readers):
-    convs, identity = cpu.Convs(), cpu.pack(torch.eye(16).reshape(16, 16, 1, 1))
-    same = ((identity, None, torch.ones(32)), 16, (1, 1), (1, 1), (0, 0), 1, None)
-    a = convs.add(0, None, *same)  # x + 1
-    b = convs.add(a, None, *same)  # x + 2
-    c = convs.add(b, a, *same)  # x + 3 + a
-    convs.add(c, a if readers == 2 else None, *same)
+    steps, identity = cpu.Steps(), cpu.pack(torch.eye(16).reshape(16, 16, 1, 1))
+    same = ((identity, None, torch.ones(32)), 16, (1, 1), (1, 1), (0, 0), 1, None, torch.float32)
+    a = steps.conv(0, None, *same)  # x + 1
+    b = steps.conv(a, None, *same)  # x + 2
+    c = steps.conv(b, a, *same)  # x + 3 + a
+    steps.conv(c, a if readers == 2 else None, *same)
     x = torch.arange(16.0).reshape(1, 16, 1, 1)
-    assert torch.equal(convs(x), 2 * x + 5 if readers == 1 else 3 * x + 6)
+    assert torch.equal(steps(x), 2 * x + 5 if readers == 1 else 3 * x + 6)
 
 
 @pytest.mark.parametrize(
     "part, value, message",
     [
-        ("numbers", {0: -1}, "step 0 reads a value that no step before it made"),
-        ("numbers", {1: 1}, "step 0 reads a value that no step before it made"),
-        ("numbers", {14: 2}, "step 1 reads a value that no step before it made"),
-        ("numbers", {-1: None}, "steps of 14 numbers, got 27"),
+        ("numbers", {0: 4}, "step 0 is of no known op or dtype"),
+        ("numbers", {1: 3}, "step 0 is of no known op or dtype"),
+        ("numbers", {2: -1}, "step 0 reads a value that no step before it made"),
+        ("numbers", {3: 1}, "step 0 reads a value that no step before it made"),
+        ("numbers", {18: 2}, "step 1 reads a value that no step before it made"),
+        ("numbers", {-1: None}, "16 numbers each, got 31"),
+        ("tensors", {0: None}, "step 0 has no weight or no bias"),
         ("tensors", {-1: None}, "a weight, a scale and a bias"),
         ("scales", {-1: None}, "a weight, a scale and a bias"),
     ],
 )
 def test_bad_steps_are_refused_before_anything_runs(part, value, message):
-    convs = _two_convolutions()
+    steps = _two_convolutions()
     ((place, new),) = value.items()
-    listed = getattr(convs, f"_{part}")
-    if new is None:
+    listed = getattr(steps, f"_{part}")
+    if place == -1:
         listed.pop()
     else:
         listed[place] = new
     with pytest.raises(RuntimeError, match=message):
-        convs(torch.ones(1, 16, 4, 4))
+        steps(torch.ones(1, 16, 4, 4))
 
 
 def test_what_a_kernel_cannot_take_is_left_to_others_or_refused():
