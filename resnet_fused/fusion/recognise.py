@@ -165,14 +165,14 @@ def _sequence(
         return Recognition(skipped=skipped) if skipped else None
     forwards = []
     for mode, rewritten in ((True, training), (False, evaluation)):
-        forwards.append(Forward(mode, inputs, arity, *_generate(rewritten.graph, type(module).__name__)))
+        forwards.append(Forward(mode, inputs, arity, *generate(rewritten.graph, type(module).__name__)))
     if forwards[0].source == forwards[1].source:
         forwards = [replace(forwards[0], training=None)]
     bypassed = tuple(dict.fromkeys([*training.bypassed, *evaluation.bypassed]))
     return Recognition(SequencePlan(tuple(training.units), tuple(forwards), bypassed), skipped=skipped)
 
 
-def _generate(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
+def generate(graph: fx.Graph, name: str) -> tuple[str, Callable[..., Any]]:
     """The graph's source, and that source as a function of (owner, *inputs)."""
     code = graph.python_code("self")
     filename = f"<resnet_fused {name} {zlib.crc32(code.src.encode()):08x}>"

@@ -20,8 +20,10 @@ from resnet_fused.inference.block import use_one_call
 from resnet_fused.inference.conv import FoldedConv, keep_nan
 from resnet_fused.inference.graph import Graphs, leaves
 from resnet_fused.inference.network import freeze_network, observe, prepare
+from resnet_fused.inference.one_call import OneCall, join
 from resnet_fused.inference.plan import FreezePlan
 from resnet_fused.inference.quantize import Int8, check, quantised
+from resnet_fused.inference.value import Value
 
 
 def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Tensor] | None = None) -> Frozen:
@@ -117,7 +119,7 @@ def freeze(model: nn.Module, example_input: Tensor, quantize: Int8 | Iterable[Te
             network, plan = quantised(network, plan, sources, example_input, chosen, on_triton)
         frozen = Frozen(network, plan, setting).eval()
         frozen(example_input)
-    use_one_call(network)
+    use_one_call(frozen)
     return frozen
 
 
@@ -173,6 +175,10 @@ class Frozen(nn.Module):
             isinstance(module, FoldedConv) and module.packed == "onednn" for module in network.modules()
         )
         self._warned = False
+        self.one_call: OneCall | None = None
+
+    def join_call(self, x: Value) -> Value:
+        return join(self.network, x)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the model computes of its one input, positional or by the model's name for it."""
@@ -190,6 +196,8 @@ class Frozen(nn.Module):
         with self.surroundings():
             if x.is_cuda and x.device == self._setting.device:
                 return self._graphs(x)
+            if self.one_call is not None and (whole := self.one_call(x)) is not None:
+                return whole
             y = self.network(x)
             if self._loses_nan and not all(map(_finite, (x, *leaves(y)))):
                 token = keep_nan.set(True)
@@ -278,7 +286,9 @@ class Frozen(nn.Module):
         self._refuse("scripted")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frozen:
-        return Frozen(copy.deepcopy(self.network, memo), self.plan, self._setting).eval()
+        twin = Frozen(copy.deepcopy(self.network, memo), self.plan, self._setting).eval()
+        twin.one_call = None if self.one_call is None else OneCall(twin)
+        return twin
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_fused.fusion.recognise import generate
+from resnet_fused.fusion.trace import trace
 from resnet_fused.inference.int8 import Quantised
 from resnet_fused.inference.value import Apart, Value
-from resnet_fused.nn.eligibility import untouched
+from resnet_fused.nn.eligibility import calls_forward, untouched
 from resnet_fused.ops import cpu
 from resnet_fused.ops.onednn import Grid
 
@@ -21,14 +23,18 @@ def join(module: nn.Module, *values: Value | None) -> Value:
     """The result of a module, whose ops are added to the call.
 
     Raises:
-        Apart: they cannot be.
+        Apart, Untraceable: they cannot be; or whatever a forward raises that is given no tensor.
     """
     if hasattr(module, "join_call"):
         return module.join_call(*values)  # type: ignore[no-any-return, operator]
-    (x,), cls = values, type(module)
-    if x is None or cls not in _OTHERS or not untouched(module, cls):
+    cls = type(module)
+    if cls in _OTHERS and untouched(module, cls):
+        return _OTHERS[cls](module, *values)
+    traced = trace(module, training=False)
+    if traced.full or not calls_forward(cls):
         raise Apart
-    return _OTHERS[cls](module, x)
+    _, forward = generate(traced.graph, cls.__name__)
+    return forward(StandIn(module), *values)  # type: ignore[no-any-return]
 
 
 def in_turn(modules: Iterable[nn.Module], x: Value) -> Value:
@@ -36,7 +42,7 @@ def in_turn(modules: Iterable[nn.Module], x: Value) -> Value:
     return functools.reduce(lambda value, module: join(module, value), modules, x)
 
 
-_OTHERS: dict[type[nn.Module], Callable[[Any, Value], Value]] = {
+_OTHERS: dict[type[nn.Module], Callable[..., Value]] = {
     nn.Identity: lambda module, x: x,
     nn.Dropout: lambda module, x: x,  # a frozen network is in eval mode
     nn.Flatten: lambda module, x: x.flatten(module.start_dim, module.end_dim),
@@ -101,6 +107,6 @@ class OneCall:
         steps = cpu.Steps()
         try:
             result = join(self.module, Value(steps, 0, dtype, grid))
-        except Exception:  # whatever a forward raises that is given no tensor
+        except Exception:  # see join
             return None
         return (steps, result) if isinstance(result, Value) and 0 < result.number == len(steps) else None

@@ -18,7 +18,7 @@ from resnet_fused.dispatch.conv import DTYPES
 from resnet_fused.inference.conv import FoldedConv, FrozenConv, Source
 from resnet_fused.inference.int8 import Grids, Int8Conv, Quantised
 from resnet_fused.inference.int8_triton import TritonInt8Conv, plan_joins
-from resnet_fused.inference.one_call import OneCall, join
+from resnet_fused.inference.one_call import join
 from resnet_fused.inference.plan import FreezePlan, PlannedConv
 from resnet_fused.inference.value import Apart, Value
 from resnet_fused.ops import cpu, onednn
@@ -292,18 +292,16 @@ class Int8Network(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.one_call: OneCall | None = None
 
     def join_call(self, x: Value) -> Value:
-        """The network, if its rounding of the input sees all that `forward` checks."""
+        """The network, where its rounding of the input sees all that `forward` checks, and its result is in floats."""
         result = join(self.network, x)
-        if any(x.number in (step.x, step.residual) and step.op != cpu.QUANTISE for step in x.steps):
+        unseen = any(x.number in (step.x, step.residual) and step.op != cpu.QUANTISE for step in x.steps)
+        if unseen or result.grid is not None:
             raise Apart
         return result
 
     def forward(self, x: Tensor) -> Any:
-        if self.one_call is not None and (result := self.one_call(x)) is not None:
-            return result.dense() if isinstance(result, Quantised) else result
         if x.is_cpu and x.is_floating_point() and not bool(x.sum().isfinite()) and not bool(x.isfinite().all()):
             raise ValueError(
                 "the input holds a NaN or an infinity, which int8 has no value for; a model frozen without quantize "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 
 import pytest
 import torch
@@ -204,7 +205,7 @@ def test_a_block_with_what_our_kernels_do_not_run_runs_one_by_one(stage, others,
 
 def test_a_call_is_made_once_for_what_the_input_stands_for():
     frozen, x = _frozen("float32")
-    one_call = frozen.network.one_call
+    one_call = frozen.one_call
     assert isinstance(one_call, OneCall)
     frozen(x)
     kind = (torch.float32, None)
@@ -299,3 +300,53 @@ def test_a_layer_kept_in_float_is_in_the_call_too_behind_a_check_of_the_input(ca
     x[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="the input holds a NaN or an infinity"):
         frozen(x)
+
+
+class _PoolAndFlatten(nn.Module):
+    """As timm's global pools."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten(1)
+
+    def forward(self, x):
+        return self.flatten(self.pool(x))
+
+
+class _Draws(_PoolAndFlatten):
+    def forward(self, x):
+        return super().forward(x) * (1 + 0 * random.random())
+
+
+class _Counts(_PoolAndFlatten):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class _Trunk(nn.Module):
+    """A forward of one's own around blocks, in which nothing is to be fused."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.stage, self.pool, self.fc = _identity_first(), pool, nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.stage(x)))
+
+
+@pytest.mark.parametrize("pool, whole", [(_PoolAndFlatten, True), (_Draws, False), (_Counts, False)])
+def test_a_module_of_ones_own_joins_the_call_unless_its_forward_does_more_than_compute(pool, whole, calls):
+    torch.manual_seed(0)
+    model, x = randomised(_Trunk(pool())).eval(), torch.randn(2, 16, 9, 8)
+    frozen = freeze(model, x)
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(x), model(x), rtol=1e-4, atol=1e-4)
+    assert calls == [5 if whole else 4] and torch.equal(frozen(x), _one_by_one(frozen)(x))
+    if pool is _Counts:
+        before = frozen.network.pool.calls
+        frozen(x)
+        assert frozen.network.pool.calls == before + 1
