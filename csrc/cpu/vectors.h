@@ -79,8 +79,9 @@ struct Vectors {
     const int64_t ahead_step = tile.slices ? ceil_div(kColumns * kWord, tile.slices) : 0;
     const auto* next = tile.next ? tile.next : reinterpret_cast<const char*>(w);
     // Between steps some of the results' lines are asked for: all at once would hold up the weights. A block that
-    // begins within a line is in one that the block before it asked for.
+    // begins within a line is in one that the block before it asked for. Lines of 8 bits come in time by themselves.
     constexpr int kPixels = kRuns * kLength;
+    constexpr bool kFetches = sizeof(Out) != 1;
     const bool fetches = part.last && tile.block * kColumns * sizeof(Out) % 64 == 0;
     constexpr int64_t kStep = 32;
     const int64_t all_steps = (part.r1 - part.r0) * ceil_div(length, kStep);
@@ -91,7 +92,7 @@ struct Vectors {
       const char* x1 = tile.runs[1].x + r * tile.row_pitch;
       for (int64_t begin = 0; begin < length; begin += kStep) {
         const int64_t end = std::min(begin + kStep, length);
-        for (steps++; fetched * all_steps < steps * kPixels; fetched++) results.fetch();
+        for (steps++; kFetches && fetched * all_steps < steps * kPixels; fetched++) results.fetch();
         const bool partial = kPartial && part.k0 + end == words;
         const auto multiply_word = [&](int word, int32_t mask) __attribute__((always_inline)) {
           Ints columns[kVectors];
