@@ -8,7 +8,7 @@ namespace resnet_fused::cpu::RESNET_FUSED_LANES {
 inline Floats as_float(Floats sum) { return sum; }
 inline Floats as_float(Ints sum) { return to_float(sum); }
 
-// 8 bits as they are: finish folds the grids into scale and bias.
+// 8 bits as they are: Panels folds the grids into scale and bias.
 template <class Out, class Which>
 Floats load_value(const Out* p, Which which) {
   if constexpr (sizeof(Out) == 1) {
@@ -60,19 +60,11 @@ template <class Out, class Which, int kPixels, int kVectors, class Sum>
                                           Which which) {
   constexpr bool kEight = sizeof(Out) == 1;
   const int64_t at = pixel * c.k + column;
-  // On y's grid: steps of y_grid.scale from its zero point.
-  const float step = kEight ? 1 / c.y_grid.scale : 1, zero = kEight ? static_cast<float>(c.y_grid.zero_point) : 0;
-  const float residual_step = kEight ? c.residual_grid.scale * step : 1;
-  const float shift = kEight && c.residual ? zero - residual_step * static_cast<float>(c.residual_grid.zero_point) : zero;
   Floats v[kPixels][kVectors];
 #pragma GCC unroll 2
   for (int j = 0; j < kVectors; j++) {
-    Floats bias = load(c.bias + column + kLanes * j);
-    Floats scale = c.scale ? load(c.scale + column + kLanes * j) : set1(1.f);
-    if constexpr (kEight) {
-      bias = fmadd(bias, set1(step), set1(shift));
-      scale = scale * set1(step);
-    }
+    const Floats bias = load(c.bias + column + kLanes * j);
+    const Floats scale = c.scale ? load(c.scale + column + kLanes * j) : set1(1.f);
 #pragma GCC unroll 7
     for (int i = 0; i < kPixels; i++) v[i][j] = fmadd(as_float(sums[i][j]), scale, bias);
   }
@@ -83,7 +75,7 @@ template <class Out, class Which, int kPixels, int kVectors, class Sum>
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; j++) {
         const Floats added = load_value(residual + i * c.k + kLanes * j, which(j));
-        v[i][j] = kEight ? fmadd(added, set1(residual_step), v[i][j]) : v[i][j] + added;
+        v[i][j] = kEight ? fmadd(added, set1(c.residual_grid.scale), v[i][j]) : v[i][j] + added;
       }
   }
   if (c.relu && !kEight) {

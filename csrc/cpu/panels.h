@@ -77,7 +77,7 @@ class Ahead {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A thread's memory, of two: 0 for copies of pixels, 1 for sums.
+// A thread's memory, of three: 0 for copies of pixels, 1 for sums, 2 for scales and biases.
 template <int kWhich>
 char* scratch(size_t bytes) {
   constexpr size_t kLine = 64;
@@ -135,6 +135,7 @@ class Panels {
 
   void run(int64_t begin, int64_t end) {
     Micro micro;
+    if constexpr (Micro::kOutBytes == 1) fold_grids();
     for (bool fetched = false; begin < end; fetched = true) {
       const int64_t first = begin % blocks_, last = std::min(blocks_, first + end - begin);
       find_runs(begin / blocks_);
@@ -162,6 +163,23 @@ class Panels {
         best = columns, best_empty = empty, best_off = off;
     }
     return best;
+  }
+
+  // Scale, bias and the residual's scale become those of results in steps of y's grid, from its zero point: once, as a
+  // tile of a short sum has little time for it.
+  void fold_grids() {
+    Conv& c = conv_;
+    const float step = 1 / c.y_grid.scale;
+    c.residual_grid.scale *= step;
+    float shift = static_cast<float>(c.y_grid.zero_point);
+    if (c.residual) shift -= c.residual_grid.scale * static_cast<float>(c.residual_grid.zero_point);
+    float* scale = reinterpret_cast<float*>(scratch<2>(2 * blocks_ * kColumns * sizeof(float)));
+    float* bias = scale + blocks_ * kColumns;
+    for (int64_t k = 0; k < blocks_ * kColumns; k += kLanes) {
+      store(scale + k, (c.scale ? load(c.scale + k) : set1(1.f)) * set1(step));
+      store(bias + k, fmadd(load(c.bias + k), set1(step), set1(shift)));
+    }
+    c.scale = scale, c.bias = bias;
   }
 
   int64_t tiles_of_panel() const { return (runs_[0].size() + 1) / 2 + (runs_[1].size() + 1) / 2; }
