@@ -1,6 +1,8 @@
 // The epilogue, act(scale * sum + bias + residual), of a vector of channels at a time, for the element types of y.
 #pragma once
 
+#include <type_traits>
+
 #include "panels.h"
 
 namespace resnet_fused::cpu::RESNET_FUSED_LANES {
@@ -86,10 +88,15 @@ template <class Out, class Which, int kPixels, int kVectors, class Sum>
   }
   const int32_t least = c.relu ? c.y_grid.zero_point : 0;
   Out* y = static_cast<Out*>(c.y) + at;
+  const int64_t k = c.k;  // not read anew behind each store of bytes
 #pragma GCC unroll 7
   for (int i = 0; i < kPixels; i++)
+    if constexpr (kEight && kVectors == 2 && std::is_same_v<decltype(which(0)), All>) {
+      store_ints(y + i * k, round(v[i][0]), round(v[i][1]), least);
+    } else {
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; j++) store_value(y + i * c.k + kLanes * j, v[i][j], least, which(j));
+      for (int j = 0; j < kVectors; j++) store_value(y + i * k + kLanes * j, v[i][j], least, which(j));
+    }
 }
 
 template <class Out, int kPixels, int kVectors, class Sum>

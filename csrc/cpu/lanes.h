@@ -87,6 +87,13 @@ inline void store_ints(uint8_t* p, Ints v, All = {}) {
 inline void store_ints(uint8_t* p, Ints v, Some which) {
   _mm_mask_storeu_epi8(p, which.mask, _mm512_cvtusepi32_epi8(v));
 }
+// Two vectors as 32 bytes, none below `least` or above 255.
+inline void store_ints(uint8_t* p, Ints a, Ints b, int32_t least) {
+  const Ints halves = _mm512_packs_epi32(a, b);
+  const Ints bytes = _mm512_max_epu8(_mm512_packus_epi16(halves, halves), _mm512_set1_epi8(static_cast<char>(least)));
+  const Ints order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(permute(bytes, order)));
+}
 
 // Vectors whose elements are bytes, of which there may be less than a whole one.
 inline Ints load_bytes(const uint8_t* p, int64_t left) {
