@@ -107,6 +107,8 @@ def choose_batch_norm(
     """`choose` for a batch norm, whose arguments are those of `refuses_batch_norm`."""
     if x.numel() == 0 or refuses_batch_norm(x, vectors, training, eps):
         return "aten"
+    if not training and x.device.type == "cpu" and dispatch.forced_backend() is None:
+        return "aten"  # what native PyTorch does to constant statistics is as fast
     return choose(op, function, x, others, vectors)
 
 
@@ -124,6 +126,8 @@ def choose(
         return "aten"
     if x.dim() != 4 or any(v is not None and v.shape != x.shape[1:2] for v in vectors):
         return "aten"
+    if forced is None and backend == "cpu" and torch.compiler.is_compiling():
+        return "aten"  # Inductor fuses it itself
     reason = common_reason(x, vectors) or ops.refusal(backend, op, x, *others)
     return backend if reason is None else refused(forced, function, reason)
 

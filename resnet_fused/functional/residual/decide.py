@@ -135,9 +135,11 @@ def choose_chain(
     Raises:
         Refused: a forced backend has the kernels, and cannot run them on these tensors.
     """
+    forced = dispatch.forced_backend()
+    if x.device.type == "cpu" and (forced or dispatch.default_backend("bn_apply", "cpu")) == "cpu":
+        return None  # its convolutions are PyTorch's, which keep what a chain would compute again
     if residual is x:
         identity, residual = True, None
-    forced = dispatch.forced_backend()
     dtype = operand_dtype(x)
     if torch.compiler.is_compiling() or transformed():
         return _decide(function, x, dtype, branch, shortcut, identity, residual, relu, forced)
