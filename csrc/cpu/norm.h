@@ -71,8 +71,8 @@ struct NormKernels {
   // Rows [begin, end) of the image.
   void (*pool_backward_sums)(const NormPool&, int bytes, int64_t begin, int64_t end, float* sums, float* products);
   void (*pool_backward_apply)(const NormPool&, int bytes, int64_t begin, int64_t end);
-  // A pixel's channels as float32, zero where they are not finite.
-  void (*first_pixel)(const void* x, int bytes, int64_t channels, float* center);
+  // The mean of the first of `pixels`, at most four, zero where it is not finite.
+  void (*center)(const void* x, int bytes, int64_t channels, int64_t pixels, float* center);
   // The mean and the squared deviations of n pixels from their `moments`; the center becomes the mean. False where the
   // center was so far away that digits are lost.
   bool (*summarise)(double n, int64_t channels, int64_t copies, float* center, float* sums, float* squares, double* mean,

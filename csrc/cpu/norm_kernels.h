@@ -71,13 +71,41 @@ inline void store_pass(uint8_t* bits, Pass pass, Last last) {
   if (last.left > 8) bits[1] = static_cast<uint8_t>(found >> 8);
 }
 
+// Rounded to T, of which the smallest numbers stay: AVX-512's own conversion to bfloat16 makes them zero.
+template <class Which>
+inline void write(float* p, Floats v, Which which) {
+  store(p, v, which);
+}
+#ifdef __AVX512F__
+inline Ints nearest(Floats v) {
+  const Ints bits = _mm512_castps_si512(v), odd = _mm512_and_si512(shift_right(bits, 16), set1(1));
+  const Ints rounded = add(add(bits, odd), set1(0x7fff)), quiet = _mm512_or_si512(bits, set1(0x400000));
+  return shift_right(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet), 16);
+}
+inline void write(BFloat16* p, Floats v, All) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(nearest(v)));
+}
+inline void write(BFloat16* p, Floats v, Some which) {
+  _mm256_mask_storeu_epi16(p, which.mask, _mm512_cvtepi32_epi16(nearest(v)));
+}
+#else
+template <class Which>
+inline void write(BFloat16* p, Floats v, Which which) {
+  store(p, v, which);
+}
+#endif
+
 // As T holds it.
 template <class T>
 inline Floats rounded(Floats v) {
   if constexpr (std::is_same_v<T, float>) return v;
+#ifdef __AVX512F__
+  return _mm512_castsi512_ps(shift_left(nearest(v), 16));
+#else
   T values[kLanes];
   store(values, v);
   return load(values);
+#endif
 }
 
 inline Floats relu_of(Floats v) { return max(Floats{}, v); }  // a NaN stays
@@ -150,7 +178,7 @@ void apply_as(const NormForward& f, int64_t begin, int64_t end) {
     if constexpr (kAdded == Added::kMapped)
       v = add(v, fmadd(load(residual + at, which), load(a.residual_scale + j), load(a.residual_shift + j)));
     if constexpr (kRelu) v = relu_of(v);
-    store(y + at, v, which);
+    write(y + at, v, which);
     if constexpr (kMask) store_pass(a.mask + at / 8, above_zero(rounded<T>(v)), which);
   });
 }
@@ -209,11 +237,11 @@ void backward_as(const NormBackward& given, int64_t begin, int64_t end) {
     const Floats dz = gradient<T, kGate>(b, at, value, scale, load(b.shift + j), which);
     if constexpr (kBatch) {
       const Floats centred = subtract(value, load(b.mean + j));
-      store(dx + at, fmadd(scale, dz, fmadd(centred, load(b.slope + j), load(b.offset + j))), which);
+      write(dx + at, fmadd(scale, dz, fmadd(centred, load(b.slope + j), load(b.offset + j))), which);
     } else {
-      store(dx + at, multiply(scale, dz), which);
+      write(dx + at, multiply(scale, dz), which);
     }
-    if constexpr (kWritesDz) store(written + at, dz, which);
+    if constexpr (kWritesDz) write(written + at, dz, which);
   });
 }
 
@@ -237,7 +265,7 @@ void add_of(const void* a, const void* b, bool relu, void* y, int64_t begin, int
   const T *x = static_cast<const T*>(a), *other = static_cast<const T*>(b);
   for_rows(kLanes, begin, end, [=](auto, int64_t at, int64_t, auto which) __attribute__((always_inline)) {
     const Floats v = add(load(x + at, which), load(other + at, which));
-    store(static_cast<T*>(y) + at, relu ? relu_of(v) : v, which);
+    write(static_cast<T*>(y) + at, relu ? relu_of(v) : v, which);
   });
 }
 
@@ -245,7 +273,7 @@ template <class T>
 void add_backward_of(const void* dy, const void* y, void* dz, int64_t begin, int64_t end) {
   for_rows(kLanes, begin, end, [=](auto, int64_t at, int64_t, auto which) __attribute__((always_inline)) {
     const Pass pass = above_zero(load(static_cast<const T*>(y) + at, which));
-    store(static_cast<T*>(dz) + at, select(pass, load(static_cast<const T*>(dy) + at, which)), which);
+    write(static_cast<T*>(dz) + at, select(pass, load(static_cast<const T*>(dy) + at, which)), which);
   });
 }
 
@@ -278,7 +306,7 @@ void pool_of(const NormPool& p, int64_t begin, int64_t end) {
             most = choose(better, v, most);
             winner = choose(better, set1(static_cast<int32_t>(3 * r + s)), winner);
           }
-        store(static_cast<T*>(p.y) + to + j, most, which);
+        write(static_cast<T*>(p.y) + to + j, most, which);
         store_ints(p.winners + to + j, winner, which);
       });
     }
@@ -334,16 +362,20 @@ void pool_backward_apply_of(const NormPool& p, int64_t begin, int64_t end) {
       const Floats centred = subtract(x, load(p.mean + j, which));
       dx = fmadd(scale, dz, fmadd(centred, load(p.slope + j, which), load(p.offset + j, which)));
     }
-    store(static_cast<T*>(p.dx) + at, dx, which);
+    write(static_cast<T*>(p.dx) + at, dx, which);
   });
 }
 
 template <class T>
-void first_pixel_of(const void* x, int64_t channels, float* center) {
-  for (int64_t c = 0; c < channels; c++) {
-    const float value = to_float(static_cast<const T*>(x)[c]);
-    center[c] = std::abs(value) < std::numeric_limits<float>::infinity() ? value : 0;
-  }
+void center_of(const void* from, int64_t channels, int64_t pixels, float* center) {
+  const T* x = static_cast<const T*>(from);
+  const int64_t few = std::min<int64_t>(pixels, 4);
+  const float share = 1.0f / static_cast<float>(few);
+  for (int64_t c = 0; c < channels; c++) center[c] = to_float(x[c]) * share;
+  for (int64_t i = 1; i < few; i++)
+    for (int64_t c = 0; c < channels; c++) center[c] += to_float(x[i * channels + c]) * share;
+  for (int64_t c = 0; c < channels; c++)
+    center[c] = std::abs(center[c]) < std::numeric_limits<float>::infinity() ? center[c] : 0;
 }
 
 inline bool summarise(double n, int64_t channels, int64_t copies, float* center, float* sums, float* squares,
@@ -359,7 +391,7 @@ inline bool summarise(double n, int64_t channels, int64_t copies, float* center,
     const double sum = sums[c], square = squares[c], rest = square - sum * sum * share;
     mean[c] = center[c] + sum * share;
     m2[c] = static_cast<float>(rest);
-    lost |= rest < square / 16;
+    lost |= rest < square / 4;
     center[c] = static_cast<float>(mean[c]);
   }
   return !lost;
@@ -423,8 +455,8 @@ constexpr NormKernels norm_kernels{
     .pool_backward_apply = [](const NormPool& p, int bytes, auto... rest) {
       (bytes == 4 ? pool_backward_apply_of<float> : pool_backward_apply_of<BFloat16>)(p, rest...);
     },
-    .first_pixel = [](const void* x, int bytes, auto... rest) {
-      (bytes == 4 ? first_pixel_of<float> : first_pixel_of<BFloat16>)(x, rest...);
+    .center = [](const void* x, int bytes, auto... rest) {
+      (bytes == 4 ? center_of<float> : center_of<BFloat16>)(x, rest...);
     },
     .summarise = summarise,
     .finalize = finalize,

@@ -134,13 +134,13 @@ Tensor kept_like(const Tensor& x) {
 
 // ---- statistics ------------------------------------------------------------------------------------------------------
 
-// Mean and sum of squared deviations of pixels [begin, end), by the sums of their differences from the first. Where that
-// is far from the mean, so that digits are lost, once more by those from the mean.
+// Mean and sum of squared deviations of pixels [begin, end), by the sums of their differences from the mean of the first
+// few. Where that is far from the mean of all, so that digits are lost, once more by those from the latter.
 void summarise(const Activation& a, const char* x, int64_t begin, int64_t end, double* mean, float* m2) {
   Floats scratch(3 * a.width);
   float *const center = scratch.data(), *const sums = center + a.width, *const squares = sums + a.width;
   const char* const from = x + begin * a.channels * a.bytes;
-  kernels().first_pixel(from, a.bytes, a.channels, center);
+  kernels().center(from, a.bytes, a.channels, end - begin, center);
   for (int attempt = 0; attempt < 2; attempt++) {
     for (int64_t i = 1; i < a.copies; i++) std::copy_n(center, a.channels, center + i * a.channels);
     if (attempt > 0) std::fill_n(sums, 2 * a.width, 0.0f);

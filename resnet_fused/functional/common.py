@@ -137,6 +137,11 @@ def runs_plain(op: str, device_type: str) -> bool:
     return dispatch.forced_backend() is None and dispatch.default_backend(op, device_type) == "aten"
 
 
+def runs_apart(device_type: str) -> bool:
+    """Whether no chain is to be asked for: on a CPU batch norm's kernels run beside native PyTorch's convolutions."""
+    return (dispatch.forced_backend() or dispatch.default_backend("bn_apply", device_type)) == "cpu"
+
+
 def choose_conv(
     function: str,
     x: Tensor,

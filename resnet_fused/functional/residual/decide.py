@@ -135,11 +135,9 @@ def choose_chain(
     Raises:
         Refused: a forced backend has the kernels, and cannot run them on these tensors.
     """
-    forced = dispatch.forced_backend()
-    if x.device.type == "cpu" and (forced or dispatch.default_backend("bn_apply", "cpu")) == "cpu":
-        return None  # its convolutions are PyTorch's, which keep what a chain would compute again
     if residual is x:
         identity, residual = True, None
+    forced = dispatch.forced_backend()
     dtype = operand_dtype(x)
     if torch.compiler.is_compiling() or transformed():
         return _decide(function, x, dtype, branch, shortcut, identity, residual, relu, forced)
@@ -170,8 +168,8 @@ def _decide(
     if measured == "aten":
         return Chain((), None, identity, relu, "aten")
     backend = forced or measured or dispatch.default_backend("bn_apply", x.device.type)
-    if backend == "aten" or x.dim() != 4 or x.numel() == 0:
-        return None
+    if backend in ("aten", "cpu") or x.dim() != 4 or x.numel() == 0:
+        return None  # on a CPU it takes longer to compute again what a chain does not keep than to read it
     layers: list[Layer] = []
     shape: tuple[int, ...] | None = tuple(x.shape)
     for layer in branch:
