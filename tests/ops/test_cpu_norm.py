@@ -159,3 +159,37 @@ def test_a_block_trains_with_them(autocast):
 
     ours = step(fuse(copy.deepcopy(model)), x)
     assert_no_worse(ours, step, (model, x), norm=True)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_derivatives_of_derivatives(with_residual):
+    given = (
+        activation((2, 16, 5, 4), torch.float32, NHWC),
+        *weights(16),
+        activation((2, 16, 5, 4), torch.float32, NHWC),
+    )
+
+    def second(x, weight, bias, residual):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias, residual)]
+        added = leaves[3] if with_residual else None
+        y = functional.batch_norm_act(leaves[0], None, None, *leaves[1:3], added, training=True)
+        first = torch.autograd.grad(y.square().sum(), leaves[:3], create_graph=True)
+        return list(torch.autograd.grad(sum(t.square().sum() for t in first), leaves[:3]))
+
+    def plain(*tensors):
+        with use_backend("aten"):
+            return second(*tensors)
+
+    assert_no_worse(second(*given), plain, given, joint=True)
+
+
+def test_a_compiled_step_runs_them_where_they_are_forced():
+    def step(x, weight, bias):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = functional.batch_norm_act(leaves[0], None, None, *leaves[1:], training=True)
+        return list(torch.autograd.grad(y.square().sum(), leaves))
+
+    given = (activation((2, 16, 5, 4), torch.float32, NHWC), *weights(16))
+    with use_backend("cpu"):
+        expected, actual = step(*given), torch.compile(step, backend="aot_eager")(*given)
+    assert all(map(torch.equal, actual, expected))
