@@ -266,7 +266,7 @@ def choose_cpu() -> Target:
     command = [compiler, *AMX_FLAGS, "-x", "c++", "-E", os.devnull]
     if subprocess.run(command, capture_output=True).returncode != 0:
         raise Unusable(f"{compiler} does not know AVX-512 and AMX: GCC 12 or newer does")
-    return Target("cpu", "convolutions of frozen networks, for CPUs with AVX2 or AVX-512")
+    return Target("cpu", "batch norm in training and convolutions of frozen networks, for CPUs with AVX2 or AVX-512")
 
 
 def choose_all() -> list[Target]:

@@ -1,7 +1,7 @@
 """The compiled kernels of csrc/: which were built, for what, and the one place that loads them.
 
-A library for CUDA tensors, one that executes the same kernels on CPU tensors, for tests, and one with the convolutions
-of frozen networks on a CPU may stand side by side.
+A library for CUDA tensors, one that executes the same kernels on CPU tensors, for tests, and one with the kernels for
+CPUs may stand side by side.
 """
 
 from __future__ import annotations
@@ -39,8 +39,17 @@ def load(device_type: str) -> str | None:
 
 @functools.cache
 def load_cpu() -> str | None:
-    """Load the convolutions of frozen networks on a CPU. Returns why that is not possible, in one line, or None."""
+    """Load the kernels for CPUs. Returns why that is not possible, in one line, or None."""
     return _load("cpu") if _record("cpu") is not None else f"the kernels for CPUs are not built: {status()}"
+
+
+@functools.cache
+def unavailable_cpu() -> str | None:
+    """Why none of the kernels for CPUs can run on this one, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    usable = capability in ("AVX2", "AVX512")
+    problem = None if usable else f"they need AVX2 or AVX-512, and PyTorch runs on {capability} here"
+    return problem or load_cpu()
 
 
 def _load(kind: str) -> str | None:
@@ -72,6 +81,6 @@ def _describe(kind: str) -> str:
     if kind == "host":
         return f"host (the CUDA source executed on a CPU, for tests; torch {record['torch']})"
     if kind == "cpu":
-        return f"cpu (for freeze on a CPU; torch {record['torch']})"
+        return f"cpu (for training and freeze on a CPU; torch {record['torch']})"
     names = ", ".join(f"sm_{name}" for name in record["architectures"])
     return f"cuda {names} (nvcc {record['nvcc']}, torch {record['torch']})"

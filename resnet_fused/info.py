@@ -42,6 +42,7 @@ class Info:
         rows += [("tuned for", table) for table in self.tables or [untuned]]
         runs = {"aten": "runs: native PyTorch kernels", "reference": "runs: plain PyTorch, op by op, to compare with"}
         runs["cuda on cpu"] = "runs: the CUDA kernels' code executed on the CPU, slowly, for tests"
+        runs["cpu"] = "runs: batch norm, ReLU and residual in training, by default"
         for name, device, why in self.backends:
             row = f"{name} on {device}"
             rows.append((row, f"no: {why}" if why else runs.get(row) or runs.get(name, "runs")))

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "norm.h"
+
 namespace resnet_fused::cpu {
 
 constexpr int kWord = 4;  // bytes of x that one step of a dot product takes: 1 float, 2 bfloat16 or 4 uint8
@@ -69,7 +71,11 @@ struct Kernels {
   bool (*quantise)(const void* x, int bytes, Grid grid, uint8_t* q, int64_t begin, int64_t end);
   // A vector of channels a unit, image by image. y is float32 or bfloat16, and x's type where x is no 8 bits.
   void (*mean)(const Mean& mean, int x_bytes, int y_bytes, int64_t begin, int64_t end);
+  NormKernels norm;
 };
+
+// Of the widest vectors that this CPU has, for what multiplies nothing; null where there are none.
+const Kernels* other_kernels();
 
 extern const Kernels avx2_kernels, avx512_kernels;
 extern const Algorithm amx_tiles;  // direct

@@ -3,6 +3,7 @@
 
 #include "groups.h"
 #include "max_pool.h"
+#include "norm_kernels.h"
 #include "quantise.h"
 #include "vectors.h"
 #include "winograd.h"
@@ -35,6 +36,7 @@ constexpr Kernels all_kernels{
     .max_pool = max_pool,
     .quantise = quantise,
     .mean = mean,
+    .norm = norm_kernels,
 };
 
 }  // namespace resnet_fused::cpu::RESNET_FUSED_LANES

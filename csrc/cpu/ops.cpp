@@ -67,8 +67,12 @@ const Kernels* kernels_for(ScalarType x) {
   return found.avx2 ? &avx2_kernels : nullptr;
 }
 
+}  // namespace
+
 // AVX-512's other kernels are compiled for the instructions of bfloat16, too.
 const Kernels* other_kernels() { return kernels_for(ScalarType::BFloat16); }
+
+namespace {
 
 int bytes_of(ScalarType t) {
   return t == ScalarType::Byte || t == ScalarType::Char ? 1 : t == ScalarType::BFloat16 ? 2 : 4;

@@ -7,14 +7,16 @@ from contextlib import contextmanager
 
 import torch
 
+from resnet_fused import _library
 from resnet_fused._compiling import constant
 from resnet_fused.dispatch import choice
-from resnet_fused.dispatch.device import arch
+from resnet_fused.dispatch.device import arch, assumed
 
-BACKENDS = ("auto", "reference", "triton", "cuda", "cudnn", "aten")
+BACKENDS = ("auto", "reference", "triton", "cuda", "cpu", "cudnn", "aten")
 # A plain global, as PyTorch's backend switches are: torch.compile guards on it, which it cannot on a ContextVar in
 # torch 2.11.
 _forced = "auto"
+_ON_CPU = frozenset({"bn_apply", "bn_act_max_pool"})  # by which their families are chosen
 
 
 @contextmanager
@@ -28,7 +30,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: `"auto"` (what the plan chooses), `"reference"` (plain PyTorch, op by op), `"triton"`, `"cuda"`,
-            `"cudnn"` or `"aten"` (native PyTorch: cuDNN, oneDNN).
+            `"cpu"` (batch norm, ReLU, residual and the stem's pool in C++, of channels_last tensors), `"cudnn"` or
+            `"aten"` (native PyTorch: cuDNN, oneDNN).
 
     Raises:
         ValueError: `name` is none of these.
@@ -50,10 +53,13 @@ def forced_backend() -> str | None:
 
 @constant
 def default_backend(op: str, device_type: str) -> str:
-    """The backend of `op` where none is forced: on a GPU what the measured tables say, elsewhere native PyTorch.
+    """The backend of `op` where none is forced: on a GPU what the measured tables say, on a CPU our kernels for batch
+    norm where they were built, elsewhere native PyTorch.
 
     A kernel becomes the default on an architecture once it has been verified and timed there.
     """
+    if device_type == "cpu" and op in _ON_CPU and not assumed() and _library.unavailable_cpu() is None:
+        return "cpu"
     if device_type != "cuda" or not torch.cuda.is_available():
         return "aten"
     return choice.default_on(arch(torch.device("cuda", torch.cuda.current_device())), op)

@@ -107,7 +107,12 @@ def choose_batch_norm(
     """`choose` for a batch norm, whose arguments are those of `refuses_batch_norm`."""
     if x.numel() == 0 or refuses_batch_norm(x, vectors, training, eps):
         return "aten"
+    if not training and x.device.type == "cpu" and dispatch.forced_backend() is None:
+        return "aten"  # what native PyTorch does to constant statistics is as fast
     return choose(op, function, x, others, vectors)
+
+
+SMALL = 1 << 19  # values of an activation: of fewer, Python between our passes on a CPU takes what they save
 
 
 def choose(
@@ -124,6 +129,8 @@ def choose(
         return "aten"
     if x.dim() != 4 or any(v is not None and v.shape != x.shape[1:2] for v in vectors):
         return "aten"
+    if forced is None and backend == "cpu" and (x.numel() < SMALL or torch.compiler.is_compiling()):
+        return "aten"  # Inductor fuses such passes itself
     reason = common_reason(x, vectors) or ops.refusal(backend, op, x, *others)
     return backend if reason is None else refused(forced, function, reason)
 
@@ -131,6 +138,11 @@ def choose(
 def runs_plain(op: str, device_type: str) -> bool:
     """Whether nothing is forced and the plan has native PyTorch for `op`."""
     return dispatch.forced_backend() is None and dispatch.default_backend(op, device_type) == "aten"
+
+
+def runs_apart(device_type: str) -> bool:
+    """Whether no chain is to be asked for: on a CPU batch norm's kernels run beside native PyTorch's convolutions."""
+    return (dispatch.forced_backend() or dispatch.default_backend("bn_apply", device_type)) == "cpu"
 
 
 def choose_conv(

@@ -28,6 +28,7 @@ from resnet_fused.functional.common import (
     raises_as_pytorch,
     refused,
     refuses_batch_norm,
+    runs_apart,
     runs_plain,
     wants_gradient,
 )
@@ -99,7 +100,7 @@ def conv_bn_act(
         or running_var is None
         or wants_gradient(x, weight, bias, bn_weight, bn_bias, residual)
     ):
-        if bias is None and geometry is not None:
+        if bias is None and geometry is not None and not runs_apart(x.device.type):
             layer = ConvBN(weight, *vectors, geometry, training, momentum, eps)
             chain = choose_chain("conv_bn_act", x, [layer], residual=residual, relu=relu)
             if chain is not None:

@@ -25,8 +25,12 @@ from resnet_fused.functional.common import (
 )
 from resnet_fused.functional.ranks import mean_over_ranks, moments_over
 from resnet_fused.functional.statistics import affine_of
+from resnet_fused.ops import called
 
-_op = torch.ops.resnet_fused
+_bn_apply, _bn_backward_reduce, _bn_backward_apply = map(
+    called, ("bn_apply", "bn_backward_reduce", "bn_backward_apply")
+)
+_add_act, _add_act_backward = map(called, ("add_act", "add_act_backward"))
 Sums = tuple[Tensor | None, Tensor | None]
 
 
@@ -120,7 +124,7 @@ class BatchNormAct(torch.autograd.Function):
         if group is not None and x.numel() == 0:  # this rank's batch, and not all of them
             y, mask = torch.empty_like(x), None
         else:
-            y, mask = _op.bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
+            y, mask = _bn_apply(x, scale, shift, addend, None, None, relu, with_mask, backend=backend)
         shared = () if total is None else (total,)
         ctx.save_for_backward(x, mask if with_mask else None, scale, shift, mean, invstd, weight, *shared)
         ctx.relu, ctx.eps, ctx.group, ctx.backend = relu, eps, group, backend
@@ -137,14 +141,14 @@ class BatchNormAct(torch.autograd.Function):
         own: Sums = (torch.zeros_like(mean), torch.zeros_like(mean)) if empty else (None, None)
         if not empty and (needs_weight or needs_bias or (needs_x and ctx.eps is not None)):
             rows = dispatch.partial_rows(pixels(x), x.shape[1])
-            own = _op.bn_backward_reduce(*operands, ctx.relu, rows, backend=ctx.backend)
+            own = _bn_backward_reduce(*operands, ctx.relu, rows, backend=ctx.backend)
         sums, count = divided(ctx, own, pixels(x), total) if needs_x else ((None, None), 1.0)
         dx, dresidual = None, operands[0] if needs_residual else None
         masks = needs_residual and ctx.relu
         if empty:
             dx = torch.zeros_like(x)
         elif needs_x or masks:
-            dx, dz = _op.bn_backward_apply(*operands, *sums, count, ctx.relu, masks, backend=ctx.backend)
+            dx, dz = _bn_backward_apply(*operands, *sums, count, ctx.relu, masks, backend=ctx.backend)
             dresidual = dz if masks else dresidual
         return dx if needs_x else None, dresidual, *vector_gradients(ctx, own, needs_weight, needs_bias), *(None,) * 9
 
@@ -170,8 +174,11 @@ def vector_gradients(ctx: Any, own: Sums, needs_weight: bool, needs_bias: bool) 
     """Those of weight and bias: this rank's own sums, in the dtypes of the parameters."""
     bias, weight = own
     weight_dtype, bias_dtype = ctx.vector_dtypes
-    dweight = weight.to(weight_dtype) if needs_weight and weight is not None else None
-    return dweight, bias.to(bias_dtype) if needs_bias and bias is not None else None
+    return _cast(weight, weight_dtype) if needs_weight else None, _cast(bias, bias_dtype) if needs_bias else None
+
+
+def _cast(v: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return v if v is None or v.dtype == dtype else v.to(dtype)
 
 
 @raises_as_pytorch
@@ -209,7 +216,7 @@ class _AddAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor, relu: bool, backend: str) -> Tensor:
-        y = _op.add_act(x, in_layout_of(other, x), relu, backend=backend)
+        y = _add_act(x, in_layout_of(other, x), relu, backend=backend)
         ctx.save_for_backward(y if relu else None)
         ctx.backend = backend
         return y
@@ -218,5 +225,5 @@ class _AddAct(torch.autograd.Function):
     @native.differentiable(_joined)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
-        dz = dy if y is None else _op.add_act_backward(in_layout_of(dy, y), y, backend=ctx.backend)
+        dz = dy if y is None else _add_act_backward(in_layout_of(dy, y), y, backend=ctx.backend)
         return dz if ctx.needs_input_grad[0] else None, dz if ctx.needs_input_grad[1] else None, None, None

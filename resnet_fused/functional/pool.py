@@ -15,8 +15,11 @@ from resnet_fused.functional.common import choose_batch_norm, dense, in_layout_o
 from resnet_fused.functional.norm import Sums, divided, vector_gradients
 from resnet_fused.functional.ranks import moments_over
 from resnet_fused.functional.statistics import affine_of
+from resnet_fused.ops import called
 
-_op = torch.ops.resnet_fused
+_pool, _pool_backward_reduce, _pool_backward_apply = map(
+    called, ("bn_act_max_pool", "bn_act_max_pool_backward_reduce", "bn_act_max_pool_backward_apply")
+)
 
 
 @raises_as_pytorch
@@ -86,7 +89,7 @@ class BatchNormActMaxPool(torch.autograd.Function):
             y = F.max_pool2d(x, 3, 2, 1)
             index = torch.empty_like(y, dtype=torch.uint8)
         else:
-            y, index = _op.bn_act_max_pool(x, scale, shift, backend=backend)
+            y, index = _pool(x, scale, shift, backend=backend)
         ctx.save_for_backward(x, index, scale, shift, mean, invstd, weight, *(() if total is None else (total,)))
         ctx.eps, ctx.group, ctx.backend = eps, group, backend
         ctx.vector_dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
@@ -102,11 +105,11 @@ class BatchNormActMaxPool(torch.autograd.Function):
         own: Sums = (torch.zeros_like(mean), torch.zeros_like(mean)) if empty else (None, None)
         if not empty and (needs_weight or needs_bias or ctx.eps is not None):
             rows = dispatch.partial_rows(pixels(x), x.shape[1])
-            own = _op.bn_act_max_pool_backward_reduce(*operands, rows, backend=ctx.backend)
+            own = _pool_backward_reduce(*operands, rows, backend=ctx.backend)
         sums, count = divided(ctx, own, pixels(x), total) if needs_x else ((None, None), 1.0)
         dx = None
         if needs_x and empty:
             dx = torch.zeros_like(x)
         elif needs_x:
-            dx = _op.bn_act_max_pool_backward_apply(*operands, *sums, count, backend=ctx.backend)
+            dx = _pool_backward_apply(*operands, *sums, count, backend=ctx.backend)
         return dx, *vector_gradients(ctx, own, needs_weight, needs_bias), *(None,) * 8

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from resnet_fused import dispatch
 from resnet_fused.functional.common import pixels
-from resnet_fused.ops import implements
+from resnet_fused.ops import called, implements
 from resnet_fused.ops.arithmetic import compute_dtype
 
 Affine = tuple[Tensor, Tensor, Tensor, Tensor]
-_op = torch.ops.resnet_fused
+_bn_stats, _bn_finalize, _bn_apply = map(called, ("bn_stats", "bn_finalize", "bn_apply"))
 
 
 def affine_of(
@@ -40,7 +40,7 @@ def affine_of(
             return constant_affine(running_mean, running_var, weight, bias, eps, x.dtype)
         if x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
-        rows = _op.bn_stats(x, dispatch.partial_rows(pixels(x), x.shape[1]), backend=backend)
+        rows = _bn_stats(x, dispatch.partial_rows(pixels(x), x.shape[1]), backend=backend)
         return finalize(rows, running_mean, running_var, weight, bias, momentum, eps, backend)
 
 
@@ -60,7 +60,7 @@ def finalize(
         `running_mean` and `running_var`.
     """
     with _packed(weight, bias, running_mean, running_var) as vectors:
-        affine: Affine = _op.bn_finalize(*rows, *vectors, momentum, eps, backend=backend)
+        affine: Affine = _bn_finalize(*rows, *vectors, momentum, eps, backend=backend)
     return affine
 
 
@@ -84,14 +84,14 @@ def finalize_apply(
         affine = finalize(rows, running_mean, running_var, weight, bias, momentum, eps, backend)
         return affine, activation(x, affine, backend)
     with _packed(weight, bias, running_mean, running_var) as vectors:
-        *found, y = _op.bn_finalize_apply(x, *rows, *vectors, momentum, eps, backend=backend)
+        *found, y = torch.ops.resnet_fused.bn_finalize_apply(x, *rows, *vectors, momentum, eps, backend=backend)
     scale, shift, mean, invstd = found
     return (scale, shift, mean, invstd), y
 
 
 def activation(x: Tensor, affine: Affine, backend: str) -> Tensor:
     """relu(scale * x + shift)."""
-    y: Tensor = _op.bn_apply(x, *affine[:2], None, None, None, True, False, backend=backend)[0]
+    y: Tensor = _bn_apply(x, *affine[:2], None, None, None, True, False, backend=backend)[0]
     return y
 
 

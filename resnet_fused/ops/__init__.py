@@ -15,6 +15,7 @@ import pkgutil
 
 from resnet_fused.ops.backends import (
     available,
+    called,
     conv_refusal,
     implementation,
     implements,
@@ -35,6 +36,7 @@ __all__ = [
     "OPS",
     "Op",
     "available",
+    "called",
     "conv_refusal",
     "implementation",
     "implements",

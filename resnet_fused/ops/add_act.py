@@ -37,4 +37,4 @@ def case(make: Operands, size: Size, relu: bool = True) -> Args:
     return Args(make.activation(*size), make.activation(*size), relu)
 
 
-register(__name__, triton="add_act", cuda=True)
+register(__name__, triton="add_act", cuda=True, cpu=True)

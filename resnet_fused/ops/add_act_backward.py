@@ -35,4 +35,4 @@ def case(make: Operands, size: Size) -> Args:
     return Args(make.activation(*size), make.activation(*size))
 
 
-register(__name__, triton="add_act", cuda=True)
+register(__name__, triton="add_act", cuda=True, cpu=True)

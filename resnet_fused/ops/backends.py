@@ -15,9 +15,11 @@ from resnet_fused import _library
 from resnet_fused._compiling import constant
 from resnet_fused.dispatch.device import assumed
 from resnet_fused.ops import cudnn_graphs
+from resnet_fused.ops.arithmetic import is_nhwc
 from resnet_fused.ops.refusals import refuse_dtype
 from resnet_fused.ops.registry import OPS
 
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 CUDNN = {"conv_fprop": cudnn_graphs.conv_fprop}  # in inference alone: `implements` says no
 
 
@@ -53,6 +55,9 @@ def _unavailable(backend: str, device_type: str) -> str | None:
         return f"Triton kernels run on {where}; these are on {device_type}"
     if backend == "cuda":
         return _library.load(device_type)
+    if backend == "cpu":
+        where = f"the kernels for CPUs run on CPU tensors; these are on {device_type}"
+        return _library.unavailable_cpu() if device_type == "cpu" else where
     if backend == "cudnn":
         return cudnn_graphs.unavailable(device_type)
     return None
@@ -80,7 +85,7 @@ def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | N
     """Why `backend` cannot run `op` on activations `x` and `others`, or None if it can.
 
     Args:
-        backend: one of `"reference"`, `"aten"`, `"triton"`, `"cuda"`.
+        backend: one of `"reference"`, `"aten"`, `"triton"`, `"cuda"`, `"cpu"`.
         op: an op's name.
         x: the activation that decides the shape, dtype and device.
         others: further activations of the same shape, which must agree with it (None is passed over).
@@ -98,6 +103,11 @@ def refusal(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str | N
         return f"activations must be 4-D [N, C, H, W], got {x.dim()}-D"
     if backend != "reference" and (problem := refuse_dtype(x.dtype)) is not None:
         return problem
+    if backend == "cpu":
+        if (problem := refuse_dtype(x.dtype, CPU_DTYPES)) is not None:
+            return problem
+        if not is_nhwc(x):
+            return f"the kernels for CPUs read channels_last activations, got strides {tuple(x.stride())}"
     if not x.is_floating_point():
         return f"activations must be floating point, got {str(x.dtype).removeprefix('torch.')}"
     for other in others:
@@ -155,5 +165,23 @@ def implementation(backend: str, op: str) -> Callable[..., Any]:
         if len(kernels) == 1:
             return next(iter(kernels.values()))
         return lambda x, *others: kernels[x.device.type](x, *others)
-    have = [name for name in ("reference", "triton", "cuda", "aten") if implements(name, op)]
+    if backend == "cpu" and implements(backend, op):
+        if (problem := unavailable(backend, "cpu")) is not None:
+            raise RuntimeError(f"{op}: backend 'cpu' cannot run: {problem}")
+        kernel: Callable[..., Any] = getattr(torch.ops.resnet_fused_cpu, op).default
+        return kernel
+    have = [name for name in ("reference", "triton", "cuda", "cpu", "aten") if implements(name, op)]
     raise ValueError(f"{op}: no backend {backend!r}; choose one of {', '.join(map(repr, have))}")
+
+
+def called(op: str) -> Callable[..., Any]:
+    """`torch.ops.resnet_fused.<op>`; on plain tensors and backend `"cpu"` its kernel itself, for Python's part of the
+    dispatcher takes as long as a small pass. Whoever watches the ops by a mode sees them all."""
+
+    def run(*values: Any, backend: str) -> Any:
+        if backend == "cpu" and type(values[0]) is Tensor and not torch.compiler.is_compiling():
+            if torch._C._len_torch_dispatch_stack() == 0:
+                return implementation("cpu", op)(*values)
+        return getattr(torch.ops.resnet_fused, op)(*values, backend=backend)
+
+    return run

@@ -86,4 +86,4 @@ def refuse_backward(dy: Tensor, index: Tensor, x: Tensor, **vectors: Tensor | No
     return None
 
 
-register(__name__, triton="bn_act_max_pool", cuda=True)
+register(__name__, triton="bn_act_max_pool", cuda=True, cpu=True)

@@ -68,4 +68,4 @@ def case(make: Operands, size: Size, constant: bool = False) -> Args:
     )
 
 
-register(__name__, triton="bn_act_max_pool_backward", cuda=True)
+register(__name__, triton="bn_act_max_pool_backward", cuda=True, cpu=True)

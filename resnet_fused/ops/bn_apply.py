@@ -103,4 +103,4 @@ def normalised(run: RunOp, x: Tensor, scale: Tensor | None, shift: Tensor | None
     return value
 
 
-register(__name__, triton="bn_apply", cuda=True)
+register(__name__, triton="bn_apply", cuda=True, cpu=True)

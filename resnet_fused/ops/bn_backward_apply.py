@@ -91,4 +91,4 @@ def case(
     )
 
 
-register(__name__, triton="bn_backward_apply", cuda=True)
+register(__name__, triton="bn_backward_apply", cuda=True, cpu=True)

@@ -88,4 +88,4 @@ def case(make: Operands, size: Size) -> Args:
     return Args(make.vector(rows, c).double(), make.vector(rows, c, positive=True), count, *vectors, 0.1, 1e-5)
 
 
-register(__name__, triton="bn_finalize", cuda=True)
+register(__name__, triton="bn_finalize", cuda=True, cpu=True)

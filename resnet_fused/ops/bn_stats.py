@@ -66,4 +66,4 @@ def compare(a: Args, actual: Out, plain: Out, truth: Out) -> list[Comparison]:
     return comparison.statistics(a.x, actual)
 
 
-register(__name__, triton="bn_stats", cuda=True)
+register(__name__, triton="bn_stats", cuda=True, cpu=True)

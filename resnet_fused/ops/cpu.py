@@ -42,13 +42,9 @@ class Packing(NamedTuple):
         return 4 // self.dtype.itemsize
 
 
-@functools.cache
 def unavailable() -> str | None:
     """Why none of our kernels for CPUs can run here, or None."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    usable = capability in ("AVX2", "AVX512")
-    problem = None if usable else f"they need AVX2 or AVX-512, and PyTorch runs on {capability} here"
-    return problem or _library.load_cpu()
+    return _library.unavailable_cpu()
 
 
 @constant

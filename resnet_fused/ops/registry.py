@@ -50,6 +50,7 @@ class Op:
         triton: the module of `kernels` that has the launcher, or None. It takes the arguments, as `args`, and a launch
             configuration for each of `problems`.
         cuda: whether there is a CUDA kernel.
+        cpu: whether there is a kernel for CPUs (csrc/cpu), for NHWC activations in fp32 and bf16.
         args: the typed tuple of its arguments, in their order.
         out: the typed tuple of its results; `Tensor` where there is one.
         reference: (args) to the results in plain PyTorch; any device, any strides; rounded once.
@@ -57,7 +58,7 @@ class Op:
         fake: (args) to results without values, of the shapes, dtypes and strides of `reference` and `native`. What
             Triton's convolutions return is NHWC.
         problems: (args) to the convolutions that it runs, each of which has a launch configuration in the plan.
-        refuse: (args) to why the Triton kernel cannot run on them, or None. (A CUDA kernel says so itself.)
+        refuse: (args) to why the Triton kernel cannot run on them, or None. (A C++ kernel says so itself.)
         case: (operands, shape, **options) to arguments; the shape is a `ConvShape` of a convolution, else (N, C, H, W).
         options: the values that each option of `case` takes; the last is the one that asks most of a kernel.
         compare: (args, actual, plain, truth) to what is to be compared of the results.
@@ -72,6 +73,7 @@ class Op:
     name: str
     triton: str | None
     cuda: bool
+    cpu: bool
     args: type[Any]
     out: type[Any]
     reference: Callable[[Any], Any]
@@ -91,7 +93,7 @@ class Op:
     @property
     def kernels(self) -> tuple[str, ...]:
         """The backends that have a kernel of ours."""
-        return ("triton",) * (self.triton is not None) + ("cuda",) * self.cuda
+        return ("triton",) * (self.triton is not None) + ("cuda",) * self.cuda + ("cpu",) * self.cpu
 
     def results(self, returned: Any) -> Any:
         """What an implementation returned as `out`."""
@@ -143,12 +145,12 @@ OPS: dict[str, Op] = {}
 _library = torch.library.Library("resnet_fused", "FRAGMENT")
 
 
-def register(module: str, *, triton: str | None = None, cuda: bool = False) -> Op:
+def register(module: str, *, triton: str | None = None, cuda: bool = False, cpu: bool = False) -> Op:
     """Make an op of the record in this module.
 
     Args:
         module: its name, `__name__`.
-        triton, cuda: as in `Op`.
+        triton, cuda, cpu: as in `Op`.
     """
     record = sys.modules[module]
     name = module.rpartition(".")[2]
@@ -156,6 +158,7 @@ def register(module: str, *, triton: str | None = None, cuda: bool = False) -> O
         name,
         triton,
         cuda,
+        cpu,
         record.Args,
         getattr(record, "Out", Tensor),
         record.reference,

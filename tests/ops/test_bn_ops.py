@@ -17,6 +17,7 @@ from op_cases import (
     check_train,
     dtypes,
     environment,
+    half_backends,
     layouts,
     misaligned,
     pixels,
@@ -44,7 +45,7 @@ def test_each_row_summarises_its_range_of_pixels(backend, dtype, layout, shape, 
     check_rows(backend, activation(shape, dtype, layout) * 3 + 5, rows)
 
 
-@backends
+@half_backends
 @layouts
 @pytest.mark.parametrize("shape", [(2, 8, 2, 4), (1, 3, 3, 5)])
 @pytest.mark.parametrize("rows", [7, 16, 21])
@@ -240,7 +241,7 @@ def test_a_nan_gradient_where_the_mask_is_zero_is_dropped(backend, dtype, layout
     assert all(t.isfinite().all() for t in actual.values())
 
 
-@backends
+@half_backends
 @layouts
 def test_large_fp16(backend, layout):
     x = (65504 - 32 * torch.randint(0, 60, (2, 16, 6, 6))).half().to(DEVICE, memory_format=layout)

@@ -15,6 +15,7 @@ from op_cases import (
     OPS,
     activation,
     backends,
+    backends_of,
     dtypes,
     layouts,
     same_memory_order,
@@ -41,7 +42,7 @@ def test_add_act(backend, dtype, layout, shape, relu):
     assert torch.equal(dz, torch.where(y <= 0, torch.zeros_like(dy), dy)) and same_memory_order(dz, x)
 
 
-@backends
+@backends_of("reduce_rows")
 @dtypes
 @pytest.mark.parametrize(
     "shape", [(1, 5), (7, 3, 2), (40, 64), (3, 16, 9), (300, 1), (5, 2, 600), (2049, 3), (0, 4), (4, 0)]
@@ -52,7 +53,7 @@ def test_reduce_rows(backend, dtype, shape):
     assert_no_worse(total, lambda v: v.sum(0), (partials,), addends=max(1, len(partials)))
 
 
-@backends
+@backends_of("pack_weight")
 @dtypes
 @pytest.mark.parametrize(
     "shape", [(8, 16, 1, 1), (5, 3, 7, 7), (40, 33, 3, 3), (1, 1, 1, 1), (64, 2, 1, 3), (3, 0, 3, 3)]
@@ -72,7 +73,7 @@ def test_pack_weight(backend, dtype, shape, flip, memory):
     assert torch.equal(packed, expected) and packed.is_contiguous()
 
 
-@pytest.mark.parametrize("backend", BACKENDS[2:])
+@pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values == ("cuda",)])
 def test_refusals_name_the_value_and_the_choices(backend):
     x, v = activation((2, 8, 4, 5)), vector(8)
 

@@ -27,7 +27,7 @@ BACKENDS = [
     pytest.param(
         name, marks=pytest.mark.skipif(not ops.available(name, DEVICE), reason=f"{ops.unavailable(name, DEVICE)}")
     )
-    for name in ("reference", "triton", "cuda")
+    for name in ("reference", "triton", "cuda", "cpu")
 ]
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -43,6 +43,14 @@ SHAPES = [
 EPS = 1e-5
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+half_backends = pytest.mark.parametrize("backend", [p for p in BACKENDS if p.values != ("cpu",)])
+
+
+def backends_of(op: str) -> pytest.MarkDecorator:
+    """Those that have a kernel for this op, where not all have."""
+    return pytest.mark.parametrize("backend", [p for p in BACKENDS if ops.implements(p.values[0], op)])
+
+
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 layouts = pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "nhwc"])
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

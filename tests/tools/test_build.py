@@ -357,7 +357,7 @@ def test_status_says_what_was_built_and_why_not(package):
     assert str(_library.load("mps")).endswith("run on cuda, cpu tensors; these are on mps")
     assert str(_library.load_cpu.__wrapped__()).startswith("the kernels for CPUs are not built: cuda sm_80")
     package("cpu")
-    assert _library.status().endswith("; cpu (for freeze on a CPU; torch 2.11.0)")
+    assert _library.status().endswith("; cpu (for training and freeze on a CPU; torch 2.11.0)")
     assert "cannot be loaded" in str(_library.load_cpu.__wrapped__())
 
 

@@ -168,8 +168,8 @@ def _decide(
     if measured == "aten":
         return Chain((), None, identity, relu, "aten")
     backend = forced or measured or dispatch.default_backend("bn_apply", x.device.type)
-    if backend == "aten" or x.dim() != 4 or x.numel() == 0:
-        return None
+    if backend in ("aten", "cpu") or x.dim() != 4 or x.numel() == 0:
+        return None  # on a CPU it takes longer to compute again what a chain does not keep than to read it
     layers: list[Layer] = []
     shape: tuple[int, ...] | None = tuple(x.shape)
     for layer in branch:
