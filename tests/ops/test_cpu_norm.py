@@ -136,6 +136,14 @@ def test_they_run_by_default_where_they_were_measured(x, training, expected):
         assert _backend_of(x, training) == "aten"
 
 
+def test_small_activations_stay_with_native_pytorch_unless_it_is_forced(monkeypatch):
+    monkeypatch.setattr(functional.common, "SMALL", 1 << 19)
+    large, small = (activation((2, 16, 128, width), torch.float32, NHWC) for width in (128, 127))
+    assert (_backend_of(large), _backend_of(small)) == ("cpu", "aten")
+    with use_backend("cpu"):
+        assert _backend_of(small) == "cpu"
+
+
 def test_a_forced_backend_says_what_it_reads():
     with use_backend("cpu"), pytest.raises(RuntimeError, match="kernels for CPUs read channels_last activations"):
         _backend_of(activation((2, 16, 4, 4)))
