@@ -1,136 +1,13 @@
-// Batch norm in training as operators, with the schemas of the CUDA ones: checks, memory, and the split among threads.
-// How sums are split depends on sizes alone, so that they do not change with the number of threads.
-#include <algorithm>
+// Batch norm in training as operators, with the schemas of the CUDA ones.
 #include <bit>
 #include <cmath>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include "conv.h"
-#include "memory.h"
+#include "norm_tensors.h"
 
 namespace resnet_fused::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using Floats = std::vector<float>;
-using Doubles = std::vector<double>;
-
-constexpr int64_t kLanes = 16;             // that every width is a multiple of
-constexpr int64_t kSummed = 32768;         // values that one thread sums in float32, which stay in its cache
-constexpr int64_t kChunk = 16384;          // values between which a thread may change direction
-
-const NormKernels& kernels() { return other_kernels()->norm; }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-std::string text(const Tensor& t) {
-  std::string out = std::string(torch::headeronly::toString(t.scalar_type())) + " [";
-  for (int d = 0; d < t.dim(); d++) out += (d ? ", " : "") + std::to_string(t.size(d));
-  out += "] with strides [";
-  for (int d = 0; d < t.dim(); d++) out += (d ? ", " : "") + std::to_string(t.stride(d));
-  return out + "]";
-}
-
-bool is_nhwc(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
-// An activation, and the rows in which the kernels read it.
-struct Activation {
-  int64_t pixels, channels, copies, width;
-  int bytes;
-
-  Activation(const char* op, const Tensor& x) {
-    STD_TORCH_CHECK(other_kernels() != nullptr, op, ": no kernel runs on this CPU");
-    const ScalarType dtype = x.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
-                    ": activations must be Float or BFloat16, got ", text(x));
-    STD_TORCH_CHECK(x.dim() == 4 && is_nhwc(x), op, ": activations must be 4-D and dense in NHWC order, got ", text(x));
-    bytes = dtype == ScalarType::Float ? 4 : 2;
-    channels = x.size(1);
-    pixels = x.size(0) * x.size(2) * x.size(3);
-    copies = channels % kLanes == 0 ? 1 : kLanes;
-    width = copies * channels;
-  }
-
-  int64_t values() const { return pixels * channels; }
-  int64_t rows() const { return ceil_div(pixels, copies); }
-
-  // A vector as rows read it.
-  Floats repeated(const float* vector) const {
-    Floats all(width);
-    for (int64_t i = 0; i < copies; i++) std::copy_n(vector, channels, all.begin() + i * channels);
-    return all;
-  }
-
-  // run(begin, end) of all values, by threads. The last ones first: the pass before has just read them.
-  template <class Run>
-  void split(Run run) const {
-    const int64_t step = std::max<int64_t>(kChunk / std::max<int64_t>(width, 1), 1);
-    torch::stable::parallel_for(0, rows(), step, [&](int64_t begin, int64_t end) {
-      for (int64_t stop = end; stop > begin; stop -= step) {
-        const int64_t start = std::max(begin, stop - step);
-        run(start * width, std::min(stop * width, values()));
-      }
-    });
-  }
-};
-
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  bool same = t.dim() == 4 && t.scalar_type() == x.scalar_type() && is_nhwc(t);
-  for (int d = 0; same && d < 4; d++) same = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, op, ": ", name, " must be like x, ", text(x), ", in NHWC order; got ", text(t));
-}
-
-const float* vector_of(const char* op, const char* name, const Tensor& t, int64_t channels) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == ScalarType::Float && t.is_contiguous(), op,
-                  ": ", name, " must be a contiguous Float vector of ", channels, ", got ", text(t));
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-const uint8_t* bits_of(const char* op, const OptionalTensor& mask, int64_t values) {
-  if (!mask) return nullptr;
-  const bool fits = mask->dim() == 1 && mask->size(0) == ceil_div(values, 8) && mask->is_contiguous() &&
-                    mask->scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(fits, op, ": mask must be contiguous Byte [", ceil_div(values, 8), "], got ", text(*mask));
-  return static_cast<const uint8_t*>(mask->const_data_ptr());
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
-  return torch::stable::empty(sizes, dtype);
-}
-
-// A large result, in memory that is kept: asking the system for its pages costs as much as the pass that fills them.
-Tensor kept(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::BFloat16 ? 2 : 1;
-  for (const int64_t size : sizes) bytes *= size;
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(take(std::max<int64_t>(bytes, 1)), sizes, strides, cpu, dtype, give_back);
-}
-
-Tensor kept_like(const Tensor& x) {
-  const auto sizes = x.sizes(), strides = x.strides();
-  return kept({sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}, x.scalar_type());
-}
 
 // ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -313,59 +190,6 @@ std::tuple<Tensor, Tensor> bn_apply(const Tensor& x, const Tensor& scale, const 
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-// The vectors of a batch norm's backward, as rows read them.
-struct Vectors {
-  Floats scale, shift, mean, slope, offset;
-
-  Vectors(const char* op, const Activation& a, const Tensor& scales, const Tensor& shifts, const Tensor& means)
-      : scale(a.repeated(vector_of(op, "scale", scales, a.channels))),
-        shift(a.repeated(vector_of(op, "shift", shifts, a.channels))),
-        mean(a.repeated(vector_of(op, "mean", means, a.channels))) {}
-
-  // dx as an affine map; without sums the statistics were constants.
-  void close(const char* op, const Activation& a, const Tensor& invstds, const OptionalTensor& sum_dy,
-             const OptionalTensor& sum_dy_xhat, double count) {
-    STD_TORCH_CHECK(sum_dy.has_value() == sum_dy_xhat.has_value(), op, ": sum_dy and sum_dy_xhat come together");
-    const float* invstd = vector_of(op, "invstd", invstds, a.channels);
-    if (!sum_dy) return;
-    const float* sums = vector_of(op, "sum_dy", *sum_dy, a.channels);
-    const float* products = vector_of(op, "sum_dy_xhat", *sum_dy_xhat, a.channels);
-    Floats slopes(a.channels), offsets(a.channels);
-    for (int64_t c = 0; c < a.channels; c++) {
-      const double factor = -static_cast<double>(scale[c]) / count;
-      slopes[c] = static_cast<float>(factor * products[c] * invstd[c]);
-      offsets[c] = static_cast<float>(factor * sums[c]);
-    }
-    slope = a.repeated(slopes.data()), offset = a.repeated(offsets.data());
-  }
-  const float* or_null(const Floats& v) const { return v.empty() ? nullptr : v.data(); }
-};
-
-// The two sums over parts of [0, units) that run(begin, end, sums, products) forms, `width` values each.
-template <class Run>
-std::tuple<Tensor, Tensor> summed(const char* op, const Activation& a, const Tensor& invstds, int64_t width, int64_t units,
-                                  int64_t step, Run run) {
-  const float* invstd = vector_of(op, "invstd", invstds, a.channels);
-  const int64_t parts = ceil_div(units, step);
-  Floats partial(parts * 2 * width);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      float* const sums = &partial[i * 2 * width];
-      run(i * step, std::min((i + 1) * step, units), sums, sums + width);
-    }
-  });
-  const Tensor sum_dy = empty({a.channels}), sum_dy_xhat = empty({a.channels});
-  Doubles total(2 * width);
-  for (int64_t i = 0; i < parts; i++) kernels().accumulate(&partial[i * 2 * width], 2 * width, total.data());
-  for (int64_t c = 0; c < a.channels; c++) {
-    double sums = 0, products = 0;
-    for (int64_t i = c; i < width; i += a.channels) sums += total[i], products += total[width + i];
-    data<float>(sum_dy)[c] = static_cast<float>(sums);
-    data<float>(sum_dy_xhat)[c] = static_cast<float>(products * invstd[c]);
-  }
-  return {sum_dy, sum_dy_xhat};
-}
-
 NormBackward backward_of(const char* op, const Activation& a, const Tensor& dy, const Tensor& x,
                          const OptionalTensor& mask, const Vectors& v, bool relu) {
   check_like(op, "dy", dy, x);
@@ -428,76 +252,6 @@ Tensor add_act_backward(const Tensor& dy, const Tensor& y) {
   return dz;
 }
 
-// ---- the stem --------------------------------------------------------------------------------------------------------
-
-// The stem's pool reads pixels, and vectors as they are.
-NormPool pool_of(const Tensor& x) {
-  NormPool p{.n = x.size(0), .h = x.size(2), .w = x.size(3), .c = x.size(1)};
-  p.oh = (p.h - 1) / 2 + 1, p.ow = (p.w - 1) / 2 + 1;
-  p.x = x.const_data_ptr();
-  return p;
-}
-
-Tensor pooled(const NormPool& p, ScalarType dtype) {
-  return kept({p.n, p.c, p.oh, p.ow}, {p.c * p.oh * p.ow, 1, p.ow * p.c, p.c}, dtype);
-}
-
-std::tuple<Tensor, Tensor> bn_act_max_pool(const Tensor& x, const Tensor& scale, const Tensor& shift) {
-  const char* const op = "bn_act_max_pool";
-  const Activation a(op, x);
-  NormPool p = pool_of(x);
-  p.scale = vector_of(op, "scale", scale, a.channels), p.shift = vector_of(op, "shift", shift, a.channels);
-  const Tensor y = pooled(p, x.scalar_type()), index = pooled(p, ScalarType::Byte);
-  p.y = y.mutable_data_ptr(), p.winners = data<uint8_t>(index);
-  torch::stable::parallel_for(0, p.n * p.oh, 1, [&](int64_t begin, int64_t end) { kernels().pool(p, a.bytes, begin, end); });
-  return {y, index};
-}
-
-NormPool pool_backward_of(const char* op, const Activation& a, const Tensor& dy, const Tensor& index, const Tensor& x,
-                          const Tensor& scale, const Tensor& shift, const Tensor& mean) {
-  NormPool p = pool_of(x);
-  for (const auto& [name, t, dtype] : {std::tuple{"dy", &dy, x.scalar_type()}, {"index", &index, ScalarType::Byte}}) {
-    const bool fits = t->dim() == 4 && t->size(0) == p.n && t->size(1) == p.c && t->size(2) == p.oh &&
-                      t->size(3) == p.ow && t->scalar_type() == dtype && is_nhwc(*t);
-    STD_TORCH_CHECK(fits, op, ": ", name, " must be of the pooled ", text(x), " in NHWC order, got ", text(*t));
-  }
-  p.dy = dy.const_data_ptr(), p.index = static_cast<const uint8_t*>(index.const_data_ptr());
-  p.scale = vector_of(op, "scale", scale, a.channels), p.shift = vector_of(op, "shift", shift, a.channels);
-  p.mean = vector_of(op, "mean", mean, a.channels);
-  return p;
-}
-
-std::tuple<Tensor, Tensor> bn_act_max_pool_backward_reduce(const Tensor& dy, const Tensor& index, const Tensor& x,
-                                                           const Tensor& scale, const Tensor& shift, const Tensor& mean,
-                                                           const Tensor& invstd, int64_t rows) {
-  const char* const op = "bn_act_max_pool_backward_reduce";
-  const Activation a(op, x);
-  STD_TORCH_CHECK(rows >= 1, op, ": a reduction needs at least one row, got rows=", rows);
-  const NormPool p = pool_backward_of(op, a, dy, index, x, scale, shift, mean);
-  const int64_t step = std::max<int64_t>(kSummed / std::max<int64_t>(p.w * p.c, 1), 1);
-  return summed(op, a, invstd, a.channels, p.n * p.h, step,
-                [&](int64_t begin, int64_t end, float* sums, float* products) {
-                  kernels().pool_backward_sums(p, a.bytes, begin, end, sums, products);
-                });
-}
-
-Tensor bn_act_max_pool_backward_apply(const Tensor& dy, const Tensor& index, const Tensor& x, const Tensor& scale,
-                                      const Tensor& shift, const Tensor& mean, const Tensor& invstd,
-                                      const OptionalTensor& sum_dy, const OptionalTensor& sum_dy_xhat, double count) {
-  const char* const op = "bn_act_max_pool_backward_apply";
-  const Activation a(op, x);
-  NormPool p = pool_backward_of(op, a, dy, index, x, scale, shift, mean);
-  Vectors v(op, a, scale, shift, mean);
-  v.close(op, a, invstd, sum_dy, sum_dy_xhat, count);
-  p.slope = v.or_null(v.slope), p.offset = v.or_null(v.offset);
-  const Tensor dx = kept_like(x);
-  p.dx = dx.mutable_data_ptr();
-  torch::stable::parallel_for(0, p.n * p.h, 1, [&](int64_t begin, int64_t end) {
-    kernels().pool_backward_apply(p, a.bytes, begin, end);
-  });
-  return dx;
-}
-
 }  // namespace
 }  // namespace resnet_fused::cpu
 
@@ -519,13 +273,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(resnet_fused_cpu, m) {
       "-> (Tensor dx, Tensor dresidual)");
   m.def("add_act(Tensor x, Tensor other, bool relu) -> Tensor");
   m.def("add_act_backward(Tensor dy, Tensor y) -> Tensor");
-  m.def("bn_act_max_pool(Tensor x, Tensor scale, Tensor shift) -> (Tensor y, Tensor index)");
-  m.def(
-      "bn_act_max_pool_backward_reduce(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
-      "Tensor invstd, SymInt rows) -> (Tensor sum_dy, Tensor sum_dy_xhat)");
-  m.def(
-      "bn_act_max_pool_backward_apply(Tensor dy, Tensor index, Tensor x, Tensor scale, Tensor shift, Tensor mean, "
-      "Tensor invstd, Tensor? sum_dy, Tensor? sum_dy_xhat, float count) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
@@ -536,7 +283,4 @@ STABLE_TORCH_LIBRARY_IMPL(resnet_fused_cpu, CPU, m) {
   m.impl("bn_backward_apply", TORCH_BOX(&resnet_fused::cpu::bn_backward_apply));
   m.impl("add_act", TORCH_BOX(&resnet_fused::cpu::add_act));
   m.impl("add_act_backward", TORCH_BOX(&resnet_fused::cpu::add_act_backward));
-  m.impl("bn_act_max_pool", TORCH_BOX(&resnet_fused::cpu::bn_act_max_pool));
-  m.impl("bn_act_max_pool_backward_reduce", TORCH_BOX(&resnet_fused::cpu::bn_act_max_pool_backward_reduce));
-  m.impl("bn_act_max_pool_backward_apply", TORCH_BOX(&resnet_fused::cpu::bn_act_max_pool_backward_apply));
 }

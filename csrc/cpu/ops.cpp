@@ -1,16 +1,9 @@
-// The operators: what they take, and the choice of a kernel by element type and instruction set.
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
+// The operators of frozen networks: what they take, and the kernel for it.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
-#include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -19,70 +12,14 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "conv.h"
+#include "instructions.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace resnet_fused::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
-
-// Linux gives a process AMX's registers when it asks.
-bool asks_for_tiles() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBfloat16 | kTiles | kInt8;
-  return (edx & kAll) == kAll && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-// The widest vectors that PyTorch was told to use.
-std::string_view capability() {
-  const char* most = std::getenv("ATEN_CPU_CAPABILITY");
-  return most != nullptr ? most : "";
-}
-
-struct Instructions {
-  bool avx2 = capability() != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  bool avx512 = avx2 && capability() != "avx2" && __builtin_cpu_supports("avx512f") &&
-                __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512dq");
-  bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  bool amx = bfloat16 && vnni && asks_for_tiles();
-};
-
-const Instructions& instructions() {
-  static const Instructions found;
-  return found;
-}
-
-// For x of this type: those of the widest vectors that have its products; null where there are none.
-const Kernels* kernels_for(ScalarType x) {
-  const Instructions& found = instructions();
-  if (x == ScalarType::Byte) return found.vnni ? &avx512_kernels : nullptr;
-  if (x == ScalarType::BFloat16 ? found.bfloat16 : found.avx512) return &avx512_kernels;
-  return found.avx2 ? &avx2_kernels : nullptr;
-}
-
-}  // namespace
-
-// AVX-512's other kernels are compiled for the instructions of bfloat16, too.
-const Kernels* other_kernels() { return kernels_for(ScalarType::BFloat16); }
-
-namespace {
-
-int bytes_of(ScalarType t) {
-  return t == ScalarType::Byte || t == ScalarType::Char ? 1 : t == ScalarType::BFloat16 ? 2 : 4;
-}
-
-// The type of packed weights for x.
-ScalarType weight_type(ScalarType x) {
-  if (x == ScalarType::Byte) return ScalarType::Char;
-  return x == ScalarType::BFloat16 && kernels_for(x)->widens ? ScalarType::Float : x;
-}
 
 // For each of float32, bfloat16 and int8 that this CPU multiplies: name/columns of a block of weights/their bytes; and
 // "amx" where it is.
@@ -95,7 +32,7 @@ std::string supported() {
                std::to_string(bytes_of(weight_type(x))) + " ";
     }
   }
-  if (instructions().amx) names += "amx";
+  if (has_amx()) names += "amx";
   return names;
 }
 
@@ -107,15 +44,6 @@ const Kernel* find(const Algorithm& algorithm, ScalarType x, ScalarType y) {
   if (x == ScalarType::Byte && y == x) found = &algorithm.int8;
   if (x == ScalarType::Byte && y == ScalarType::Float) found = &algorithm.int8_to_float32;
   return found != nullptr && found->run != nullptr ? found : nullptr;
-}
-
-bool is_nhwc(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int d : {1, 3, 2, 0}) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
 }
 
 void check_image(const char* name, const Tensor& t) {
@@ -173,7 +101,7 @@ const Kernel* find_kernel(const Arguments& a, const Conv& c, bool winograd, Scal
     const bool several = outputs < 16 && 16 % outputs == 0 && outputs == c.group;
     return several || outputs % 16 == 0 ? find(kernels->grouped, x, y) : nullptr;
   }
-  const bool tiles = amx && instructions().amx && x != ScalarType::Float && c.s * c.c * bytes_of(x) % 64 == 0;
+  const bool tiles = amx && has_amx() && x != ScalarType::Float && c.s * c.c * bytes_of(x) % 64 == 0;
   return find(tiles ? amx_tiles : kernels->direct, x, y);
 }
 
