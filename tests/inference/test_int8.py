@@ -18,7 +18,7 @@ from resnet_fused.inference import Int8Conv
 from resnet_fused.inference.int8 import Quantised
 from resnet_fused.inference.pool import FrozenGlobalAvgPool2d, FrozenMaxPool2d, freeze_pools
 from resnet_fused.nn import BasicBlock, Bottleneck
-from resnet_fused.ops import onednn
+from resnet_fused.ops import cpu, onednn
 from resnet_fused.ops.activations import ACTIVATIONS, activate
 from resnet_fused.ops.arithmetic import fold
 from resnet_fused.ops.onednn import Grid
@@ -415,6 +415,7 @@ def test_the_op_against_float64(geometry, residual_grid, result, act):
         assert y.dtype == result and (y.double() - truth).abs().max() <= floor
 
 
+@pytest.mark.skipif(not cpu.supported(), reason="no AVX2, or the kernels for CPUs are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 64, 7, 7), (1, 47, 3, 5), (3, 16, 1, 1), (0, 16, 4, 4)])
 def test_a_global_average_sums_8_bits_and_rounds_once(shape, dtype):
