@@ -27,10 +27,7 @@ import pytest
 import tiers
 from ranks import Ranks
 
-from resnet_fused.functional import common
-
 interpreter.speed_up()
-common.SMALL = 0  # tests are small: by default they run what large activations do
 
 LEFT_OUT = pytest.StashKey[int]()
 
