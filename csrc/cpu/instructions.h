@@ -11,10 +11,6 @@ const Kernels* kernels_for(ScalarType x);
 
 bool has_amx();
 
-inline int bytes_of(ScalarType t) {
-  return t == ScalarType::Byte || t == ScalarType::Char ? 1 : t == ScalarType::BFloat16 ? 2 : 4;
-}
-
 // The type of packed weights for x.
 inline ScalarType weight_type(ScalarType x) {
   if (x == ScalarType::Byte) return ScalarType::Char;

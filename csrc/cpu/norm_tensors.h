@@ -10,7 +10,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "conv.h"
-#include "memory.h"
 #include "tensors.h"
 
 namespace resnet_fused::cpu {
@@ -45,7 +44,7 @@ struct Activation {
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, op,
                     ": activations must be Float or BFloat16, got ", text(x));
     STD_TORCH_CHECK(x.dim() == 4 && is_nhwc(x), op, ": activations must be 4-D and dense in NHWC order, got ", text(x));
-    bytes = dtype == ScalarType::Float ? 4 : 2;
+    bytes = bytes_of(dtype);
     channels = x.size(1);
     pixels = x.size(0) * x.size(2) * x.size(3);
     copies = channels % kLanes == 0 ? 1 : kLanes;
@@ -102,14 +101,6 @@ T* data(const Tensor& t) {
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype = ScalarType::Float) {
   return torch::stable::empty(sizes, dtype);
-}
-
-// A large result, in memory that is kept: asking the system for its pages costs as much as the pass that fills them.
-inline Tensor kept(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  int64_t bytes = dtype == ScalarType::Float ? 4 : dtype == ScalarType::BFloat16 ? 2 : 1;
-  for (const int64_t size : sizes) bytes *= size;
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(take(std::max<int64_t>(bytes, 1)), sizes, strides, cpu, dtype, give_back);
 }
 
 inline Tensor kept_like(const Tensor& x) {

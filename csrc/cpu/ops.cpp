@@ -13,7 +13,6 @@
 
 #include "conv.h"
 #include "instructions.h"
-#include "memory.h"
 #include "tensors.h"
 
 namespace resnet_fused::cpu {
@@ -53,13 +52,6 @@ void check_image(const char* name, const Tensor& t) {
 void check_channels(const char* name, const Tensor& t, int64_t channels) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) >= channels && t.scalar_type() == ScalarType::Float && t.is_contiguous(),
                   "conv: ", name, " must be a contiguous float32 vector of ", channels, " values");
-}
-
-Tensor empty_nhwc(const Sizes& sizes, ScalarType dtype) {
-  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * bytes_of(dtype);
-  const Sizes strides = {sizes[1] * sizes[2] * sizes[3], 1, sizes[1] * sizes[3], sizes[1]};
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(take(std::max<int64_t>(bytes, 1)), sizes, strides, cpu, dtype, give_back);
 }
 
 struct Pair {
